@@ -2,20 +2,14 @@
 
 A `ConfigError` is one line: the field, its value, the rule, what to write instead.  All of a run's
 configuration is checked here, before any worker starts; nothing is corrected silently.
-
-The YAML that is read is the core schema of YAML 1.2: `1e-3` is a number, `no` and `2024-01-01` are text.
-Tags, anchors and aliases are refused, so a file can neither build objects nor grow when it is read.
+How mistakes are worded is in `answers.py`, which YAML is read in `yamlfile.py`.
 """
 
-import difflib
-import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,15 +22,19 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-LARGEST_FILE = 1 << 20  # bytes; what is larger is not a configuration
+from lowbit_dist.answers import (
+    ConfigError,
+    explained,
+    nearest,
+    nearest_divisor,
+    nearest_multiple,
+    plain,
+    quoted,
+    show,
+)
+from lowbit_dist.yamlfile import parse, read_yaml, written
+
 BLOCK = 256  # elements of a weight's row: packed codes and optimizer states come in blocks of this many
-
-
-class ConfigError(Exception):
-    """A user's mistake, in one line: the field, the value, the rule and what to write instead."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
 
 
 def _rule(text: str) -> PydanticCustomError:
@@ -57,7 +55,7 @@ def _clean_path(value: Any) -> Any:
 
 def _path_type(value: Any) -> Any:
     if not isinstance(value, str | Path | None):
-        raise _rule(f"must be the path of a file or folder; {_quoted(value)}")
+        raise _rule(f"must be the path of a file or folder; {quoted(value)}")
     return _clean_path(value)
 
 
@@ -204,10 +202,10 @@ class Model(Section):
             if value % BLOCK:
                 raise ConfigError(
                     f"model.{name} ({value:,}) must be a multiple of {BLOCK}, the block of packed codes; "
-                    f"the nearest is {_nearest_multiple(value, BLOCK):,}"
+                    f"the nearest is {nearest_multiple(value, BLOCK):,}"
                 )
         if sizes.hidden_size % (2 * sizes.heads):
-            fitting = _nearest_divisor(sizes.hidden_size // 2, sizes.heads)
+            fitting = nearest_divisor(sizes.hidden_size // 2, sizes.heads)
             raise ConfigError(
                 f"model.heads ({sizes.heads}) must divide hidden_size {sizes.hidden_size} into heads of an "
                 f"even size (rotary embedding turns pairs); the nearest is {fitting}"
@@ -215,7 +213,7 @@ class Model(Section):
         if sizes.heads % sizes.kv_heads:
             raise ConfigError(
                 f"model.kv_heads ({sizes.kv_heads}) must divide model.heads {sizes.heads}; "
-                f"the nearest is {_nearest_divisor(sizes.heads, sizes.kv_heads)}"
+                f"the nearest is {nearest_divisor(sizes.heads, sizes.kv_heads)}"
             )
 
     def sizes(self) -> Sizes | None:
@@ -336,7 +334,7 @@ class RunConfig(Section):
     def from_dict(cls, data: Mapping[str, Any], methods: Mapping[str, type[MethodOptions]]) -> Self:
         """Check a nested mapping, for instance a parsed YAML file; sections may be missing or None."""
         if not isinstance(data, Mapping):
-            raise ConfigError(f"a configuration must be a mapping of sections, not {_show(data)}")
+            raise ConfigError(f"a configuration must be a mapping of sections, not {show(data)}")
         sections: dict[str, Any] = {}
         for name, content in data.items():
             if name not in cls.model_fields:
@@ -348,7 +346,7 @@ class RunConfig(Section):
             content = {} if content is None else content
             if not isinstance(content, Mapping):
                 raise ConfigError(
-                    f"{name} ({_show(content)}) must be a section of names and values; "
+                    f"{name} ({show(content)}) must be a section of names and values; "
                     f"{_section_example(name)}"
                 )
             for field in content:
@@ -399,7 +397,7 @@ class RunConfig(Section):
                 f"train.batch_tokens ({self.train.batch_tokens:,}) must be a multiple of {per_pass:,} = "
                 f"micro_batch {self.train.micro_batch} x seq_len {self.data.seq_len} x "
                 f"{world} {'worker' if world == 1 else 'workers'}; "
-                f"the nearest is {_nearest_multiple(self.train.batch_tokens, per_pass):,}"
+                f"the nearest is {nearest_multiple(self.train.batch_tokens, per_pass):,}"
             )
         return self.train.batch_tokens // per_pass
 
@@ -429,14 +427,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included; reading it gives an equal one."""
-        return yaml.dump(
-            self.to_dict(),
-            Dumper=_Dumper,
-            sort_keys=False,
-            default_flow_style=None,
-            allow_unicode=True,
-            width=10**6,
-        )
+        return written(self.to_dict())
 
     def flat(self) -> dict[str, Any]:
         """Dotted name -> value, in the order of the sections."""
@@ -452,7 +443,7 @@ class RunConfig(Section):
         """`section.field: mine -> other's` for each field that must stay the same for a run to go on."""
         mine, others = self.flat(), other.flat()
         return [
-            f"{name}: {_plain(mine.get(name))} -> {_plain(others.get(name))}"
+            f"{name}: {plain(mine.get(name))} -> {plain(others.get(name))}"
             for name in dict.fromkeys((*mine, *others))
             if mine.get(name) != others.get(name) and not name.startswith(CHANGEABLE)
         ]
@@ -468,16 +459,16 @@ def _section_example(name: str) -> str:
     if name in examples:
         return f"write {name}: {{{examples[name]}}}"
     field, info = next(iter(_section_fields(name).items()))
-    return f"write {name}: {{{field}: {_plain(info.default)}}}"
+    return f"write {name}: {{{field}: {plain(info.default)}}}"
 
 
 def _method(content: dict[Any, Any], methods: Mapping[str, type[MethodOptions]]) -> MethodOptions:
     name = content.get("name", "dqt")
     known = ", ".join(methods)
     if not isinstance(name, str) or name not in methods:
-        nearest = _nearest(name, methods)
-        answer = f"did you mean {nearest!r}?" if nearest else "write one of them"
-        raise ConfigError(f"method.name ({_show(name)}) must be one of {known}; {answer}")
+        meant = nearest(name, methods)
+        answer = f"did you mean {meant!r}?" if meant else "write one of them"
+        raise ConfigError(f"method.name ({show(name)}) must be one of {known}; {answer}")
     options = methods[name]
     for field in content:
         if field not in options.model_fields:
@@ -488,14 +479,14 @@ def _method(content: dict[Any, Any], methods: Mapping[str, type[MethodOptions]])
 def _unknown_option(method: str, field: Any, methods: Mapping[str, type[MethodOptions]]) -> ConfigError:
     known = [name for name in methods[method].model_fields if name != "name"]
     owners = [name for name, options in methods.items() if field in options.model_fields]
-    start = f"method: unknown name {_show(field)}"
+    start = f"method: unknown name {show(field)}"
     if owners:
         return ConfigError(
             f"{start} for method {method}; it belongs to {', '.join(owners)}: leave it out "
             f"(method={{name: {method}}} drops a file's other options)"
         )
-    if nearest := _nearest(field, (*known, "name")):
-        return ConfigError(f"{start}; did you mean {nearest!r}?")
+    if meant := nearest(field, (*known, "name")):
+        return ConfigError(f"{start}; did you mean {meant!r}?")
     return ConfigError(f"{start}; method {method} has {', '.join(known) if known else 'no options'}")
 
 
@@ -509,16 +500,16 @@ def _unknown(section: str | None, field: Any, methods: Mapping[str, type[MethodO
         for each in options.model_fields:
             elsewhere.setdefault(each, f"method.{each}")
     here = RunConfig.model_fields if section is None else _section_fields(section)
-    start = f"{section}: unknown name {_show(field)}" if section else f"unknown name {_show(field)}"
-    nearest: str | None
+    start = f"{section}: unknown name {show(field)}" if section else f"unknown name {show(field)}"
+    meant: str | None
+    if section is not None and field in RunConfig.model_fields:
+        return ConfigError(f"{start}; {field} stands beside {section}, not in it: move it out")
     if isinstance(field, str) and field in elsewhere:
-        nearest = elsewhere[field]
-    elif section is not None and field in RunConfig.model_fields:
-        nearest = str(field)
-    elif (nearest := _nearest(field, here)) is None and (far := _nearest(field, elsewhere)):
-        nearest = elsewhere[far]
-    if nearest:
-        return ConfigError(f"{start}; did you mean {nearest!r}?")
+        meant = elsewhere[field]
+    elif (meant := nearest(field, here)) is None and (far := nearest(field, elsewhere)):
+        meant = elsewhere[far]
+    if meant:
+        return ConfigError(f"{start}; did you mean {meant!r}?")
     return ConfigError(f"{start}; known names are {', '.join(here)}")
 
 
@@ -527,263 +518,7 @@ def _validated(section: type[S], content: Mapping[str, Any], prefix: tuple[str, 
         return section.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=True)[0]
-        raise ConfigError(_explained(section, dict(first), prefix)) from None
-
-
-def _explained(section: type[Section], error: dict[str, Any], prefix: tuple[str, ...]) -> str:
-    """One of pydantic's errors as `section.field (value) rule; what to write instead`."""
-    info = None
-    inside: Any = section
-    place = ".".join(prefix)
-    for part in error["loc"]:
-        if isinstance(part, int):
-            place += f"[{part}]"
-        elif isinstance(inside, type) and issubclass(inside, BaseModel) and part in inside.model_fields:
-            place += f".{part}" if place else part
-            info = inside.model_fields[part]
-            inside = info.annotation
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind == "missing":
-        example = "write data: {path: FOLDER}, a folder or URL written by `lowbit data prepare`"
-        return f"{place} is required; {example if place == 'data.path' else 'add it'}"
-    start = f"{place} ({_show(value)})"
-    default = None if info is None or info.is_required() else info.default
-    hint = "" if default is None else f", for example {_plain(default)}"
-    if kind == "rule":
-        return f"{start} {context['text']}" + (
-            "" if ";" in context["text"] or not hint else f"; write one{hint}"
-        )
-    if kind == "literal_error":
-        choices = [_plain(each) for each in _choices(inside)]
-        nearest = _nearest(value, choices)
-        rule = f"must be one of {', '.join(choices)}" if len(choices) > 1 else f"must be {choices[0]}"
-        return f"{start} {rule}; " + (
-            f"did you mean {nearest!r}?" if nearest else f"write {choices[0]}, for example"
-        )
-    if kind in ("int_type", "int_from_float", "int_parsing", "int_parsing_size"):
-        if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 2**63:
-            return f"{start} must be a whole number; write {int(value)}"
-        return f"{start} must be a whole number; write one{hint}"
-    if kind in ("float_type", "float_parsing"):
-        return f"{start} must be a number; write one{hint}"
-    if kind == "finite_number":
-        return f"{start} must be a finite number; write one{hint}"
-    if kind in ("bool_type", "bool_parsing"):
-        return f"{start} must be true or false; write {'false' if default is None else _plain(default)}"
-    if kind == "string_type":
-        return f"{start} must be text; {_quoted(value)}"
-    limits = {
-        "greater_than_equal": ("ge", "must be at least"),
-        "greater_than": ("gt", "must be more than"),
-        "less_than_equal": ("le", "must be at most"),
-        "less_than": ("lt", "must be less than"),
-    }
-    if kind in limits:
-        key, rule = limits[kind]
-        limit = _plain(context[key])
-        instead = (
-            f"write {limit} or {'more' if key == 'ge' else 'less'}"
-            if key in ("ge", "le")
-            else f"write one{hint}"
-        )
-        return f"{start} {rule} {limit}; {instead}"
-    return f"{start} is wrong: {error['msg']}"
-
-
-def _choices(annotation: Any) -> list[Any]:
-    """The values that a (nested, optional) Literal allows."""
-    found: list[Any] = []
-    for each in get_args(annotation):
-        if each is type(None):
-            found.append(None)
-        elif get_args(each):
-            found += _choices(each)
-        else:
-            found.append(each)
-    return list(dict.fromkeys(found)) or ["something else"]
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 60
-_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = 3
-_repr.maxlevel = 2
-
-
-def _show(value: Any) -> str:
-    """A value as a message shows it: short, on one line, printable whatever it is."""
-    if value is None or isinstance(value, bool):
-        return _plain(value)
-    try:
-        return f"{value:,}" if isinstance(value, int) and abs(value) < 10**15 else _repr.repr(value)
-    except Exception:  # a value whose own repr fails must not hide the mistake
-        return f"a {type(value).__name__}"
-
-
-def _plain(value: Any) -> str:
-    """A value as it stands in YAML."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
-
-
-def _quoted(value: Any) -> str:
-    """What to write when a number or a list stands where text is meant."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'put it in quotes: "{_show(value).replace(",", "")}"'
-    return "write a word or a path"
-
-
-def _nearest(word: Any, known: Any) -> str | None:
-    found = difflib.get_close_matches(word.lower(), list(known), 1) if isinstance(word, str) else []
-    return found[0] if found else None
-
-
-def _nearest_multiple(value: int, unit: int) -> int:
-    return max(1, (value + unit // 2) // unit) * unit
-
-
-def _nearest_divisor(whole: int, value: int) -> int:
-    divisors = {
-        d for each in range(1, math.isqrt(whole) + 1) if whole % each == 0 for d in (each, whole // each)
-    }
-    return min(divisors, key=lambda divisor: (abs(divisor - value), -divisor))
-
-
-_INT = re.compile(r"[-+]?[0-9](?:_?[0-9])*|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-)
-# Longer runs of digits stay text: no count has them, and Python limits their conversion.
-_SHORT = r"(?=[^\n]{1,40}\Z)"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's core schema, without tags and aliases, every name once."""
-
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (as in the class above it)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(
-                None, None, "anchors and aliases are not allowed; write the value itself", event.start_mark
-            )
-        if (tag := getattr(event, "tag", None)) is not None:
-            raise yaml.composer.ComposerError(
-                None, None, f"tags are not allowed ({_show(tag)}); write plain values", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | None):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"a name must be a word, not {_show(key)}", key_node.start_mark
-                )
-            if key in mapping:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"{_show(key)} stands here a second time; keep one of them",
-                    key_node.start_mark,
-                )
-            mapping[key] = self.construct_object(value_node, deep=deep)
-        return mapping
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read back as text."""
-
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (as in the class above it)
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _construct_int(loader: Any, node: Any) -> int:
-    text = loader.construct_scalar(node).replace("_", "")
-    return int(text, 16) if text.startswith("0x") else int(text)
-
-
-def _construct_float(loader: Any, node: Any) -> float:
-    text = loader.construct_scalar(node).replace("_", "").lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def _construct_mapping(loader: Any, node: Any) -> Any:
-    return loader.construct_mapping(node, deep=True)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE)\Z", list("tTfF")),
-    ("int", rf"{_SHORT}(?:{_INT.pattern})\Z", list("-+0123456789")),
-    ("float", rf"{_SHORT}(?:{_FLOAT.pattern})\Z", list("-+.0123456789")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-
-
-def _parse(text: str, place: str) -> Any:
-    """The value of a YAML text; `place` names it in messages."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{place}{line}: {error.problem or error.context or 'not YAML'}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place} is not YAML text: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{place} is nested too deeply for a configuration; write plain sections") from None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a configuration file holds; an empty file is an empty mapping."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{_file(path)} does not exist; write the path of a configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(
-            f"{_file(path)} is a folder; write the path of a configuration file in it"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{_file(path)} cannot be read: {reason}") from None
-    if len(raw) > LARGEST_FILE:
-        raise ConfigError(
-            f"{_file(path)} is larger than 1 MiB, which no configuration is; write another path"
-        )
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{_file(path)} is not UTF-8 text (byte {error.start:,}); save it as UTF-8"
-        ) from None
-    data = _parse(text, _file(path))
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{_file(path)} ({_show(data)}) must be a mapping of sections; "
-            "write data: {path: FOLDER}, for example"
-        )
-    return data
-
-
-def _file(path: Path) -> str:
-    name = str(path)
-    return name if name.isprintable() else repr(name)
+        raise ConfigError(explained(section, dict(first), prefix)) from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -795,8 +530,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         instead = (
             f"write {parts[0]}.{parts[1]}=VALUE" if len(parts) == 2 and all(parts) else "write train.steps=20"
         )
-        raise ConfigError(f"override ({_show(override)}) must be section.field=value; {instead}, for example")
-    value = _parse(text, f"override {_show(override)}")
+        raise ConfigError(f"override ({show(override)}) must be section.field=value; {instead}, for example")
+    value = parse(text, f"override {show(override)}")
     if len(parts) == 1:
         data[name] = value
         return

@@ -1,0 +1,136 @@
+"""Mistakes in words: `section.field (value) rule; what to write instead`, always one line."""
+
+import difflib
+import math
+import reprlib
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+
+class ConfigError(Exception):
+    """A user's mistake, in one line: the field, the value, the rule and what to write instead."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def explained(section: type[BaseModel], error: dict[str, Any], prefix: tuple[str, ...]) -> str:
+    """One of pydantic's errors as `section.field (value) rule; what to write instead`."""
+    info = None
+    inside: Any = section
+    place = ".".join(prefix)
+    for part in error["loc"]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif isinstance(inside, type) and issubclass(inside, BaseModel) and part in inside.model_fields:
+            place += f".{part}" if place else part
+            info = inside.model_fields[part]
+            inside = info.annotation
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "missing" or (value is None and place == "data.path"):
+        example = "write data: {path: FOLDER}, a folder or URL written by `lowbit data prepare`"
+        return f"{place} is required; {example if place == 'data.path' else 'add it'}"
+    start = f"{place} ({show(value)})"
+    default = None if info is None or info.is_required() else info.default
+    hint = "" if default is None else f", for example {plain(default)}"
+    if kind == "rule":
+        return f"{start} {context['text']}" + (
+            "" if ";" in context["text"] or not hint else f"; write one{hint}"
+        )
+    if kind == "literal_error":
+        choices = [plain(each) for each in _choices(inside)]
+        meant = nearest(value, choices)
+        rule = f"must be one of {', '.join(choices)}" if len(choices) > 1 else f"must be {choices[0]}"
+        return f"{start} {rule}; " + (
+            f"did you mean {meant!r}?" if meant else f"write {choices[0]}, for example"
+        )
+    if kind == "finite_number" or (isinstance(value, float) and not math.isfinite(value)):
+        return f"{start} must be a finite number; write one{hint}"
+    if kind in ("int_type", "int_from_float", "int_parsing", "int_parsing_size"):
+        if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 2**63:
+            return f"{start} must be a whole number; write {int(value)}"
+        return f"{start} must be a whole number; write one{hint}"
+    if kind in ("float_type", "float_parsing"):
+        return f"{start} must be a number; write one{hint}"
+    if kind in ("bool_type", "bool_parsing"):
+        return f"{start} must be true or false; write {'false' if default is None else plain(default)}"
+    if kind == "string_type":
+        return f"{start} must be text; {quoted(value)}"
+    limits = {
+        "greater_than_equal": ("ge", "must be at least"),
+        "greater_than": ("gt", "must be more than"),
+        "less_than_equal": ("le", "must be at most"),
+        "less_than": ("lt", "must be less than"),
+    }
+    if kind in limits:
+        key, rule = limits[kind]
+        limit = plain(context[key])
+        instead = (
+            f"write {limit} or {'more' if key == 'ge' else 'less'}"
+            if key in ("ge", "le")
+            else f"write one{hint}"
+        )
+        return f"{start} {rule} {limit}; {instead}"
+    return f"{start} is wrong: {error['msg']}"
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The values that a (nested, optional) Literal allows."""
+    found: list[Any] = []
+    for each in get_args(annotation):
+        if each is type(None):
+            found.append(None)
+        elif get_args(each):
+            found += _choices(each)
+        else:
+            found.append(each)
+    return list(dict.fromkeys(found)) or ["something else"]
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = 3
+_repr.maxlevel = 2
+
+
+def show(value: Any) -> str:
+    """A value as a message shows it: short, on one line, printable whatever it is."""
+    if value is None or isinstance(value, bool):
+        return plain(value)
+    try:
+        return f"{value:,}" if isinstance(value, int) and abs(value) < 10**15 else _repr.repr(value)
+    except Exception:  # a value whose own repr fails must not hide the mistake
+        return f"a {type(value).__name__}"
+
+
+def plain(value: Any) -> str:
+    """A value as it stands in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def quoted(value: Any) -> str:
+    """What to write when a number or a list stands where text is meant."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f'put it in quotes: "{show(value).replace(",", "")}"'
+    return "write a word or a path"
+
+
+def nearest(word: Any, known: Any) -> str | None:
+    found = difflib.get_close_matches(word.lower(), list(known), 1) if isinstance(word, str) else []
+    return found[0] if found else None
+
+
+def nearest_multiple(value: int, unit: int) -> int:
+    return max(1, (value + unit // 2) // unit) * unit
+
+
+def nearest_divisor(whole: int, value: int) -> int:
+    divisors = {
+        d for each in range(1, math.isqrt(whole) + 1) if whole % each == 0 for d in (each, whole // each)
+    }
+    return min(divisors, key=lambda divisor: (abs(divisor - value), -divisor))
