@@ -1,0 +1,475 @@
+"""The ops of `lowbit_dist.ops` in Triton, for NVIDIA GPUs: the same bytes as `lowbit_dist.ops.reference`.
+
+Shown for Triton's interpreter on a CPU, and compiled for sm_90 (H100, H200): **not yet run on a GPU**.
+What makes the bytes equal everywhere, and must stay:
+
+* division and square root of the update are the correctly rounded ones (`tl.div_rn`, `tl.sqrt_rn`);
+* every kernel is launched with `enable_fp_fusion=False`: a multiply-add that rounds once instead of twice
+  gives another number, and in Triton before 3.10 fusing is the default;
+* 8-bit moments are rounded by comparing with exact thresholds, so that the square root behind the first
+  guess may be an approximate one;
+* bfloat16 is converted by integer arithmetic: the interpreter's own casts truncate and lose subnormals.
+
+A program works on `BLOCKS_PER_PROGRAM` blocks of 256 elements. In the kernels for codes a block is four planes
+of 64: lane i of the Philox call j rounds element j + 64 * i, in whichever bits of which byte its code lies.
+
+Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.ops.reference import (
+    LARGEST_STEP,
+    M_LEVELS,
+    M_SQUARE,
+    SMALLEST_SCALE,
+    V_FOURTH,
+    V_LEVELS,
+    AdamWStep,
+    Moments,
+)
+
+BLOCKS_PER_PROGRAM = 8  # a power of two
+
+# A kernel reads globals of this type only.
+_LARGEST_STEP = tl.constexpr(LARGEST_STEP)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_M_SQUARE = tl.constexpr(M_SQUARE)
+_M_TOP = tl.constexpr(float(M_LEVELS))
+_V_FOURTH = tl.constexpr(V_FOURTH)
+_V_TOP = tl.constexpr(float(V_LEVELS))
+
+
+@triton.jit
+def _load(pointer, mask):
+    """float32 from float32 or bfloat16, exactly."""
+    x = tl.load(pointer, mask=mask, other=0)
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def _store(pointer, x, mask):
+    """float32 to float32, or to bfloat16 with round to nearest even; a NaN stays one."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(x == x, bits, 0x7FC0)
+        tl.store(pointer, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer, x, mask=mask)
+
+
+@triton.jit
+def _load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
+    """The codes of elements j, j + 64, j + 128, j + 192 of each block: four int32 [blocks, 64]."""
+    byte_ptr = codes_ptr + block.to(tl.int64)[:, None] * (32 * BITS)
+    if BITS == 2:
+        byte = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
+        return byte & 3, (byte >> 2) & 3, (byte >> 4) & 3, byte >> 6
+    elif BITS == 3:
+        low = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
+        # Bit i of high byte j % 32 belongs to element j % 32 + 32 * i.
+        high = tl.load(byte_ptr + 64 + (j & 31), mask=mask, other=0).to(tl.int32) >> (j >> 5)
+        return (
+            (low & 3) | ((high & 1) << 2),
+            ((low >> 2) & 3) | (high & 4),
+            ((low >> 4) & 3) | ((high >> 2) & 4),
+            (low >> 6) | ((high >> 4) & 4),
+        )
+    elif BITS == 4:
+        even = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
+        odd = tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32)
+        return even & 15, odd & 15, even >> 4, odd >> 4
+    else:
+        return (
+            tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32),
+            tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32),
+            tl.load(byte_ptr + 128 + j, mask=mask, other=0).to(tl.int32),
+            tl.load(byte_ptr + 192 + j, mask=mask, other=0).to(tl.int32),
+        )
+
+
+@triton.jit
+def _store_codes(codes_ptr, block, j, mask, c0, c1, c2, c3, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+    byte_ptr = codes_ptr + block.to(tl.int64)[:, None] * (32 * BITS)
+    if BITS == 2:
+        byte = c0 | (c1 << 2) | (c2 << 4) | (c3 << 6)
+        tl.store(byte_ptr + j, byte.to(tl.uint8), mask=mask)
+    elif BITS == 3:
+        low = (c0 & 3) | ((c1 & 3) << 2) | ((c2 & 3) << 4) | ((c3 & 3) << 6)
+        tl.store(byte_ptr + j, low.to(tl.uint8), mask=mask)
+        high = (c0 >> 2) | (c1 & 4) | ((c2 & 4) << 2) | ((c3 & 4) << 4)
+        # Columns j and j + 32 fill different bits of one byte: their sum is their union.
+        high = tl.sum(tl.reshape(high << (j >> 5), [BLOCKS, 2, 32]), axis=1)
+        tl.store(byte_ptr + 64 + tl.arange(0, 32)[None, :], high.to(tl.uint8), mask=mask)
+    elif BITS == 4:
+        tl.store(byte_ptr + j, (c0 | (c2 << 4)).to(tl.uint8), mask=mask)
+        tl.store(byte_ptr + 64 + j, (c1 | (c3 << 4)).to(tl.uint8), mask=mask)
+    else:
+        tl.store(byte_ptr + j, c0.to(tl.uint8), mask=mask)
+        tl.store(byte_ptr + 64 + j, c1.to(tl.uint8), mask=mask)
+        tl.store(byte_ptr + 128 + j, c2.to(tl.uint8), mask=mask)
+        tl.store(byte_ptr + 192 + j, c3.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _load_m(pointer, scale, mask, QUANTISED: tl.constexpr):
+    if QUANTISED:
+        q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
+        return (q * tl.abs(q)) * scale
+    else:
+        return _load(pointer, mask)
+
+
+@triton.jit
+def _load_v(pointer, scale, mask, QUANTISED: tl.constexpr):
+    if QUANTISED:
+        q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
+        q = q * q
+        return (q * q) * scale
+    else:
+        return _load(pointer, mask)
+
+
+@triton.jit
+def _block_scale(largest, DIVISOR: tl.constexpr):
+    """(scale, 1 / scale), both 0 for a block too small to be divided by its scale."""
+    scale = tl.div_rn(largest, DIVISOR)
+    usable = scale >= _SMALLEST_SCALE
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+    return tl.where(usable, scale, 0.0), inverse
+
+
+@triton.jit
+def _nearest_root(y, FOURTH: tl.constexpr):
+    """The number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4: a rounded root that needs no exact root."""
+    guess = tl.sqrt(y)
+    if FOURTH:
+        guess = tl.sqrt(guess)
+    q = tl.floor(guess + 0.5)
+    below = q - 0.5
+    below = below * below
+    above = q + 0.5
+    above = above * above
+    if FOURTH:
+        below = below * below
+        above = above * above
+    return tl.where((y < below) & (q > 0.5), q - 1.0, tl.where(y >= above, q + 1.0, q))
+
+
+@triton.jit
+def _quantised_m(m, inverse_scale):
+    q = tl.minimum(_nearest_root(tl.abs(m) * inverse_scale, False), _M_TOP)
+    return tl.where(m < 0, -q, q).to(tl.int8)
+
+
+@triton.jit
+def _quantised_v(v, inverse_scale):
+    q = tl.minimum(_nearest_root(v * inverse_scale, True), _V_TOP)
+    # A second moment that decodes to 0 would make the next update explode.
+    return tl.maximum(q, 1.0).to(tl.uint8)
+
+
+@triton.jit
+def _adamw(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps):
+    m = m * beta1 + g * rest1
+    v = v * beta2 + (g * g) * rest2
+    update = tl.div_rn(m * correction1, tl.sqrt_rn(v * correction2) + eps)
+    return m, v, update
+
+
+@triton.jit
+def _rounded_step(level, step, random, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """`level` + `step` rounded stochastically: up with a probability that is exact to 2^-32."""
+    size = tl.minimum(tl.abs(step), _LARGEST_STEP)
+    whole = tl.floor(size)
+    threshold = ((size - whole) * 4294967296.0).to(tl.uint32)
+    n = whole.to(tl.int32) + (random < threshold).to(tl.int32)
+    return tl.minimum(tl.maximum(level + tl.where(step < 0, -n, n), LOW), HIGH)
+
+
+# Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16).
+@triton.jit(do_not_specialize=["n_blocks", "first_block", "offset", "blocks_per_scale", "seed", "step", "tensor"])
+def _adamw_codes(
+    codes_ptr, scale_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n_flips_ptr,
+    n_blocks, first_block, offset, blocks_per_scale, seed, step, tensor,
+    grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    QUANTISED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block < n_blocks
+    mask = live[:, None]
+    j = tl.arange(0, 64)[None, :]
+    element = block.to(tl.int64)[:, None] * 256 + j
+
+    # A block's 64 counters begin at a multiple of 64: adding j never carries into the upper half.
+    counter = (first_block.to(tl.int64) + block) * 64
+    counter_low = counter.to(tl.uint32)[:, None] + j.to(tl.uint32)
+    counter_high = (counter >> 32).to(tl.uint32)[:, None] + tl.zeros_like(counter_low)
+    random = tl.philox(
+        seed.to(tl.int64),
+        counter_low,
+        counter_high,
+        tl.zeros_like(counter_low) + step.to(tl.uint32),
+        tl.zeros_like(counter_low) + tensor.to(tl.uint32),
+    )
+
+    if ONE_SCALE:
+        levels_per_update = tl.div_rn(lr, tl.load(scale_ptr))
+    else:
+        scale = tl.load(scale_ptr + (offset + block) // blocks_per_scale, mask=live, other=1.0)
+        levels_per_update = tl.div_rn(lr, scale)[:, None]
+    m_scale = 0.0
+    v_scale = 0.0
+    if QUANTISED:
+        m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
+        v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
+
+    old = _load_codes(codes_ptr, block, j, mask, BITS)
+    new = ()
+    ms = ()
+    vs = ()
+    largest_m = tl.zeros([BLOCKS, 64], tl.float32)
+    largest_v = tl.zeros([BLOCKS, 64], tl.float32)
+    n_flips = tl.zeros([BLOCKS, 64], tl.int32)
+    for i in tl.static_range(4):
+        at = element + 64 * i
+        g = _load(grad_ptr + at, mask) * grad_scale
+        m = _load_m(m_ptr + at, m_scale, mask, QUANTISED)
+        v = _load_v(v_ptr + at, v_scale, mask, QUANTISED)
+        m, v, update = _adamw(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps)
+        if QUANTISED:
+            largest_m = tl.maximum(largest_m, tl.abs(m))
+            largest_v = tl.maximum(largest_v, v)
+            ms = ms + (m,)
+            vs = vs + (v,)
+        else:
+            _store(m_ptr + at, m, mask)
+            _store(v_ptr + at, v, mask)
+        level = old[i] + LOW
+        levels = -(levels_per_update * update) - decay * level.to(tl.float32)
+        code = _rounded_step(level, levels, random[i], LOW, HIGH) - LOW
+        n_flips += ((code != old[i]) & mask).to(tl.int32)
+        new = new + (code,)
+    _store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
+    tl.atomic_add(n_flips_ptr, tl.sum(n_flips).to(tl.int64), sem="relaxed")
+
+    if QUANTISED:
+        m_scale, m_inverse = _block_scale(tl.max(largest_m, axis=1), _M_SQUARE)
+        v_scale, v_inverse = _block_scale(tl.max(largest_v, axis=1), _V_FOURTH)
+        tl.store(m_scale_ptr + block, m_scale, mask=live)
+        tl.store(v_scale_ptr + block, v_scale, mask=live)
+        for i in tl.static_range(4):
+            at = element + 64 * i
+            tl.store(m_ptr + at, _quantised_m(ms[i], m_inverse[:, None]), mask=mask)
+            tl.store(v_ptr + at, _quantised_v(vs[i], v_inverse[:, None]), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _adamw_weights(
+    weight_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n,
+    grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, keep,
+    QUANTISED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    first = block.to(tl.int64) * 256
+    live = first < n
+    at = first[:, None] + tl.arange(0, 256)[None, :]
+    mask = at < n
+
+    m_scale = 0.0
+    v_scale = 0.0
+    if QUANTISED:
+        m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
+        v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
+    g = _load(grad_ptr + at, mask) * grad_scale
+    m = _load_m(m_ptr + at, m_scale, mask, QUANTISED)
+    v = _load_v(v_ptr + at, v_scale, mask, QUANTISED)
+    m, v, update = _adamw(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps)
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+    tl.store(weight_ptr + at, weight * keep - lr * update, mask=mask)
+
+    if QUANTISED:
+        m_scale, m_inverse = _block_scale(tl.max(tl.abs(m), axis=1), _M_SQUARE)
+        v_scale, v_inverse = _block_scale(tl.max(v, axis=1), _V_FOURTH)
+        tl.store(m_scale_ptr + block, m_scale, mask=live)
+        tl.store(v_scale_ptr + block, v_scale, mask=live)
+        tl.store(m_ptr + at, _quantised_m(m, m_inverse[:, None]), mask=mask)
+        tl.store(v_ptr + at, _quantised_v(v, v_inverse[:, None]), mask=mask)
+    else:
+        _store(m_ptr + at, m, mask)
+        _store(v_ptr + at, v, mask)
+
+
+@triton.jit(do_not_specialize=["n_blocks", "offset", "blocks_per_scale"])
+def _decode(
+    codes_ptr, scale_ptr, out_ptr, n_blocks, offset, blocks_per_scale,
+    LOW: tl.constexpr, BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block < n_blocks
+    mask = live[:, None]
+    j = tl.arange(0, 64)[None, :]
+    if ONE_SCALE:
+        scale = tl.load(scale_ptr)
+    else:
+        scale = tl.load(scale_ptr + (offset + block) // blocks_per_scale, mask=live, other=0.0)[:, None]
+    codes = _load_codes(codes_ptr, block, j, mask, BITS)
+    for i in tl.static_range(4):
+        at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
+        _store(out_ptr + at, scale * (codes[i] + LOW).to(tl.float32), mask)
+
+
+@triton.jit(do_not_specialize=["n_blocks"])
+def _code_counts(
+    codes_ptr, counts_ptr, n_blocks, N_LEVELS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    mask = (block < n_blocks)[:, None]
+    j = tl.arange(0, 64)[None, :]
+    codes = _load_codes(codes_ptr, block, j, mask, BITS)
+    live = tl.reshape(mask & (j >= 0), [BLOCKS * 64])
+    N_BINS: tl.constexpr = 2**BITS
+    counts = tl.zeros([N_BINS], tl.int32)
+    for i in tl.static_range(4):
+        counts += tl.histogram(tl.reshape(codes[i], [BLOCKS * 64]), N_BINS, mask=live)
+    level = tl.arange(0, N_BINS)
+    tl.atomic_add(counts_ptr + level, counts.to(tl.int64), mask=level < N_LEVELS, sem="relaxed")
+
+
+def adamw_codes_(
+    codes: Tensor,  # [B * grid.bytes_per_block] uint8, changed in place
+    scale: Tensor,  # [K] float32
+    grad: Tensor,  # [B * 256] float32 or bfloat16
+    moments: Moments,  # of B * 256 elements, changed in place
+    *,
+    grid: Grid,
+    now: AdamWStep,
+    tensor: int,
+    first_block: int,
+    blocks_per_scale: int,
+) -> Tensor:  # [1] int64
+    """One AdamW step on packed codes, each rounded stochastically to the grid; the number of codes it changed."""
+    n_blocks = codes.numel() // grid.bytes_per_block
+    n_flips = torch.zeros(1, dtype=torch.int64, device=codes.device)
+    if n_blocks == 0:
+        return n_flips
+    scale, offset, blocks_per_scale = _scales_of_shard(scale, n_blocks, first_block, blocks_per_scale)
+    with _on(codes.device):
+        _adamw_codes[_programs(n_blocks)](
+            codes, scale, grad, moments.m, moments.v, moments.m_scale, moments.v_scale, n_flips,
+            n_blocks, first_block, offset, blocks_per_scale, _signed(now.seed), now.step, tensor,
+            *_factors(now), now.lr, now.decay,
+            LOW=grid.low, HIGH=grid.high, BITS=grid.bits, ONE_SCALE=scale.numel() == 1,
+            QUANTISED=moments.m_scale is not None, BLOCKS=BLOCKS_PER_PROGRAM,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return n_flips
+
+
+def adamw_weights_(
+    weight: Tensor,  # [N] float32, changed in place
+    grad: Tensor,  # [N] float32 or bfloat16
+    moments: Moments,  # of N elements, changed in place
+    *,
+    now: AdamWStep,
+) -> None:
+    """One AdamW step on ordinary weights."""
+    n = weight.numel()
+    if n == 0:
+        return
+    with _on(weight.device):
+        _adamw_weights[_programs(triton.cdiv(n, BLOCK))](
+            weight, grad, moments.m, moments.v, moments.m_scale, moments.v_scale, n,
+            *_factors(now), now.lr, 1.0 - now.decay,
+            QUANTISED=moments.m_scale is not None, BLOCKS=BLOCKS_PER_PROGRAM,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def decode(
+    codes: Tensor,  # [B * grid.bytes_per_block] uint8
+    scale: Tensor,  # [K] float32
+    *,
+    grid: Grid,
+    first_block: int,
+    blocks_per_scale: int,
+    out: Tensor,  # [B * 256] float32 or bfloat16, overwritten
+) -> Tensor:  # out
+    """scale * level of every code: a float32 product, rounded to the type of `out`."""
+    n_blocks = codes.numel() // grid.bytes_per_block
+    if n_blocks == 0:
+        return out
+    scale, offset, blocks_per_scale = _scales_of_shard(scale, n_blocks, first_block, blocks_per_scale)
+    with _on(codes.device):
+        _decode[_programs(n_blocks)](
+            codes, scale, out, n_blocks, offset, blocks_per_scale,
+            LOW=grid.low, BITS=grid.bits, ONE_SCALE=scale.numel() == 1, BLOCKS=BLOCKS_PER_PROGRAM,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int64
+    """How often each code occurs, without unpacking the codes into memory."""
+    n_blocks = codes.numel() // grid.bytes_per_block
+    counts = torch.zeros(grid.n_levels, dtype=torch.int64, device=codes.device)
+    if n_blocks == 0:
+        return counts
+    with _on(codes.device):
+        _code_counts[_programs(n_blocks)](
+            codes, counts, n_blocks,
+            N_LEVELS=grid.n_levels, BITS=grid.bits, BLOCKS=BLOCKS_PER_PROGRAM,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return counts
+
+
+def _programs(n_blocks: int) -> tuple[int]:
+    return (triton.cdiv(n_blocks, BLOCKS_PER_PROGRAM),)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' own; on a CPU it is the interpreter."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _scales_of_shard(
+    scale: Tensor, n_blocks: int, first_block: int, blocks_per_scale: int
+) -> tuple[Tensor, int, int]:
+    """(scales that the shard's blocks need, place of its first block under the first of them, blocks under each).
+
+    The numbers are small enough for 32-bit division, which a GPU does several times faster.
+    """
+    first, offset = divmod(first_block, blocks_per_scale)
+    last = (first_block + n_blocks - 1) // blocks_per_scale
+    return scale[first : last + 1], offset, blocks_per_scale
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as an int64."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def _factors(now: AdamWStep) -> tuple[float, ...]:
+    """Computed in float64; each becomes a float32 on its way into a kernel."""
+    return (
+        now.grad_scale,
+        now.beta1,
+        1.0 - now.beta1,
+        now.beta2,
+        1.0 - now.beta2,
+        now.correction1,
+        now.correction2,
+        now.eps,
+    )
