@@ -1,0 +1,37 @@
+"""How the learning rate and the weight decay change over a run: pure functions of the step."""
+
+import math
+
+from lowbit_dist.config import Schedule
+
+
+def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:
+    """The factors on `optimizer.lr` and `optimizer.weight_decay` in step `step` (1-based) of `steps`.
+
+    The warm-up rises linearly and is full in step `warmup_steps`; the last step has the end value.
+    """
+    if not 1 <= step <= steps:
+        raise ValueError(f"step {step} is not one of the steps 1 to {steps}")
+    peak, weight_decay = 1.0, 1.0
+    if schedule.name == "two_stage" and step > schedule.switch_at * steps:
+        peak, weight_decay = schedule.second_lr_ratio, 0.0
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps, weight_decay
+    progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
+    return peak * _decay(schedule, progress), weight_decay
+
+
+def _decay(schedule: Schedule, progress: float) -> float:
+    """What is left of the peak after `progress` (0 to 1) of the way from the warm-up to the end."""
+    end = schedule.min_lr_ratio
+    match schedule.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1 - (1 - end) * progress
+        case "cosine":
+            return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+        case "two_stage":
+            # BitNet (arXiv 2402.17764, training tips) runs on one line to zero at the end and lowers the
+            # line's peak from A to B at the switch: 1.5e-3 falls to 7.5e-4, drops to 5e-4, falls to 0.
+            return 1 - progress
