@@ -1,0 +1,174 @@
+"""A causal language model with a method's linear layers, and the initial value of each of its parameters.
+
+The model is built without any parameter's values ("meta" tensors); `InitialWeights` makes them one tensor at a time, so that no
+process ever holds more than one full-precision tensor.  A value depends on the seed and the parameter's name alone: it
+is the same on every rank and for any number of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_dist.config import ConfigError, Model
+from lowbit_dist.grid import BLOCK
+from lowbit_dist.methods import Method
+
+INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
+
+
+def build(config: Model, vocab_size: int, method: Method, dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device (buffers are real), its linears replaced by the method's, dtype of parameters `dtype`.
+
+    `vocab_size` is the tokenizer's; a pretrained model with another one is refused.
+    """
+    import transformers
+    from transformers.integrations.accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(
+            hf_config(config, vocab_size), attn_implementation="sdpa"
+        )
+    model.to(dtype)  # buffers that must stay float32 (rotary frequencies) are restored below
+    _replace_linears(model, method)
+    _restore_rotary(model)
+    _check_low_bit_shapes(model, method)
+    return model
+
+
+def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  # -> PretrainedConfig
+    """The Hugging Face configuration of this model; it also names the architecture of an export."""
+    import transformers
+
+    if config.pretrained is not None:
+        try:
+            loaded = transformers.AutoConfig.from_pretrained(config.pretrained, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.pretrained ({config.pretrained}) is not a Hugging Face model folder: {str(error).splitlines()[0]}"
+            ) from error
+        if loaded.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.pretrained ({config.pretrained}) has a vocabulary of {loaded.vocab_size:,}, the data's tokenizer "
+                f"{vocab_size:,}; prepare the data with the model's own tokenizer"
+            )
+        loaded.use_cache = False
+        return loaded
+    sizes = config.sizes()
+    assert sizes is not None, "a model that is not pretrained has sizes"
+    return transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        max_position_embeddings=config.max_seq_len,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.norm_eps,
+        initializer_range=INITIAL_STD,
+        tie_word_embeddings=config.tie_embeddings,
+        use_cache=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def low_bit_names(model: nn.Module, method: Method) -> list[str]:
+    """The parameters that exist only as packed codes, in canonical (sorted) order."""
+    if not method.low_bit:
+        return []
+    linear_weights = {f"{name}.weight" for name, _ in _linears(model) if not _is_head(model, name)}
+    return sorted(name for name, _ in model.named_parameters() if method.is_low_bit(name in linear_weights))
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from lowbit_dist.linear import Linear
+
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Linear))
+
+
+def _is_head(model: nn.Module, name: str) -> bool:
+    return model.get_submodule(name) is model.get_output_embeddings()  # type: ignore[operator]
+
+
+def _replace_linears(model: nn.Module, method: Method) -> None:
+    eps = getattr(model.config, "rms_norm_eps", 1e-5)
+    for name, layer in list(_linears(model)):
+        parent, _, attribute = name.rpartition(".")
+        replacement = method.linear(layer, name=name, is_head=_is_head(model, name), norm_eps=eps)
+        setattr(model.get_submodule(parent), attribute, replacement)
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()  # type: ignore[operator]
+
+
+def _restore_rotary(model: nn.Module) -> None:
+    """Rotary frequencies are buffers that transformers computes in float32; a cast to bf16 would move every position."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq") and hasattr(module, "rope_init_fn"):
+            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, None)
+            module.original_inv_freq = module.inv_freq
+
+
+def _check_low_bit_shapes(model: nn.Module, method: Method) -> None:
+    names = low_bit_names(model, method)
+    for name, parameter in model.named_parameters():
+        if name in set(names) and parameter.shape[-1] % BLOCK:
+            raise ConfigError(
+                f"model: {name} has {parameter.shape[-1]:,} inputs; low-bit weights need a multiple of {BLOCK} "
+                f"(the nearest is {max(1, round(parameter.shape[-1] / BLOCK)) * BLOCK:,})"
+            )
+
+
+class InitialWeights:
+    """Value of any parameter before the first step, made on demand: random, or read from a pretrained folder."""
+
+    def __init__(self, model: nn.Module, seed: int, pretrained: Path | str | None):
+        self.seed = seed
+        self.std = getattr(model.config, "initializer_range", INITIAL_STD)
+        self.kinds = {
+            f"{prefix}.{name}" if prefix else name: module
+            for prefix, module in model.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        self.files = _safetensors_index(Path(pretrained)) if pretrained is not None else {}
+
+    def __call__(self, name: str, shape: torch.Size) -> Tensor:  # `shape` float32 on the CPU
+        if name in self.files:
+            from safetensors import safe_open
+
+            with safe_open(self.files[name], "pt") as file:
+                value = file.get_tensor(name)
+            if value.shape != shape:
+                raise ConfigError(
+                    f"model.pretrained: {name} in {self.files[name]} has shape {tuple(value.shape)}, "
+                    f"the model {tuple(shape)}"
+                )
+            return value.float()
+        if self.files and not name.endswith(".norm.weight"):  # the norms that SubLN adds are not in the file
+            raise ConfigError(f"model.pretrained: {name} is in none of the folder's safetensors files")
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.empty(shape).normal_(0.0, self.std, generator=generator)
+
+
+def _safetensors_index(folder: Path) -> dict[str, Path]:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: folder / Path(file).name for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise ConfigError(
+            f"model.pretrained ({folder}) has no model.safetensors; other formats are not read, "
+            "since loading them can run code"
+        )
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
