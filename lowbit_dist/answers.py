@@ -65,7 +65,7 @@ def explained(section: type[BaseModel], error: dict[str, Any], prefix: tuple[str
     }
     if kind in limits:
         key, rule = limits[kind]
-        limit = plain(context[key])
+        limit = f"{context[key]:g}" if isinstance(context[key], float) else str(context[key])
         instead = (
             f"write {limit} or {'more' if key == 'ge' else 'less'}"
             if key in ("ge", "le")

@@ -45,7 +45,7 @@ def _clean_text(value: str) -> str:
     if not value.strip():
         raise _rule("must not be empty")
     if not value.isprintable():
-        raise _rule("must be printable text without control characters")
+        raise _rule("must be printable text: no control characters, no blank but the space")
     return value
 
 
@@ -443,9 +443,9 @@ class RunConfig(Section):
         """`section.field: mine -> other's` for each field that must stay the same for a run to go on."""
         mine, others = self.flat(), other.flat()
         return [
-            f"{name}: {plain(mine.get(name))} -> {plain(others.get(name))}"
+            f"{name}: {plain(mine.get(name, 'absent'))} -> {plain(others.get(name, 'absent'))}"
             for name in dict.fromkeys((*mine, *others))
-            if mine.get(name) != others.get(name) and not name.startswith(CHANGEABLE)
+            if mine.get(name, ...) != others.get(name, ...) and not name.startswith(CHANGEABLE)
         ]
 
 
