@@ -10,11 +10,14 @@ What makes the bytes equal everywhere, and must stay:
   guess may be an approximate one;
 * bfloat16 is converted by integer arithmetic: the interpreter's own casts truncate and lose subnormals.
 
-A program works on `BLOCKS_PER_PROGRAM` blocks of 256 elements. In the kernels for codes a block is four planes
+A program works on a few blocks of 256 elements. In the kernels for codes a block is four planes
 of 64: lane i of the Philox call j rounds element j + 64 * i, in whichever bits of which byte its code lies.
 
 Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 """
+
+# Triton gives the parameters of kernels their types when it compiles them.
+# mypy: disable-error-code="no-untyped-def"
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -35,7 +38,9 @@ from lowbit_dist.ops.reference import (
     Moments,
 )
 
-BLOCKS_PER_PROGRAM = 8  # a power of two
+# Blocks per program, powers of two: twice as many elements per thread would need twice the registers.
+CODE_BLOCKS = 8
+WEIGHT_BLOCKS = 4
 
 # A kernel reads globals of this type only.
 _LARGEST_STEP = tl.constexpr(LARGEST_STEP)
@@ -198,7 +203,9 @@ def _rounded_step(level, step, random, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 # Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16).
-@triton.jit(do_not_specialize=["n_blocks", "first_block", "offset", "blocks_per_scale", "seed", "step", "tensor"])
+@triton.jit(
+    do_not_specialize=["n_blocks", "first_block", "offset", "blocks_per_scale", "seed", "step", "tensor"]
+)
 def _adamw_codes(
     codes_ptr, scale_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n_flips_ptr,
     n_blocks, first_block, offset, blocks_per_scale, seed, step, tensor,
@@ -236,9 +243,9 @@ def _adamw_codes(
         v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
 
     old = _load_codes(codes_ptr, block, j, mask, BITS)
-    new = ()
-    ms = ()
-    vs = ()
+    new = ()  # type: tuple[Tensor, ...]
+    ms = ()  # type: tuple[Tensor, ...]
+    vs = ()  # type: tuple[Tensor, ...]
     largest_m = tl.zeros([BLOCKS, 64], tl.float32)
     largest_v = tl.zeros([BLOCKS, 64], tl.float32)
     n_flips = tl.zeros([BLOCKS, 64], tl.int32)
@@ -251,8 +258,8 @@ def _adamw_codes(
         if QUANTISED:
             largest_m = tl.maximum(largest_m, tl.abs(m))
             largest_v = tl.maximum(largest_v, v)
-            ms = ms + (m,)
-            vs = vs + (v,)
+            ms += (m,)
+            vs += (v,)
         else:
             _store(m_ptr + at, m, mask)
             _store(v_ptr + at, v, mask)
@@ -260,7 +267,7 @@ def _adamw_codes(
         levels = -(levels_per_update * update) - decay * level.to(tl.float32)
         code = _rounded_step(level, levels, random[i], LOW, HIGH) - LOW
         n_flips += ((code != old[i]) & mask).to(tl.int32)
-        new = new + (code,)
+        new += (code,)
     _store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
     tl.atomic_add(n_flips_ptr, tl.sum(n_flips).to(tl.int64), sem="relaxed")
 
@@ -275,7 +282,7 @@ def _adamw_codes(
             tl.store(v_ptr + at, _quantised_v(vs[i], v_inverse[:, None]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _adamw_weights(
     weight_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n,
     grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, keep,
@@ -359,19 +366,19 @@ def adamw_codes_(
     first_block: int,
     blocks_per_scale: int,
 ) -> Tensor:  # [1] int64
-    """One AdamW step on packed codes, each rounded stochastically to the grid; the number of codes it changed."""
+    """One AdamW step on packed codes, rounded stochastically to the grid; how many codes changed."""
     n_blocks = codes.numel() // grid.bytes_per_block
     n_flips = torch.zeros(1, dtype=torch.int64, device=codes.device)
     if n_blocks == 0:
         return n_flips
     scale, offset, blocks_per_scale = _scales_of_shard(scale, n_blocks, first_block, blocks_per_scale)
     with _on(codes.device):
-        _adamw_codes[_programs(n_blocks)](
+        _adamw_codes[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
             codes, scale, grad, moments.m, moments.v, moments.m_scale, moments.v_scale, n_flips,
             n_blocks, first_block, offset, blocks_per_scale, _signed(now.seed), now.step, tensor,
             *_factors(now), now.lr, now.decay,
             LOW=grid.low, HIGH=grid.high, BITS=grid.bits, ONE_SCALE=scale.numel() == 1,
-            QUANTISED=moments.m_scale is not None, BLOCKS=BLOCKS_PER_PROGRAM,
+            QUANTISED=moments.m_scale is not None, BLOCKS=CODE_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return n_flips
@@ -389,10 +396,10 @@ def adamw_weights_(
     if n == 0:
         return
     with _on(weight.device):
-        _adamw_weights[_programs(triton.cdiv(n, BLOCK))](
+        _adamw_weights[(triton.cdiv(n, WEIGHT_BLOCKS * BLOCK),)](
             weight, grad, moments.m, moments.v, moments.m_scale, moments.v_scale, n,
             *_factors(now), now.lr, 1.0 - now.decay,
-            QUANTISED=moments.m_scale is not None, BLOCKS=BLOCKS_PER_PROGRAM,
+            QUANTISED=moments.m_scale is not None, BLOCKS=WEIGHT_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -412,9 +419,9 @@ def decode(
         return out
     scale, offset, blocks_per_scale = _scales_of_shard(scale, n_blocks, first_block, blocks_per_scale)
     with _on(codes.device):
-        _decode[_programs(n_blocks)](
+        _decode[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
             codes, scale, out, n_blocks, offset, blocks_per_scale,
-            LOW=grid.low, BITS=grid.bits, ONE_SCALE=scale.numel() == 1, BLOCKS=BLOCKS_PER_PROGRAM,
+            LOW=grid.low, BITS=grid.bits, ONE_SCALE=scale.numel() == 1, BLOCKS=CODE_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -427,16 +434,12 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int6
     if n_blocks == 0:
         return counts
     with _on(codes.device):
-        _code_counts[_programs(n_blocks)](
+        _code_counts[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
             codes, counts, n_blocks,
-            N_LEVELS=grid.n_levels, BITS=grid.bits, BLOCKS=BLOCKS_PER_PROGRAM,
+            N_LEVELS=grid.n_levels, BITS=grid.bits, BLOCKS=CODE_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return counts
-
-
-def _programs(n_blocks: int) -> tuple[int]:
-    return (triton.cdiv(n_blocks, BLOCKS_PER_PROGRAM),)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -447,7 +450,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 def _scales_of_shard(
     scale: Tensor, n_blocks: int, first_block: int, blocks_per_scale: int
 ) -> tuple[Tensor, int, int]:
-    """(scales that the shard's blocks need, place of its first block under the first of them, blocks under each).
+    """(the scales of the shard's blocks, its first block's place under the first of them, blocks under each).
 
     The numbers are small enough for 32-bit division, which a GPU does several times faster.
     """
