@@ -1,0 +1,22 @@
+"""Token data: documents become hashed MDS shards, and shards become batches whose order is a pure function.
+
+`prepare` writes a folder: `manifest.json` (written last: its presence says complete), `tokenizer/`, and
+`train/` and `val/`, each an MDS dataset of one column, `tokens`.
+
+1. Documents are read and tokenised in parallel (Ray Data), in the order of the input.
+2. A hash of a document's text puts it into train or val, so equal documents fall on one side.
+3. Each side is one stream, `<s> document </s> <s> document </s> ...`, cut into samples of `seq_len` tokens.
+   What is left at its end, less than a sample, is dropped and counted.
+
+`Batches` gives the samples back.  Sample number `s` counts over all epochs; the place it is read from is a
+function of (seed, s) alone.  So there is no iterator to save, any number of workers reads the same batches,
+and each epoch is a permutation: shards are permuted, then samples are shuffled inside a window of shards,
+which keeps reading local.  Shards are read one by one through Streaming's reader; its `StreamingDataset` is
+not used, for it refuses a second run on the same folder and ties a host's processes by shared memory.
+"""
+
+from lowbit_dist.data.manifest import Manifest, Split, check, read_manifest
+from lowbit_dist.data.reading import Batches, Order
+from lowbit_dist.data.writing import prepare
+
+__all__ = ["Batches", "Manifest", "Order", "Split", "check", "prepare", "read_manifest"]
