@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist import ops
-
 WeightTransform = Callable[[Tensor], Tensor]
 
 # The linears of a LLaMA block whose inputs no RMSNorm precedes; SubLN (as in BitNet) adds one there.

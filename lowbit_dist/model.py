@@ -88,7 +88,9 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from lowbit_dist.linear import Linear
 
-    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Linear))
+    yield from (
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Linear)
+    )
 
 
 def _is_head(model: nn.Module, name: str) -> bool:

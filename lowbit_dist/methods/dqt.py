@@ -24,11 +24,15 @@ RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int
 class DQT(MethodOptions):
     name: Literal["dqt"] = "dqt"
     grid: Literal["ternary", "int2", "int3", "int4", "int8"] = "ternary"
-    tensors: Literal["linears", "all"] = "linears"  # all: embeddings, head and norm gains too, as the released code does
+    tensors: Literal["linears", "all"] = (
+        "linears"  # all: embeddings, head and norm gains too, as the released code does
+    )
     scale: Literal["absmean", "absmax", "rms"] = "absmean"
     granularity: Literal["tensor", "row"] = "tensor"
     activation_bits: Literal[8] | None = 8
-    sub_norms: bool = False  # RMSNorm before o_proj and down_proj (SubLN), as in BitNet; llama.cpp's llama has none
+    sub_norms: bool = (
+        False  # RMSNorm before o_proj and down_proj (SubLN), as in BitNet; llama.cpp's llama has none
+    )
     low_bit: ClassVar[bool] = True
 
     @property

@@ -1,0 +1,387 @@
+"""Checkpoints: packed codes, scales, moments and ordinary weights, published whole or not at all.
+
+A checkpoint is a folder `checkpoints/step-N` of
+    shard-RRRRR.safetensors   what worker R holds of every tensor: `NAME/codes` or `NAME/weight`, the moments `NAME/m`, `NAME/v`
+                              (with `NAME/m_scale`, `NAME/v_scale` if 8-bit); worker 0 adds each `NAME/scale` (float16)
+    manifest.json             the run's configuration and position, every tensor's shape, who holds which elements, SHA-256 of files
+
+Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each worker writes its file
+and a small note about it into a folder of a temporary name; worker 0 collects the notes, writes the manifest, flushes all to the disk
+and renames the folder last.  Loading executes nothing: safetensors and JSON.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.grid import BLOCK, GRIDS, Grid
+from lowbit_dist.methods import METHODS
+from lowbit_dist.packed import PackedTensor
+from lowbit_dist.zero import Shard
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATES = ("m", "v", "m_scale", "v_scale")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: all that is not in the tensors."""
+
+    step: int  # optimizer steps done
+    samples: int  # training samples consumed, over all epochs; the data position
+    tokens: int
+    skipped_steps: int = 0
+    mlflow_run_id: str | None = None
+
+
+# ------------------------------------------------------------------ writing
+
+
+def save(
+    run_dir: Path,
+    shards: Sequence[Shard],
+    position: Position,
+    config: RunConfig,
+    *,
+    rank: int,
+    world: int,
+    facts: dict[
+        str, Any
+    ],  # what a reader must know beside the configuration: vocabulary size, tokenizer hash
+    timeout: float = 600.0,
+) -> Path:
+    """Write this worker's part; on worker 0, publish the checkpoint and return when it is safely on disk.
+
+    Every worker calls this with the same `position`; the caller's barrier keeps the others from running ahead.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{position.step}"
+    partial = folder / f".step-{position.step}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    _write_shard(partial, shards, rank)
+    if rank == 0:
+        notes = _collect(partial, world, timeout)
+        manifest = {
+            "format": FORMAT,
+            **position.__dict__,
+            **facts,
+            "config": config.to_dict(),
+            "tensors": {
+                shard.name: {"shape": list(shard.shape), "grid": shard.grid.name if shard.grid else None}
+                for shard in shards
+            },
+            "files": {note["file"]: {k: note[k] for k in ("sha256", "bytes", "holds")} for note in notes},
+        }
+        _write_synced(partial / MANIFEST, json.dumps(manifest).encode())
+        for note in partial.glob("*.note"):
+            note.unlink()
+        _publish(partial, final)
+        _write_synced(run_dir / ".latest", final.name.encode())
+        (run_dir / ".latest").rename(run_dir / "latest")
+        _sync_folder(run_dir)
+        _prune(folder, config.train.keep_last)
+    return final
+
+
+def _write_shard(partial: Path, shards: Sequence[Shard], rank: int) -> None:
+    tensors: dict[str, Tensor] = {}
+    holds: dict[str, list[int]] = {}
+    for shard in shards:
+        if rank == 0 and shard.scale is not None:
+            tensors[f"{shard.name}/scale"] = shard.scale.half()
+        if not shard.numel:
+            continue
+        holds[shard.name] = [shard.start, shard.numel]
+        stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
+        stored |= {key: getattr(shard.moments, key) for key in STATES}
+        for key, value in stored.items():
+            if value is not None:
+                tensors[f"{shard.name}/{key}"] = value.detach().cpu().contiguous()
+    file = partial / f"shard-{rank:05}.safetensors"
+    save_file(tensors, file)
+    _sync_file(file)
+    note = {"file": file.name, "sha256": _sha256(file), "bytes": file.stat().st_size, "holds": holds}
+    _write_synced(partial / f"{rank:05}.tmp", json.dumps(note).encode())
+    (partial / f"{rank:05}.tmp").rename(partial / f"{rank:05}.note")
+
+
+def _collect(partial: Path, world: int, timeout: float) -> list[dict[str, Any]]:
+    """Every worker's note; workers write side by side, so worker 0 waits for the slowest."""
+    deadline = time.monotonic() + timeout
+    paths = [partial / f"{rank:05}.note" for rank in range(world)]
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline:
+            missing = [path.stem for path in paths if not path.exists()]
+            raise RuntimeError(
+                f"workers {missing} did not write their part of {partial} within {timeout:.0f} s"
+            )
+        time.sleep(0.01)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def _publish(partial: Path, final: Path) -> None:
+    _sync_folder(partial)
+    if final.exists():  # a run that went back to an older checkpoint writes this step again
+        stale = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(stale, ignore_errors=True)
+        final.rename(stale)
+        partial.rename(final)
+        shutil.rmtree(stale)
+    else:
+        partial.rename(final)
+    _sync_folder(final.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in _newest_first(folder)[keep:]:
+        shutil.rmtree(path)
+
+
+def clear_partial(run_dir: Path) -> None:
+    """Remove what a killed save left behind; call before training, while nobody writes."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------ finding
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    paths = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def latest(run_dir: Path | str) -> Path | None:
+    """The newest checkpoint of a run that is complete and undamaged; damaged ones are named in a warning."""
+    for path in _newest_first(Path(run_dir) / "checkpoints"):
+        try:
+            problems = Checkpoint.open(path).verify()
+        except ConfigError as error:
+            problems = [str(error)]
+        if not problems:
+            return path
+        log.warning("DAMAGED CHECKPOINT %s is not used: %s", path, "; ".join(problems))
+    return None
+
+
+def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = "runs") -> Path:
+    """The checkpoint folder meant by a run's name, a run's folder or a checkpoint's folder."""
+    for path in (Path(run_or_checkpoint), Path(runs_dir) / run_or_checkpoint):
+        if (path / MANIFEST).exists():
+            return path
+        if (path / "checkpoints").is_dir():
+            found = latest(path)
+            if found is None:
+                raise ConfigError(f"{path} has no usable checkpoint yet")
+            return found
+    raise ConfigError(
+        f"'{run_or_checkpoint}' is neither a run (in {runs_dir}/), a run's folder nor a checkpoint's folder"
+    )
+
+
+# ------------------------------------------------------------------ reading
+
+
+class Checkpoint:
+    """A published checkpoint, read tensor by tensor."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.position = Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Checkpoint":
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            if manifest["format"] != FORMAT:
+                raise ConfigError(
+                    f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}"
+                )
+            return cls(path, manifest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}/{MANIFEST} cannot be read: {error}") from error
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return RunConfig.from_dict(self.manifest["config"], METHODS)
+
+    @property
+    def step(self) -> int:
+        return self.position.step
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor, in canonical order."""
+        return sorted(self.manifest["tensors"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.manifest["tensors"][name]["shape"])
+
+    def grid(self, name: str) -> Grid | None:
+        grid = self.manifest["tensors"][name]["grid"]
+        return None if grid is None else GRIDS[grid]
+
+    def tensor(self, name: str) -> PackedTensor | Tensor:
+        """The whole tensor: packed if it is low-bit, else float32."""
+        shape, grid = self.shape(name), self.grid(name)
+        numel = int(torch.Size(shape).numel())
+        if grid is None:
+            return self.slice(name, "weight", 0, numel).view(shape)
+        return PackedTensor(self.slice(name, "codes", 0, numel), self.scale(name), grid, shape)
+
+    def scale(self, name: str) -> Tensor:
+        for file in self.manifest["files"]:
+            with safe_open(self.path / file, "pt") as opened:
+                if f"{name}/scale" in opened.keys():  # noqa: SIM118  (not a mapping)
+                    return opened.get_tensor(f"{name}/scale").float()
+        raise ConfigError(f"{self.path} has no scale of {name}")
+
+    def slice(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        """What stands for elements [start, start + numel) of a tensor under `key`, from whichever files hold them."""
+        grid, parts, at = self.grid(name), [], start
+        holders = sorted(
+            (info["holds"][name][0], info["holds"][name][1], file)
+            for file, info in self.manifest["files"].items()
+            if name in info["holds"]
+        )
+        for held_from, held, file in holders:
+            end = min(held_from + held, start + numel)
+            if held_from <= at < end:
+                first, last = (_offset(key, grid, element - held_from) for element in (at, end))
+                with safe_open(self.path / file, "pt") as opened:
+                    parts.append(opened.get_slice(f"{name}/{key}")[first:last])
+                at = end
+        if at != start + numel:
+            raise ConfigError(f"{self.path} lacks elements {at:,} to {start + numel:,} of {name}")
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def load_into(self, shards: Sequence[Shard]) -> None:
+        """Fill a worker's shards, of any number of workers, with exactly what was saved; then `engine.refresh`."""
+        self.check_fits(shards)
+        for shard in shards:
+            if not shard.numel:
+                continue
+            where = (shard.start, shard.numel)
+            if shard.codes is not None:
+                shard.codes.copy_(self.slice(shard.name, "codes", *where))
+                assert shard.scale is not None, f"{shard.name} has codes without a scale"
+                shard.scale.copy_(self.scale(shard.name))
+            else:
+                assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
+                shard.weight.copy_(self.slice(shard.name, "weight", *where))
+            for key in STATES:
+                state = getattr(shard.moments, key)
+                if state is not None:
+                    state.copy_(self.slice(shard.name, key, *where))
+
+    def check_fits(self, shards: Sequence[Shard]) -> None:
+        """ConfigError naming the first tensor that differs, unless this is a checkpoint of the same model and grid."""
+        mine = {s.name: (list(s.shape), s.grid.name if s.grid else None) for s in shards}
+        theirs = {name: (t["shape"], t["grid"]) for name, t in self.manifest["tensors"].items()}
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"{self.path} is a checkpoint of another model: {name} is {theirs.get(name, 'absent')} there "
+                    f"(shape, grid), {mine.get(name, 'absent')} here; choose another run.name"
+                )
+
+    def digest(self) -> str:
+        """SHA-256 over all weights: names in order, each with its int8 levels and float32 scale, or its float32 values.
+
+        Independent of the number of workers, the residency and the packing: two runs are equal when their digests are.
+        """
+        sha = hashlib.sha256()
+        for name in self.names:
+            sha.update(name.encode())
+            tensor = self.tensor(name)
+            parts = (tensor.levels(), tensor.scale) if isinstance(tensor, PackedTensor) else (tensor,)
+            for part in parts:
+                sha.update(part.contiguous().view(-1).numpy().tobytes())
+        return sha.hexdigest()
+
+    def components(self) -> dict[str, int]:
+        """Bytes on disk of each kind of content; `overhead` is file headers and the manifest."""
+        kinds = {"codes": "low_bit_weights", "scale": "scales", "weight": "other_weights"}
+        sizes = dict.fromkeys(
+            ("low_bit_weights", "scales", "other_weights", "optimizer_states", "overhead"), 0
+        )
+        total = (self.path / MANIFEST).stat().st_size
+        for file in self.manifest["files"]:
+            total += (self.path / file).stat().st_size
+            for key, size in _tensor_sizes(self.path / file):
+                sizes[kinds.get(key.rpartition("/")[2], "optimizer_states")] += size
+        sizes["overhead"] = total - sum(sizes.values())
+        return sizes
+
+    def verify(self) -> list[str]:
+        """What is wrong with the files; nothing if each is whole and has the hash that the manifest gives."""
+        problems = []
+        for file, info in self.manifest["files"].items():
+            path = self.path / file
+            if not path.exists():
+                problems.append(f"{file} is missing")
+            elif path.stat().st_size != info["bytes"]:
+                problems.append(f"{file} has {path.stat().st_size:,} bytes instead of {info['bytes']:,}")
+            elif _sha256(path) != info["sha256"]:
+                problems.append(f"{file} does not have the SHA-256 of the manifest")
+        return problems
+
+
+def _offset(key: str, grid: Grid | None, element: int) -> int:
+    """Where element number `element` of a shard stands in the stored tensor `key`."""
+    if key == "codes":
+        assert grid is not None, "only low-bit tensors have codes"
+        return -(-element // BLOCK) * grid.bytes_per_block
+    return -(-element // BLOCK) if key.endswith("_scale") else element
+
+
+def _tensor_sizes(path: Path) -> Iterator[tuple[str, int]]:
+    """Each tensor's name and bytes, from a safetensors header (8 bytes of length, then JSON)."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for key, info in header.items():
+        if key != "__metadata__":
+            first, last = info["data_offsets"]
+            yield key, last - first

@@ -1,0 +1,23 @@
+"""DeepSpeed ZeRO with packed low-bit shards: the only package that knows DeepSpeed.
+
+Under stage 3 a low-bit weight is an ordinary `nn.Parameter` whose shard (`ds_tensor`) IS its packed codes.
+DeepSpeed's hooks gather, release, bucket and accumulate; overridden is only what a shard is made of:
+
+* `shards.Partitioner` (DeepSpeed's `zero.Init`) cuts each parameter into shards as soon as it has a value, on
+  borders of 256 elements, and gathers packed bytes, decoded when the layer that needs them runs.
+* `stage3.PackedZero3` (DeepSpeed's stage-3 optimizer) keeps no full-precision partition of low-bit parameters,
+  sums gradients instead of averaging them, and updates every shard in place with `lowbit_dist.ops`.
+* `stock` runs latent-weight methods on DeepSpeed's own stages 0 to 2 (on stage 3 they share the classes above).
+* `contract` names the private methods that this depends on, and checks them when a run starts.
+
+What makes a run independent of the number of workers: shards end on block borders, gradients are summed over
+micro-batches and workers and divided once, the gradient norm is a sum of integers, and random bits are a
+function of position.
+"""
+
+from lowbit_dist.zero.contract import check_deepspeed
+from lowbit_dist.zero.engine import Engine
+from lowbit_dist.zero.shards import Shard
+from lowbit_dist.zero.stage3 import Update
+
+__all__ = ["Engine", "Shard", "Update", "check_deepspeed"]

@@ -1,0 +1,50 @@
+"""What of DeepSpeed's private interface packed ZeRO-3 depends on, checked when a run starts."""
+
+import inspect
+import os
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+DEEPSPEED_VERSION = "0.19.8"
+# Private methods overridden or called below, with the parameters they must have ("args, kwargs": DeepSpeed's own
+# tracing decorator hides them).
+CONTRACT: tuple[tuple[type, str, str], ...] = (
+    (Init, "_padding_size", "self, param"),
+    (Init, "_aligned_size", "self, param"),
+    (Init, "_convert_to_deepspeed_param", "self, param"),
+    (Init, "_all_gather", "args, kwargs"),
+    (Init, "_partition_param", "args, kwargs"),
+    (Stage3, "_get_parameter_partitions", "self"),
+    (Stage3, "_set_fp16_partitioned_groups_flat", "self"),
+    (Stage3, "_create_fp32_partitions", "self"),
+    (Stage3, "initialize_optimizer_states", "self"),
+    (Stage3, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", "args, kwargs"),
+    (Stage3, "_pre_step", "self"),
+    (Stage3, "_partition_all_parameters", "args, kwargs"),
+    (Stage3, "zero_grad", "args, kwargs"),
+    (Stage3, "step", "args, kwargs"),
+    (DeepSpeedEngine, "_configure_zero_optimizer", "self, optimizer"),
+)
+
+
+def check_deepspeed() -> None:
+    """RuntimeError naming what moved, unless DeepSpeed is the version this file was written against."""
+    if deepspeed.__version__ != DEEPSPEED_VERSION:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} is installed; packed ZeRO-3 overrides private methods of "
+            f"{DEEPSPEED_VERSION}: pip install deepspeed=={DEEPSPEED_VERSION}"
+        )
+    for owner, name, expected in CONTRACT:
+        method = getattr(owner, name, None)
+        found = None if method is None else ", ".join(inspect.signature(method).parameters)
+        if found != expected:
+            raise RuntimeError(
+                f"DeepSpeed's {owner.__name__}.{name} takes ({found}), packed ZeRO-3 expects ({expected})"
+            )

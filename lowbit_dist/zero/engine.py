@@ -1,0 +1,252 @@
+"""A model under ZeRO: the interface of the training loop."""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero import stage3
+from torch import Tensor, nn
+
+from lowbit_dist import ops
+from lowbit_dist.config import RunConfig
+from lowbit_dist.methods import Method
+from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
+from lowbit_dist.zero.shards import Initial, Partitioner
+from lowbit_dist.zero.stage3 import PackedZero3, Update
+from lowbit_dist.zero.stock import AdamW, Stock, materialize
+
+
+class Engine:
+    """A model under ZeRO: `backward` on each micro-batch, then `update` once a step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,  # on the meta device, from `model.build`
+        method: Method,
+        initial: Initial,
+        low_bit: Sequence[str],  # names of the parameters that exist only as codes
+    ):
+        check_deepspeed()
+        _init_comm()
+        self.config = config
+        self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        self.device = _device()
+        self.micro_batches = config.micro_batches
+        if config.train.activation_checkpointing:
+            model.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        self.numels = {name: p.numel() for name, p in model.named_parameters()}
+        self.low_bit = sorted(low_bit)
+        stage = 3 if config.zero.stage is None else config.zero.stage
+        settings = deepspeed_settings(config, model, stage, self.world)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        if stage == 3:
+            self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
+            quantize = dict.fromkeys(low_bit, method.quantize) if method.low_bit else {}  # type: ignore[union-attr]
+            self._partitioner.adopt(model, initial, quantize)
+        else:
+            materialize(model, initial, self.device, dtype)
+        groups = _parameter_groups(model)
+        optimizer = _Unused(groups) if stage == 3 else AdamW(groups, config)
+        stage3_class = partial(PackedZero3, accumulation=accumulation_dtype(config, self.world))
+        self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
+        self.module: nn.Module = self._engine.module
+        self._stock: Stock | None = None
+        if isinstance(optimizer, AdamW):
+            self._stock = Stock(self._engine, optimizer, stage)
+            self.shards = self._stock.shards
+        else:
+            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels))
+
+    # ---- the step
+
+    def forward(
+        self, tokens: Tensor
+    ) -> Tensor:  # [micro_batch, seq_len] int64 -> mean negative log-likelihood, nats
+        """Loss without gradients, in evaluation mode."""
+        self._engine.eval()
+        with torch.no_grad():
+            loss = self._engine(input_ids=tokens, labels=tokens).loss
+        self._engine.train()
+        return loss.detach()
+
+    def backward(
+        self, tokens: Tensor
+    ) -> Tensor:  # [micro_batch, seq_len] int64 -> mean negative log-likelihood, nats
+        """Forward and backward of one micro-batch; gradients are added to the step's sum."""
+        loss = self._engine(input_ids=tokens, labels=tokens).loss
+        if self._stock is None:
+            self._engine.backward(loss, scale_wrt_gas=False)
+        else:
+            self._engine.backward(loss)
+        self._last = loss.detach()
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch
+        return self._last
+
+    def update(self, *, step: int, lr: float, weight_decay: float) -> Update:
+        """One AdamW step with the mean gradient of the step's micro-batches, clipped to `train.clip_norm`."""
+        optimizer = self.config.optimizer
+        now = ops.AdamWStep(
+            lr=lr,
+            beta1=optimizer.betas[0],
+            beta2=optimizer.betas[1],
+            eps=optimizer.eps,
+            weight_decay=weight_decay,
+            step=step,
+            seed=self.config.run.seed,
+        )
+        if self._stock is None:
+            self._engine.optimizer.now = now
+            self._engine.step()
+            return self._engine.optimizer.last_update
+        self._stock.optimizer.now = now
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return Update(None if norm is None else float(norm), flips=0, skipped=False)
+
+    def refresh(self) -> None:
+        """Make the forward pass see shards that were changed from outside (by loading); on every worker."""
+        (self._engine.optimizer if self._stock is None else self._stock).refresh()
+
+    # ---- what is resident
+
+    def gradients(self) -> list[Tensor]:
+        """Tensors that hold gradients between steps."""
+        if self._stock is None:
+            return [self._engine.optimizer.grad_partitions_flat_buffer]
+        return self._stock.gradients()
+
+    def forward_weights(self) -> list[Tensor]:
+        """Resident weights of the compute precision (in float32 the same storages as those of `shards`)."""
+        if self._stock is None:
+            return [p.ds_tensor for p in self.module.parameters() if not hasattr(p, "packed")]  # type: ignore[attr-defined]
+        return [p.data for p in self.module.parameters()]
+
+    def resident_codes(self) -> list[Tensor]:
+        """The packed bytes that this worker keeps between steps."""
+        return [p.packed.resident for p in self.module.parameters() if hasattr(p, "packed")]  # type: ignore[union-attr]
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Packed bytes that this worker received in gathers since the start."""
+        return self._partitioner.gathered_bytes if self._stock is None else 0
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks, so that another engine can be made in this process."""
+        self._engine.destroy()
+
+
+class _DeepSpeedEngine(DeepSpeedEngine):
+    """DeepSpeed's engine, with our class in the place of its stage-3 optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        stage3_class: Callable[..., Any],
+    ):
+        object.__setattr__(self, "_stage3_class", stage3_class)  # nn.Module is not initialised yet
+        super().__init__(
+            args=None,
+            model=model,
+            optimizer=optimizer,
+            config=settings,
+            config_class=DeepSpeedConfig(settings),
+            dont_change_device=False,
+        )
+
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        # It is imported beside the class replaced here and derives from it, so it must be imported before.
+        importlib.import_module("deepspeed.runtime.superoffload.superoffload_stage3")
+        with patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", self._stage3_class):
+            return super()._configure_zero_optimizer(optimizer)
+
+
+def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from the model, so that a user never meets it."""
+    largest = max(p.numel() for p in model.parameters())
+    block = block_numel(model)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available() and world > 1}
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,  # every parameter is a shard
+            "stage3_max_reuse_distance": 0,  # else decoded weights stay alive from forward to backward
+            "stage3_max_live_parameters": 2 * block,
+            "stage3_prefetch_bucket_size": block,  # packed bytes only: decoding waits for the layer
+            "reduce_bucket_size": block,
+            "contiguous_gradients": False,  # else a dense bucket is allocated for good
+            "sub_group_size": 10**15,  # shards are updated one by one anyway
+        }
+    elif stage > 0:
+        zero |= {"reduce_bucket_size": max(block, largest), "allgather_bucket_size": max(block, largest)}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.micro_batches // world,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+        "gradient_clipping": 0.0 if stage == 3 else config.train.clip_norm,
+    }
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        if stage == 0:
+            settings["data_types"] = {"grad_accum_dtype": "bf16"}  # the only one that stage 0 supports
+    return settings
+
+
+def block_numel(model: nn.Module) -> int:
+    """Parameters of the largest transformer block: the unit in which dense weights are alive."""
+    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    return max((sum(p.numel() for p in layer.parameters()) for m in blocks for layer in m), default=1)
+
+
+def accumulation_dtype(config: RunConfig, world: int) -> torch.dtype:
+    """float64 sums of float32 gradients are exact in practice, hence the same in any order; bf16 gradients are
+    summed in float32, and kept as they are when a worker sees one micro-batch a step."""
+    if config.train.reproducible:
+        return torch.float64
+    one_each = config.micro_batches == world
+    return torch.bfloat16 if config.precision == "bf16" and one_each else torch.float32
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Low-bit parameters apart from the others, as DeepSpeed's sub-groups must be of one kind."""
+    parameters = list(model.parameters())
+    packed = [p for p in parameters if hasattr(p, "packed")]
+    ordinary = [p for p in parameters if not hasattr(p, "packed")]
+    return [{"params": group} for group in (ordinary, packed) if group]
+
+
+class _Unused(torch.optim.Optimizer):
+    """Carries the parameter groups that DeepSpeed reads; `PackedZero3` updates shards itself."""
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        super().__init__(groups, {"lr": 0.0})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        raise RuntimeError("packed ZeRO-3 updates its shards without a torch optimizer")
+
+
+def _device() -> torch.device:
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _init_comm() -> None:
+    """Attach DeepSpeed to the process group that the launcher made."""
+    if not dist.is_initialized():
+        raise RuntimeError("the process group must be initialised before the engine")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # An optional shared-memory collective that DeepSpeed would compile for a minute; gloo needs no help.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,217 @@
+"""DeepSpeed's stage-3 optimizer over shards: no full-precision partition of low-bit parameters, one exact update in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from lowbit_dist import ops
+from lowbit_dist.config import RunConfig
+from lowbit_dist.grid import BLOCK
+from lowbit_dist.zero.shards import Shard
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did, over all workers."""
+
+    grad_norm: float | None  # before clipping, of the mean gradient; None where DeepSpeed does not tell
+    flips: int  # codes that changed
+    skipped: bool  # the gradient was not finite: nothing was changed
+
+
+class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
+    """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters."""
+
+    now: ops.AdamWStep  # set before each step
+    last_update: Update
+    shards: list[Shard]
+    params: list[Any]  # the parameters of `shards`
+
+    def __init__(self, *args: Any, accumulation: torch.dtype, **kwargs: Any):
+        kwargs["gradient_accumulation_dtype"] = accumulation
+        super().__init__(*args, **kwargs)
+
+    # ---- shards instead of partitions
+
+    def _get_parameter_partitions(self) -> list[Tensor]:
+        ordinary = [p.ds_tensor for group in self.fp16_groups for p in group if not hasattr(p, "packed")]
+        return ordinary or [torch.empty(0, dtype=self.dtype, device=self.device)]  # method.tensors: all
+
+    def _set_fp16_partitioned_groups_flat(self) -> None:
+        offset = 0
+        for group in self.fp16_groups:
+            n = sum(p.partition_numel() for p in group)
+            if hasattr(group[0], "packed"):
+                self.fp16_partitioned_groups_flat.append(torch.zeros(1, dtype=torch.uint8).expand(n))
+            else:
+                self.fp16_partitioned_groups_flat.append(self.lp_param_buffer.narrow(0, offset, n))
+                offset += n
+
+    def _create_fp32_partitions(self) -> None:
+        for i, flat in enumerate(self.fp16_partitioned_groups_flat):
+            if hasattr(self.fp16_groups[i][0], "packed"):
+                # DeepSpeed needs a tensor of this shape as a key; one element of storage stands for all of them.
+                whole = torch.zeros(1, dtype=torch.float32, device=self.device).expand(flat.numel())
+            else:  # in float32 the shard is its own master copy
+                whole = flat.detach() if flat.dtype == torch.float32 else flat.float()
+            whole.ds_id = str(self.fp16_partitioned_groups_flat_id[i][0])  # type: ignore[attr-defined]
+            whole.requires_grad = True
+            self.fp32_partitioned_groups_flat.append(whole)
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+
+    def initialize_optimizer_states(self) -> None:
+        """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
+
+    def make_shards(self, config: RunConfig, names: Sequence[str]) -> list[Shard]:
+        """Every parameter's shard on this worker, in DeepSpeed's order."""
+        self.clip_norm = config.train.clip_norm
+        self.micro_batches = config.micro_batches
+        self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
+        self.shards, self.params = [], []
+        for group, master in zip(self.fp16_groups, self.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for p in group:
+                self.params.append(p)
+                self.shards.append(_shard(p, master, offset, config.optimizer.states))
+                offset += p.partition_numel()
+        return self.shards
+
+    def refresh(self) -> None:
+        """Make the forward pass see what `shards` now hold."""
+        for param, shard in zip(self.params, self.shards, strict=True):
+            if hasattr(param, "packed"):
+                param.packed.complete = False
+            elif param.ds_tensor.dtype != torch.float32:
+                assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
+                param.ds_tensor[: shard.numel].copy_(shard.weight)
+
+    # ---- gradients
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
+        self, params_to_reduce: list[Any], communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """This worker's part of the SUM over workers of each gradient (division comes once, in `step`).
+
+        DeepSpeed divides by the number of workers first and cuts at ceil(numel / workers): the first leaves residues where
+        the exact sum is zero, the second misses the block borders.
+        """
+        world = dist.get_world_size()
+        if world == 1:
+            return [p.grad.reshape(-1).to(self.gradient_accumulation_dtype) for p in params_to_reduce]
+        # Reproducible sums travel as float64 too; otherwise the wire carries the compute precision.
+        wire = (
+            torch.float64
+            if self.gradient_accumulation_dtype == torch.float64
+            else params_to_reduce[0].grad.dtype
+        )
+        sizes = [p.partition_numel() for p in params_to_reduce]
+        rows = torch.empty(world, sum(sizes), dtype=wire, device=params_to_reduce[0].grad.device)
+        offset = 0
+        for p, size in zip(params_to_reduce, sizes, strict=True):
+            rows[:, offset : offset + size] = nn.functional.pad(
+                p.grad.reshape(-1), (0, world * size - p.ds_numel)
+            ).view(world, size)
+            offset += size
+        mine = torch.empty_like(rows[0])
+        dist.reduce_scatter_tensor(mine, rows.view(-1))
+        return list(mine.to(self.gradient_accumulation_dtype).split(sizes))
+
+    def _gradients(self) -> list[Tensor]:
+        """Each shard's summed gradient, without padding."""
+        partitions = [g for i in range(len(self.fp16_groups)) for g in self.averaged_gradients[i]]
+        return [g[: shard.numel] for g, shard in zip(partitions, self.shards, strict=True)]
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Clip, then update every shard in place; a gradient that is not finite changes nothing."""
+        self._pre_step()
+        self._partition_all_parameters()
+        gradients = self._gradients()
+        norm = global_norm(gradients) / self.micro_batches
+        self.overflow = not torch.isfinite(norm).item()
+        self._global_grad_norm = norm
+        flips = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if not self.overflow:
+            clip = min(1.0, self.clip_norm / (norm.item() + 1e-6)) if self.clip_norm else 1.0
+            now = replace(self.now, grad_scale=clip / self.micro_batches)
+            for shard, gradient in zip(self.shards, gradients, strict=True):
+                if shard.numel:
+                    flips += self._update_shard(shard, gradient, now)
+            self.refresh()
+        dist.all_reduce(flips)
+        self.zero_grad(set_to_none=True)
+        self.averaged_gradients = {}
+        self.last_update = Update(norm.item(), int(flips), self.overflow)
+
+    def _update_shard(self, shard: Shard, gradient: Tensor, now: ops.AdamWStep) -> Tensor | int:
+        if gradient.dtype == torch.float64:
+            gradient = gradient.float()
+        if shard.codes is None:
+            assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
+            ops.adamw_weights_(shard.weight, gradient, shard.moments, now=now)
+            return 0
+        assert shard.scale is not None and shard.grid is not None, (
+            f"{shard.name} has codes without scale or grid"
+        )
+        return ops.adamw_codes_(
+            shard.codes,
+            shard.scale,
+            gradient,
+            shard.moments,
+            grid=shard.grid,
+            now=now,
+            tensor=self.tensor_ids[shard.name],
+            first_block=shard.start // BLOCK,
+            blocks_per_scale=shard.blocks_per_scale,
+        )
+
+
+def _shard(param: Any, master: Tensor, offset: int, states: str) -> Shard:
+    n = param.partition_numel()
+    start = n * dist.get_rank()
+    numel = max(0, min(n, param.ds_numel - start))
+    name, shape = param.lowbit_name, tuple(param.ds_shape)
+    moments = ops.Moments.zeros(numel, states, param.ds_tensor.device)
+    if not hasattr(param, "packed"):
+        return Shard(name, shape, start, numel, moments, weight=master.detach()[offset : offset + numel])
+    grid = param.packed.grid
+    codes = param.ds_tensor[: numel // BLOCK * grid.bytes_per_block]
+    return Shard(name, shape, start, numel, moments, grid=grid, codes=codes, scale=param.packed.scale)
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all workers' gradients, float64 [1]: the same bits however the elements are spread over workers.
+
+    Squares are rounded to integers in units of max^2 / 2^k, whose sum does not depend on its order; k leaves room for
+    as many elements as there are, so the error of a sum is below its count in those units.
+    """
+    device = gradients[0].device
+    largest = torch.zeros(1, dtype=torch.float64, device=device)
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    for g in gradients:
+        if g.numel():
+            low, high = torch.aminmax(g)
+            # maximum, unlike max(), keeps a NaN
+            largest = torch.maximum(largest, torch.maximum(-low, high).double())
+            count += g.numel()
+    # gloo's MAX drops NaN; infinity survives it
+    largest = torch.where(torch.isfinite(largest), largest, torch.inf)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(count)
+    if not torch.isfinite(largest).item() or largest.item() == 0.0:
+        return largest
+    unit = 2.0 ** (62 - max(1, int(count.item()) - 1).bit_length())
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    for g in gradients:
+        for chunk in g.split(1 << 20):  # bounds the float64 copies
+            total += (chunk.double() / largest).square_().mul_(unit).round_().long().sum()
+    dist.all_reduce(total)
+    return (total.double() / unit).sqrt() * largest
