@@ -48,6 +48,11 @@ class Position:
     tokens: int
     skipped_steps: int = 0
     mlflow_run_id: str | None = None
+    train_loss: float | None = None  # as last logged
+    # since the last log, so that a resumed run logs what an undisturbed one does
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    flips: int = 0
 
 
 # ------------------------------------------------------------------ writing
