@@ -133,9 +133,18 @@ def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
+    mistakes: list[ConfigError] = []
+
+    def until_mistake() -> Iterator[str]:
+        # The library would report a mistake in the inputs as its own failure.
+        try:
+            yield from sentences
+        except ConfigError as mistake:
+            mistakes.append(mistake)
+
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=sentences,
+            sentence_iterator=until_mistake(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -155,7 +164,9 @@ def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _in_words(str(error), vocab_size) from None
+        raise (mistakes or [_in_words(str(error), vocab_size)])[0] from None
+    if mistakes:
+        raise mistakes[0]
     return model.getvalue()
 
 

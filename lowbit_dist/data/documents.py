@@ -122,7 +122,7 @@ def _kind(path: Path) -> str:
 def _folder(folder: Path) -> list[Part]:
     found = [
         part
-        for path in _walk(folder, lambda name: name.startswith("."))
+        for path in _walk(folder, lambda name: name.startswith(".") or name == "__pycache__")
         if path.stat().st_size
         for part in SOURCES[_kind(path)].parts(str(path))
     ]
