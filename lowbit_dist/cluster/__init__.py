@@ -1,0 +1,30 @@
+"""Launching a run: the only package that knows Ray Train.
+
+`launch` checks everything that can be checked before a worker starts (`checks`), starts Ray on this machine
+or joins the cluster at `RAY_ADDRESS` (`session`), has Ray Train start the workers in one process group
+(`attempts`), which call `lowbit_dist.train` (`worker`), and follows what they write into the run's folder
+(`following`).  Nothing that matters lives in Ray: the configuration travels as a mapping, checkpoints are
+found in the run's folder, so an attempt that fails is simply followed by another one.
+"""
+
+from typing import Any
+
+from lowbit_dist.cluster.attempts import RunFailed, train_until_done
+from lowbit_dist.cluster.checks import alone, check, finished
+from lowbit_dist.cluster.following import Progress
+from lowbit_dist.cluster.session import Stopped, signals_stop
+from lowbit_dist.config import RunConfig
+
+__all__ = ["Progress", "RunFailed", "Stopped", "check", "launch"]
+
+
+def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
+    """Train `config` to its end; its summary.  A run of the same name goes on from its newest checkpoint."""
+    check(config)
+    for remark in config.remarks():
+        progress.say(remark)
+    with alone(config), signals_stop():
+        if (summary := finished(config)) is not None:
+            progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
+            return summary
+        return train_until_done(config, progress)

@@ -1,0 +1,239 @@
+"""Attempts to train a run: worker groups of Ray Train, one after another until one reaches the end.
+
+Attempts are counted here and not by Ray Train (`max_failures=0` below), for three reasons: Ray Train never
+retries an error while the process group is set up, it would retry a user's mistake, and it goes on by name
+with what another launch left.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lowbit_dist.cluster import worker
+from lowbit_dist.cluster.checks import check_workers, gpus_per_worker, newest_checkpoint
+from lowbit_dist.cluster.following import LOG, Follower, Progress
+from lowbit_dist.cluster.session import ray_lives, ray_session
+from lowbit_dist.config import ConfigError, RunConfig
+
+COLLECTIVE_TIMEOUT = 1800  # seconds, for hang_timeout: auto; rank 0 may write a large checkpoint meanwhile
+POLL = 0.2  # seconds
+HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on other machines get too
+
+Work = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class RunFailed(RuntimeError):
+    """The run ended without a result, for another reason than the user's mistake or wish."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str  # one line
+    of_code: bool  # an exception of the program, which would come again, rather than a death from outside
+
+
+def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.train) -> dict[str, Any]:
+    """`work` on every worker, again after each failure, up to `cluster.max_failures`; the run's summary."""
+    # Ray Train's own, on a disk that all machines share, as the run's folder is.
+    storage = config.run_dir / ".ray"
+    shutil.rmtree(storage, ignore_errors=True)
+    follower = Follower(config.run_dir, progress)
+    restarts = 0
+    before: tuple[_Failure, Path | None] | None = None
+    try:
+        with contextlib.ExitStack() as session:
+            session.enter_context(ray_session(progress))
+            settings = _settings(config)
+            while True:
+                n = config.cluster.workers
+                progress.say(f"starting {n} worker{'' if n == 1 else 's'}")
+                outcome = _fit(config, settings, work, storage, follower)
+                if not isinstance(outcome, _Failure):
+                    break
+                now = (outcome, newest_checkpoint(config.run_dir))
+                if restarts == config.cluster.max_failures or (outcome.of_code and now == before):
+                    times = f" after {restarts} restart{'' if restarts == 1 else 's'}" if restarts else ""
+                    raise RunFailed(f"{outcome.text}{times}; see {config.run_dir / LOG}")
+                before = now
+                restarts += 1
+                progress.say(f"{outcome.text}: restart {restarts} of at most {config.cluster.max_failures}")
+                if not ray_lives():
+                    session.close()
+                    session.enter_context(ray_session(progress))
+    finally:
+        follower.read()
+        shutil.rmtree(storage, ignore_errors=True)
+    return _with_restarts(outcome, restarts, config)
+
+
+def _with_restarts(summary: dict[str, Any], restarts: int, config: RunConfig) -> dict[str, Any]:
+    """The workers cannot know how often they were started; the file is theirs, so it is replaced whole."""
+    summary = {**summary, "restarts": restarts}
+    draft = config.run_dir / ".summary.json"
+    draft.write_text(json.dumps(summary, indent=1) + "\n")
+    draft.rename(config.run_dir / "summary.json")
+    return summary
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What every worker is told, once it is known that Ray has room for all of them."""
+    import ray
+
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    place = "the Ray cluster" if os.environ.get("RAY_ADDRESS") else "this machine"
+    check_workers(config, cpus=cpus, gpus=gpus, place=place)
+    return {
+        "config": config.to_dict(),
+        "folder": os.getcwd(),
+        "gpus": gpus_per_worker(config, gpus),
+        "threads": max(1, int(config.cluster.cpus_per_worker)),
+        "log": str(config.run_dir / LOG),
+    }
+
+
+def _fit(
+    config: RunConfig,
+    settings: dict[str, Any],
+    work: Work,
+    storage: Path,
+    follower: Follower,
+) -> dict[str, Any] | _Failure:
+    """One attempt: a worker group from its start to its end."""
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    train_config: Any = train.RunConfig  # its stub is of Ray Train v1
+    gpus = settings["gpus"]
+    timeout = config.cluster.hang_timeout
+    trainer = TorchTrainer(
+        cast(Any, work),  # the stub has no result
+        train_loop_config=settings,
+        torch_config=_process_group(
+            # Two processes cannot share a GPU under NCCL.
+            backend="nccl" if gpus >= 1 else "gloo",
+            timeout=COLLECTIVE_TIMEOUT if timeout == "auto" else max(1, round(timeout)),
+        ),
+        scaling_config=train.ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=train_config(
+            # A fresh name: Ray Train would go on with whatever it finds under an old one.
+            name=f"{config.run.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage.resolve()),
+            failure_config=train.FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": _environment(settings)},
+        ),
+    )
+    ended: list[Any] = []
+
+    def fit() -> None:
+        try:
+            result: Any = trainer.fit()
+            ended.append(result.return_value)
+        except BaseException as error:
+            ended.append(error)
+
+    # In a thread of its own: in the main one `fit` takes SIGINT, and nothing could be followed meanwhile.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL)
+        follower.read()
+    if isinstance(ended[0], BaseException):
+        return _failure(ended[0])
+    return ended[0]  # type: ignore[no-any-return]
+
+
+def _environment(settings: dict[str, Any]) -> dict[str, str]:
+    handed_on = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
+    threads = str(settings["threads"])
+    return {
+        **handed_on,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "DS_ACCELERATOR": "cuda" if settings["gpus"] else "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        **({} if settings["gpus"] else {"CUDA_VISIBLE_DEVICES": ""}),
+    }
+
+
+def _process_group(backend: str, timeout: int) -> Any:  # a TorchConfig
+    """Ray's process group, on the network interface that carries the address by which Ray knows the machine.
+
+    Left to themselves, gloo and NCCL choose by host name, which need not resolve, or by the interface's name.
+    """
+    from ray.train.torch import TorchConfig
+
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_choose_interface)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type:
+            return Backend
+
+    return Config(backend=backend, timeout_s=timeout)
+
+
+def _choose_interface() -> None:
+    import psutil
+    import ray.util
+
+    ip = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == ip for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _failure(error: BaseException) -> _Failure:
+    """What went wrong first, in one line; a user's mistake is raised again as what it is."""
+    from ray.exceptions import RayError
+    from ray.train import WorkerGroupError
+
+    if not isinstance(error, WorkerGroupError):
+        cause = getattr(error, "controller_failure", error)
+        return _Failure(f"the workers could not be started or lost Ray: {_last_line(cause)}", of_code=False)
+    failures = sorted(error.worker_failures.items())
+    for _, each in failures:
+        if isinstance(each, ConfigError):
+            raise ConfigError(str(each))
+    for rank, each in failures:
+        if isinstance(each, RayError):
+            return _Failure(f"worker {rank} died ({_death(each)})", of_code=False)
+    # When one worker fails, the others' collectives fail after it: those say nothing of the reason.
+    rank, each = min(failures, key=lambda item: (_is_collective(item[1]), item[0]))
+    text = f"worker {rank}: {type(each).__name__}: {_last_line(each)}"
+    return _Failure(text, of_code=not _is_collective(each))
+
+
+def _is_collective(error: BaseException) -> bool:
+    text = str(error)
+    return type(error).__name__.startswith("Dist") or any(
+        word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
+    )
+
+
+def _death(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    for start in ("Worker exit detail: ", "The actor died because "):
+        if start in text:
+            return text.split(start, 1)[1].split(". ")[0][:200]
+    return text[:200]
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__

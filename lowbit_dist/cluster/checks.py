@@ -1,0 +1,143 @@
+"""What can be known to be wrong with a launch before any worker starts."""
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowbit_dist.config import ConfigError, RunConfig
+
+
+def check(config: RunConfig) -> None:
+    """ConfigError for everything that can be known to be wrong without starting Ray."""
+    from lowbit_dist import data, tracking
+
+    if not os.environ.get("RAY_ADDRESS"):
+        check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
+    check_run(config)
+    data.check(config)
+    tracking.check(config)
+
+
+def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) -> None:
+    """ConfigError unless `place` has the processors that the workers ask for."""
+    n = config.cluster.workers
+    for what, field, have, each in (
+        ("CPUs", "cpus_per_worker", cpus, config.cluster.cpus_per_worker),
+        ("GPUs", "gpus_per_worker", gpus, gpus_per_worker(config, gpus)),
+    ):
+        if n * each <= have * (1 + 1e-9):
+            continue
+        fit = int(have / each * (1 + 1e-9))
+        suggested = max((m for m in range(1, fit + 1) if _divides(config, m)), default=None)
+        ways = [] if suggested is None else [f"cluster.workers={suggested}"]
+        if share := _share(have / n):
+            ways.append(f"cluster.{field}={share:g}")
+        elif what == "GPUs":
+            ways.append("cluster.gpus_per_worker=0, to train on CPUs")
+        raise ConfigError(
+            f"cluster.workers ({n}) x cluster.{field} ({each:g}) are {n * each:g} {what}, but {place} has "
+            f"{have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; write {' or '.join(ways)}"
+        )
+
+
+def gpus_per_worker(config: RunConfig, gpus: float) -> float:
+    """What `auto` means where there are `gpus` in all."""
+    asked = config.cluster.gpus_per_worker
+    if asked == "auto":
+        return 1 if gpus else 0
+    return asked
+
+
+def check_run(config: RunConfig) -> None:
+    """ConfigError if the run's folder holds another run, or cannot be written."""
+    from lowbit_dist.methods import METHODS
+
+    folder = config.run_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.name ({config.run.name}): {folder} is a file; write another name")
+    if (folder / "config.yaml").exists():
+        earlier = RunConfig.load(folder / "config.yaml", (), METHODS)
+        _check_same(config, earlier, f"run.name ({config.run.name})")
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        from lowbit_dist.checkpoint import Checkpoint
+
+        _check_same(config, Checkpoint.open(newest).config, f"the checkpoint {newest}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir ({config.run.dir}): {folder} cannot be written ({error.strerror}); "
+            "write a folder that can"
+        ) from None
+
+
+def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
+    differences = earlier.differences(config)
+    if differences:
+        more = f" and {len(differences) - 5} more" if differences[5:] else ""
+        raise ConfigError(
+            f"{what} is there with another configuration ({', '.join(differences[:5])}{more}); "
+            "write another run.name, or the earlier values"
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The one named by the run's `latest`, unverified: the workers verify it when they load it."""
+    try:
+        path = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    except OSError:
+        return None
+    return path if path.is_dir() else None
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    newest = newest_checkpoint(config.run_dir)
+    if newest is None or newest.name != f"step-{config.train.steps}":
+        return None
+    try:
+        summary: dict[str, Any] = json.loads((config.run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("steps") == config.train.steps else None
+
+
+@contextlib.contextmanager
+def alone(config: RunConfig) -> Iterator[None]:
+    """ConfigError if this run is being launched already; the lock ends with its process, whatever ends it."""
+    with (config.run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.name ({config.run.name}) is being trained by another process; wait for it, "
+                "or write another name"
+            ) from None
+        yield
+
+
+def _divides(config: RunConfig, workers: int) -> bool:
+    try:
+        config.accumulation(workers)
+    except ConfigError:
+        return False
+    return True
+
+
+def _share(share: float) -> float:
+    """A worker's share of the processors, rounded down to what is worth writing, so that all workers fit."""
+    return int(share) if share >= 1 else int(share * 20) / 20
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

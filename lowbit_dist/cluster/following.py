@@ -1,0 +1,61 @@
+"""What the launcher sees of its workers: the lines that they append to files in the run's folder."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+LOG = "log.txt"  # what the workers log
+METRICS = "metrics.jsonl"
+
+
+class Progress(Protocol):
+    """Who is told how the launch goes on."""
+
+    def say(self, text: str) -> None:
+        """An event, in one line."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`, as a worker has just written it."""
+
+
+class Follower:
+    """Hands on what the workers append to the run's files."""
+
+    def __init__(self, run_dir: Path, progress: Progress):
+        self.progress = progress
+        self.metrics = _Tail(run_dir / METRICS)
+        self.log = _Tail(run_dir / LOG)
+
+    def starting(self, workers: int) -> None:
+        self.progress.say(f"starting {workers} worker{'' if workers == 1 else 's'}")
+
+    def read(self) -> None:
+        for line in self.log.lines():
+            # A traceback stays in the file: its last line comes with the failure.
+            if line[:2].isdigit():
+                self.progress.say(line.partition(" ")[2])
+        for line in self.metrics.lines():
+            with contextlib.suppress(ValueError):
+                self.progress.row(json.loads(line))
+
+
+class _Tail:
+    """The lines that are added to a file from now on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+
+    def lines(self) -> list[str]:
+        """Whole ones only; the rest is left for the next time."""
+        if not self.path.exists():
+            return []
+        # Rows after the checkpoint that a run goes back to are removed.
+        self.position = min(self.position, self.path.stat().st_size)
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.position += len(whole) + len(newline)
+        return whole.decode(errors="replace").splitlines()

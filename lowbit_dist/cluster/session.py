@@ -1,0 +1,126 @@
+"""Ray, started on this machine or joined, and the signals that end a launch."""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lowbit_dist.cluster.following import Progress
+from lowbit_dist.config import ConfigError
+
+OBJECT_STORE = 128 << 20  # bytes; tensors never travel through Ray's object store
+
+# Read by Ray in this process and handed on to its controller and workers.  What the user has set stays.
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print appears twice
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the configuration are those of the shell
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Makes each of Ray's services listen on 127.0.0.1 alone, on every system; `_node_ip_address` does not do it.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+class Stopped(Exception):
+    """The user ended the run by a signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def ray_session(progress: Progress) -> Iterator[None]:
+    """Ray on this machine, for this machine alone and gone afterwards, or the cluster at RAY_ADDRESS."""
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in (RAY_SETTINGS | ({} if address else LOOPBACK)).items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():  # whoever started it ends it
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    folder = None
+    try:
+        if address:
+            progress.say(f"joining Ray at {address}")
+            try:
+                context = ray.init(**quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                why = str(error).strip().splitlines()[-1]
+                raise ConfigError(
+                    f"RAY_ADDRESS ({address}) does not answer as a Ray cluster ({why}); "
+                    "unset it to train on this machine"
+                ) from error
+        else:
+            progress.say("starting Ray on this machine")
+            _remove_left_sessions()
+            # Short, for the names of sockets may have 107 characters.
+            folder = tempfile.mkdtemp(prefix=f"lowbit-ray-{os.getpid()}-", dir="/tmp")
+            context = ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE,
+                _temp_dir=folder,
+                **quiet,
+            )
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        if context.dashboard_url:
+            progress.say(f"Ray's dashboard: http://{context.dashboard_url} (its token: ~/.ray/auth_token)")
+        yield
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_sessions() -> None:
+    """What launches that were killed could not remove; their processes died with them."""
+    for folder in Path("/tmp").glob("lowbit-ray-*-*"):
+        pid = folder.name.split("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def signals_stop() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `Stopped` here, once; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def ray_lives() -> bool:
+    """Whether the session still answers; it does not if Ray's own processes were killed."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return bool(ray.is_initialized() and ray.cluster_resources())
+    except (RayError, RuntimeError, ConnectionError):
+        return False
