@@ -1,7 +1,8 @@
 """The ops on packed low-bit weights that the package calls: contract checks, then dispatch by device.
 
-`reference.py` says what each op means. CPU tensors go to the compiled C of `cpu.py` (to the reference where no
-compiler is found), CUDA tensors to the Triton of `kernels.py`, others to the reference: the same bytes from all.
+`reference.py` says what each op means. CPU tensors go to the compiled C of `cpu.py` (to the reference where
+no compiler is found), CUDA tensors to the Triton of `kernels.py`, others to the reference: the same bytes
+from all.
 """
 
 from types import ModuleType

@@ -1,5 +1,306 @@
-"""The ops of reference.py in C for CPU tensors."""
+"""The ops of reference.py on CPU tensors: `cpu.c`, compiled once on this machine and called through ctypes.
+
+The shared object is built for the very CPU it runs on, so it is never shipped: it is kept in the private folder
+`code` of $LOWBIT_CACHE (by default lowbit-dist in the user's cache folder), under a name that is a hash of the
+source, the compiler, its options and the CPU. Without a compiler the caller uses reference.py: the same bytes,
+many times slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.ops.reference import STATES, AdamWStep, Moments
+
+_LOG = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("cpu.c")
+
+# Contraction would round fewer times than the reference does. Errno and traps stand in the way of vector
+# code. Blocks are copied through buffers of another type.
+_OPTIONS = [
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+]
+# From the best to what every compiler takes; the first that compiles is used.
+_TUNINGS = [
+    ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
+    ["-march=native", "-mprefer-vector-width=512"],
+    ["-march=native", "-fopenmp"],
+    ["-march=native"],
+    [],
+]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_float)
+            for name in ("beta1", "rest1", "beta2", "rest2", "correction1", "correction2")
+        ),
+        *((name, ctypes.c_float) for name in ("eps", "lr", "decay", "keep", "grad_scale")),
+        *((name, ctypes.c_uint32) for name in ("step", "tensor", "key0", "key1")),
+    ]
+
+
+class _Shard(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("low", "high", "bits", "n_threads")),
+        *((name, ctypes.c_int64) for name in ("n_blocks", "first_block", "blocks_per_scale")),
+    ]
+
+
+class _State(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("m", "v", "m_scale", "v_scale", "grad")),
+        *((name, ctypes.c_int32) for name in ("states", "grad_is_bf16")),
+    ]
 
 
 def available() -> bool:
-    return False
+    """Whether the compiled ops can be used; the first call compiles, and warns once if that fails."""
+    return _library() is not None
+
+
+def adamw_codes_(
+    codes: Tensor,
+    scale: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    *,
+    grid: Grid,
+    now: AdamWStep,
+    tensor: int,
+    first_block: int,
+    blocks_per_scale: int,
+) -> Tensor:
+    shard = _shard(grid, grad.numel(), first_block, blocks_per_scale)
+    flips = _loaded().lowbit_adamw_codes(
+        _pointer(codes), _pointer(scale), _state(moments, grad), shard, _step(now, tensor)
+    )
+    return torch.tensor([flips], dtype=torch.int64)
+
+
+def adamw_weights_(weight: Tensor, grad: Tensor, moments: Moments, *, now: AdamWStep) -> None:
+    _loaded().lowbit_adamw_weights(
+        _pointer(weight),
+        _state(moments, grad),
+        ctypes.c_int64(weight.numel()),
+        ctypes.c_int32(torch.get_num_threads()),
+        _step(now, 0),
+    )
+
+
+def decode(
+    codes: Tensor, scale: Tensor, *, grid: Grid, first_block: int, blocks_per_scale: int, out: Tensor
+) -> Tensor:
+    shard = _shard(grid, out.numel(), first_block, blocks_per_scale)
+    is_bf16 = ctypes.c_int32(out.dtype == torch.bfloat16)
+    _loaded().lowbit_decode(_pointer(codes), _pointer(scale), _pointer(out), is_bf16, shard)
+    return out
+
+
+def pack(levels: Tensor, *, grid: Grid) -> Tensor:
+    codes = torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)
+    _loaded().lowbit_pack(_pointer(levels), _pointer(codes), _shard(grid, levels.numel()))
+    return codes
+
+
+def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
+    levels = torch.empty(codes.numel() * 8 // grid.bits, dtype=torch.int8)
+    _loaded().lowbit_unpack(_pointer(codes), _pointer(levels), _shard(grid, levels.numel()))
+    return levels
+
+
+def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
+    # A code has at most 2^bits values, of which a ternary grid leaves one unused.
+    counts = torch.zeros(2**grid.bits, dtype=torch.int64)
+    _loaded().lowbit_code_counts(
+        _pointer(codes), _pointer(counts), _shard(grid, codes.numel() * 8 // grid.bits)
+    )
+    return counts[: grid.n_levels]
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _step(now: AdamWStep, tensor: int) -> object:
+    return ctypes.byref(
+        _Step(
+            beta1=now.beta1,
+            rest1=1 - now.beta1,
+            beta2=now.beta2,
+            rest2=1 - now.beta2,
+            correction1=now.correction1,
+            correction2=now.correction2,
+            eps=now.eps,
+            lr=now.lr,
+            decay=now.decay,
+            keep=1 - now.decay,
+            grad_scale=now.grad_scale,
+            step=now.step,
+            tensor=tensor,
+            key0=now.seed & 0xFFFFFFFF,
+            key1=now.seed >> 32,
+        )
+    )
+
+
+def _shard(grid: Grid, n: int, first_block: int = 0, blocks_per_scale: int = 1) -> object:
+    return ctypes.byref(
+        _Shard(
+            low=grid.low,
+            high=grid.high,
+            bits=grid.bits,
+            n_threads=torch.get_num_threads(),
+            n_blocks=n // BLOCK,
+            first_block=first_block,
+            blocks_per_scale=blocks_per_scale,
+        )
+    )
+
+
+def _state(moments: Moments, grad: Tensor) -> object:
+    return ctypes.byref(
+        _State(
+            m=_pointer(moments.m),
+            v=_pointer(moments.v),
+            m_scale=_pointer(moments.m_scale),
+            v_scale=_pointer(moments.v_scale),
+            grad=_pointer(grad),
+            states=STATES.index(moments.states),
+            grad_is_bf16=grad.dtype == torch.bfloat16,
+        )
+    )
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the C ops are not available; ask available() first, and use reference.py then")
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = _compiler()
+    if compiler is None:
+        _warn("no C compiler was found (tried $CC, cc, gcc and clang)")
+        return None
+    try:
+        library = _open(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        _warn(f"{compiler} could not build them ({error})")
+        return None
+    library.lowbit_adamw_codes.restype = ctypes.c_int64
+    for name in ("adamw_weights", "decode", "pack", "unpack", "code_counts"):
+        getattr(library, f"lowbit_{name}").restype = None
+    return library
+
+
+def _warn(reason: str) -> None:
+    _LOG.warning(
+        "the low-bit CPU ops run in plain torch, with the same results but 30 to 100 times slower: %s. "
+        "Install a C compiler (for example: apt-get install gcc libc6-dev)",
+        reason,
+    )
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    return None
+
+
+def _open(compiler: str) -> ctypes.CDLL:
+    """The compiled source, from the cache or into it."""
+    folder = _cache_folder()
+    if folder is None:  # nowhere safe to keep it: build it for this process alone
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as temporary:
+            return ctypes.CDLL(str(_build(compiler, Path(temporary) / "cpu.so")))
+    path = folder / f"cpu-{_fingerprint(compiler)}.so"
+    if path.exists() and _is_private(path):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            _LOG.warning("%s cannot be loaded; it is built anew", path)
+    return ctypes.CDLL(str(_build(compiler, path)))
+
+
+def _fingerprint(compiler: str) -> str:
+    """What the shared object depends on: source, options, compiler and CPU."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=False).stdout
+    parts = [_SOURCE.read_bytes(), repr((_OPTIONS, _TUNINGS, compiler)).encode(), version, _cpu().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _cpu() -> str:
+    """The machine and its instruction sets: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kinds = {
+        line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))
+    }
+    return "\n".join([platform.machine(), platform.processor(), *sorted(kinds)])
+
+
+def _build(compiler: str, path: Path) -> Path:
+    """Compile to `path`; several processes may do so at once, and none sees half a file."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        for tuning in _TUNINGS:
+            command = [compiler, *_OPTIONS, *tuning, str(_SOURCE), "-o", temporary, "-lm"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            if result.returncode == 0:
+                os.chmod(temporary, 0o700)
+                os.replace(temporary, path)
+                return path
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    lines = result.stderr.strip().splitlines() or ["without a message"]
+    raise OSError(f"it exits with status {result.returncode}: {lines[0]}")
+
+
+def _cache_folder() -> Path | None:
+    """The folder for compiled code, if only this user can write there: whoever can, runs code as this user."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit-dist"
+    folder = Path(os.environ.get("LOWBIT_CACHE") or default) / "code"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        _LOG.info("compiled code is not kept: %s", error)
+        return None
+    if _is_private(folder) and os.access(folder, os.W_OK):
+        return folder
+    _LOG.warning(
+        "compiled code is not kept in %s: others may write there, or this user may not; chmod 700 it", folder
+    )
+    return None
+
+
+def _is_private(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -17,12 +17,12 @@ near level 128 a float32 sum resolves 1.5e-5 of a level, and smaller steps would
 Moments are kept in float32, in bfloat16 (rounded to nearest even), or in 8 bits by power companding, with a
 scale for each block of 256:
 
-    m = (q * |q|) * m_scale         m_scale = max|m| / 127^2        |q| = #{k in 1..127: y >= (k - 1/2)^2}
-    v = (q^2 * q^2) * v_scale       v_scale = max(v) / 255^4          q = #{k in 1..255: y >= (k - 1/2)^4}, >= 1
+    m = (q * |q|) * m_scale      m_scale = max|m| / 127^2     |q| = #{k in 1..127: y >= (k - 1/2)^2}
+    v = (q^2 * q^2) * v_scale    v_scale = max(v) / 255^4       q = #{k in 1..255: y >= (k - 1/2)^4}
 
-where y = |m| * (1 / m_scale), or v * (1 / v_scale). A v that decoded to 0 would divide an update by eps, hence
-the 1. A scale below the smallest normal float32 is stored as 0, and y is 0 then. Gradients and moments are finite;
-for others the result is unspecified.
+where y = |m| * (1 / m_scale), or v * (1 / v_scale). A v that decoded to 0 would divide an update by eps, so
+its q is at least 1. A scale below the smallest normal float32 is stored as 0, and y is 0 then. Gradients and
+moments are finite; for others the result is unspecified.
 
 Letters: N elements, B = ceil(N / 256) blocks. Every op works through its tensors in chunks of bounded memory.
 """

@@ -49,7 +49,7 @@ def block_words(
     n_blocks: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:  # [n_blocks, BLOCK] int64, values below 2**32
-    """One 32-bit word for each element of blocks `first_block, ..., first_block + n_blocks - 1` of a tensor."""
+    """One 32-bit word for each element of `n_blocks` blocks of a tensor, from `first_block` on."""
     start = first_block * COUNTERS
     q = torch.arange(start, start + n_blocks * COUNTERS, dtype=torch.int64, device=device)
     words = philox(seed, (q & _WORD, q >> 32, torch.full_like(q, step), torch.full_like(q, tensor)))

@@ -1,0 +1,492 @@
+/* The ops of reference.py for CPU workers, fused: the same bytes; see there for what they mean.
+ *
+ * Work goes block by block (256 elements), through arrays that stay in the first-level cache. Every loop over a block
+ * is a plain loop that compilers turn into vector code. Two rules keep the bytes those of the reference: no contraction
+ * into fused multiply-adds (-ffp-contract=off) and IEEE division and square root.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "packed codes and random words are laid out for little-endian machines"
+#endif
+
+#define BLOCK 256
+#define COUNTERS 64 /* Philox calls of a block; one gives words to elements j, j + 64, j + 128 and j + 192 */
+#define SPAN 16     /* counters drawn together, and elements updated together */
+
+#define SMALLEST_SCALE 0x1p-126f
+#define M_SQUARE 16129.0f             /* 127^2 */
+#define V_FOURTH 4228250625.0f        /* 255^4 */
+#define LARGEST_STEP_BITS 0x47800000u /* of 65536.0f */
+
+/* A call on fewer blocks than this is not worth waking threads. */
+#define PARALLEL_BLOCKS 512
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum states { FP32, BF16, INT8 };
+
+/* The structures are filled by cpu.py. */
+typedef struct {
+    float beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay, keep, grad_scale;
+    uint32_t step, tensor, key0, key1;
+} Step;
+
+/* Block b of the whole tensor has scale[b / blocks_per_scale]; a shard begins at block `first_block`. */
+typedef struct {
+    int32_t low, high, bits, n_threads;
+    int64_t n_blocks, first_block, blocks_per_scale;
+} Shard;
+
+typedef struct {
+    void *m, *v;
+    float *m_scale, *v_scale;
+    const void *grad;
+    int32_t states, grad_is_bf16;
+} State;
+
+/* What is known of a block between its stages. */
+typedef struct {
+    float m[BLOCK], v[BLOCK];
+    float root[BLOCK]; /* of the bias-corrected v */
+    int32_t level[BLOCK], next[BLOCK];
+} Work __attribute__((aligned(64)));
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float square(float x) { return x * x; }
+
+INLINE float from_bf16(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+/* To nearest even; a NaN stays one. */
+INLINE uint16_t to_bf16(float x) {
+    uint32_t bits = bits_of(x);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+/* ---- random words ---- */
+
+#if defined(__AVX512F__)
+#define LANES 8
+#elif defined(__AVX2__)
+#define LANES 4
+#else
+#define LANES 2
+#endif
+typedef uint64_t Lanes __attribute__((vector_size(8 * LANES)));
+
+static const uint64_t EVEN[8] __attribute__((aligned(64))) = {0, 2, 4, 6, 8, 10, 12, 14};
+
+/* The products of y with the lower halves of x. Compilers do not find the instruction by themselves. */
+INLINE Lanes multiply(Lanes x, uint32_t y) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(y));
+#elif defined(__AVX2__)
+    return (Lanes)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(y));
+#else
+    return (x & 0xFFFFFFFF) * y;
+#endif
+}
+
+INLINE Lanes interleave(const Lanes *pair) { return (pair[0] & 0xFFFFFFFF) | (pair[1] << 32); }
+
+/* Philox4x32-10 for the SPAN counters from q on: word i of counter q + k goes to word[i][k].
+ *
+ * The words ride in 64-bit lanes whose upper halves hold leftovers, for multiply() reads the lower halves only. Even
+ * and odd counters run in two vectors, whose lower halves interleave in the end. */
+INLINE void draw(uint32_t (*restrict word)[SPAN], uint64_t q, const Step *now) {
+    for (int start = 0; start < SPAN; start += 2 * LANES) {
+        Lanes c0[2], c1[2], c2[2], c3[2];
+        for (int odd = 0; odd < 2; odd++) {
+            memcpy(&c0[odd], EVEN, sizeof(Lanes));
+            c0[odd] += (uint32_t)q + (uint64_t)(start + odd);
+            c1[odd] = (Lanes){0} + (q >> 32);
+            c2[odd] = (Lanes){0} + now->step;
+            c3[odd] = (Lanes){0} + now->tensor;
+        }
+        uint32_t key0 = now->key0, key1 = now->key1;
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; odd++) {
+                const Lanes p0 = multiply(c0[odd], 0xD2511F53), p2 = multiply(c2[odd], 0xCD9E8D57);
+                c0[odd] = (p2 >> 32) ^ c1[odd] ^ key0;
+                c1[odd] = p2;
+                c2[odd] = (p0 >> 32) ^ c3[odd] ^ key1;
+                c3[odd] = p0;
+            }
+            key0 += 0x9E3779B9;
+            key1 += 0xBB67AE85;
+        }
+        const Lanes mixed[4] = {interleave(c0), interleave(c1), interleave(c2), interleave(c3)};
+        for (int i = 0; i < 4; i++) memcpy(&word[i][start], &mixed[i], sizeof(Lanes));
+    }
+}
+
+/* ---- codes ---- */
+
+static void unpack_block(const uint8_t *restrict codes, int32_t *restrict level, int bits, int low) {
+    if (bits == 8) {
+        for (int j = 0; j < 256; j++) level[j] = codes[j] + low;
+    } else if (bits == 4) {
+        for (int j = 0; j < 128; j++) {
+            level[j] = (codes[j] & 15) + low;
+            level[j + 128] = (codes[j] >> 4) + low;
+        }
+    } else {
+        for (int j = 0; j < 64; j++) {
+            level[j] = (codes[j] & 3) + low;
+            level[j + 64] = ((codes[j] >> 2) & 3) + low;
+            level[j + 128] = ((codes[j] >> 4) & 3) + low;
+            level[j + 192] = (codes[j] >> 6) + low;
+        }
+        if (bits == 3)
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < 32; j++) level[j + 32 * i] += ((codes[64 + j] >> i) & 1) << 2;
+    }
+}
+
+static void pack_block(uint8_t *restrict codes, const int32_t *restrict level, int bits, int low) {
+    if (bits == 8) {
+        for (int j = 0; j < 256; j++) codes[j] = (uint8_t)(level[j] - low);
+    } else if (bits == 4) {
+        for (int j = 0; j < 128; j++) codes[j] = (uint8_t)((level[j] - low) | (level[j + 128] - low) << 4);
+    } else {
+        for (int j = 0; j < 64; j++)
+            codes[j] = (uint8_t)(((level[j] - low) & 3) | ((level[j + 64] - low) & 3) << 2 |
+                                 ((level[j + 128] - low) & 3) << 4 | ((level[j + 192] - low) & 3) << 6);
+        if (bits == 3)
+            for (int j = 0; j < 32; j++) {
+                uint32_t high = 0;
+                for (int i = 0; i < 8; i++) high |= (uint32_t)((level[j + 32 * i] - low) >> 2) << i;
+                codes[64 + j] = (uint8_t)high;
+            }
+    }
+}
+
+/* How many codes differ: the bits of each code's difference are folded onto its lowest, which are counted. Bit planes
+ * (3 bits) do not keep a code's bits together, so levels are compared there. */
+static int64_t count_changes(const uint8_t *restrict old, const uint8_t *restrict new, const Work *restrict work,
+                             int bits) {
+    int64_t changes = 0;
+    if (bits == 3) {
+        for (int j = 0; j < BLOCK; j++) changes += work->level[j] != work->next[j];
+        return changes;
+    }
+    for (int j = 0; j < BLOCK * bits / 8; j += 8) {
+        uint64_t x, y;
+        memcpy(&x, old + j, 8);
+        memcpy(&y, new + j, 8);
+        x ^= y;
+        if (bits == 8) x |= x >> 4;
+        if (bits >= 4) x |= x >> 2;
+        x |= x >> 1;
+        x &= bits == 8 ? 0x0101010101010101u : bits == 4 ? 0x1111111111111111u : 0x5555555555555555u;
+        changes += __builtin_popcountll(x);
+    }
+    return changes;
+}
+
+/* ---- moments ---- */
+
+/* A square root that is too small, by 0.01 % to 0.2 %: the exponent halved, and one Newton step that overshoots from
+ * either side. */
+INLINE float low_root(float y) {
+    float r = float_of(0x5F0B2895u - (bits_of(y) >> 1)); /* about 0.79 / root(y) */
+    float t = y * r;
+#if defined(__FMA__)
+    return t * __builtin_fmaf(-t, r, 1.88975f); /* no code depends on this rounding */
+#else
+    return t * (1.88975f - t * r);
+#endif
+}
+
+/* How many of the thresholds power(k - 1/2) y reaches, in the low bits. That is floor(root + 1/2) for an exact root;
+ * one that is too small by less than 1 gives it or one less, and the next threshold tells which. Adding 2^23 rounds to
+ * an integer and leaves it in the low bits. No y exceeds the last threshold. */
+INLINE uint32_t code_of(float y, float root, int fourth) {
+    float rounded = root + 8388608.0f;
+    float threshold = square(rounded - 8388607.5f);
+    if (fourth) threshold = square(threshold);
+    uint32_t code = bits_of(rounded);
+    return y >= threshold ? code + 1 : code;
+}
+
+INLINE float block_scale(uint32_t largest, float top) {
+    float scale = float_of(largest) / top;
+    return scale >= SMALLEST_SCALE ? scale : 0.0f;
+}
+
+static void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint8_t *restrict v_code,
+                        float *restrict m_scale, float *restrict v_scale, float correction2) {
+    const float *restrict m = work->m, *restrict v = work->v, *restrict root = work->root;
+    /* Floats that are not negative are ordered as their bits are, and integer maxima vectorise. */
+    uint32_t m_largest = 0, v_largest = 0;
+    for (int j = 0; j < BLOCK; j++) {
+        uint32_t m_bits = bits_of(m[j]) & 0x7FFFFFFF, v_bits = bits_of(v[j]);
+        m_largest = m_bits > m_largest ? m_bits : m_largest;
+        v_largest = v_bits > v_largest ? v_bits : v_largest;
+    }
+    *m_scale = block_scale(m_largest, M_SQUARE);
+    *v_scale = block_scale(v_largest, V_FOURTH);
+    const float m_inverse = *m_scale > 0 ? 1.0f / *m_scale : 0.0f;
+    const float v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
+    const float root_of_scaled = sqrtf(v_inverse / correction2);
+    for (int j = 0; j < BLOCK; j++) {
+        float y = fabsf(m[j]) * m_inverse;
+        int32_t code = (int32_t)code_of(y, low_root(y), 0);
+        m_code[j] = (int8_t)(m[j] < 0 ? -code : code);
+    }
+    for (int j = 0; j < BLOCK; j++) {
+        uint32_t code = code_of(v[j] * v_inverse, low_root(root[j] * root_of_scaled), 1);
+        v_code[j] = (uint8_t)(code > 0x4B000001 ? code : 0x4B000001); /* at least 1; the exponent's bits fall off */
+    }
+}
+
+static void store_moments(const Work *restrict work, const State *state, int64_t block, float correction2) {
+    if (state->states == INT8) {
+        store_8_bit(work, (int8_t *)state->m + block * BLOCK, (uint8_t *)state->v + block * BLOCK,
+                    &state->m_scale[block], &state->v_scale[block], correction2);
+    } else if (state->states == BF16) {
+        uint16_t *restrict m = (uint16_t *)state->m + block * BLOCK, *restrict v = (uint16_t *)state->v + block * BLOCK;
+        for (int j = 0; j < BLOCK; j++) m[j] = to_bf16(work->m[j]);
+        for (int j = 0; j < BLOCK; j++) v[j] = to_bf16(work->v[j]);
+    } else {
+        memcpy((float *)state->m + block * BLOCK, work->m, sizeof work->m);
+        memcpy((float *)state->v + block * BLOCK, work->v, sizeof work->v);
+    }
+}
+
+/* ---- the update ---- */
+
+/* Where a block's gradient and moments are read. */
+typedef struct {
+    const void *grad, *m, *v;
+    float m_scale, v_scale;
+} Inputs;
+
+/* Moves the moments, from where they are stored to work. `states` and `grad_is_bf16` are constants at each call. */
+INLINE void move_moments(Work *restrict work, const void *restrict grad, const void *restrict m_from,
+                         const void *restrict v_from, float m_scale, float v_scale, const Step *step, int states,
+                         int grad_is_bf16) {
+    const Step now = *step;
+    for (int j = 0; j < BLOCK; j++) {
+        float g = grad_is_bf16 ? from_bf16(((const uint16_t *)grad)[j]) : ((const float *)grad)[j];
+        float m, v;
+        if (states == INT8) {
+            float p = ((const int8_t *)m_from)[j], q = square(((const uint8_t *)v_from)[j]);
+            m = (p * fabsf(p)) * m_scale;
+            v = square(q) * v_scale;
+        } else if (states == BF16) {
+            m = from_bf16(((const uint16_t *)m_from)[j]);
+            v = from_bf16(((const uint16_t *)v_from)[j]);
+        } else {
+            m = ((const float *)m_from)[j];
+            v = ((const float *)v_from)[j];
+        }
+        g = g * now.grad_scale;
+        work->m[j] = m * now.beta1 + g * now.rest1;
+        work->v[j] = v * now.beta2 + (g * g) * now.rest2;
+    }
+}
+
+static void move_block(Work *restrict work, const Inputs *in, const Step *now, int states, int grad_is_bf16) {
+#define CASE(STATES, IS_BF16) \
+    case STATES * 2 + IS_BF16: \
+        move_moments(work, in->grad, in->m, in->v, in->m_scale, in->v_scale, now, STATES, IS_BF16); \
+        break
+    switch (states * 2 + grad_is_bf16) {
+        CASE(FP32, 0);
+        CASE(FP32, 1);
+        CASE(BF16, 0);
+        CASE(BF16, 1);
+        CASE(INT8, 0);
+        CASE(INT8, 1);
+    }
+#undef CASE
+}
+
+/* The update m-hat / (sqrt(v-hat) + eps) of element j; leaves the root in work. */
+INLINE float adam(Work *restrict work, int j, const Step *now) {
+    float root = sqrtf(work->v[j] * now->correction2);
+    work->root[j] = root;
+    return (work->m[j] * now->correction1) / (root + now->eps);
+}
+
+/* Rounds the stepped levels to the grid. Drawing and updating alternate in small spans, so that a core multiplies for
+ * the one while it divides for the other. */
+static void update_block(Work *restrict work, uint64_t q, const Step *step, float minus_levels_per_update, int low,
+                         int high) {
+    const Step now = *step;
+    uint32_t words[4][SPAN] __attribute__((aligned(64)));
+    for (int start = 0; start < COUNTERS; start += SPAN) {
+        draw(words, q + (uint64_t)start, &now);
+        for (int i = 0; i < 4; i++) {
+            const uint32_t *restrict word = words[i];
+            for (int k = 0; k < SPAN; k++) {
+                int j = start + COUNTERS * i + k;
+                float u = adam(work, j, &now);
+                int32_t level = work->level[j];
+                float d = minus_levels_per_update * u - now.decay * (float)level;
+                uint32_t size = bits_of(d) & 0x7FFFFFFF;
+                float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
+                int32_t whole = (int32_t)a;
+                uint32_t threshold = (uint32_t)((a - (float)whole) * 0x1p32f);
+                int32_t moved = word[k] < threshold ? whole + 1 : whole;
+                int32_t next = d < 0 ? level - moved : level + moved;
+                next = next < low ? low : next;
+                work->next[j] = next > high ? high : next;
+            }
+        }
+    }
+}
+
+static Inputs inputs_of(const State *state, int64_t block) {
+    static const int64_t width[] = {[FP32] = 4, [BF16] = 2, [INT8] = 1};
+    const int64_t start = block * BLOCK, at = start * width[state->states];
+    return (Inputs){
+        .grad = (const char *)state->grad + start * (state->grad_is_bf16 ? 2 : 4),
+        .m = (const char *)state->m + at,
+        .v = (const char *)state->v + at,
+        .m_scale = state->states == INT8 ? state->m_scale[block] : 1.0f,
+        .v_scale = state->states == INT8 ? state->v_scale[block] : 1.0f,
+    };
+}
+
+int64_t lowbit_adamw_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard,
+                           const Step *now) {
+    int64_t flips = 0;
+#pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
+    if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        Work work;
+        const int64_t place = shard->first_block + block;
+        uint8_t *packed = codes + block * BLOCK * shard->bits / 8;
+        const Inputs in = inputs_of(state, block);
+        unpack_block(packed, work.level, shard->bits, shard->low);
+        move_block(&work, &in, now, state->states, state->grad_is_bf16);
+        update_block(&work, (uint64_t)place * COUNTERS, now, -(now->lr / scale[place / shard->blocks_per_scale]),
+                     shard->low, shard->high);
+        uint8_t fresh[BLOCK];
+        pack_block(fresh, work.next, shard->bits, shard->low);
+        flips += count_changes(packed, fresh, &work, shard->bits);
+        memcpy(packed, fresh, (size_t)(BLOCK * shard->bits / 8));
+        store_moments(&work, state, block, now->correction2);
+    }
+    return flips;
+}
+
+static void update_weights(float *restrict weight, Work *restrict work, const Step *step) {
+    const Step now = *step;
+    for (int j = 0; j < BLOCK; j++) weight[j] = weight[j] * now.keep - adam(work, j, &now) * now.lr;
+}
+
+/* The last `n` < BLOCK elements, by way of a whole block whose other elements are 0. */
+static void update_short_block(float *weight, const State *state, int64_t block, int64_t n, const Step *now) {
+    float grad[BLOCK] = {0}, m[BLOCK] = {0}, v[BLOCK] = {0}, whole[BLOCK] = {0};
+    const int64_t at = block * BLOCK;
+    const size_t width = state->states == FP32 ? 4 : state->states == BF16 ? 2 : 1, grad_width = state->grad_is_bf16 ? 2 : 4;
+    char *m_at = (char *)state->m + (size_t)at * width, *v_at = (char *)state->v + (size_t)at * width;
+    State only = {m, v, state->m_scale + block, state->v_scale + block, grad, state->states, state->grad_is_bf16};
+    memcpy(grad, (const char *)state->grad + (size_t)at * grad_width, (size_t)n * grad_width);
+    memcpy(m, m_at, (size_t)n * width);
+    memcpy(v, v_at, (size_t)n * width);
+    memcpy(whole, weight + at, (size_t)n * sizeof(float));
+
+    Work work;
+    const Inputs in = inputs_of(&only, 0);
+    move_block(&work, &in, now, state->states, state->grad_is_bf16);
+    update_weights(whole, &work, now);
+    store_moments(&work, &only, 0, now->correction2);
+
+    memcpy(m_at, m, (size_t)n * width);
+    memcpy(v_at, v, (size_t)n * width);
+    memcpy(weight + at, whole, (size_t)n * sizeof(float));
+}
+
+void lowbit_adamw_weights(float *weight, const State *state, int64_t n, int32_t n_threads, const Step *now) {
+    const int64_t n_blocks = n / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < n_blocks; block++) {
+        Work work;
+        const Inputs in = inputs_of(state, block);
+        move_block(&work, &in, now, state->states, state->grad_is_bf16);
+        update_weights(weight + block * BLOCK, &work, now);
+        store_moments(&work, state, block, now->correction2);
+    }
+    if (n % BLOCK) update_short_block(weight, state, n_blocks, n % BLOCK, now);
+}
+
+/* ---- decoding, packing, counting ---- */
+
+static void scale_block(const int32_t *restrict level, float scale, float *restrict out) {
+    for (int j = 0; j < BLOCK; j++) out[j] = (float)level[j] * scale;
+}
+
+static void scale_block_bf16(const int32_t *restrict level, float scale, uint16_t *restrict out) {
+    for (int j = 0; j < BLOCK; j++) out[j] = to_bf16((float)level[j] * scale);
+}
+
+void lowbit_decode(const uint8_t *codes, const float *scale, void *out, int32_t out_is_bf16, const Shard *shard) {
+#pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        int32_t level[BLOCK] __attribute__((aligned(64)));
+        const float of_block = scale[(shard->first_block + block) / shard->blocks_per_scale];
+        unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+        if (out_is_bf16)
+            scale_block_bf16(level, of_block, (uint16_t *)out + block * BLOCK);
+        else
+            scale_block(level, of_block, (float *)out + block * BLOCK);
+    }
+}
+
+void lowbit_pack(const int8_t *restrict levels, uint8_t *restrict codes, const Shard *shard) {
+#pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        int32_t level[BLOCK] __attribute__((aligned(64)));
+        for (int j = 0; j < BLOCK; j++) level[j] = levels[block * BLOCK + j];
+        pack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+    }
+}
+
+void lowbit_unpack(const uint8_t *restrict codes, int8_t *restrict levels, const Shard *shard) {
+#pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        int32_t level[BLOCK] __attribute__((aligned(64)));
+        unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+        for (int j = 0; j < BLOCK; j++) levels[block * BLOCK + j] = (int8_t)level[j];
+    }
+}
+
+/* Adds to counts[high - low + 1] how often each level occurs. */
+void lowbit_code_counts(const uint8_t *codes, int64_t *counts, const Shard *shard) {
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        int32_t level[BLOCK] __attribute__((aligned(64)));
+        unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+        if (shard->bits <= 4) {
+            for (int32_t wanted = shard->low; wanted <= shard->high; wanted++) {
+                int32_t count = 0;
+                for (int j = 0; j < BLOCK; j++) count += level[j] == wanted;
+                counts[wanted - shard->low] += count;
+            }
+        } else {
+            for (int j = 0; j < BLOCK; j++) counts[level[j] - shard->low]++;
+        }
+    }
+}
