@@ -1,0 +1,675 @@
+"""Token data: the same bytes for any number of workers, an order that is a pure function, mistakes named."""
+
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowbit_dist import data, tokenizer
+from lowbit_dist.config import ConfigError, Data, MethodOptions, RunConfig
+from lowbit_dist.data import documents, reading, writing
+
+SEQ = 32  # tokens of a sample
+SHARD = 8192  # bytes: small, so that there are many
+
+
+class Plain(MethodOptions):
+    """A method without options."""
+
+
+def config(path, **train) -> RunConfig:
+    sections = {
+        "method": {"name": "plain"},
+        "data": {"path": str(path), "seq_len": SEQ},
+        "train": {"batch_tokens": 16 * SEQ, **train},
+    }
+    return RunConfig.from_dict(sections, {"plain": Plain})
+
+
+def texts() -> list[str]:
+    """400 documents of awkward lengths, with some that are equal, empty, or of several bytes a character."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randrange(1, 9))) for _ in range(300)] + [
+        "ß漢👍",
+        "\n",
+        "\t",
+    ]
+    made = [" ".join(draw.choices(words, k=draw.randrange(1, 400))) for _ in range(380)]
+    return [*made, *made[:18], "", ""]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Parts and shards so small that a small corpus has many of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PART", 1 << 16)
+        patch.setattr(writing, "SHARD_BYTES", SHARD)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray(small):
+    import ray
+
+    writing._start_ray(2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def words(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "out"
+    tokenizer.train([corpus], 500, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(ray, corpus, words, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "two"
+    data.prepare([corpus], words, out, seq_len=SEQ, workers=2, val_fraction=0.1)
+    return out
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    return Path(shutil.copytree(prepared, tmp_path / "copied"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reading, "BACKOFF", 0.0)
+
+
+def everything(path, split: str) -> torch.Tensor:
+    """All samples in the order of the data."""
+    batches = data.Batches(Data(path=str(path), seq_len=SEQ), split, 0)
+    batches.order = data.Order(batches.order.sizes, None)
+    return batches.micro_batch(0, batches.n_samples)
+
+
+# --- the order of samples ---------------------------------------------------------------------------------
+
+SIZES = [37, 40, 40, 5, 40, 1, 40, 40, 40, 40, 13]
+PINNED = [[152, 271, 157, 147, 66, 73, 58, 264], [97, 88, 107, 24, 3, 29, 6, 15]]
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    order = data.Order(SIZES, seed=7, window=3)
+    n = sum(SIZES)
+    epochs = [order.indices(epoch * n, n) for epoch in range(4)]
+    for indices in epochs:
+        assert np.array_equal(np.sort(indices), np.arange(n))
+    epochs += [np.arange(n), data.Order(SIZES, seed=8, window=3).indices(0, n)]
+    for k, indices in enumerate(epochs):
+        for other in epochs[:k]:
+            assert (indices == other).mean() < 0.1, "each epoch and each seed has its own order"
+
+
+def test_the_order_is_the_same_for_any_number_of_workers_and_after_any_restart():
+    n = 3 * sum(SIZES)
+    whole = data.Order(SIZES, seed=7, window=3).indices(0, n)
+    for n_workers in (1, 2, 3, 5):
+        orders = [data.Order(SIZES, seed=7, window=3) for _ in range(n_workers)]
+        found = np.concatenate([orders[s // 4 % n_workers].indices(s, min(4, n - s)) for s in range(0, n, 4)])
+        assert np.array_equal(found, whole)
+    draw = random.Random(0)
+    order = data.Order(SIZES, seed=7, window=3)
+    for _ in range(100):
+        first = draw.randrange(n - 50)
+        assert np.array_equal(order.indices(first, 50), whole[first : first + 50])
+
+
+def test_samples_are_shuffled_inside_a_window_of_shards():
+    order = data.Order(SIZES, seed=7, window=3)
+    n, ends = sum(SIZES), np.cumsum(SIZES)
+    shards = np.searchsorted(ends, order.indices(0, n), side="right")
+    permuted, borders = order.shards(0)
+    assert sorted(permuted) == list(range(len(SIZES)))
+    assert len(borders) == 4
+    for k, (begin, end) in enumerate(zip(borders, [*borders[1:], n], strict=True)):
+        assert set(shards[begin:end]) == set(permuted[3 * k : 3 * k + 3])
+        assert (np.diff(shards[begin:end]) != 0).sum() > 10, "the shards of a window must be mixed"
+
+
+def test_the_order_never_changes_between_versions():
+    """A run that goes on with a newer version must read on where it stopped."""
+    order = data.Order(SIZES, seed=7, window=3)
+    assert order.indices(0, 8).tolist() == PINNED[0]
+    assert order.indices(10_000, 8).tolist() == PINNED[1]
+
+
+def test_validation_has_the_natural_order():
+    n = sum(SIZES)
+    assert np.array_equal(data.Order(SIZES, seed=None).indices(n - 3, 6), [n - 3, n - 2, n - 1, 0, 1, 2])
+
+
+# --- preparing and reading --------------------------------------------------------------------------------
+
+
+def test_one_worker_writes_the_bytes_that_two_write_and_says_nothing_on_stdout(
+    prepared, corpus, words, tmp_path, capfd
+):
+    manifest = data.prepare([corpus], words, tmp_path / "one", seq_len=SEQ, workers=1, val_fraction=0.1)
+    assert capfd.readouterr().out == ""
+    files = sorted(file.relative_to(prepared) for file in prepared.rglob("*") if file.is_file())
+    assert len(files) > 20, "the case must have many shards"
+    assert files == sorted(
+        file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*") if file.is_file()
+    )
+    for file in files:
+        assert (prepared / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
+    assert data.read_manifest(prepared) == data.Manifest.model_validate(manifest)
+
+
+def test_samples_are_the_documents_between_marks_and_equal_documents_are_on_one_side(prepared, words):
+    code = tokenizer.load(words)
+    expected = {"train": [], "val": []}
+    for text in filter(None, texts()):
+        place = hashlib.blake2b(text.encode(), digest_size=8, key=(0).to_bytes(8, "little")).digest()
+        expected["val" if int.from_bytes(place, "little") < 0.1 * 2**64 else "train"].append(text)
+    manifest = data.read_manifest(prepared)
+    counts = {}
+    for split, chosen in expected.items():
+        stream = [token for text in chosen for token in (1, *code.encode(text), 2)]
+        n = len(stream) // SEQ
+        found = everything(prepared, split)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, torch.tensor(stream[: n * SEQ]).reshape(n, SEQ))
+        said = manifest.splits[split]
+        assert (said.samples, said.tokens, said.dropped_tokens) == (n, n * SEQ, len(stream) - n * SEQ)
+        assert (said.documents, said.bytes) == (len(chosen), sum(len(text.encode()) for text in chosen))
+        counts[split] = np.bincount(found.ravel(), minlength=code.vocab_size)
+    assert not set(expected["train"]) & set(expected["val"])
+    assert min(map(len, expected.values())) > 20, "the case must have documents on both sides"
+    chance = (counts["train"] + 1) / (counts["train"] + 1).sum()
+    entropy = -(counts["val"] * np.log(chance)).sum() / counts["val"].sum()
+    assert manifest.unigram_entropy == pytest.approx(entropy, rel=1e-12)
+    assert (manifest.empty_documents, manifest.dtype, manifest.vocab_size) == (2, "uint16", 500)
+
+
+def test_a_micro_batch_is_the_samples_that_the_order_names(prepared):
+    whole = everything(prepared, "train")
+    batches = data.Batches(Data(path=str(prepared), seq_len=SEQ), "train", 5)
+    n = batches.n_samples
+    assert n == data.read_manifest(prepared).splits["train"].samples
+    assert len(batches.order.sizes) > 2 * reading.WINDOW, "the case must have several windows"
+    for first in (0, 13, n - 3, 2 * n + 100):
+        expected = whole[torch.from_numpy(batches.order.indices(first, 7))]
+        assert torch.equal(batches.micro_batch(first, 7), expected)
+    assert not torch.equal(batches.micro_batch(0, 7), whole[:7])
+    with pytest.raises(ValueError, match="first_sample"):
+        batches.micro_batch(-1, 7)
+
+
+def test_vocabularies_beyond_16_bits_are_written_in_32(tmp_path):
+    class Words:
+        vocab_size = 70_000
+
+    tokens = np.random.default_rng(0).integers(0, 70_000, 50 * SEQ, np.int32)
+    writer = writing._Writer(tmp_path, Words(), SEQ, 0.5)
+    places = np.array([0, 1 << 63], np.uint64)
+    lengths = np.array([20 * SEQ, 30 * SEQ], np.int32)
+    row = {"tokens": tokens, "lengths": lengths, "sizes": np.array([100, 200]), "places": places}
+    writer.add({name: each.tobytes() for name, each in row.items()} | {"n_empty": 0})
+    said = writer.finish()
+    assert said["dtype"] == "uint32"
+    from streaming.base.format.mds.reader import MDSReader
+
+    shard = json.loads((tmp_path / "train" / "index.json").read_bytes())["shards"][0]
+    assert shard["column_encodings"] == [f"ndarray:uint32:{SEQ}"]
+    zipped = (tmp_path / "train" / shard["zip_data"]["basename"]).read_bytes()
+    from streaming.base.compression import decompress
+
+    (tmp_path / "train" / shard["raw_data"]["basename"]).write_bytes(decompress("zstd", zipped))
+    reader = MDSReader.from_json(str(tmp_path), "train", shard)
+    found = np.concatenate([reader[k]["tokens"] for k in range(reader.samples)])
+    assert np.array_equal(found, tokens[20 * SEQ :])
+
+
+def test_few_documents_are_divided_by_their_lowest_places(ray, words, tmp_path):
+    """Of three documents, two per cent is none; but a run needs something to validate on."""
+    for k in range(3):
+        (tmp_path / f"{k}.txt").write_text(texts()[3 * k + 1] + " and more" * 40)
+    manifest = data.prepare([tmp_path / f"{k}.txt" for k in range(3)], words, tmp_path / "out", seq_len=SEQ)
+    assert (manifest["splits"]["train"]["documents"], manifest["splits"]["val"]["documents"]) == (2, 1)
+    with pytest.raises(ConfigError, match="too few"):
+        data.prepare([tmp_path / "0.txt"], words, tmp_path / "other", seq_len=SEQ)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_same_preparation_is_not_repeated_and_another_is_not_written_over_it(
+    prepared, corpus, words, tmp_path, monkeypatch
+):
+    def must_not_run(*_):
+        raise AssertionError("prepared twice")
+
+    monkeypatch.setattr(writing, "_tokenised", must_not_run)
+    before = data.read_manifest(prepared)
+    again = data.prepare([corpus], words, prepared, seq_len=SEQ, workers=1, val_fraction=0.1)
+    assert data.Manifest.model_validate(again) == before
+    for changed in ({"seq_len": 64}, {"val_fraction": 0.2}, {"seed": 1}):
+        with pytest.raises(ConfigError, match=f"prepared otherwise .{next(iter(changed))}"):
+            data.prepare([corpus], words, prepared, **{"seq_len": SEQ, "val_fraction": 0.1} | changed)
+    same_path = tmp_path / "folder"
+    same_path.mkdir()
+    (same_path / "keep.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not prepared data"):
+        data.prepare([corpus], words, same_path, seq_len=SEQ)
+    assert (same_path / "keep.txt").read_text() == "mine"
+    assert data.read_manifest(prepared) == before
+
+
+@pytest.mark.parametrize(
+    ("failure", "seen"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), RuntimeError),
+        (ConfigError("a mistake"), ConfigError),
+    ],
+)
+def test_an_interrupted_preparation_leaves_nothing(ray, corpus, words, tmp_path, monkeypatch, failure, seen):
+    n_chunks = 0
+    add = writing._Writer.add
+
+    def interrupted(self, row):
+        nonlocal n_chunks
+        n_chunks += 1
+        add(self, row)
+        if n_chunks == 3:
+            raise failure
+
+    monkeypatch.setattr(writing, "HELD_TOKENS", 100)  # so that shards are written before the failure
+    monkeypatch.setattr(writing._Writer, "add", interrupted)
+    with pytest.raises(seen):
+        data.prepare([corpus], words, tmp_path / "out", seq_len=SEQ)
+    assert n_chunks == 3
+    assert not [left for left in tmp_path.iterdir() if left.name != "cache"]
+
+
+def test_what_a_killed_preparation_left_is_not_read_and_is_cleared(ray, corpus, words, prepared, tmp_path):
+    left = Path(shutil.copytree(prepared, tmp_path / ".out.partial"))
+    (left / "manifest.json").unlink()
+    (left / "train" / "shard.09999.mds.zstd").write_bytes(b"half")
+    with pytest.raises(ConfigError, match="incomplete"):
+        data.read_manifest(left)
+    with pytest.raises(ConfigError, match="does not exist"):
+        data.read_manifest(tmp_path / "out")
+    descriptor = os.open(left, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="another process"):
+        data.prepare([corpus], words, tmp_path / "out", seq_len=SEQ)
+    assert (left / "train" / "shard.09999.mds.zstd").exists(), "a living process's files are not touched"
+    os.close(descriptor)
+    data.prepare([corpus], words, tmp_path / "out", seq_len=SEQ, val_fraction=0.1)
+    assert not left.exists()
+    assert not (tmp_path / "out" / "train" / "shard.09999.mds.zstd").exists()
+    assert torch.equal(everything(tmp_path / "out", "train"), everything(prepared, "train"))
+
+
+def test_a_mistake_in_the_inputs_is_one_line_from_any_worker(ray, words, tmp_path):
+    lines = [json.dumps({"text": text}) for text in texts()]
+    lines[333] = '{"txt": "misspelt"}'
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"bad\.jsonl line 334 has no text in a field 'text'.*txt") as error:
+        data.prepare([tmp_path / "bad.jsonl"], words, tmp_path / "out", seq_len=SEQ)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- several processes, damage, remote folders ------------------------------------------------------------
+
+READER = """
+import hashlib, sys
+from lowbit_dist.config import Data
+from lowbit_dist.data import Batches
+batches = Batches(Data(path=sys.argv[1], seq_len=32), "train", 5)
+digest = hashlib.sha256()
+for first in range(0, batches.n_samples, 64):
+    digest.update(batches.micro_batch(first, 64).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_processes_of_a_host_read_the_same_from_one_cold_cache(prepared, tmp_path):
+    """Under a launcher's variables, and with what a killed process left in the cache."""
+    from lowbit_dist.data.manifest import MANIFEST
+
+    batches = data.Batches(Data(path=str(prepared), seq_len=SEQ, cache=tmp_path / "own"), "train", 5)
+    digest = hashlib.sha256()
+    for first in range(0, batches.n_samples, 64):
+        digest.update(batches.micro_batch(first, 64).numpy().tobytes())
+    name = hashlib.sha256((prepared / MANIFEST).read_bytes()).hexdigest()[:16]
+    folder = tmp_path / "cache" / "lowbit-dist" / "data" / name / "train"
+    folder.mkdir(parents=True)
+    (folder / "shard.00000.mds.partial").write_bytes(b"half")
+    (folder / "shard.00001.mds").write_bytes(b"damaged")
+    (folder / "shard.00002.mds.lock").touch()
+    shared_memory = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(prepared)],
+            env={**os.environ, **launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for reader in readers:
+        assert reader.communicate(timeout=200)[0].strip() == digest.hexdigest()
+    assert not [file for file in folder.iterdir() if file.suffix not in (".mds", ".lock")]
+    if shared_memory:
+        assert not {name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith("0")}
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_shard_is_named_and_never_read(copied):
+    damage(copied / "train" / "shard.00003.mds.zstd")
+    data.check(config(copied))
+    for path, fetches in ((str(copied), ""), (f"file://{copied}", "after 4 fetches")):
+        with pytest.raises(RuntimeError, match=rf"train/shard\.00003\.mds\.zstd is damaged.*{fetches}"):
+            everything(path, "train")
+        assert everything(path, "val").numel()
+
+
+def test_a_remote_folder_is_read_through_the_cache_and_a_damaged_fetch_is_repeated(
+    prepared, copied, tmp_path, monkeypatch
+):
+    """The third repetition helps; a fourth is not made."""
+    fetches: dict[str, int] = {}
+    download = reading.download
+
+    def unreliable(url, file):
+        fetches[url] = fetches.get(url, 0) + 1
+        download(url, file)
+        if url.endswith("shard.00002.mds.zstd") and fetches[url] < 4:
+            damage(file)
+
+    expected = everything(prepared, "train")
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(reading, "download", unreliable)
+    assert torch.equal(everything(f"file://{copied}", "train"), expected)
+    damaged = f"file://{copied}/train/shard.00002.mds.zstd"
+    assert fetches[damaged] == 4
+    assert all(n == 1 for url, n in fetches.items() if url != damaged)
+    shutil.rmtree(copied / "train")
+    (copied / "train").mkdir()
+    shutil.copy(prepared / "train" / "index.json", copied / "train")
+    assert torch.equal(everything(f"file://{copied}", "train"), expected), (
+        "the second reading is from the cache"
+    )
+    with pytest.raises(RuntimeError, match=r"train/shard\.00000\.mds\.zstd cannot be read"):
+        everything(str(copied), "train") if shutil.rmtree(tmp_path / "cache") is None else None
+    with pytest.raises(ConfigError, match="must be a folder, file:// or one of"):
+        data.read_manifest("gopher://host/data")
+
+
+def test_reading_goes_on_when_the_cache_is_cleared(prepared, tmp_path):
+    batches = data.Batches(Data(path=str(prepared), seq_len=SEQ), "train", 5)
+    before = batches.micro_batch(0, 50)
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(batches.micro_batch(0, 50), before)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+def rewrite(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def other_tokenizer(folder: Path) -> None:
+    (folder / "text.txt").write_text("other words " * 50)
+    tokenizer.train([folder / "text.txt"], 270, folder / "new")
+    shutil.copy(folder / "new" / "tokenizer.model", folder / "tokenizer" / "tokenizer.model")
+
+
+MISTAKES = {
+    "is missing": (shutil.rmtree, "does not exist"),
+    "is empty": (lambda at: [shutil.rmtree(at), at.mkdir()], "has no manifest.json"),
+    "is a file": (lambda at: [shutil.rmtree(at), at.write_text("")], "is a file"),
+    "is incomplete": (lambda at: (at / "manifest.json").unlink(), "incomplete"),
+    "manifest is empty": (lambda at: (at / "manifest.json").write_text(""), "damaged"),
+    "manifest is cut": (lambda at: os.truncate(at / "manifest.json", 100), "damaged"),
+    "manifest is binary": (lambda at: (at / "manifest.json").write_bytes(b"\xff\0"), "damaged"),
+    "manifest is a list": (lambda at: (at / "manifest.json").write_text("[]"), "damaged"),
+    "manifest is nested": (lambda at: (at / "manifest.json").write_text("[" * 100_000), "damaged"),
+    "manifest lacks fields": (lambda at: (at / "manifest.json").write_text('{"format": 1}'), "damaged"),
+    "manifest lacks a split": (lambda at: rewrite(at / "manifest.json", splits={}), "splits train, val"),
+    "manifest is of the future": (lambda at: rewrite(at / "manifest.json", format=2), "format 2"),
+    "sample length differs": (lambda at: rewrite(at / "manifest.json", seq_len=64), r"seq_len \(32\) must be 64"),
+    "shard is missing": (lambda at: (at / "train/shard.00001.mds.zstd").unlink(), "lacks train/shard.00001"),
+    "shard is cut": (lambda at: os.truncate(at / "val/shard.00000.mds.zstd", 100), "has 100 bytes and must"),
+    "index is missing": (lambda at: (at / "val/index.json").unlink(), "lacks val/index.json"),
+    "index is damaged": (lambda at: damage(at / "train/index.json"), "train/index.json is damaged"),
+    "tokenizer is missing": (lambda at: shutil.rmtree(at / "tokenizer"), "tokenizer"),
+    "tokenizer is another": (other_tokenizer, "not the one its shards"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_prepared_data_that_is_wrong_is_refused_before_a_worker_starts(copied, mistake):
+    make, answer = MISTAKES[mistake]
+    data.check(config(copied))
+    make(copied)
+    with pytest.raises(ConfigError, match=answer) as error:
+        data.check(config(copied))
+    assert "\n" not in str(error.value)
+
+
+def test_another_tokenizer_and_a_batch_larger_than_the_data_are_refused(prepared, words, tmp_path):
+    asked = config(prepared)
+    assert data.check(asked.model_copy(update={"data": asked.data.model_copy(update={"tokenizer": words})}))
+    (tmp_path / "text.txt").write_text("other words " * 50)
+    tokenizer.train([tmp_path / "text.txt"], 270, tmp_path / "other")
+    asked = asked.model_copy(update={"data": asked.data.model_copy(update={"tokenizer": tmp_path / "other"})})
+    with pytest.raises(ConfigError, match="is not the one that"):
+        data.check(asked)
+    n = data.read_manifest(prepared).splits["train"].samples
+    with pytest.raises(ConfigError, match=f"write at most {n * SEQ:,}"):
+        data.check(config(prepared, batch_tokens=(n // 16 + 1) * 16 * SEQ))
+
+
+@pytest.mark.parametrize(
+    ("changed", "answer"),
+    [
+        ({"seq_len": 1}, "--seq-len"),
+        ({"val_fraction": 0.0}, "--val-fraction"),
+        ({"val_fraction": float("nan")}, "--val-fraction"),
+        ({"workers": 0}, "--workers"),
+        ({"seed": -1}, "--seed"),
+        ({"out_dir": "s3://bucket/data"}, "folder on this machine"),
+        ({"tokenizer_dir": "nowhere"}, "tokenizer .nowhere. does not exist"),
+        ({"inputs": []}, "--input is required"),
+        ({"inputs": ["nowhere.txt"]}, "does not exist"),
+        ({"inputs": ["s3://bucket/text"]}, "must be on this machine"),
+        ({"inputs": ["hf:"]}, "hf:NAME"),
+    ],
+)
+def test_wrong_arguments_of_prepare_are_refused(corpus, words, tmp_path, changed, answer):
+    arguments = {"inputs": [corpus], "tokenizer_dir": words, "out_dir": tmp_path / "out"} | changed
+    with pytest.raises(ConfigError, match=answer) as error:
+        data.prepare(**arguments)
+    assert "\n" not in str(error.value)
+
+
+# --- documents --------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, name: str, made: list[str]) -> Path:
+    file = folder / name
+    lines = "".join(json.dumps({"id": k, "text": text}) + "\n" for k, text in enumerate(made)).encode()
+    if name.endswith(".gz"):
+        file.write_bytes(gzip.compress(lines))
+    elif name.endswith(".zst"):
+        import zstandard
+
+        half = lines.index(b"\n", len(lines) // 2) - 5  # two frames, the border inside a line
+        zipped = [zstandard.compress(each) for each in (lines[:half], lines[half:])]
+        file.write_bytes(b"".join(zipped))
+    elif name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": made}), file, row_group_size=57)
+    else:
+        file.write_bytes(lines)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_every_format_gives_the_same_documents_however_it_is_cut(tmp_path, monkeypatch, name):
+    made = [*texts(), "\u2028 line\x85 ends\r that JSON lines do not have", "last"]
+    file = write(tmp_path, name, made)
+    for size in (100, 7777, 1 << 22):
+        monkeypatch.setattr(documents, "PART", size)
+        assert list(documents.read(documents.parts([file]))) == made
+
+
+def test_text_files_are_documents_and_long_ones_are_cut_at_line_ends(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "x.pyc").write_bytes(b"\0")
+    (tmp_path / ".hidden").write_bytes(b"\0")
+    (tmp_path / "b" / "empty.txt").write_text("")
+    (tmp_path / "b" / "short.md").write_bytes("\ufeffshort\r\n  ß\n".encode())
+    draw = random.Random(0)
+    long = "".join("é" * draw.randrange(3000) + "\n" for _ in range(200)) + "x" * 200_000 + "\nno end of line"
+    (tmp_path / "a.txt").write_text(long)
+    for size in (1 << 16, 1 << 18, 1 << 22):
+        monkeypatch.setattr(documents, "PART", size)
+        *pieces, short = documents.read(documents.parts([tmp_path]))
+        assert short == "short\r\n  ß\n"
+        assert "".join(pieces) == long
+        assert len(pieces) == 10
+        assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+
+def test_the_standard_library_is_a_corpus():
+    parts = documents.parts(["stdlib"])
+    names = [part.path for part in parts]
+    assert parts == documents.parts(["stdlib"])
+    assert any(name.endswith("/json/decoder.py") for name in names)
+    assert not [
+        name for name in names if "/test/" in name or "site-packages" in name or "_sysconfigdata" in name
+    ]
+    found = list(documents.read(parts))
+    assert 5e6 < sum(len(text.encode()) for text in found) < 5e7
+    assert sum(len(text) for text in documents.sample(parts, 1 << 20)) == pytest.approx(1 << 20, rel=0.2)
+
+
+def test_a_dataset_of_hugging_face_is_read_by_rows(monkeypatch):
+    """The library is not installed here; what is called is its documented interface."""
+
+    class Rows(list):
+        column_names = ("text",)
+        dataset_size = 1000
+
+    class Library:
+        @staticmethod
+        def load_dataset(name, configuration, split):
+            assert (name, configuration, split) == ("owner/name", "en", "train[:5%]")
+            return Rows({"text": f"row {k}"} for k in range(25))
+
+    with pytest.raises(ConfigError, match="pip install datasets"):
+        documents.parts(["hf:owner/name"])
+    monkeypatch.setitem(sys.modules, "datasets", Library)
+    monkeypatch.setattr(documents, "ROWS", 10)
+    parts = documents.parts(["hf:owner/name:en:train[:5%]"])
+    assert len(parts) == 3
+    assert list(documents.read(parts)) == [f"row {k}" for k in range(25)]
+
+
+def cut(name: str, n_bytes: int) -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return write(Path(folder), name, texts()).read_bytes()[:n_bytes]
+
+
+BAD_INPUTS = {
+    "empty file": ("a.txt", b"", "is empty"),
+    "binary": ("a.txt", b"text\0", "byte 4 is zero"),
+    "not UTF-8": ("a.txt", b"text \xe9t\xe9", "byte 5 is not UTF-8"),
+    "not UTF-8 far in": ("a.txt", b"x\n" * 40_000 + b"\xff", "byte 80,000 is not UTF-8"),
+    "gzip as text": ("a.txt", gzip.compress(b"text"), "leave the file out|leave it out"),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\nplain\n', r"line 2 is not JSON"),
+    "cut JSON": ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2 is not JSON"),
+    "no object": ("a.jsonl", b'["text"]\n', "line 1 is not a JSON object"),
+    "no text": ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "line 3 has no text .*body"),
+    "text is a number": ("a.jsonl", b'{"text": 1}\n', "line 1 has no text"),
+    "text is null": ("a.jsonl", b'{"text": null}\n', "line 1 has no text"),
+    "bytes in JSON": ("a.jsonl", b'{"text": "\xe9"}\n', "line 1 is not UTF-8 text at its byte 10"),
+    "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
+    "nested JSON": ("a.jsonl", b"[" * 100_000, "line 1 "),
+    "no gzip": ("a.jsonl.gz", b'{"text": "a"}\n', "damaged"),
+    "cut gzip": ("a.jsonl.gz", cut("a.jsonl.gz", 5000), "ends in the middle"),
+    "no zstd": ("a.jsonl.zst", b'{"text": "a"}\n', "damaged"),
+    "cut zstd": ("a.jsonl.zst", cut("a.jsonl.zst", 5000), "ends in the middle"),
+    "no Parquet": ("a.parquet", b"PAR1 text", "not a Parquet file"),
+    "cut Parquet": ("a.parquet", cut("a.parquet", 5000), "not a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_input_that_is_wrong_is_named_with_its_place(tmp_path, case):
+    name, content, answer = BAD_INPUTS[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=answer) as error:
+        list(documents.read(documents.parts([tmp_path / name])))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_further_inputs_that_are_wrong(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def refused(inputs, answer):
+        with pytest.raises(ConfigError, match=answer) as error:
+            list(documents.read(documents.parts(inputs)))
+        assert "\n" not in str(error.value)
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "body.parquet")
+    refused([tmp_path / "body.parquet"], "no column 'text'; its columns are body")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    refused([tmp_path / "null.parquet"], "row 2 has no text")
+    damaged = write(tmp_path, "damaged.parquet", texts())
+    content = bytearray(damaged.read_bytes())
+    content[1000:2000] = bytes(1000)
+    damaged.write_bytes(content)
+    refused([damaged], "damaged")
+    (tmp_path / "folder").mkdir()
+    refused([tmp_path / "folder"], "no file with text")
+    (tmp_path / "folder" / "a.txt").write_text("text")
+    refused([tmp_path / "folder", tmp_path / "folder" / "a.txt"], "read twice")
+    assert list(documents.read(documents.parts([tmp_path / "folder" / "*.txt"]))) == ["text"]
+    os.mkfifo(tmp_path / "pipe")
+    refused([tmp_path / "pipe"], "must be a file or a folder")
+    if os.geteuid():  # root may read everything
+        (tmp_path / "folder" / "a.txt").chmod(0)
+        refused([tmp_path / "folder" / "a.txt"], "cannot be read")
