@@ -22,9 +22,9 @@ from lowbit_dist.ops.reference import STATES, AdamWStep, Moments
 
 pytest.importorskip("triton", reason="Triton is not installed: torch built for CPUs alone does not bring it")
 
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from lowbit_dist.ops import kernels  # noqa: E402
+from lowbit_dist.ops import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

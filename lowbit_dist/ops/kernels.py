@@ -38,8 +38,8 @@ from lowbit_dist.ops.reference import (
     Moments,
 )
 
-# Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks of
-# codes, several threads would hold the same element, and one could read it after another has overwritten it.
+# Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks
+# of codes several threads would hold the same element, and one could read what another has overwritten.
 CODE_BLOCKS = 8
 WEIGHT_BLOCKS = 4
 
