@@ -130,7 +130,7 @@ class InitialWeights:
 
     def __init__(self, model: nn.Module, seed: int, pretrained: Path | str | None):
         self.seed = seed
-        self.std = getattr(model.config, "initializer_range", INITIAL_STD)
+        self.std = getattr(getattr(model, "config", None), "initializer_range", INITIAL_STD)
         self.kinds = {
             f"{prefix}.{name}" if prefix else name: module
             for prefix, module in model.named_modules()

@@ -1,0 +1,77 @@
+"""What several test files share: prepared data and living ranks, made once per session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two cores serve every process here
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+
+SEQ_LEN = 64
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data folder: some of the standard library's sources, 512 pieces, samples of 64 tokens."""
+    import json as module_with_source
+
+    from lowbit_dist import data, tokenizer
+
+    sources = [str(Path(module_with_source.__file__).parent), str(Path(os.__file__))]
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer.train(sources, 512, folder / "tokenizer")
+    data.prepare(sources, folder / "tokenizer", folder / "data", seq_len=SEQ_LEN, workers=1, val_fraction=0.1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(n)`: n gloo processes, kept for the session."""
+    alive: dict[int, Ranks] = {}
+
+    def get(world: int) -> Ranks:
+        if world not in alive:
+            alive[world] = Ranks(world, str(tmp_path_factory.mktemp("store") / "file"))
+        return alive[world]
+
+    yield get
+    for each in alive.values():
+        each.close()
+
+
+@pytest.fixture
+def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`small(method={...}, train={...}, ...)`: the configuration of a run that takes seconds, as a mapping."""
+
+    def configuration(**sections: Any) -> dict[str, Any]:
+        base: dict[str, Any] = {
+            "run": {"name": "small", "dir": str(tmp_path)},
+            "model": {"hidden_size": 256, "intermediate_size": 512, "layers": 2, "heads": 4, "kv_heads": 2},
+            "method": {"name": "dqt"},
+            "data": {"path": str(corpus), "seq_len": SEQ_LEN},
+            "optimizer": {"lr": 2e-3},
+            "schedule": {"warmup_steps": 2},
+            "precision": "fp32",
+            "zero": {},
+            "train": {
+                "steps": 20,
+                "batch_tokens": 4 * SEQ_LEN,
+                "micro_batch": 2,
+                "log_every": 5,
+                "eval_every": 20,
+                "eval_samples": 4,
+                "save_every": 20,
+            },
+            "cluster": {},
+            "tracking": {"mlflow": None},
+        }
+        for name, content in sections.items():
+            base[name] = {**base[name], **content} if isinstance(content, dict) else content
+        return base
+
+    return configuration

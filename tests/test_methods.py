@@ -1,0 +1,131 @@
+"""Methods against transcriptions of their papers in float64 that share no code with the package."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit_dist.linear import Linear, linear
+from lowbit_dist.methods import METHODS
+from lowbit_dist.methods.bitnet import BitNet
+from lowbit_dist.methods.dqt import DQT, RMS_RANGE
+from lowbit_dist.packed import PackedTensor
+
+GRIDS = {"ternary": (-1, 1), "int2": (-2, 1), "int3": (-4, 3), "int4": (-8, 7), "int8": (-128, 127)}
+
+
+def case(n=5, out=7, inputs=256, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, inputs, generator=g)
+    weight = torch.randn(out, inputs, generator=g) * 0.02
+    return x, weight, torch.randn(n, out, generator=g)
+
+
+def rounded_tokens(x, bits=8):
+    """Python floats, one token at a time (arXiv 2402.17764; round half to even, as torch.round)."""
+    top = 2 ** (bits - 1) - 1
+    rows = []
+    for row in x.double().tolist():
+        a = top / max(max(abs(v) for v in row), 1e-5)
+        rows.append([min(max(round(v * a), -top - 1), top) / a for v in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def layer_of(method, weight, **kwargs):
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    plain.weight = nn.Parameter(weight.clone())
+    return method.linear(plain, **{"name": "q_proj", "is_head": False, "norm_eps": 1e-5} | kwargs)
+
+
+def test_bitnet_forward_and_gradients_agree_with_a_float64_transcription():
+    x, weight, dy = case()
+    layer, x = layer_of(BitNet(), weight), x.requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+
+    w = weight.double()
+    gamma = max(w.abs().mean().item(), 1e-5)
+    forward_weight = gamma * torch.tensor([[min(max(round(v / gamma), -1), 1) for v in row] for row in w.tolist()])
+    xq = rounded_tokens(x.detach())
+    torch.testing.assert_close(y.double(), xq @ forward_weight.double().t(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ forward_weight.double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(layer.weight.grad.double(), dy.double().t() @ xq, rtol=1e-5, atol=1e-5)
+    assert set(torch.unique(forward_weight / gamma).round().tolist()) == {-1.0, 0.0, 1.0}
+
+
+def test_bitnet_normalises_the_inputs_that_llama_does_not():
+    x, weight, _ = case()
+    plain, inner = layer_of(BitNet(), weight), layer_of(BitNet(), weight, name="mlp.down_proj")
+    assert plain.norm is None
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(inner(x), plain(normed))
+    assert layer_of(BitNet(sub_norms=False), weight, name="mlp.down_proj").norm is None
+
+
+def test_the_head_is_an_ordinary_layer_under_every_method():
+    x, weight, _ = case()
+    for method in METHODS.values():
+        assert torch.equal(layer_of(method(), weight, is_head=True)(x), x @ weight.t())
+
+
+def test_a_linear_with_bias_has_the_gradients_of_torch():
+    x, weight, dy = case()
+    bias = torch.randn(7)
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    theirs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    linear(*ours).backward(dy)
+    nn.functional.linear(*theirs).backward(dy)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_activations_are_rounded_per_token_straight_through(bits):
+    x, weight, dy = case()
+    x.requires_grad_()
+    y = linear(x, weight, activation_bits=bits)
+    torch.testing.assert_close(y.double(), rounded_tokens(x.detach(), bits) @ weight.double().t(), rtol=1e-5, atol=1e-6)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, dy @ weight)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("scale", ["absmean", "absmax", "rms"])
+def test_initial_codes_and_scales_follow_the_formulas(grid, granularity, scale):
+    low, high = GRIDS[grid]
+    _, weight, _ = case(out=6)
+    packed = DQT(grid=grid, granularity=granularity, scale=scale).quantize(weight)
+    rows = weight.double().reshape(1, -1) if granularity == "tensor" else weight.double()
+    if scale == "absmean":
+        size = rows.abs().mean(1) / high
+    elif scale == "absmax":
+        size = rows.abs().amax(1) / high
+    else:
+        size = (rows**2).mean(1).sqrt() * 2 * RMS_RANGE[grid] / (high - low)
+    size = size.half().double()
+    assert torch.equal(packed.scale.double(), size)
+    levels = (weight.double() / size.view(-1, 1)).round().clamp(low, high)
+    near_tie = ((weight.double() / size.view(-1, 1)).frac().abs() - 0.5).abs() < 1e-5
+    assert torch.equal(packed.levels().double()[~near_tie], levels[~near_tie])
+    assert torch.equal(packed.dequantize(torch.float32), packed.levels() * packed.scale.view(-1, 1))
+
+
+def test_scales_survive_float16_and_no_tensor_is_without_one():
+    zeros = DQT().quantize(torch.zeros(2, 256))
+    assert zeros.scale.item() > 0
+    assert torch.equal(zeros.scale.half().float(), zeros.scale)
+    assert math.isfinite(DQT(grid="int8").quantize(torch.full((2, 256), 1e6)).scale.item())
+
+
+def test_a_packed_tensor_needs_whole_blocks_in_a_row():
+    with pytest.raises(ValueError, match="multiple of 256, not 100"):
+        PackedTensor.quantize(torch.zeros(3, 100), torch.ones(1), DQT().levels)
+
+
+def test_which_tensors_are_low_bit():
+    assert DQT().is_low_bit(True)
+    assert not DQT().is_low_bit(False)
+    assert DQT(tensors="all").is_low_bit(False)
+    assert isinstance(layer_of(DQT(), case()[1]), Linear)

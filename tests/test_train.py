@@ -1,0 +1,154 @@
+"""The whole training of one worker, on real gloo ranks: exactly equal results where the design promises them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+GRIDS = ("ternary", "int2", "int3", "int4", "int8")
+
+
+def train(configuration, stop_at=None):
+    """One worker's run; `stop_at` ends it after that step's checkpoint, as a kill would."""
+    import logging
+
+    logging.disable(logging.INFO)
+    from lowbit_dist import train as training
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+
+    config = RunConfig.from_dict(configuration, METHODS)
+    if stop_at is None:
+        return training.run(config)
+    save = training._save
+
+    def save_then_stop(config, engine, manifest, position):
+        path = save(config, engine, manifest, position)
+        if position.step == stop_at:
+            raise KeyboardInterrupt
+        return path
+
+    training._save = save_then_stop
+    try:
+        training.run(config)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        training._save = save
+    raise AssertionError("the run was not stopped")
+
+
+def digest(ranks, world, configuration):
+    return ranks(world).run(train, configuration)[0]["digest"]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_workers_residency_checkpointing_and_repetition_give_one_digest(grid, ranks, small):
+    variants = {
+        "one": (1, {}),
+        "again": (1, {}),
+        "two": (2, {}),
+        "replicated": (2, {"zero": {"residency": "replicated"}}),
+        "recomputed": (2, {"train": {"activation_checkpointing": True}}),
+    }
+    found = {
+        name: digest(ranks, world, small(run={"name": name}, method={"grid": grid}, **changes))
+        for name, (world, changes) in variants.items()
+    }
+    assert len(set(found.values())) == 1, found
+
+
+def test_the_digest_sees_the_seed_and_the_learning_rate(ranks, small):
+    plain = digest(ranks, 1, small(run={"name": "plain"}))
+    assert digest(ranks, 1, small(run={"name": "seed", "seed": 1})) != plain
+    assert digest(ranks, 1, small(run={"name": "lr"}, optimizer={"lr": 1e-3})) != plain
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"method": {"grid": grid}} for grid in GRIDS]
+    + [
+        {"method": {"name": "bitnet"}},
+        {"method": {"name": "dense"}, "optimizer": {"states": "bf16"}},
+        {"method": {"name": "dense"}, "zero": {"stage": 0}},
+        {"method": {"name": "dense"}, "zero": {"stage": 2}, "optimizer": {"states": "fp32"}},
+        {"method": {"granularity": "row", "tensors": "all"}, "precision": "bf16"},
+    ],
+    ids=lambda s: "-".join(str(v) for part in s.values() for v in (part.values() if isinstance(part, dict) else [part])),
+)  # fmt: skip
+def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, small):
+    every_ten = {"train": {"save_every": 10}}
+    expected = digest(ranks, 2, small(run={"name": "whole"}, **sections, **every_ten))
+    stopped = small(run={"name": "stopped"}, **sections, **every_ten)
+    ranks(2).run(train, stopped, stop_at=10)
+    assert digest(ranks, 2, stopped) == expected
+
+
+def test_a_run_continues_on_another_number_of_workers(ranks, small):
+    every_ten = {"train": {"save_every": 10}}
+    expected = digest(ranks, 1, small(run={"name": "whole"}, **every_ten))
+    stopped = small(run={"name": "moved"}, **every_ten)
+    ranks(2).run(train, stopped, stop_at=10)
+    assert digest(ranks, 1, stopped) == expected
+
+
+def test_a_resumed_run_logs_what_an_undisturbed_one_does(ranks, small):
+    # log_every does not divide the step of the stop: the sums since the last log are part of the checkpoint
+    train_section = {"train": {"save_every": 10, "log_every": 4}}
+    whole, stopped = small(run={"name": "whole"}, **train_section), small(run={"name": "cut"}, **train_section)
+    ranks(2).run(train, whole)
+    ranks(2).run(train, stopped, stop_at=10)
+    ranks(2).run(train, stopped)
+    rows = [
+        [json.loads(line) for line in Path(c["run"]["dir"], c["run"]["name"], "metrics.jsonl").read_text().splitlines()]
+        for c in (whole, stopped)
+    ]  # fmt: skip
+    for row in rows[0] + rows[1]:
+        for key in ("time", "tokens_per_second", *(k for k in row if "bytes" in k and k != "bits_per_byte")):
+            row.pop(key, None)
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [4, 8, 12, 16, 20]
+
+
+def test_reproducible_runs_are_equal_on_one_two_and_three_workers(ranks, small):
+    twelve = {"batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "steps": 8}
+    found = {w: digest(ranks, w, small(run={"name": f"r{w}"}, train=twelve)) for w in (1, 2, 3)}
+    assert len(set(found.values())) == 1, found
+
+
+def test_training_learns_and_no_learning_rate_does_not(ranks, small):
+    steps = {"steps": 120, "eval_every": 120, "eval_samples": 32, "save_every": 120, "log_every": 40}
+    learned = ranks(2).run(train, small(run={"name": "learns"}, train=steps))[0]
+    frozen = ranks(2).run(train, small(run={"name": "frozen"}, train=steps, optimizer={"lr": 0.0}))[0]
+    assert learned["val_loss"] < 0.85 * frozen["val_loss"], (learned["val_loss"], frozen["val_loss"])
+    assert abs(frozen["val_loss"] - frozen["train_loss"]) < 0.1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(ranks, small):
+    found = ranks(2).run(step_with_infinite_gradient, small())
+    assert found == [(True, True)] * 2
+
+
+def step_with_infinite_gradient(configuration):
+    """(skipped, unchanged) of an engine whose second micro-batch has an infinite loss on one worker."""
+    import torch
+
+    from lowbit_dist import model
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+    from lowbit_dist.zero import Engine
+
+    config = RunConfig.from_dict(configuration, METHODS)
+    built = model.build(config.model, 512, config.method, torch.float32)
+    initial = model.InitialWeights(built, 0, None)
+    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    tokens = torch.arange(2 * 64).view(2, 64)
+    for _ in range(engine.micro_batches // engine.world):
+        engine.backward(tokens)
+    if engine.rank == engine.world - 1:
+        engine.gradients()[0][5] = float("nan")
+    before = [t.clone() for shard in engine.shards for t in (shard.codes, shard.weight, shard.moments.m) if t is not None]
+    update = engine.update(step=1, lr=1e-3, weight_decay=0.0)
+    after = [t for shard in engine.shards for t in (shard.codes, shard.weight, shard.moments.m) if t is not None]
+    engine.close()
+    return update.skipped, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,104 @@
+"""Packed ZeRO-3 below the training loop: DeepSpeed's contract, the exact norm, pretrained weights."""
+
+import json
+
+import pytest
+import torch
+
+
+def test_a_moved_deepspeed_name_is_reported(monkeypatch):
+    from lowbit_dist.zero import check_deepspeed, contract
+
+    check_deepspeed()
+    monkeypatch.setattr(contract, "CONTRACT", (*contract.CONTRACT, (contract.Init, "_vanished", "self")))
+    with pytest.raises(RuntimeError, match=r"Init\._vanished takes \(None\)"):
+        check_deepspeed()
+
+
+def test_another_deepspeed_version_is_refused(monkeypatch):
+    from lowbit_dist.zero import check_deepspeed, contract
+
+    monkeypatch.setattr(contract.deepspeed, "__version__", "0.20.0")
+    with pytest.raises(RuntimeError, match=r"pip install deepspeed==0\.19\.8"):
+        check_deepspeed()
+
+
+def norm_of_part(values, cuts):
+    """The global norm when this rank holds the elements between its two cuts, in pieces."""
+    import torch.distributed as dist
+
+    from lowbit_dist.zero.stage3 import global_norm
+
+    first, last = cuts[dist.get_rank()], cuts[dist.get_rank() + 1]
+    mine = values[first:last]
+    return global_norm([mine[: len(mine) // 3], mine[len(mine) // 3 :], mine[:0]]).item()
+
+
+def test_the_norm_has_the_same_bits_for_any_split(ranks):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(99_999, generator=generator) * torch.rand(99_999, generator=generator) ** 8
+    whole = ranks(1).run(norm_of_part, values, [0, 99_999])[0]
+    for cut in (0, 1, 256, 33_333, 99_999):
+        assert ranks(2).run(norm_of_part, values, [0, cut, 99_999]) == [whole, whole]
+    assert whole == pytest.approx(values.double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_norm_of_what_is_not_finite_is_not_finite_on_every_worker(bad, ranks):
+    values = torch.ones(1000)
+    values[700] = bad
+    assert not any(torch.isfinite(torch.tensor(n)) for n in ranks(2).run(norm_of_part, values, [0, 500, 1000]))
+
+
+def pretrained_weights(configuration, folder):
+    """This rank's codes and weights of a model initialised from `folder`, by name and start."""
+    import torch
+
+    from lowbit_dist import model
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+    from lowbit_dist.zero import Engine
+
+    config = RunConfig.from_dict(configuration, METHODS)
+    built = model.build(config.model, 512, config.method, torch.float32)
+    initial = model.InitialWeights(built, 0, folder)
+    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    found = {(s.name, s.start): (s.codes if s.codes is not None else s.weight).clone() for s in engine.shards}
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_pretrained_model_is_rounded_to_the_grid_once(world, ranks, small, tmp_path):
+    import transformers
+
+    from lowbit_dist.methods.dqt import DQT
+
+    torch.manual_seed(0)
+    folder = tmp_path / "pretrained"
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    llama.save_pretrained(folder)
+    configuration = small(method={"grid": "int4", "scale": "absmax"})
+    configuration["model"] = {"pretrained": str(folder)}
+    found = {k: v for part in ranks(world).run(pretrained_weights, configuration, str(folder)) for k, v in part.items()}
+    for name, value in llama.state_dict().items():
+        parts = torch.cat([found[key] for key in sorted(found) if key[0] == name])
+        if name.endswith("proj.weight"):
+            assert torch.equal(parts, DQT(grid="int4", scale="absmax").quantize(value).codes), name
+        else:
+            assert torch.equal(parts, value.flatten()), name
+
+
+def test_a_pretrained_folder_of_pickles_is_refused(tmp_path, small):
+    from lowbit_dist import model
+    from lowbit_dist.config import ConfigError
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
+        model.InitialWeights(torch.nn.Linear(2, 2), 0, tmp_path)
