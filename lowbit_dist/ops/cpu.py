@@ -1,9 +1,9 @@
 """The ops of reference.py on CPU tensors: `cpu.c`, compiled once on this machine and called through ctypes.
 
-The shared object is built for the very CPU it runs on, so it is never shipped: it is kept in the private folder
-`code` of $LOWBIT_CACHE (by default lowbit-dist in the user's cache folder), under a name that is a hash of the
-source, the compiler, its options and the CPU. Without a compiler the caller uses reference.py: the same bytes,
-many times slower.
+The shared object is built for the very CPU it runs on, so it is never shipped: it is kept in the private
+folder `code` of $LOWBIT_CACHE (by default lowbit-dist in the user's cache folder), under a name that is a
+hash of the source, the compiler, its options and the CPU. Without a compiler the caller uses
+reference.py: the same bytes, many times slower.
 """
 
 import ctypes
@@ -285,7 +285,7 @@ def _build(compiler: str, path: Path) -> Path:
 
 
 def _cache_folder() -> Path | None:
-    """The folder for compiled code, if only this user can write there: whoever can, runs code as this user."""
+    """The folder for compiled code, if only this user can write there: who can, runs code as this user."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit-dist"
     folder = Path(os.environ.get("LOWBIT_CACHE") or default) / "code"
     try:
