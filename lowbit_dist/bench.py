@@ -1,0 +1,209 @@
+"""How long the ops take, each next to a peer timed in the same process.
+
+Absolute times of a shared machine mean little; ratios of candidates that take turns with their peer do. On
+one CPU thread the clock is the process's own CPU time, on more the wall, on a GPU the device's events.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lowbit_dist import ops
+from lowbit_dist.grid import BLOCK, GRIDS, Grid
+from lowbit_dist.ops import cpu
+
+# Parameters that are timed by default: far beyond the caches, or what plain torch does in a minute.
+_ELEMENTS = {"cuda": 2**27, "cpu": 2**24, "cpu without a compiler": 2**20}
+
+_UPDATES = [
+    *((grid, "int8") for grid in ("ternary", "int2", "int3", "int4", "int8")),
+    ("ternary", "bf16"),
+    ("ternary", "fp32"),
+]
+# AdamW on float32 reads weight, gradient and both moments and writes all but the gradient.
+_PEER_BYTES_MOVED, _PEER_BYTES_RESIDENT = 28.0, 16.0
+
+
+def update(
+    n: int | None = None, threads: int = 1, repetitions: int = 15, device: str | None = None
+) -> dict[str, object]:
+    """Times one optimizer step of n packed parameters for each grid, against fused AdamW of float32 ones.
+
+    Times are nanoseconds a parameter: the median, and the range that holds the middle half. Bytes are bytes a
+    parameter, the gradient included (bfloat16; the peer's is float32, as it demands).
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    compiled = device == "cuda" or cpu.available()
+    n = n or _ELEMENTS[device if compiled else "cpu without a compiler"]
+    if n % BLOCK:
+        raise ValueError(f"n is {n}; it must be a multiple of {BLOCK}")
+    backend = "triton" if device == "cuda" else "c" if compiled else "torch"
+    clock = "device events" if device == "cuda" else "process time" if threads == 1 else "wall time"
+
+    with _threads(threads):
+        candidates = {"peer": _peer(n, device), "copy": _copy(n, device)}
+        for name, states in _UPDATES:
+            candidates[f"update {name} {states}"] = _update(GRIDS[name], states, n, device)
+        for name in GRIDS:
+            candidates[f"decode {name}"] = _decode(GRIDS[name], n, device)
+        times = _take_turns(candidates, clock, repetitions)
+
+    nanoseconds = {name: [t / n * 1e9 for t in of_one] for name, of_one in times.items()}
+    # A copy of n float32 reads and writes 8 bytes a parameter; bytes a nanosecond are gigabytes a second.
+    bandwidth = 8 / statistics.median(nanoseconds["copy"])
+
+    def measured(name: str, bytes_moved: float) -> dict[str, object]:
+        ratios = [a / b for a, b in zip(nanoseconds[name], nanoseconds["peer"], strict=True)]
+        median = statistics.median(nanoseconds[name])
+        return {
+            "ns_per_parameter": median,
+            "ns_per_parameter_middle_half": _middle_half(nanoseconds[name]),
+            "ratio_to_peer": statistics.median(ratios),
+            "ratio_to_peer_middle_half": _middle_half(ratios),
+            "bytes_moved_per_parameter": bytes_moved,
+            "share_of_copy_bandwidth": bytes_moved / median / bandwidth,
+        }
+
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "backend": backend,
+        "threads": threads,
+        "clock": clock,
+        "parameters": n,
+        "repetitions": repetitions,
+        "copy_gigabytes_per_second": bandwidth,
+        "peer": {
+            "name": "torch.optim.AdamW(fused=True), float32",
+            **measured("peer", _PEER_BYTES_MOVED),
+            "bytes_resident_per_parameter": _PEER_BYTES_RESIDENT,
+        },
+        "update": [
+            {
+                "grid": name,
+                "states": states,
+                **measured(f"update {name} {states}", _bytes_moved(GRIDS[name], states)),
+                "bytes_resident_per_parameter": _bytes_resident(GRIDS[name], states),
+            }
+            for name, states in _UPDATES
+        ],
+        "decode": [
+            {"grid": name, "to": "bfloat16", **measured(f"decode {name}", grid.bytes_per_parameter + 2)}
+            for name, grid in GRIDS.items()
+        ],
+    }
+
+
+def _bytes_of_moments(states: str) -> float:
+    return ops.Moments.zeros(BLOCK, states).nbytes / BLOCK
+
+
+def _bytes_moved(grid: Grid, states: str) -> float:
+    """Codes and moments are read and written, the bfloat16 gradient is read."""
+    return 2 * (grid.bytes_per_parameter + _bytes_of_moments(states)) + 2
+
+
+def _bytes_resident(grid: Grid, states: str) -> float:
+    return grid.bytes_per_parameter + _bytes_of_moments(states) + 2
+
+
+def _peer(n: int, device: str) -> Callable[[], object]:
+    weight = torch.nn.Parameter(torch.randn(n, device=device) * 0.02)
+    weight.grad = torch.randn(n, device=device) * 1e-3
+    return torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True).step
+
+
+def _copy(n: int, device: str) -> Callable[[], object]:
+    source, target = torch.ones(n, device=device), torch.zeros(n, device=device)
+    return lambda: target.copy_(source)
+
+
+def _codes(grid: Grid, n: int, device: str) -> torch.Tensor:
+    levels = torch.randint(grid.low, grid.high + 1, (n,), dtype=torch.int8, device=device)
+    return ops.pack(levels, grid=grid)
+
+
+def _update(grid: Grid, states: str, n: int, device: str) -> Callable[[], object]:
+    codes, moments = _codes(grid, n, device), ops.Moments.zeros(n, states, device)
+    scale = torch.tensor([0.02], device=device)
+    grad = (torch.randn(n, device=device) * 1e-3).bfloat16()
+    taken = 0
+
+    def step() -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        numbers = ops.AdamWStep(
+            lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, step=taken, seed=1
+        )
+        return ops.adamw_codes_(
+            codes,
+            scale,
+            grad,
+            moments,
+            grid=grid,
+            now=numbers,
+            tensor=0,
+            first_block=0,
+            blocks_per_scale=n // BLOCK,
+        )
+
+    return step
+
+
+def _decode(grid: Grid, n: int, device: str) -> Callable[[], object]:
+    codes, scale = _codes(grid, n, device), torch.tensor([0.02], device=device)
+    out = torch.empty(n, dtype=torch.bfloat16, device=device)
+    return lambda: ops.decode(codes, scale, grid=grid, first_block=0, blocks_per_scale=n // BLOCK, out=out)
+
+
+def _take_turns(
+    candidates: dict[str, Callable[[], object]], clock: str, repetitions: int
+) -> dict[str, list[float]]:
+    """Seconds of each run; each candidate runs once in each round, and once before the first."""
+    time_of = _device_seconds if clock == "device events" else _host_seconds(clock)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    for _ in range(repetitions):
+        for name, run in candidates.items():
+            times[name].append(time_of(run))
+    return times
+
+
+def _host_seconds(clock: str) -> Callable[[Callable[[], object]], float]:
+    now = time.process_time if clock == "process time" else time.perf_counter
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = now()
+        run()
+        return now() - start
+
+    return seconds
+
+
+def _device_seconds(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _middle_half(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import torch
+
+from lowbit_dist import bench
+from lowbit_dist.grid import GRIDS
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench.update(n=256 * 64, repetitions=3, device="cpu")
+
+
+def test_every_grid_and_state_is_timed_against_the_peer(result):
+    assert [(row["grid"], row["states"]) for row in result["update"]] == [
+        *((name, "int8") for name in GRIDS),
+        ("ternary", "bf16"),
+        ("ternary", "fp32"),
+    ]
+    assert [row["grid"] for row in result["decode"]] == list(GRIDS)
+    for row in [result["peer"], *result["update"], *result["decode"]]:
+        low, high = row["ns_per_parameter_middle_half"]
+        assert 0 < low <= row["ns_per_parameter"] <= high
+        low, high = row["ratio_to_peer_middle_half"]
+        assert 0 < low <= row["ratio_to_peer"] <= high
+        bandwidth = result["copy_gigabytes_per_second"]
+        share = row["bytes_moved_per_parameter"] / row["ns_per_parameter"] / bandwidth
+        assert row["share_of_copy_bandwidth"] == pytest.approx(share)
+    assert result["peer"]["ratio_to_peer"] == 1
+
+
+def test_bytes_are_those_of_the_tensors(result):
+    bytes_of = {
+        (row["grid"], row["states"]): (row["bytes_resident_per_parameter"], row["bytes_moved_per_parameter"])
+        for row in result["update"]
+    }
+    # Codes, moments with 8 bytes of scales for 256 elements, a bfloat16 gradient; all but that move twice.
+    assert bytes_of["ternary", "int8"] == (4.28125, 6.5625)
+    assert bytes_of["int3", "int8"] == (4.40625, 6.8125)
+    assert bytes_of["int8", "int8"] == (5.03125, 8.0625)
+    assert bytes_of["ternary", "fp32"] == (10.25, 18.5)
+    assert result["peer"]["bytes_resident_per_parameter"] == 16
+
+
+def test_the_result_is_plain_data_and_says_what_was_measured(result):
+    assert json.loads(json.dumps(result)) == result
+    assert (result["device"], result["threads"], result["clock"]) == ("cpu", 1, "process time")
+    assert (result["parameters"], result["repetitions"]) == (256 * 64, 3)
+
+
+def test_the_number_of_threads_is_put_back():
+    before = torch.get_num_threads()
+    other = before + 1
+    assert bench.update(n=256, threads=other, repetitions=1, device="cpu")["clock"] == "wall time"
+    assert torch.get_num_threads() == before
+
+
+def test_a_size_that_is_not_whole_blocks_is_refused():
+    with pytest.raises(ValueError, match="n is 1000; it must be a multiple of 256"):
+        bench.update(n=1000, device="cpu")
