@@ -36,7 +36,7 @@ class RunFailed(RuntimeError):
 @dataclass(frozen=True)
 class _Failure:
     text: str  # one line
-    of_code: bool  # an exception of the program, which would come again, rather than a death from outside
+    error: str | None  # the program's own; None for what came from outside, such as a process's death
 
 
 def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.train) -> dict[str, Any]:
@@ -46,9 +46,11 @@ def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.
     shutil.rmtree(storage, ignore_errors=True)
     follower = Follower(config.run_dir, progress)
     restarts = 0
-    before: tuple[_Failure, Path | None] | None = None
+    before: tuple[str | None, Path | None] | None = None
     try:
-        with contextlib.ExitStack() as session:
+        # Ray prints its own words about a worker's death to stdout.
+        log = (config.run_dir / LOG).open("a")
+        with log, contextlib.redirect_stdout(log), contextlib.ExitStack() as session:
             session.enter_context(ray_session(progress))
             settings = _settings(config)
             while True:
@@ -57,8 +59,9 @@ def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.
                 outcome = _fit(config, settings, work, storage, follower)
                 if not isinstance(outcome, _Failure):
                     break
-                now = (outcome, newest_checkpoint(config.run_dir))
-                if restarts == config.cluster.max_failures or (outcome.of_code and now == before):
+                now = (outcome.error, newest_checkpoint(config.run_dir))
+                # The same error at the same place would come again for ever.
+                if restarts == config.cluster.max_failures or (outcome.error and now == before):
                     times = f" after {restarts} restart{'' if restarts == 1 else 's'}" if restarts else ""
                     raise RunFailed(f"{outcome.text}{times}; see {config.run_dir / LOG}")
                 before = now
@@ -200,23 +203,36 @@ def _choose_interface() -> None:
 
 def _failure(error: BaseException) -> _Failure:
     """What went wrong first, in one line; a user's mistake is raised again as what it is."""
-    from ray.exceptions import RayError
     from ray.train import WorkerGroupError
 
     if not isinstance(error, WorkerGroupError):
         cause = getattr(error, "controller_failure", error)
-        return _Failure(f"the workers could not be started or lost Ray: {_last_line(cause)}", of_code=False)
+        return _Failure(f"the workers could not be started, or Ray was lost ({_last_line(cause)})", None)
     failures = sorted(error.worker_failures.items())
     for _, each in failures:
         if isinstance(each, ConfigError):
             raise ConfigError(str(each))
     for rank, each in failures:
-        if isinstance(each, RayError):
-            return _Failure(f"worker {rank} died ({_death(each)})", of_code=False)
+        if (how := _death(each)) is not None:
+            return _Failure(f"worker {rank} died ({how})", None)
     # When one worker fails, the others' collectives fail after it: those say nothing of the reason.
     rank, each = min(failures, key=lambda item: (_is_collective(item[1]), item[0]))
-    text = f"worker {rank}: {type(each).__name__}: {_last_line(each)}"
-    return _Failure(text, of_code=not _is_collective(each))
+    what = f"{type(each).__name__}: {_last_line(each)}"
+    return _Failure(f"worker {rank}: {what}", None if _is_collective(each) else what)
+
+
+def _death(error: BaseException) -> str | None:
+    """How a worker's process ended, in Ray's words; None if it lives."""
+    from ray.exceptions import RayError
+
+    cause = getattr(error, "health_check_failure", error)
+    if not isinstance(cause, RayError):
+        return None
+    text = " ".join(str(cause).split())
+    for start in ("Worker exit detail: ", "The actor died because ", "The actor is dead because "):
+        if start in text:
+            return text.split(start, 1)[1].split(". ")[0][:200]
+    return text[:200]
 
 
 def _is_collective(error: BaseException) -> bool:
@@ -224,14 +240,6 @@ def _is_collective(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") or any(
         word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
     )
-
-
-def _death(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    for start in ("Worker exit detail: ", "The actor died because "):
-        if start in text:
-            return text.split(start, 1)[1].split(". ")[0][:200]
-    return text[:200]
 
 
 def _last_line(error: BaseException) -> str:

@@ -19,8 +19,20 @@ def check(config: RunConfig) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
     check_run(config)
+    _check_prepared(config)
     data.check(config)
     tracking.check(config)
+
+
+def _check_prepared(config: RunConfig) -> None:
+    """Whoever starts without data is told how to make it."""
+    path = config.data.path
+    if "://" not in path and not os.path.exists(path):
+        raise ConfigError(
+            f"data.path ({path}) does not exist; prepare it, for example with "
+            f"`lowbit tokenizer train --input stdlib --vocab-size 4096 --out {path}-tokenizer` and "
+            f"`lowbit data prepare --input stdlib --tokenizer {path}-tokenizer --out {path}`"
+        )
 
 
 def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) -> None:

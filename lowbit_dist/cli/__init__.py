@@ -1,0 +1,357 @@
+"""The command line: a verb is a function, its docstring is its help.
+
+Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 and 143 ended by SIGINT and SIGTERM.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowbit_dist.cli import console
+from lowbit_dist.config import ConfigError, RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train language models whose weights exist only as packed low-bit codes, on any number of workers.",
+    epilog="Begin with: lowbit doctor. Each verb's --help shows an example.",
+)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
+data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
+bench_app = typer.Typer(no_args_is_help=True, help="The project's benchmarks, each against a peer.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="Fields to set, by dotted name.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        metavar="PATH...",
+        help="Text files and folders, .jsonl(.gz, .zst), .parquet, hf:NAME, or stdlib.",
+        show_default=False,
+    ),
+]
+RunOrCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_CHECKPOINT",
+        help="A run's name or folder, or a checkpoint's folder.",
+        show_default=False,
+    ),
+]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    vocab_size: Annotated[int, typer.Option(metavar="N", help="Number of pieces.")] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Learn a sentencepiece tokenizer (BPE with byte fallback) from text.
+
+    Example: lowbit tokenizer train --input stdlib --vocab-size 4096 --out data/tokenizer
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist import tokenizer
+
+        trained = tokenizer.train(inputs, vocab_size, out)
+        found = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
+        answer(found, _pairs(found))
+
+
+@data_app.command("prepare")
+def data_prepare(
+    inputs: Inputs,
+    tokenizer: Annotated[
+        Path, typer.Option(metavar="DIR", help="Made by `lowbit tokenizer train`.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    seq_len: Annotated[int, typer.Option(metavar="N", help="Tokens of a sample.")] = 256,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes that tokenise; all cores if not given.")
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of documents held out.")] = 0.02,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the choice of documents held out.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Tokenise documents into hashed training and validation shards.
+
+    Example: lowbit data prepare --input stdlib --tokenizer data/tokenizer --out data/stdlib
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist import data
+
+        manifest = data.prepare(
+            inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed
+        )
+        splits = {
+            name: f"{each['tokens']:,} tokens in {each['samples']:,} samples, {each['documents']:,} documents"
+            for name, each in manifest["splits"].items()
+        }
+        entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
+        found = {"data": str(out), **manifest}
+        answer(found, _pairs({"data": out, **splits, "unigram entropy": entropy}))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Instead of cluster.workers.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Instead of the prepared data's.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes of memory by component, for this run and two baselines, before anything is started.
+
+    Example: lowbit plan configs/quickstart.yaml --workers 4 model.preset=7b --vocab-size 32000
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist import memory
+        from lowbit_dist.cli import tables
+
+        more = [] if workers is None else [f"cluster.workers={workers}"]
+        loaded = _load(config, [*(overrides or []), *more])
+        found = memory.plan(loaded, _vocab_size(loaded, vocab_size))
+        answer(found, lambda terminal: tables.memory_table(terminal, found))
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train, or go on with a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
+
+    Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist import cluster
+        from lowbit_dist.cli import tables
+
+        loaded = _load(config, overrides)
+        try:
+            with console.following(loaded) as progress:
+                summary = cluster.launch(loaded, progress=progress)
+        except cluster.Stopped as stopped:
+            print(
+                f"lowbit: stopped by {stopped}; the same command goes on from the newest checkpoint in "
+                f"{loaded.run_dir}",
+                file=sys.stderr,
+            )
+            raise typer.Exit(128 + stopped.signum) from None
+        answer(summary, lambda terminal: tables.summary(terminal, summary, loaded.tracking.mlflow))
+
+
+@app.command("eval")
+def evaluate(
+    run: RunOrCheckpoint,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR_OR_TEXT", help="Prepared data, or text as for --input.", show_default=False
+        ),
+    ],
+    forward: Annotated[
+        str | None,
+        typer.Option(metavar="GRID", help="Round the weights to this grid first.", show_default=False),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Of prepared data; the run's eval_samples if not given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a checkpoint.
+
+    Example: lowbit eval quickstart --data data/stdlib --json
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist.evaluate import evaluate
+
+        found = evaluate(_checkpoint(run), data, forward=forward, n_samples=samples)
+        answer(found, _pairs(found))
+
+
+@app.command()
+def generate(
+    run: RunOrCheckpoint,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the text begins with.", show_default=False)
+    ],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N")] = 100,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="0 takes the likeliest token always.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(metavar="N", help="Of the N likeliest tokens; 0: of all.")] = 50,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Of the likeliest, up to this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a text.
+
+    Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist.generate import generate
+
+        found = generate(
+            _checkpoint(run), prompt,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        )  # fmt: skip
+        answer(found, lambda terminal: terminal.print(prompt + found["text"], markup=False))
+
+
+@app.command()
+def inspect(
+    checkpoint: RunOrCheckpoint,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its hash.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds: step, tokens, bytes by component, integrity, and the digest of its weights.
+
+    Example: lowbit inspect runs/quickstart --verify
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist.cli import inspection, tables
+
+        found = inspection.inspect(checkpoint, verify=verify)
+        answer(found, lambda terminal: tables.inspection(terminal, found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and what is missing; exit code 1 if a training cannot run.
+
+    Example: lowbit doctor --json
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist import doctor
+        from lowbit_dist.cli import tables
+
+        found = doctor.examine()
+        answer(found, lambda terminal: tables.health(terminal, found))
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@bench_app.command("update")
+def bench_update(
+    parameters: Annotated[
+        int | None, typer.Option(metavar="N", help="A multiple of 256; as suits the device if not given.")
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Of the CPU.")] = 1,
+    repetitions: Annotated[int, typer.Option(metavar="N", min=1)] = 15,
+    as_json: Json = False,
+) -> None:
+    """Time one optimizer step of packed weights against PyTorch's fused AdamW in float32.
+
+    Example: lowbit bench update --parameters 4194304
+    """
+    with console.answering(as_json) as answer:
+        if parameters is not None and (parameters < 256 or parameters % 256):
+            nearest = max(1, round(parameters / 256)) * 256
+            raise ConfigError(
+                f"--parameters ({parameters}) must be a multiple of 256; the nearest is {nearest}"
+            )
+        from lowbit_dist import bench
+        from lowbit_dist.cli import tables
+
+        found = bench.update(parameters, threads=threads, repetitions=repetitions)
+        answer(found, lambda terminal: tables.update_times(terminal, found))
+
+
+def main() -> None:
+    """The entry point: every failure is one line on stderr and an exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _log_to_stderr()
+    try:
+        code = app(_repeated(sys.argv[1:]), prog_name="lowbit", standalone_mode=False)
+    except ConfigError as error:
+        code = _fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our answer has gone; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except Exception as error:
+        if os.environ.get("LOWBIT_DEBUG") == "1":
+            raise
+        usage = getattr(error, "format_message", None)  # typer's own complaints about arguments
+        if usage is not None:
+            # Without a verb, the help has been printed and there is no message.
+            code = _fail(f"{' '.join(usage().split())} See --help." if usage() else "", 2)
+        else:
+            code = _fail(f"{type(error).__name__}: {error} (LOWBIT_DEBUG=1 shows where)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    if message:
+        print(f"lowbit: {message}", file=sys.stderr)
+    return code
+
+
+def _repeated(arguments: list[str]) -> list[str]:
+    """`--input A B C` as `--input A --input B --input C`, which is how options are parsed."""
+    out: list[str] = []
+    in_inputs = False
+    for argument in arguments:
+        if argument.startswith("-") and argument != "-":
+            in_inputs = argument == "--input"
+        elif in_inputs and out[-1] != "--input":
+            out.append("--input")
+        out.append(argument)
+    return out
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="lowbit: %(message)s", stream=sys.stderr)
+
+
+def _load(config: Path, overrides: list[str] | None) -> RunConfig:
+    from lowbit_dist.methods import METHODS
+
+    return RunConfig.load(config, overrides or [], METHODS)
+
+
+def _checkpoint(run: str) -> Any:
+    from lowbit_dist.checkpoint import Checkpoint, resolve
+
+    return Checkpoint.open(resolve(run))
+
+
+def _vocab_size(config: RunConfig, given: int | None) -> int:
+    from lowbit_dist import data
+
+    if given is not None:
+        if given < 1:
+            raise ConfigError(f"--vocab-size ({given}) must be at least 1; write 32000, for example")
+        return given
+    try:
+        return data.read_manifest(config.data.path).vocab_size
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or plan without data: --vocab-size 32000") from None
+
+
+def _pairs(rows: dict[str, Any]) -> Any:
+    from lowbit_dist.cli import tables
+
+    return lambda terminal: tables.pairs(terminal, rows)

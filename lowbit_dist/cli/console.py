@@ -1,0 +1,144 @@
+"""What a person sees: answers on stdout, everything else on stderr, and a bar that follows a run."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowbit_dist.config import RunConfig
+
+Answer = Callable[[Mapping[str, Any], Callable[["Console"], None]], None]
+
+
+@contextlib.contextmanager
+def answering(as_json: bool) -> Iterator[Answer]:
+    """Gives the function that writes a verb's answer: one JSON object, or what its second argument draws.
+
+    Until then, and ever after, whatever libraries write to stdout, in Python or in C, goes to stderr.
+    """
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(content: Mapping[str, Any], draw: Callable[["Console"], None]) -> None:
+        if as_json:
+            stdout.write(json.dumps(finite(content)) + "\n")
+        else:
+            draw(console(stdout))
+        stdout.flush()
+
+    yield answer
+    stdout.close()
+
+
+def console(file: IO[str]) -> "Console":
+    from rich.console import Console
+
+    # A terminal's own width; files and pipes get lines that are not broken in the middle of a table.
+    return Console(file=file, highlight=False, soft_wrap=False, width=None if file.isatty() else 120)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for what JSON has no word for: NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def in_bytes(n: float | None) -> str:
+    """1.5 MB: powers of 1000."""
+    if n is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}" if n < 1000 * size else f"{n / size:,.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+class Lines:
+    """Progress where nobody watches: a line for each event and for each row of the log."""
+
+    def __init__(self, config: "RunConfig"):
+        self.config = config
+
+    def say(self, text: str) -> None:
+        print(f"lowbit: {text}", file=sys.stderr, flush=True)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        words = [f"step {row.get('step')}/{self.config.train.steps}", *in_words(row, self.config).values()]
+        self.say("  ".join(words))
+
+
+class Bar:
+    """Progress in a terminal: events scroll by above one bar."""
+
+    def __init__(self, config: "RunConfig"):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.config = config
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[words]}"),
+            console=Console(stderr=True, highlight=False),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.task = self.progress.add_task(config.run.name, total=config.train.steps, words="")
+        self.known: dict[str, str] = {}
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(f"lowbit: {text}", markup=False, style="dim")
+        if not self.known:
+            self.progress.update(self.task, words=text)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        self.known |= in_words(row, self.config)
+        self.progress.update(self.task, completed=row.get("step", 0), words="  ".join(self.known.values()))
+
+
+@contextlib.contextmanager
+def following(config: "RunConfig") -> Iterator[Lines | Bar]:
+    """A bar if stderr is a terminal, else lines."""
+    if not sys.stderr.isatty():
+        yield Lines(config)
+        return
+    bar = Bar(config)
+    with bar.progress:
+        yield bar
+
+
+def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
+    """A row of `metrics.jsonl` as it is read: loss, speed, time left, memory."""
+    words = {}
+    for key, name in (("loss", "loss"), ("val_loss", "val")):
+        if isinstance(row.get(key), int | float):
+            words[name] = f"{name} {row[key]:.3f}"
+    rate = row.get("tokens_per_second")
+    if isinstance(rate, int | float) and rate > 0:
+        words["rate"] = f"{rate:,.0f} tokens/s"
+        left = (config.train.steps - row.get("step", 0)) * config.train.batch_tokens / rate
+        words["left"] = f"{duration(left)} left"
+    if isinstance(row.get("resident_bytes"), int | float):
+        words["memory"] = f"{in_bytes(row['resident_bytes'])}/worker"
+    if row.get("skipped_steps"):
+        words["skipped"] = f"{row['skipped_steps']} skipped"
+    return words
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

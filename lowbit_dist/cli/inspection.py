@@ -1,0 +1,39 @@
+"""What `lowbit inspect` finds out about a checkpoint."""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lowbit_dist.checkpoint import Checkpoint, resolve
+
+
+def inspect(run_or_checkpoint: str, *, verify: bool) -> dict[str, Any]:
+    """Without `verify`, sizes are compared with the manifest; with it, every byte is, by its hash."""
+    found = Checkpoint.open(resolve(run_or_checkpoint))
+    problems = found.verify() if verify else _wrong_sizes(found)
+    config = found.config
+    return {
+        "checkpoint": str(found.path),
+        "run": config.run.name,
+        "method": " ".join(filter(None, (config.method.name, getattr(config.method, "grid", None)))),
+        "step": found.step,
+        "tokens": found.position.tokens,
+        "mlflow_run_id": found.position.mlflow_run_id,
+        "parameters": sum(prod(found.shape(name)) for name in found.names),
+        "workers": len(found.manifest["files"]),
+        "components": {} if problems else found.components(),
+        "verified": "hashes of all files" if verify else "sizes of all files; --verify reads them",
+        "problems": problems,
+        "digest": None if problems else found.digest(),
+    }
+
+
+def _wrong_sizes(found: Checkpoint) -> list[str]:
+    problems = []
+    for name, info in found.manifest["files"].items():
+        file = Path(found.path, name)
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != info["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size:,} bytes instead of {info['bytes']:,}")
+    return problems

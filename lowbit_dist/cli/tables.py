@@ -1,0 +1,161 @@
+"""Answers drawn for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lowbit_dist.cli.console import in_bytes
+
+RUNS = {"this run": None, "AdamW fp32": "plan_dense", "BitNet STE": "plan_bitnet"}
+
+
+def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None) -> None:
+    """Names and values, one row each; what is None is left out."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left", pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, str(value))
+    console.print(table)
+
+
+def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
+    """Bytes on the largest worker, and per parameter that the component serves, beside both baselines."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("on each worker", style="bold")
+    reports = _reports(memory)
+    for name in reports:
+        table.add_column(name, justify="right")
+        table.add_column("per parameter", justify="right", style="dim")
+    for component in memory["components"]:
+        cells = []
+        for report in reports.values():
+            part = report["components"][component]
+            per = part["bytes_per_parameter"]
+            cells += [in_bytes(part["bytes"]), "-" if per is None else f"{per:.3f} B"]
+        table.add_row(component.replace("_", " "), *cells)
+    table.add_section()
+    for key, words in (
+        ("resident_bytes_per_worker", "resident, between steps"),
+        ("peak_bytes_per_worker", "peak, inside a step"),
+    ):
+        cells = []
+        for report in reports.values():
+            total, n = report[key], report["parameters"]["total"]
+            cells += [in_bytes(total), "-" if total is None else f"{total / n:.3f} B"]
+        table.add_row(words, *cells)
+    console.print(table)
+    parameters = memory["parameters"]
+    console.print(
+        f"{parameters['total']:,} parameters, {parameters['low_bit']:,} of them low-bit; "
+        f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Resident bytes saved: "
+        f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW fp32, "
+        f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet STE."
+    )
+    if memory.get("saved_vs"):
+        console.print(f"({memory['saved_vs']})", style="dim")
+
+
+def _reports(memory: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: memory[key] if key else memory for name, key in RUNS.items() if not key or key in memory}
+
+
+def memory_bars(console: Console, memory: Mapping[str, Any]) -> None:
+    """Bytes per parameter of the whole model, over all workers."""
+    from lowbit_dist.charts import memory_bars_text
+
+    bars = {
+        name: {
+            component: (part["bytes"] or 0) * report["workers"] / report["parameters"]["total"]
+            for component, part in report["components"].items()
+            if component not in ("transient", "activations")
+        }
+        for name, report in _reports(memory).items()
+    }
+    console.print(memory_bars_text(bars, width=min(60, max(20, console.width - 30))), markup=False)
+
+
+def summary(console: Console, found: Mapping[str, Any], mlflow: str | None) -> None:
+    """What a run ended with."""
+    memory = found.get("memory") or {}
+    entropy, loss = found.get("unigram_entropy"), found.get("val_loss")
+    below = f" ({1 - loss / entropy:.1%} below the corpus's unigram entropy)" if entropy and loss else ""
+    speed = found.get("tokens_per_second")
+    rows = {
+        "run": found["run"],
+        "steps": f"{found['steps']:,} ({found['tokens']:,} tokens)",
+        "training loss": _number(found.get("train_loss")),
+        "validation loss": None if loss is None else f"{loss:.4f}{below}",
+        "perplexity": _number(found.get("perplexity")),
+        "bits per byte": _number(found.get("bits_per_byte")),
+        "speed": None if not speed else f"{speed:,.0f} tokens/s",
+        "restarts": found.get("restarts"),
+        "skipped steps": found.get("skipped_steps"),
+        "digest": found.get("digest"),
+        "checkpoint": found.get("checkpoint"),
+        "MLflow": mlflow and f"run {found.get('mlflow_run_id')}; see: mlflow ui --backend-store-uri {mlflow}",
+    }
+    pairs(console, rows)
+    if memory.get("components"):
+        memory_table(console, memory)
+        memory_bars(console, memory)
+
+
+def inspection(console: Console, found: Mapping[str, Any]) -> None:
+    """A checkpoint."""
+    problems: Sequence[str] = found["problems"]
+    rows = {key.replace("_", " "): found[key] for key in ("checkpoint", "run", "method", "digest")}
+    rows |= {
+        "step": f"{found['step']:,}",
+        "tokens": f"{found['tokens']:,}",
+        "parameters": f"{found['parameters']:,}",
+    }
+    rows |= {f"{name.replace('_', ' ')}": in_bytes(size) for name, size in found["components"].items()}
+    rows["integrity"] = "; ".join(problems) or f"intact ({found['verified']})"
+    pairs(console, rows)
+
+
+def health(console: Console, found: Mapping[str, Any]) -> None:
+    """What `doctor` found, and whether a training can run."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for each in found["checks"]:
+        status = f"[{colours[each['status']]}]{each['status']}"
+        table.add_row(status, each["name"], each["found"], each["advice"])
+    console.print(table)
+    console.print("A training can run here." if found["ok"] else "[red]No training can run here.")
+
+
+def update_times(console: Console, found: Mapping[str, Any]) -> None:
+    """One optimizer step of each grid, against the peer."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "ns per parameter", "ratio to peer", "resident B", "moved B", "of copy bandwidth"):
+        table.add_column(name, justify="right" if name else "left")
+    peer = found["peer"]
+    rows = [(peer["name"], peer)]
+    rows += [(f"update {each['grid']}, {each['states']} states", each) for each in found["update"]]
+    rows += [(f"decode {each['grid']} to {each['to']}", each) for each in found["decode"]]
+    for name, each in rows:
+        resident = each.get("bytes_resident_per_parameter")
+        table.add_row(
+            name,
+            f"{each['ns_per_parameter']:.3f}",
+            f"{each['ratio_to_peer']:.2f}",
+            "-" if resident is None else f"{resident:.2f}",
+            f"{each['bytes_moved_per_parameter']:.2f}",
+            f"{each['share_of_copy_bandwidth']:.0%}",
+        )
+    console.print(table)
+    console.print(
+        f"{found['device']}, {found['backend']}, {found['parameters']:,} parameters, "
+        f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}, median of {found['repetitions']} "
+        f"({found['clock']}); a copy moves {found['copy_gigabytes_per_second']:.1f} GB/s."
+    )
+
+
+def _number(value: Any) -> str | None:
+    return f"{value:.4f}" if isinstance(value, int | float) else None

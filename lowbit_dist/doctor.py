@@ -1,0 +1,172 @@
+"""What this machine can run, and what is missing, without importing anything heavy but torch."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+PACKAGE = "lowbit-dist"
+MEMORY = 2 << 30  # bytes that the smallest run needs: Ray and two workers
+SHARED_MEMORY = 256 << 20  # bytes of /dev/shm, below which Ray's object store goes to disk
+DISK = 1 << 30  # bytes free, for data and checkpoints of a small run
+
+
+class Finding(NamedTuple):
+    """One thing looked at; `status` is ok, warning (it will be slower) or error (no training can run)."""
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> dict[str, Any]:
+    """Every finding; `ok` says whether a training can run here."""
+    findings = list(_findings())
+    return {
+        "ok": all(each.status != "error" for each in findings),
+        "checks": [each._asdict() for each in findings],
+    }
+
+
+def _findings() -> Iterator[Finding]:
+    yield _python()
+    yield from _packages()
+    yield _processors()
+    yield _compiled_ops()
+    yield from _gpus()
+    yield from _space()
+    yield _ray()
+    yield _mlflow()
+
+
+def _python() -> Finding:
+    needed = importlib.metadata.metadata(PACKAGE)["Requires-Python"]
+    if not _allows(needed, platform.python_version()):
+        return Finding("Python", "error", platform.python_version(), f"install Python {needed}")
+    return Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def _packages() -> Iterator[Finding]:
+    """Every dependency's version against what the package asks for; of DeepSpeed it is one exact version."""
+    from packaging.requirements import Requirement
+
+    for text in importlib.metadata.requires(PACKAGE) or ():
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        install = f"pip install '{needed.name}{needed.specifier}'"
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(needed.name, "error", "not installed", install)
+            continue
+        if needed.specifier.contains(version, prereleases=True):
+            yield Finding(needed.name, "ok", version)
+        else:
+            yield Finding(needed.name, "error", version, f"{install}: other versions are not supported")
+
+
+def _allows(specifier: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def _processors() -> Finding:
+    n, flags = os.cpu_count() or 1, _cpu_flags()
+    fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    found = f"{n} logical, {', '.join(fast) or platform.machine()}"
+    if platform.machine() == "x86_64" and not {"avx512_bf16", "amx_bf16"} & flags:
+        return Finding("CPUs", "warning", found, "no bf16 arithmetic: precision: fp32 may be faster on CPUs")
+    return Finding("CPUs", "ok", found)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def _compiled_ops() -> Finding:
+    from lowbit_dist.ops import cpu
+
+    if cpu.available():
+        return Finding("C ops", "ok", "compiled for this CPU")
+    return Finding(
+        "C ops", "warning", "no compiler", "install gcc: CPU workers use slow PyTorch code meanwhile"
+    )
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("GPUs", "ok", "none: workers train on CPUs")
+        return
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {capability}"
+        if properties.major < 8:
+            yield Finding(f"GPU {i}", "warning", found, "no bf16 before sm_80: write precision: fp32")
+        else:
+            yield Finding(f"GPU {i}", "ok", found)
+    try:
+        yield Finding("Triton", "ok", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("Triton", "error", "not installed", "pip install triton: GPU workers need its kernels")
+
+
+def _space() -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield _enough("memory", memory.available, MEMORY, f"{memory.total / 1e9:.1f} GB in all", "error")
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        yield _enough("/dev/shm", free, SHARED_MEMORY, "set by --shm-size in containers", "warning")
+    folder = Path.cwd()
+    yield _enough("disk", shutil.disk_usage(folder).free, DISK, str(folder), "error")
+    if not os.access(folder, os.W_OK):
+        yield Finding("this folder", "error", f"{folder} cannot be written", "go to a folder that can")
+
+
+def _enough(name: str, free: int, needed: int, remark: str, otherwise: str) -> Finding:
+    found = f"{free / 1e9:.1f} GB free ({remark})"
+    if free < needed:
+        return Finding(name, otherwise, found, f"{needed / 1e9:.1f} GB should be free")
+    return Finding(name, "ok", found)
+
+
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or address == "local":
+        return Finding("Ray cluster", "ok", "RAY_ADDRESS is not set: Ray is started on this machine")
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=5):
+            return Finding("Ray cluster", "ok", f"{address} answers")
+    except (OSError, ValueError) as error:
+        return Finding("Ray cluster", "error", f"{address}: {error}", "start it, or unset RAY_ADDRESS")
+
+
+def _mlflow() -> Finding:
+    """The default store; a run's own `tracking.mlflow` is checked when the run starts."""
+    file = Path("mlflow.db")
+    if file.exists():
+        with file.open("rb") as opened:
+            if opened.read(15) not in (b"", b"SQLite format 3"):
+                return Finding("MLflow", "error", f"{file} is no SQLite file", "move it away")
+        if not os.access(file, os.W_OK):
+            return Finding("MLflow", "error", f"{file} cannot be written", "change its permissions")
+        return Finding("MLflow", "ok", f"sqlite:///{file}, {file.stat().st_size / 1e6:.1f} MB")
+    return Finding("MLflow", "ok", f"sqlite:///{file}, made by the first run")
