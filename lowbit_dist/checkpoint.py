@@ -1,13 +1,16 @@
 """Checkpoints: packed codes, scales, moments and ordinary weights, published whole or not at all.
 
 A checkpoint is a folder `checkpoints/step-N` of
-    shard-RRRRR.safetensors   what worker R holds of every tensor: `NAME/codes` or `NAME/weight`, the moments `NAME/m`, `NAME/v`
-                              (with `NAME/m_scale`, `NAME/v_scale` if 8-bit); worker 0 adds each `NAME/scale` (float16)
-    manifest.json             the run's configuration and position, every tensor's shape, who holds which elements, SHA-256 of files
+* `shard-RRRRR.safetensors`: what worker R holds of every tensor, `NAME/codes` or `NAME/weight`, and the
+  moments `NAME/m` and `NAME/v` (8-bit ones with `NAME/m_scale`, `NAME/v_scale`).  Worker 0 adds `NAME/scale`
+  (float16).
+* `manifest.json`: the run's configuration and position, every tensor's shape and grid, and of each file its
+  SHA-256 and which elements it holds.
 
-Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each worker writes its file
-and a small note about it into a folder of a temporary name; worker 0 collects the notes, writes the manifest, flushes all to the disk
-and renames the folder last.  Loading executes nothing: safetensors and JSON.
+Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each
+worker writes its file and a small note about it into a folder of a temporary name; worker 0 collects the
+notes, writes the manifest, flushes all to the disk and renames the folder last.  Loading executes nothing:
+safetensors and JSON.
 """
 
 import hashlib
@@ -73,7 +76,8 @@ def save(
 ) -> Path:
     """Write this worker's part; on worker 0, publish the checkpoint and return when it is safely on disk.
 
-    Every worker calls this with the same `position`; the caller's barrier keeps the others from running ahead.
+    Every worker calls this with the same `position`; the caller's barrier keeps the others from running
+    ahead.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{position.step}"
@@ -284,7 +288,9 @@ class Checkpoint:
         raise ConfigError(f"{self.path} has no scale of {name}")
 
     def slice(self, name: str, key: str, start: int, numel: int) -> Tensor:
-        """What stands for elements [start, start + numel) of a tensor under `key`, from whichever files hold them."""
+        """What stands for elements [start, start + numel) of a tensor under `key`, from whichever files
+        hold them.
+        """
         grid, parts, at = self.grid(name), [], start
         holders = sorted(
             (info["holds"][name][0], info["holds"][name][1], file)
@@ -303,7 +309,9 @@ class Checkpoint:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def load_into(self, shards: Sequence[Shard]) -> None:
-        """Fill a worker's shards, of any number of workers, with exactly what was saved; then `engine.refresh`."""
+        """Fill a worker's shards, of any number of workers, with exactly what was saved; then
+        `engine.refresh`.
+        """
         self.check_fits(shards)
         for shard in shards:
             if not shard.numel:
@@ -322,20 +330,25 @@ class Checkpoint:
                     state.copy_(self.slice(shard.name, key, *where))
 
     def check_fits(self, shards: Sequence[Shard]) -> None:
-        """ConfigError naming the first tensor that differs, unless this is a checkpoint of the same model and grid."""
+        """ConfigError naming the first tensor that differs, unless this is a checkpoint of the same model
+        and grid.
+        """
         mine = {s.name: (list(s.shape), s.grid.name if s.grid else None) for s in shards}
         theirs = {name: (t["shape"], t["grid"]) for name, t in self.manifest["tensors"].items()}
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise ConfigError(
-                    f"{self.path} is a checkpoint of another model: {name} is {theirs.get(name, 'absent')} there "
-                    f"(shape, grid), {mine.get(name, 'absent')} here; choose another run.name"
+                    f"{self.path} is a checkpoint of another model: {name} is "
+                    f"{theirs.get(name, 'absent')} there (shape, grid), {mine.get(name, 'absent')} here; "
+                    "choose another run.name"
                 )
 
     def digest(self) -> str:
-        """SHA-256 over all weights: names in order, each with its int8 levels and float32 scale, or its float32 values.
+        """SHA-256 over all weights: names in order, each with its int8 levels and float32 scale, or its
+        float32 values.
 
-        Independent of the number of workers, the residency and the packing: two runs are equal when their digests are.
+        Independent of the number of workers, the residency and the packing: two runs are equal when their
+        digests are.
         """
         sha = hashlib.sha256()
         for name in self.names:

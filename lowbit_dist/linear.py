@@ -1,8 +1,8 @@
 """The linear layers of a model, whatever the method: activation quantisation and the matmul.
 
-Under ZeRO-3 a weight exists only from its gather to its release, so nothing may keep its values between forward and
-backward.  `nn.functional.linear` on a CPU does (it saves the transposed *view*); `linear` below saves the parameter
-itself, whose values DeepSpeed gathers again before the backward pass.
+Under ZeRO-3 a weight exists only from its gather to its release, so nothing may keep its values between
+forward and backward.  `nn.functional.linear` on a CPU does (it saves the transposed *view*); `linear` below
+saves the parameter itself, whose values DeepSpeed gathers again before the backward pass.
 
 Letters: T tokens, K in_features, N out_features.
 """
@@ -19,7 +19,8 @@ INNER_LINEARS = ("o_proj", "down_proj")
 
 
 class _Linear(torch.autograd.Function):
-    """y = Q(x) . F(W)^T, with the gradient passed straight through both quantisers (BitNet b1.58, arXiv 2402.17764).
+    """y = Q(x) . F(W)^T, with the gradient passed straight through both quantisers (BitNet b1.58, arXiv
+    2402.17764).
 
     Gradients are those at the quantised operands: dx = dy . F(W), dW = dy^T . Q(x).
     """
@@ -62,14 +63,17 @@ def linear(
     activation_bits: int | None = None,
     transform: WeightTransform | None = None,
 ) -> Tensor:  # [..., N]
-    """`x . transform(weight)^T + bias`, `x` rounded per token to `activation_bits` first when that is given."""
+    """`x . transform(weight)^T + bias`, `x` rounded per token to `activation_bits` first when that is
+    given.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     y = _Linear.apply(tokens, weight, bias, activation_bits, transform)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _quantize_tokens(x: Tensor, bits: int) -> Tensor:
-    """Each token (row) of x [T, K] rounded to `bits` symmetric levels of its own absolute maximum; same dtype.
+    """Each token (row) of x [T, K] rounded to `bits` symmetric levels of its own absolute maximum; same
+    dtype.
 
     xq = clip(round(a x), -2^(b-1), 2^(b-1) - 1) / a with a = (2^(b-1) - 1) / max(max|x|, 1e-5)
     (arXiv 2402.17764; the epsilon is the 1bitLLM reproduction's).
@@ -82,8 +86,8 @@ def _quantize_tokens(x: Tensor, bits: int) -> Tensor:
 class Linear(nn.Module):
     """A linear layer for every method: optional norm before it, quantised activations, a transformed weight.
 
-    `weight` [N, K] and `bias` [N] keep the names and shapes of the `nn.Linear` it replaces, so that pretrained files
-    and exports need no translation.
+    `weight` [N, K] and `bias` [N] keep the names and shapes of the `nn.Linear` it replaces, so that
+    pretrained files and exports need no translation.
     """
 
     def __init__(

@@ -1,13 +1,12 @@
 """A causal language model with a method's linear layers, and the initial value of each of its parameters.
 
-The model is built without any parameter's values ("meta" tensors); `InitialWeights` makes them one tensor at a time, so that no
-process ever holds more than one full-precision tensor.  A value depends on the seed and the parameter's name alone: it
-is the same on every rank and for any number of them.
+The model is built without any parameter's values ("meta" tensors); `InitialWeights` makes them one tensor at
+a time, so that no process ever holds more than one full-precision tensor.  A value depends on the seed and
+the parameter's name alone: it is the same on every rank and for any number of them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,13 +14,15 @@ from torch import Tensor, nn
 
 from lowbit_dist.config import ConfigError, Model
 from lowbit_dist.grid import BLOCK
+from lowbit_dist.linear import Linear
 from lowbit_dist.methods import Method
 
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
 
 def build(config: Model, vocab_size: int, method: Method, dtype: torch.dtype) -> nn.Module:
-    """The model on the meta device (buffers are real), its linears replaced by the method's, dtype of parameters `dtype`.
+    """The model on the meta device (buffers are real), its linears replaced by the method's, dtype of
+    parameters `dtype`.
 
     `vocab_size` is the tokenizer's; a pretrained model with another one is refused.
     """
@@ -48,12 +49,13 @@ def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  
             loaded = transformers.AutoConfig.from_pretrained(config.pretrained, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model.pretrained ({config.pretrained}) is not a Hugging Face model folder: {str(error).splitlines()[0]}"
+                f"model.pretrained ({config.pretrained}) is not a Hugging Face model folder: "
+                f"{str(error).splitlines()[0]}"
             ) from error
         if loaded.vocab_size < vocab_size:
             raise ConfigError(
-                f"model.pretrained ({config.pretrained}) has a vocabulary of {loaded.vocab_size:,}, the data's tokenizer "
-                f"{vocab_size:,}; prepare the data with the model's own tokenizer"
+                f"model.pretrained ({config.pretrained}) has a vocabulary of {loaded.vocab_size:,}, "
+                f"the data's tokenizer {vocab_size:,}; prepare the data with the model's own tokenizer"
             )
         loaded.use_cache = False
         return loaded
@@ -81,16 +83,12 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
     """The parameters that exist only as packed codes, in canonical (sorted) order."""
     if not method.low_bit:
         return []
-    linear_weights = {f"{name}.weight" for name, _ in _linears(model) if not _is_head(model, name)}
+    linear_weights = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and not _is_head(model, name)
+    }
     return sorted(name for name, _ in model.named_parameters() if method.is_low_bit(name in linear_weights))
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    from lowbit_dist.linear import Linear
-
-    yield from (
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Linear)
-    )
 
 
 def _is_head(model: nn.Module, name: str) -> bool:
@@ -99,19 +97,22 @@ def _is_head(model: nn.Module, name: str) -> bool:
 
 def _replace_linears(model: nn.Module, method: Method) -> None:
     eps = getattr(model.config, "rms_norm_eps", 1e-5)
-    for name, layer in list(_linears(model)):
-        parent, _, attribute = name.rpartition(".")
-        replacement = method.linear(layer, name=name, is_head=_is_head(model, name), norm_eps=eps)
-        setattr(model.get_submodule(parent), attribute, replacement)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, attribute = name.rpartition(".")
+            replacement = method.linear(layer, name=name, is_head=_is_head(model, name), norm_eps=eps)
+            setattr(model.get_submodule(parent), attribute, replacement)
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # type: ignore[operator]
 
 
 def _restore_rotary(model: nn.Module) -> None:
-    """Rotary frequencies are buffers that transformers computes in float32; a cast to bf16 would move every position."""
+    """Rotary frequencies are buffers that transformers computes in float32; a cast to bf16 would move
+    every position.
+    """
     for module in model.modules():
         if hasattr(module, "inv_freq") and hasattr(module, "rope_init_fn"):
-            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, None)
+            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, None)  # type: ignore[operator]
             module.original_inv_freq = module.inv_freq
 
 
@@ -120,13 +121,15 @@ def _check_low_bit_shapes(model: nn.Module, method: Method) -> None:
     for name, parameter in model.named_parameters():
         if name in set(names) and parameter.shape[-1] % BLOCK:
             raise ConfigError(
-                f"model: {name} has {parameter.shape[-1]:,} inputs; low-bit weights need a multiple of {BLOCK} "
-                f"(the nearest is {max(1, round(parameter.shape[-1] / BLOCK)) * BLOCK:,})"
+                f"model: {name} has {parameter.shape[-1]:,} inputs; low-bit weights need a multiple of "
+                f"{BLOCK} (the nearest is {max(1, round(parameter.shape[-1] / BLOCK)) * BLOCK:,})"
             )
 
 
 class InitialWeights:
-    """Value of any parameter before the first step, made on demand: random, or read from a pretrained folder."""
+    """Value of any parameter before the first step, made on demand: random, or read from a pretrained
+    folder.
+    """
 
     def __init__(self, model: nn.Module, seed: int, pretrained: Path | str | None):
         self.seed = seed

@@ -9,8 +9,9 @@ from torch import Tensor
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, Grid
 
-# Scales live in float16: every export format stores them so, and a scale that survives the trip unchanged makes the
-# export bit-exact.  The smallest normal number keeps a tensor of zeros from having no scale at all.
+# Scales live in float16: every export format stores them so, and a scale that survives the trip unchanged
+# makes the export bit-exact.  The smallest normal number keeps a tensor of zeros from having no scale at
+# all.
 SMALLEST_SCALE = 2.0**-14
 
 
@@ -21,7 +22,9 @@ def representable(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """weight[i, j] = scale[i or 0] * level[i, j], the levels packed as ARCHITECTURE describes: 256 to a block."""
+    """weight[i, j] = scale[i or 0] * level[i, j], the levels packed as ARCHITECTURE describes: 256 to a
+    block.
+    """
 
     codes: Tensor  # [numel / 256 * grid.bytes_per_block] uint8
     scale: Tensor  # [1] or [rows] float32, float16-representable
@@ -30,7 +33,9 @@ class PackedTensor:
 
     @classmethod
     def quantize(cls, weight: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":
-        """Each weight [rows, K] or [K] rounded to the nearest level (ties to even), saturating at the grid's ends."""
+        """Each weight [rows, K] or [K] rounded to the nearest level (ties to even), saturating at the
+        grid's ends.
+        """
         check_shape(weight.shape)
         levels = ops.quantize(
             weight.reshape(-1).float(),

@@ -1,7 +1,8 @@
 """The training loop of one worker, from a validated configuration to a summary.
 
-Micro-batch j of a step goes to worker j mod N; which samples are in it is a function of the seed, the step and j.
-Losses travel as vectors with a place for each micro-batch, so their mean does not depend on who computed which.
+Micro-batch j of a step goes to worker j mod N; which samples are in it is a function of the seed, the step
+and j. Losses travel as vectors with a place for each micro-batch, so their mean does not depend on who
+computed which.
 """
 
 import json
@@ -162,14 +163,17 @@ def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker"
 
 
 def evaluate(engine: Engine, config: RunConfig, manifest: data.Manifest) -> float:
-    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val split."""
+    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
+    split.
+    """
     batches = data.Batches(config.data, "val", config.run.seed)
     n = min(config.train.eval_samples, manifest.splits["val"].samples)
     size = min(config.train.micro_batch, n)
     starts = range(0, n - size + 1, size)
     losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
     for first in range(0, len(starts), engine.world):
-        # Every worker takes part in every gather; one that has no batch left repeats one and drops the result.
+        # Every worker takes part in every gather; one that has no batch left repeats one and drops the
+        # result.
         mine = first + engine.rank
         tokens = batches.micro_batch(starts[min(mine, len(starts) - 1)], size)
         loss = engine.forward(tokens.to(engine.device))
@@ -185,7 +189,9 @@ def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float]:
 
 
 def _latent_levels(engine: Engine) -> list[Tensor]:
-    """The ternary levels that a latent-weight forward sees, of this worker's shards; nothing for other methods."""
+    """The ternary levels that a latent-weight forward sees, of this worker's shards; nothing for other
+    methods.
+    """
     latent = {
         f"{name}.weight"
         for name, module in engine.module.named_modules()
@@ -205,7 +211,9 @@ def _latent_levels(engine: Engine) -> list[Tensor]:
 
 
 def _level_statistics(engine: Engine, latent_before: list[Tensor]) -> dict[str, float]:
-    """Shares of all low-bit weights: at zero, at an end of the grid; for latent methods also those that flipped."""
+    """Shares of all low-bit weights: at zero, at an end of the grid; for latent methods also those that
+    flipped.
+    """
     counts = torch.zeros(4, dtype=torch.int64, device=engine.device)  # zero, saturated, flipped, all
     for shard in engine.shards:
         if shard.codes is not None and shard.grid is not None and shard.numel:
@@ -215,7 +223,9 @@ def _level_statistics(engine: Engine, latent_before: list[Tensor]) -> dict[str, 
             counts[3] += shard.numel
     for before, now in zip(latent_before, _latent_levels(engine) if latent_before else [], strict=True):
         zeros = (now == 0).sum()
-        counts += torch.stack([zeros, now.numel() - zeros, (now != before).sum(), zeros.new_tensor(now.numel())])
+        counts += torch.stack(
+            [zeros, now.numel() - zeros, (now != before).sum(), zeros.new_tensor(now.numel())]
+        )
     dist.all_reduce(counts)
     zero, saturated, flipped, total = counts.tolist()
     if not total:

@@ -46,7 +46,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
 
 @pytest.fixture
 def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`small(method={...}, train={...}, ...)`: the configuration of a run that takes seconds, as a mapping."""
+    """`small(method={...}, train={...}, ...)`: the configuration of a run that takes seconds, as a
+    mapping.
+    """
 
     def configuration(**sections: Any) -> dict[str, Any]:
         base: dict[str, Any] = {

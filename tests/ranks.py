@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Ranks:
-    """`world` processes in one gloo group; `run(f, *args)` calls f(*args) on each and returns their results by rank."""
+    """`world` processes in one gloo group; `run(f, *args)` is f(*args) of each, by rank."""
 
     def __init__(self, world: int, store: str):
         self.world = world

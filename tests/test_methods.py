@@ -46,7 +46,9 @@ def test_bitnet_forward_and_gradients_agree_with_a_float64_transcription():
 
     w = weight.double()
     gamma = max(w.abs().mean().item(), 1e-5)
-    forward_weight = gamma * torch.tensor([[min(max(round(v / gamma), -1), 1) for v in row] for row in w.tolist()])
+    forward_weight = gamma * torch.tensor(
+        [[min(max(round(v / gamma), -1), 1) for v in row] for row in w.tolist()]
+    )
     xq = rounded_tokens(x.detach())
     torch.testing.assert_close(y.double(), xq @ forward_weight.double().t(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), dy.double() @ forward_weight.double(), rtol=1e-5, atol=1e-7)
@@ -85,7 +87,9 @@ def test_activations_are_rounded_per_token_straight_through(bits):
     x, weight, dy = case()
     x.requires_grad_()
     y = linear(x, weight, activation_bits=bits)
-    torch.testing.assert_close(y.double(), rounded_tokens(x.detach(), bits) @ weight.double().t(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        y.double(), rounded_tokens(x.detach(), bits) @ weight.double().t(), rtol=1e-5, atol=1e-6
+    )
     y.backward(dy)
     torch.testing.assert_close(x.grad, dy @ weight)
 

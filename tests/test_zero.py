@@ -47,7 +47,9 @@ def test_the_norm_has_the_same_bits_for_any_split(ranks):
 def test_a_norm_of_what_is_not_finite_is_not_finite_on_every_worker(bad, ranks):
     values = torch.ones(1000)
     values[700] = bad
-    assert not any(torch.isfinite(torch.tensor(n)) for n in ranks(2).run(norm_of_part, values, [0, 500, 1000]))
+    assert not any(
+        torch.isfinite(torch.tensor(n)) for n in ranks(2).run(norm_of_part, values, [0, 500, 1000])
+    )
 
 
 def pretrained_weights(configuration, folder):
@@ -85,7 +87,11 @@ def test_a_pretrained_model_is_rounded_to_the_grid_once(world, ranks, small, tmp
     llama.save_pretrained(folder)
     configuration = small(method={"grid": "int4", "scale": "absmax"})
     configuration["model"] = {"pretrained": str(folder)}
-    found = {k: v for part in ranks(world).run(pretrained_weights, configuration, str(folder)) for k, v in part.items()}
+    found = {
+        k: v
+        for part in ranks(world).run(pretrained_weights, configuration, str(folder))
+        for k, v in part.items()
+    }
     for name, value in llama.state_dict().items():
         parts = torch.cat([found[key] for key in sorted(found) if key[0] == name])
         if name.endswith("proj.weight"):

@@ -1,12 +1,15 @@
 """Training methods: one file each.  To add one, write its file and its line here.
 
-A method is its own configuration section (`method:` in a run's YAML): frozen fields plus what they mean,
-`linear` (the layer that replaces an `nn.Linear`) and `low_bit` (which parameters exist as packed codes).
+`method.Method` says what a method answers: `linear` (the layer that replaces an `nn.Linear`), and for
+low-bit methods `is_low_bit` and `quantize` (which parameters exist as packed codes, and their first values).
 """
 
+from lowbit_dist.config import MethodOptions
 from lowbit_dist.methods.bitnet import BitNet
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.dqt import DQT
+from lowbit_dist.methods.method import Method
 
-METHODS = {"dqt": DQT, "bitnet": BitNet, "dense": Dense}
-Method = DQT | BitNet | Dense
+METHODS: dict[str, type[MethodOptions]] = {"dqt": DQT, "bitnet": BitNet, "dense": Dense}
+
+__all__ = ["METHODS", "Method"]

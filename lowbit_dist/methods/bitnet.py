@@ -1,7 +1,9 @@
-"""BitNet b1.58 (arXiv 2402.17764): latent float weights, rounded to ternary in the forward pass, straight-through.
+"""BitNet b1.58 (arXiv 2402.17764): latent float weights, rounded to ternary in the forward pass,
+straight-through.
 
-Details follow the authors' training tips and the 1bitLLM reproduction: one absmean scale per tensor, int8 activations
-per token, RMSNorm before every BitLinear (`sub_norms` adds the two that LLaMA lacks: before o_proj and down_proj).
+Details follow the authors' training tips and the 1bitLLM reproduction: one absmean scale per tensor, int8
+activations per token, RMSNorm before every BitLinear (`sub_norms` adds the two that LLaMA lacks: before
+o_proj and down_proj).
 """
 
 from typing import ClassVar, Literal
@@ -9,11 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist.config import MethodOptions
 from lowbit_dist.linear import INNER_LINEARS, Linear
+from lowbit_dist.methods.method import Method
 
 
-class BitNet(MethodOptions):
+class BitNet(Method):
     name: Literal["bitnet"] = "bitnet"
     activation_bits: Literal[8] | None = 8
     sub_norms: bool = True
@@ -32,7 +34,9 @@ class BitNet(MethodOptions):
 
 
 def ternary_absmean(weight: Tensor) -> Tensor:
-    """gamma * clip(round(W / gamma), -1, 1), gamma = max(mean|W|, 1e-5) over the tensor (arXiv 2402.17764, eq. 1-3)."""
+    """gamma * clip(round(W / gamma), -1, 1), gamma = max(mean|W|, 1e-5) over the tensor (arXiv
+    2402.17764, eq. 1-3).
+    """
     w = weight.float()
     gamma = w.abs().mean().clamp(min=1e-5)
     return (w / gamma).round_().clamp_(-1, 1).mul_(gamma).to(weight.dtype)

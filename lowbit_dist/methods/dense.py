@@ -4,11 +4,11 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lowbit_dist.config import MethodOptions
 from lowbit_dist.linear import Linear
+from lowbit_dist.methods.method import Method
 
 
-class Dense(MethodOptions):
+class Dense(Method):
     name: Literal["dense"] = "dense"
     low_bit: ClassVar[bool] = False
 

@@ -1,9 +1,11 @@
-"""Direct Quantized Training (arXiv 2412.04787): the stored weight is the quantised weight, updated by stochastic rounding.
+"""Direct Quantized Training (arXiv 2412.04787): the stored weight is the quantised weight, updated by
+stochastic rounding.
 
-The stored grid is the forward grid.  Initialisation rounds a random (or pretrained) weight once to the nearest level; from
-then on the optimizer's proposal is rounded stochastically back onto the grid in `ops.adamw_codes_`, and nothing else of it
-is kept.  The paper's released code re-derives the scale at each step from the largest weight (which can only shrink it);
-here the scale of the initialisation is stored and stays.
+The stored grid is the forward grid.  Initialisation rounds a random (or pretrained) weight once to the
+nearest level; from then on the optimizer's proposal is rounded stochastically back onto the grid in
+`ops.adamw_codes_`, and nothing else of it is kept.  The paper's released code re-derives the scale at each
+step from the largest weight (which can only shrink it); here the scale of the initialisation is stored and
+stays.
 """
 
 from typing import ClassVar, Literal
@@ -11,17 +13,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist.config import MethodOptions
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import INNER_LINEARS, Linear
+from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedTensor, representable
 
-# Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian weights
-# (QuEST, arXiv 2502.05003, released code).
+# Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
+# weights (QuEST, arXiv 2502.05003, released code).
 RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int8": 3.885}
 
 
-class DQT(MethodOptions):
+class DQT(Method):
     name: Literal["dqt"] = "dqt"
     grid: Literal["ternary", "int2", "int3", "int4", "int8"] = "ternary"
     tensors: Literal["linears", "all"] = (
@@ -46,7 +48,9 @@ class DQT(MethodOptions):
         return Linear(layer, activation_bits=self.activation_bits, norm_eps=norm_eps if inner else None)
 
     def is_low_bit(self, is_linear: bool) -> bool:
-        """Whether a parameter lives in codes; `is_linear`: it is the weight of a linear layer other than the head."""
+        """Whether a parameter lives in codes; `is_linear`: it is the weight of a linear layer other than
+        the head.
+        """
         return self.tensors == "all" or is_linear
 
     def quantize(self, weight: Tensor) -> PackedTensor:
@@ -54,7 +58,9 @@ class DQT(MethodOptions):
         return PackedTensor.quantize(weight, self.initial_scale(weight), self.levels)
 
     def initial_scale(self, weight: Tensor) -> Tensor:  # [1] or [rows] float32
-        """The size of one level.  absmean is the released code's formula, mean|W| / Qp, per tensor or per row."""
+        """The size of one level.  absmean is the released code's formula, mean|W| / Qp, per tensor or per
+        row.
+        """
         grid = self.levels
         rows = weight.reshape(1, -1) if self.granularity == "tensor" else weight.reshape(-1, weight.shape[-1])
         rows = rows.double()  # a sum whose rounding cannot show in a float16

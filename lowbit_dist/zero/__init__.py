@@ -5,9 +5,11 @@ DeepSpeed's hooks gather, release, bucket and accumulate; overridden is only wha
 
 * `shards.Partitioner` (DeepSpeed's `zero.Init`) cuts each parameter into shards as soon as it has a value, on
   borders of 256 elements, and gathers packed bytes, decoded when the layer that needs them runs.
-* `stage3.PackedZero3` (DeepSpeed's stage-3 optimizer) keeps no full-precision partition of low-bit parameters,
+* `stage3.PackedZero3` (DeepSpeed's stage-3 optimizer) keeps no full-precision partition of low-bit
+  parameters,
   sums gradients instead of averaging them, and updates every shard in place with `lowbit_dist.ops`.
-* `stock` runs latent-weight methods on DeepSpeed's own stages 0 to 2 (on stage 3 they share the classes above).
+* `stock` runs latent-weight methods on DeepSpeed's own stages 0 to 2 (on stage 3 they share the classes
+  above).
 * `contract` names the private methods that this depends on, and checks them when a run starts.
 
 What makes a run independent of the number of workers: shards end on block borders, gradients are summed over

@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
 DEEPSPEED_VERSION = "0.19.8"
-# Private methods overridden or called below, with the parameters they must have ("args, kwargs": DeepSpeed's own
-# tracing decorator hides them).
+# Private methods overridden or called below, with the parameters they must have ("args, kwargs": DeepSpeed's
+# own tracing decorator hides them).
 CONTRACT: tuple[tuple[type, str, str], ...] = (
     (Init, "_padding_size", "self, param"),
     (Init, "_aligned_size", "self, param"),

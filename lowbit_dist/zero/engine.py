@@ -50,8 +50,7 @@ class Engine:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
-            quantize = dict.fromkeys(low_bit, method.quantize) if method.low_bit else {}  # type: ignore[union-attr]
-            self._partitioner.adopt(model, initial, quantize)
+            self._partitioner.adopt(model, initial, dict.fromkeys(low_bit, method.quantize))
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
@@ -211,8 +210,9 @@ def block_numel(model: nn.Module) -> int:
 
 
 def accumulation_dtype(config: RunConfig, world: int) -> torch.dtype:
-    """float64 sums of float32 gradients are exact in practice, hence the same in any order; bf16 gradients are
-    summed in float32, and kept as they are when a worker sees one micro-batch a step."""
+    """float64 sums of float32 gradients are exact in practice, hence the same in any order; bf16 gradients
+    are summed in float32, and kept as they are when a worker sees one micro-batch a step.
+    """
     if config.train.reproducible:
         return torch.float64
     one_each = config.micro_batches == world

@@ -1,4 +1,6 @@
-"""Parameters as shards: cut on block borders, low-bit ones packed, gathered as bytes and decoded where they are used."""
+"""Parameters as shards: cut on block borders, low-bit ones packed, gathered as bytes and decoded where
+they are used.
+"""
 
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +28,11 @@ Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, floa
 
 @dataclass
 class Shard:
-    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and their moments.
+    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and their
+    moments.
 
-    A low-bit shard has `codes` (and the whole tensor's `scale`), any other the float32 `weight` that the optimizer updates.
+    A low-bit shard has `codes` (and the whole tensor's `scale`), any other the float32 `weight` that the
+    optimizer updates.
     """
 
     name: str
@@ -62,7 +66,8 @@ class Partitioner(Init):
     """DeepSpeed's `zero.Init` for parameters whose shard may be packed codes."""
 
     def __init__(self, settings: dict[str, Any], dtype: torch.dtype, *, replicated: bool):
-        # DeepSpeed would otherwise patch nn.functional.linear for the whole process; lowbit_dist.linear needs no patch.
+        # DeepSpeed would otherwise patch nn.functional.linear for the whole process; lowbit_dist.linear
+        # needs no patch.
         super().__init__(dtype=dtype, mem_efficient_linear=False, config_dict_or_path=settings)
         self.compute_dtype = dtype
         self.replicated = replicated
@@ -115,7 +120,9 @@ class Partitioner(Init):
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
 
     def _padding_size(self, param: Any) -> int:
-        """Shards end on block borders, whatever the number of workers.  A single worker's needs no padding."""
+        """Shards end on block borders, whatever the number of workers.  A single worker's needs no
+        padding.
+        """
         world = dist.get_world_size()
         return 0 if world == 1 else -param.ds_numel % (BLOCK * world)
 
@@ -201,14 +208,18 @@ class _Gathers(MultipleAllGatherHandles):
 
 
 class InflightGathers(UserDict):
-    """DeepSpeed's registry of started gathers: waiting for one parameter must not decode those fetched ahead with it."""
+    """DeepSpeed's registry of started gathers: waiting for one parameter must not decode those fetched
+    ahead with it.
+    """
 
     def __setitem__(self, param: Any, handle: Any) -> None:
         super().__setitem__(param, handle.of[param])
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, torch.Size, list[tuple[nn.Module, str]]]]:
-    """Each parameter's canonical name, its shape and every (module, attribute) that holds it (tied: several)."""
+    """Each parameter's canonical name, its shape and every (module, attribute) that holds it (tied:
+    several).
+    """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():

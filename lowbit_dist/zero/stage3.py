@@ -1,4 +1,6 @@
-"""DeepSpeed's stage-3 optimizer over shards: no full-precision partition of low-bit parameters, one exact update in place."""
+"""DeepSpeed's stage-3 optimizer over shards: no full-precision partition of low-bit parameters, one exact
+update in place.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +57,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def _create_fp32_partitions(self) -> None:
         for i, flat in enumerate(self.fp16_partitioned_groups_flat):
             if hasattr(self.fp16_groups[i][0], "packed"):
-                # DeepSpeed needs a tensor of this shape as a key; one element of storage stands for all of them.
+                # DeepSpeed needs a tensor of this shape as a key; one element of storage stands for all of
+                # them.
                 whole = torch.zeros(1, dtype=torch.float32, device=self.device).expand(flat.numel())
             else:  # in float32 the shard is its own master copy
                 whole = flat.detach() if flat.dtype == torch.float32 else flat.float()
@@ -98,8 +101,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     ) -> list[Tensor]:
         """This worker's part of the SUM over workers of each gradient (division comes once, in `step`).
 
-        DeepSpeed divides by the number of workers first and cuts at ceil(numel / workers): the first leaves residues where
-        the exact sum is zero, the second misses the block borders.
+        DeepSpeed divides by the number of workers first and cuts at ceil(numel / workers): the first leaves
+        residues where the exact sum is zero, the second misses the block borders.
         """
         world = dist.get_world_size()
         if world == 1:
@@ -148,7 +151,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             self.refresh()
         dist.all_reduce(flips)
         self.zero_grad(set_to_none=True)
-        self.averaged_gradients = {}
+        self.averaged_gradients: dict[int, Any] = {}
         self.last_update = Update(norm.item(), int(flips), self.overflow)
 
     def _update_shard(self, shard: Shard, gradient: Tensor, now: ops.AdamWStep) -> Tensor | int:
@@ -188,10 +191,11 @@ def _shard(param: Any, master: Tensor, offset: int, states: str) -> Shard:
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all workers' gradients, float64 [1]: the same bits however the elements are spread over workers.
+    """L2 norm over all workers' gradients, float64 [1]: the same bits however the elements are spread over
+    workers.
 
-    Squares are rounded to integers in units of max^2 / 2^k, whose sum does not depend on its order; k leaves room for
-    as many elements as there are, so the error of a sum is below its count in those units.
+    Squares are rounded to integers in units of max^2 / 2^k, whose sum does not depend on its order; k leaves
+    room for as many elements as there are, so the error of a sum is below its count in those units.
     """
     device = gradients[0].device
     largest = torch.zeros(1, dtype=torch.float64, device=device)

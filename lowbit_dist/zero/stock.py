@@ -58,7 +58,9 @@ class Stock:
         self.shards = list(self._flat_shards() if stage else self._whole_shards())
 
     def _whole_shards(self) -> Iterator[Shard]:
-        """Stage 0: every worker holds everything; in bf16, DeepSpeed adds the float32 copies that are updated."""
+        """Stage 0: every worker holds everything; in bf16, DeepSpeed adds the float32 copies that are
+        updated.
+        """
         if self.zero is self.optimizer:
             pairs = [(p, p.data) for group in self.zero.param_groups for p in group["params"]]
         else:
