@@ -15,8 +15,8 @@ which keeps reading local.  Shards are read one by one through Streaming's reade
 not used, for it refuses a second run on the same folder and ties a host's processes by shared memory.
 """
 
-from lowbit_dist.data.manifest import Manifest, Split, check, read_manifest
+from lowbit_dist.data.manifest import Manifest, Split, check, copy_tokenizer, read_manifest
 from lowbit_dist.data.reading import Batches, Order
 from lowbit_dist.data.writing import prepare
 
-__all__ = ["Batches", "Manifest", "Order", "Split", "check", "prepare", "read_manifest"]
+__all__ = ["Batches", "Manifest", "Order", "Split", "check", "copy_tokenizer", "prepare", "read_manifest"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowbit_dist import tokenizer
-from lowbit_dist.config import ConfigError, RunConfig, Section
+from lowbit_dist.config import ConfigError, Data, RunConfig, Section
 
 FORMAT = 1  # of the prepared folder
 MANIFEST = "manifest.json"
@@ -189,3 +190,14 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
                     f"{place}/index.json has a shard with a path or without a hash; prepare again"
                 )
     return shards
+
+
+def copy_tokenizer(data: Data, folder: Path) -> None:
+    """Put the tokenizer of prepared data into `folder`, so that a run keeps what its weights were trained with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in tokenizer.FILES:
+        source = f"{data.path}/tokenizer/{name}"
+        if is_remote(data.path):
+            download(source, folder / name)
+        elif Path(source).exists():
+            shutil.copyfile(source, folder / name)
