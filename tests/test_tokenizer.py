@@ -111,7 +111,7 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_refused_in_one_line(tmp_path
 def test_a_mistake_in_the_middle_of_the_inputs_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("plain words of text " * 100)
     (tmp_path / "b.txt").write_bytes(b"binary\0")
-    with pytest.raises(ConfigError, match=r"b\.txt: byte 6 is zero"):
+    with pytest.raises(ConfigError, match=r"^/[^ ]*/b\.txt: byte 6 is zero"):
         tokenizer.train([tmp_path], 280, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -121,6 +121,8 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.model").write_bytes(content)
     for path in (tmp_path, tmp_path / "tokenizer.model", tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="tokenizer") as error:
+        with pytest.raises(
+            ConfigError, match=r"is not a sentencepiece model|has no tok|does not exist"
+        ) as error:
             tokenizer.load(path)
         assert "\n" not in str(error.value)
