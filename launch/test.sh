@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up and run everything that a change must pass: formatting, lint, types, tests.  Arguments go to pytest.
+source "$(dirname "$0")/setup.sh"
+
+# Two cores serve every process of a test; libraries that each take both slow one another down.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+ruff format --check lowbit_dist tests
+ruff check lowbit_dist tests
+mypy
+pytest "$@"
