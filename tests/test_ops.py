@@ -690,3 +690,25 @@ def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
         libraries = list(pool.map(cpu._open, [compiler] * 3))
     assert all(library.lowbit_pack for library in libraries)
     assert len(os.listdir(fresh_library)) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("tuning", [[], ["-march=x86-64-v3"], ["-march=native", "-fopenmp"]], ids=str)
+def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tuning):
+    """Without vector extensions beyond the machine's baseline, with AVX2, and with all that this machine has."""
+    if "-march=x86-64-v3" in tuning and " avx2 " not in cpu._cpu():
+        pytest.skip("this CPU has no AVX2")
+    monkeypatch.setattr(cpu, "_TUNINGS", [tuning])
+    cpu._library.cache_clear()
+    assert cpu.available()
+    for grid in GRIDS.values():
+        expected, actual = random_codes(grid, 9), random_codes(grid, 9)
+        expected_moments, actual_moments = Moments.zeros(9 * BLOCK, "int8"), Moments.zeros(9 * BLOCK, "int8")
+        place = {"tensor": 1, "first_block": 2**26 - 4, "blocks_per_scale": 10**9}
+        for number in (1, 2, 3):
+            grad = heavy_tailed_grad(9 * BLOCK, number)
+            arguments = {"grid": grid, "now": step(number), **place}
+            reference.adamw_codes_(expected, torch.tensor([0.01]), grad, expected_moments, **arguments)
+            cpu.adamw_codes_(actual, torch.tensor([0.01]), grad, actual_moments, **arguments)
+        assert torch.equal(actual, expected)
+        assert_same(actual_moments, expected_moments)

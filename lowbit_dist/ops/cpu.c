@@ -17,7 +17,6 @@
 
 #define BLOCK 256
 #define COUNTERS 64 /* Philox calls of a block; one gives words to elements j, j + 64, j + 128 and j + 192 */
-#define SPAN 16     /* counters drawn together, and elements updated together */
 
 #define SMALLEST_SCALE 0x1p-126f
 #define M_SQUARE 16129.0f             /* 127^2 */
@@ -91,6 +90,11 @@ INLINE uint16_t to_bf16(float x) {
 #endif
 typedef uint64_t Lanes __attribute__((vector_size(8 * LANES)));
 
+/* Counters drawn together, and elements updated together. One vector after the other would wait for each product; four
+ * at a time keep the multipliers busy. */
+#define VECTORS 4
+#define SPAN (VECTORS * LANES)
+
 static const uint64_t EVEN[8] __attribute__((aligned(64))) = {0, 2, 4, 6, 8, 10, 12, 14};
 
 /* The products of y with the lower halves of x. Compilers do not find the instruction by themselves. */
@@ -104,38 +108,51 @@ INLINE Lanes multiply(Lanes x, uint32_t y) {
 #endif
 }
 
+/* The upper halves of x as lower halves, with anything above them: x >> 32, at half its price. */
+INLINE Lanes upper(Lanes x) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+    return (Lanes)_mm256_shuffle_epi32((__m256i)x, 0xF5);
+#else
+    return x >> 32;
+#endif
+}
+
 INLINE Lanes interleave(const Lanes *pair) { return (pair[0] & 0xFFFFFFFF) | (pair[1] << 32); }
 
 /* Philox4x32-10 for the SPAN counters from q on: word i of counter q + k goes to word[i][k].
  *
  * The words ride in 64-bit lanes whose upper halves hold leftovers, for multiply() reads the lower halves only. Even
- * and odd counters run in two vectors, whose lower halves interleave in the end. */
+ * and odd counters run in different vectors, whose lower halves interleave in the end. */
 INLINE void draw(uint32_t (*restrict word)[SPAN], uint64_t q, const Step *now) {
-    for (int start = 0; start < SPAN; start += 2 * LANES) {
-        Lanes c0[2], c1[2], c2[2], c3[2];
-        for (int odd = 0; odd < 2; odd++) {
-            memcpy(&c0[odd], EVEN, sizeof(Lanes));
-            c0[odd] += (uint32_t)q + (uint64_t)(start + odd);
-            c1[odd] = (Lanes){0} + (q >> 32);
-            c2[odd] = (Lanes){0} + now->step;
-            c3[odd] = (Lanes){0} + now->tensor;
-        }
-        uint32_t key0 = now->key0, key1 = now->key1;
+    Lanes c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
+#pragma GCC unroll 4
+    for (int g = 0; g < VECTORS; g++) {
+        memcpy(&c0[g], EVEN, sizeof(Lanes));
+        c0[g] += (uint32_t)q + (uint64_t)(g / 2 * 2 * LANES + g % 2);
+        c1[g] = (Lanes){0} + (q >> 32);
+        c2[g] = (Lanes){0} + now->step;
+        c3[g] = (Lanes){0} + now->tensor;
+    }
+    uint32_t key0 = now->key0, key1 = now->key1;
 #pragma GCC unroll 10
-        for (int round = 0; round < 10; round++) {
-#pragma GCC unroll 2
-            for (int odd = 0; odd < 2; odd++) {
-                const Lanes p0 = multiply(c0[odd], 0xD2511F53), p2 = multiply(c2[odd], 0xCD9E8D57);
-                c0[odd] = (p2 >> 32) ^ c1[odd] ^ key0;
-                c1[odd] = p2;
-                c2[odd] = (p0 >> 32) ^ c3[odd] ^ key1;
-                c3[odd] = p0;
-            }
-            key0 += 0x9E3779B9;
-            key1 += 0xBB67AE85;
+    for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 4
+        for (int g = 0; g < VECTORS; g++) {
+            const Lanes p0 = multiply(c0[g], 0xD2511F53), p2 = multiply(c2[g], 0xCD9E8D57);
+            c0[g] = upper(p2) ^ c1[g] ^ key0;
+            c1[g] = p2;
+            c2[g] = upper(p0) ^ c3[g] ^ key1;
+            c3[g] = p0;
         }
-        const Lanes mixed[4] = {interleave(c0), interleave(c1), interleave(c2), interleave(c3)};
-        for (int i = 0; i < 4; i++) memcpy(&word[i][start], &mixed[i], sizeof(Lanes));
+        key0 += 0x9E3779B9;
+        key1 += 0xBB67AE85;
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < VECTORS; g += 2) {
+        const Lanes mixed[4] = {interleave(c0 + g), interleave(c1 + g), interleave(c2 + g), interleave(c3 + g)};
+        for (int i = 0; i < 4; i++) memcpy(&word[i][g * LANES], &mixed[i], sizeof(Lanes));
     }
 }
 
