@@ -14,13 +14,15 @@ from lowbit_dist.config import ConfigError, RunConfig
 
 def check(config: RunConfig) -> None:
     """ConfigError for everything that can be known to be wrong without starting Ray."""
-    from lowbit_dist import data, tracking
-
     if not os.environ.get("RAY_ADDRESS"):
         check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
     check_run(config)
     _check_prepared(config)
+    from lowbit_dist import data
+
     data.check(config)
+    from lowbit_dist import tracking
+
     tracking.check(config)
 
 
@@ -28,10 +30,11 @@ def _check_prepared(config: RunConfig) -> None:
     """Whoever starts without data is told how to make it."""
     path = config.data.path
     if "://" not in path and not os.path.exists(path):
+        words = Path(path).parent / "tokenizer"
         raise ConfigError(
             f"data.path ({path}) does not exist; prepare it, for example with "
-            f"`lowbit tokenizer train --input stdlib --vocab-size 4096 --out {path}-tokenizer` and "
-            f"`lowbit data prepare --input stdlib --tokenizer {path}-tokenizer --out {path}`"
+            f"`lowbit tokenizer train --input stdlib --vocab-size 2048 --out {words}` and "
+            f"`lowbit data prepare --input stdlib --tokenizer {words} --out {path}`"
         )
 
 

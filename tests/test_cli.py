@@ -1,0 +1,216 @@
+"""The command line's contract: help, exit codes, one line for a mistake, and nothing but JSON on stdout."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+VERBS = (
+    "tokenizer train", "data prepare", "plan", "train", "eval", "generate", "inspect", "doctor",
+    "bench update",
+)  # fmt: skip
+CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def lowbit(capfd, monkeypatch):
+    """`lowbit("plan", ...)` in this process: what the shell would see."""
+
+    def run(*arguments):
+        from lowbit_dist.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capfd.readouterr()
+        stdout = os.dup(1)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            sys.stdout.flush()
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        return Done(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+def python(code, *arguments, **environment):
+    """A process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_each_verb_shows_an_example(verb, lowbit):
+    done = lowbit(*verb.split(), "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    assert f"Example: lowbit {verb} " in text + " ", text
+
+
+def test_help_takes_less_than_a_second():
+    code = "import sys; sys.argv = ['lowbit', '--help']; from lowbit_dist.cli import main; main()"
+    python(code)  # bytecode is compiled once
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "Usage: lowbit" in python(code).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 1.0, times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["train"], "CONFIG"),
+        (["plan", "CONFIG", "--wrokers", "2"], "--wrokers"),
+        (["plan", "CONFIG", "--workers", "two"], "--workers"),
+        (["train", "absent.yaml"], "absent.yaml"),
+        (["train", "CONFIG", "train.stpes=3"], "did you mean 'steps'"),
+        (["train", "CONFIG", "cluster.workers=4096", "train.batch_tokens=8388608"], "cluster.workers (4096)"),
+        (["train", "CONFIG", "cluster.workers=1"], "data.path (nowhere) does not exist; prepare it"),
+        (["plan", "CONFIG"], "--vocab-size"),
+        (["plan", "CONFIG", "--vocab-size", "0"], "--vocab-size (0)"),
+        (["eval", "absent", "--data", "x"], "absent"),
+        (["generate", "absent", "--prompt", "x"], "absent"),
+        (["inspect", "absent"], "absent"),
+        (["tokenizer", "train", "--input", "absent.txt", "--out", "t"], "absent.txt"),
+        (["data", "prepare", "--input", "stdlib", "--tokenizer", "absent", "--out", "d"], "absent"),
+        (["bench", "update", "--parameters", "1000"], "the nearest is 1024"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, words, config, lowbit):
+    done = lowbit(*[str(config) if each == "CONFIG" else each for each in arguments])
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lowbit: ")
+    assert words in line
+
+
+def test_another_error_is_one_line_and_exit_code_1_and_its_traceback_is_for_debugging(config):
+    code = """
+import sys
+from lowbit_dist import cli
+from lowbit_dist.config import RunConfig
+def broken(*arguments): raise OSError("the disk is gone")
+RunConfig.load = broken
+sys.argv = ["lowbit", "plan", sys.argv[1]]
+cli.main()
+"""
+    for debug in ("0", "1"):
+        done = python(code, config, LOWBIT_DEBUG=debug)
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == (debug == "1")
+        assert "OSError: the disk is gone" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "CONFIG", "--vocab-size", "512", "--workers", "1", "train.batch_tokens=2048", "--json"],
+        ["doctor", "--json"],
+        ["bench", "update", "--parameters", "2048", "--repetitions", "2", "--json"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_json_is_all_there_is_on_stdout(arguments, config, lowbit):
+    done = lowbit(*[str(config) if each == "CONFIG" else each for each in arguments])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_what_libraries_write_to_stdout_goes_to_stderr_even_from_c_and_at_exit():
+    code = """
+import ctypes, os, sys
+from lowbit_dist.cli.console import answering
+libc = ctypes.CDLL(None)
+with answering(True) as answer:
+    print("from Python")
+    os.system("echo from a process")
+    libc.printf(b"from C, buffered until exit\\n")
+    answer({"loss": float("nan"), "path": __import__("pathlib").Path("a")}, None)
+print("after the answer")
+"""
+    done = python(code)
+    assert json.loads(done.stdout) == {"loss": None, "path": "a"}
+    assert {*done.stderr.splitlines()} >= {
+        "from Python", "from a process", "from C, buffered until exit", "after the answer",
+    }  # fmt: skip
+
+
+def test_the_plan_of_more_workers_holds_less_on_each(config, lowbit):
+    plans = {}
+    for workers in (1, 4):
+        done = lowbit("plan", config, "--vocab-size", 512, "--workers", workers, "--json")
+        plans[workers] = json.loads(done.stdout)
+        assert plans[workers]["workers"] == workers
+    assert plans[4]["resident_bytes_per_worker"] < 0.3 * plans[1]["resident_bytes_per_worker"]
+
+
+def test_the_doctor_names_what_is_missing_and_exits_with_1():
+    code = """
+import importlib.metadata, sys
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.18.0" if name == "deepspeed" else real(name)
+from lowbit_dist import cli
+sys.argv = ["lowbit", "doctor", "--json"]
+cli.main()
+"""
+    done = python(code)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    (wrong,) = [each for each in found["checks"] if each["status"] == "error"]
+    assert not found["ok"]
+    assert wrong["name"] == "deepspeed"
+    assert "pip install 'deepspeed==" in wrong["advice"]
+
+
+def test_several_paths_may_follow_one_input_option():
+    from lowbit_dist.cli import _repeated
+
+    given = ["train", "--input", "a", "b", "--out", "d", "--input", "e", "--json", "x"]
+    expected = ["train", "--input", "a", "--input", "b", "--out", "d", "--input", "e", "--json", "x"]
+    assert _repeated(given) == expected
+
+
+def test_a_tokenizer_and_data_are_made_from_the_command_line(tmp_path, lowbit):
+    inputs = ["--input", Path(os.__file__), Path(json.__file__).parent]
+    folders = ["--out", tmp_path / "t", "--json"]
+    made = lowbit("tokenizer", "train", *inputs, "--vocab-size", 400, *folders)
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["vocab_size"] == 400
+    options = ["--seq-len", 32, "--workers", 1, "--val-fraction", 0.2]
+    folders = ["--tokenizer", tmp_path / "t", "--out", tmp_path / "d", "--json"]
+    done = lowbit("data", "prepare", *inputs, *options, *folders)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest["seq_len"] == 32
+    assert manifest["splits"]["val"]["samples"] > 0
+    assert (tmp_path / "d" / "manifest.json").exists()
