@@ -695,7 +695,7 @@ def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
 @needs_compiler
 @pytest.mark.parametrize("tuning", [[], ["-march=x86-64-v3"], ["-march=native", "-fopenmp"]], ids=str)
 def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tuning):
-    """Without vector extensions beyond the machine's baseline, with AVX2, and with all that this machine has."""
+    """With the baseline's vector extensions only, with AVX2, and with all that this machine has."""
     if "-march=x86-64-v3" in tuning and " avx2 " not in cpu._cpu():
         pytest.skip("this CPU has no AVX2")
     monkeypatch.setattr(cpu, "_TUNINGS", [tuning])
