@@ -301,22 +301,29 @@ def _store_moments(moments: Moments, start: int, stop: int, m: Tensor, v: Tensor
         return
     n = stop - start
     blocks = slice(start // BLOCK, -(-stop // BLOCK))
-    edges = torch.arange(1, V_LEVELS + 1, dtype=torch.float32, device=m.device) - 0.5
-    squares = edges * edges
-
-    code, moments.m_scale[blocks] = _compand(m.abs(), M_SQUARE, squares[:M_LEVELS])
+    code, moments.m_scale[blocks] = _compand(m.abs(), M_SQUARE, 2)
     moments.m[start:stop].copy_(torch.where(m < 0, -code, code)[:n])
-    code, moments.v_scale[blocks] = _compand(v, V_FOURTH, squares * squares)
+    code, moments.v_scale[blocks] = _compand(v, V_FOURTH, 4)
     moments.v[start:stop].copy_(code[:n].clamp(min=1))
 
 
-def _compand(x: Tensor, top: float, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes ([len(x)] int64: how many thresholds x / scale reaches) and scales ([B]: maximum / `top`)."""
+def _compand(x: Tensor, top: float, power: int) -> tuple[Tensor, Tensor]:
+    """Codes ([len(x)] float32) and scales ([B] float32: the largest of a block / `top`) of x >= 0."""
     blocks = pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     largest = blocks.amax(dim=1)
     scale = largest / torch.full_like(largest, top)
     usable = scale >= SMALLEST_SCALE
     scale = torch.where(usable, scale, 0.0)
     inverse = torch.where(usable, torch.ones_like(scale) / scale, 0.0)
-    code = torch.bucketize(blocks * inverse.unsqueeze(1), thresholds, right=True)
-    return code.view(-1)[: len(x)], scale
+    y = blocks * inverse.unsqueeze(1)
+    # How many thresholds y reaches: a root tells to within one, the thresholds themselves decide.
+    code = (y.sqrt() if power == 2 else y.sqrt().sqrt()).round()
+    code = code - (y < _threshold(code, power)).float()
+    code = code + (y >= _threshold(code + 1, power)).float()
+    return code.clamp(min=0).view(-1)[: len(x)], scale
+
+
+def _threshold(code: Tensor, power: int) -> Tensor:
+    """The least y that has this code."""
+    square = (code - 0.5) * (code - 0.5)
+    return square if power == 2 else square * square
