@@ -12,7 +12,7 @@ import torch
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, GRIDS
-from lowbit_dist.ops import AdamWStep, Moments, cpu, reference
+from lowbit_dist.ops import AdamWStep, Moments, cpu, reference, rng
 
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
@@ -312,6 +312,15 @@ def test_steps_below_float32_resolution_still_count(grid, level):
     moved = (rounded(fastest(), d, GRIDS[grid], level, n_blocks) != level).sum().item()
     expected = n_blocks * BLOCK * d
     assert abs(moved - expected) < 5 * math.sqrt(expected)
+
+
+@both_backends
+def test_a_step_of_zero_never_moves_and_one_of_the_32nd_bit_can(backend):
+    """Where the random word is 0, of all words: a threshold of 1 is above it, one of 0 is not."""
+    place = {"step": 94, "first_block": 62897, "n_blocks": 1}
+    assert rng.block_words(0, tensor=7, **place)[0, 24] == 0
+    assert rounded(backend, 0.0, **place).count_nonzero() == 0
+    assert rounded(backend, 2.0**-32, **place).nonzero().tolist() == [[0, 24]]
 
 
 @both_backends
