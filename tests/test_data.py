@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -415,6 +416,7 @@ def test_a_remote_folder_is_read_through_the_cache_and_a_damaged_fetch_is_repeat
     expected = everything(prepared, "train")
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(reading, "download", unreliable)
+    monkeypatch.setattr(reading._Shards, "fetch_ahead", lambda *_: None)  # it would fetch, too
     assert torch.equal(everything(f"file://{copied}", "train"), expected)
     damaged = f"file://{copied}/train/shard.00002.mds.zstd"
     assert fetches[damaged] == 4
@@ -430,6 +432,19 @@ def test_a_remote_folder_is_read_through_the_cache_and_a_damaged_fetch_is_repeat
         everything(str(copied), "train")
     with pytest.raises(ConfigError, match="must be a folder, file:// or one of"):
         data.read_manifest("gopher://host/data")
+
+
+def test_the_shards_of_this_window_and_the_next_are_fetched_ahead(prepared, tmp_path):
+    batches = data.Batches(Data(path=f"file://{prepared}", seq_len=SEQ), "train", 5)
+    batches.micro_batch(0, 1)
+    folder = batches._shards.folder
+    wanted = {f"shard.{k:05}.mds" for k in batches.order.shards(0)[0][: 2 * reading.WINDOW]}
+    for _ in range(300):
+        if wanted <= {file.name for file in folder.iterdir()}:
+            break
+        time.sleep(0.1)
+    assert {file.name for file in folder.glob("*.mds")} == wanted
+    assert len(wanted) < len(batches.order.sizes)
 
 
 def test_reading_goes_on_when_the_cache_is_cleared(prepared, tmp_path):
