@@ -1,0 +1,148 @@
+"""Memory of a live worker: storages, each counted once, between steps and at the highest moment of one."""
+
+import resource
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowbit_dist.memory.report import Parameters, Peak, report
+
+if TYPE_CHECKING:
+    from lowbit_dist.zero import Engine
+
+
+def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, Any]:
+    """This worker's memory now, between two steps.
+
+    `peak` is what `track_peak` found; empty or None: no step was sampled, and the peak is not known.
+    Bytes are those of storages: padding counts, a view of something counted does not.
+    """
+    claimed: set[tuple[Any, ...]] = set()
+
+    def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+        found = {_identity(t): t.untyped_storage().nbytes() for t in tensors if t is not None}
+        new = {key: n for key, n in found.items() if key not in claimed}
+        claimed.update(new)
+        return sum(new.values())
+
+    shards = engine.shards
+    resident = {
+        "low_bit_weights": bytes_of([*engine.resident_codes(), *(shard.codes for shard in shards)]),
+        "scales": bytes_of(shard.scale for shard in shards),
+        "other_weights": bytes_of([*(shard.weight for shard in shards), *engine.forward_weights()]),
+        "gradients": bytes_of(engine.gradients()),
+        "optimizer_states": bytes_of(t for shard in shards for t in shard.moments.tensors),
+        "buffers": bytes_of(engine.module.buffers()),
+    }
+    low_bit = sum(engine.numels[name] for name in engine.low_bit)
+    found = report(
+        resident,
+        Peak(peak["transient"], peak["activations"]) if peak else None,
+        parameters=Parameters(low_bit, sum(engine.numels.values()) - low_bit),
+        workers=engine.world,
+    )
+    # Of the whole process since it started: Python, libraries and buffers of other kinds included.
+    found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found
+
+
+@contextmanager
+def track_peak(engine: "Engine") -> Iterator[dict[str, int]]:
+    """Sample one step (its passes and its update): the dictionary is filled when the block ends.
+
+    On a GPU the allocator is asked; on a CPU every operation's results are watched, which slows that step by
+    some microseconds an operation. Memory that an operation takes for itself and gives back is seen by the
+    first only, that of the communication library by neither.
+    """
+    found: dict[str, int] = {}
+    if engine.device.type == "cuda":
+        meter: Watch | _Allocator = _Allocator(engine.device)
+    else:
+        meter = Watch()
+    resident = {_identity(p) for p in engine.forward_weights()}
+    after_forward: list[int] = []
+
+    def note(*_: Any) -> None:
+        held = {_identity(p): p.untyped_storage().nbytes() for p in engine.module.parameters()}
+        weights = sum(n for key, n in held.items() if key not in resident)
+        after_forward.append(meter.now - weights)
+
+    hook = engine.module.register_forward_hook(note)
+    try:
+        with meter:
+            yield found
+    finally:
+        hook.remove()
+    # Later passes of a step may stand on gradients of the first.
+    activations = after_forward[0] if after_forward else 0
+    found |= {"activations": activations, "transient": meter.peak - activations}
+
+
+class Watch(TorchDispatchMode):
+    """Bytes of the storages that operations make while it is entered: `now`, and `peak` since the start.
+
+    A storage counts from the operation that returns it until the last reference to it is gone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known: set[int] | None = None
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._live:
+                continue
+            if known is None:  # an argument's storage that is not ours was there before
+                known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+            if key not in known:
+                n = storage.nbytes()
+                self._live[key] = weakref.ref(storage, partial(self._freed, key, n))
+                self.now += n
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key: int, n: int, _: Any) -> None:
+        del self._live[key]
+        self.now -= n
+
+
+class _Allocator:
+    """The same numbers from CUDA's caching allocator."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "_Allocator":
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.start = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self.start
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.start
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.untyped_storage().data_ptr()

@@ -1,0 +1,85 @@
+"""The memory of a run before it starts, and of the two baselines it is compared with."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from lowbit_dist.config import RunConfig
+from lowbit_dist.memory.rehearsal import rehearse
+from lowbit_dist.memory.report import largest, report, saved
+from lowbit_dist.memory.resident import build, parameters, resident
+from lowbit_dist.methods import METHODS
+
+
+def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:
+    """Bytes per worker of this run; under `plan_dense` and `plan_bitnet` those of the baselines.
+
+    All on the same number of workers. `vocab_size` is the tokenizer's. A ConfigError if the batch cannot be
+    divided among `workers`.
+    """
+    workers = config.cluster.workers if workers is None else workers
+    config.accumulation(workers)
+    found = _planned(config, vocab_size, workers)
+    dense = _planned(adamw_fp32(config), vocab_size, workers)
+    bitnet = _planned(bitnet_ste(config), vocab_size, workers)
+    return {
+        **found,
+        "saved_vs_adamw_fp32": saved(found, dense),
+        "saved_vs_bitnet_ste": saved(found, bitnet),
+        "saved_vs": "planned resident bytes of this run against the planned resident bytes of the baseline",
+        "plan_dense": dense,
+        "plan_bitnet": bitnet,
+    }
+
+
+def compare(config: RunConfig, vocab_size: int, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The largest worker of `measured` (one report a worker), against the plans of the baselines."""
+    found = largest(measured)
+    workers = found["workers"]
+    dense = _at_rest(adamw_fp32(config), vocab_size, workers)
+    bitnet = _at_rest(bitnet_ste(config), vocab_size, workers)
+    return {
+        **found,
+        "saved_vs_adamw_fp32": saved(found, dense),
+        "saved_vs_bitnet_ste": saved(found, bitnet),
+        "saved_vs": "measured resident bytes of this run against the planned resident bytes of the baseline",
+        "plan_dense": dense,
+        "plan_bitnet": bitnet,
+    }
+
+
+def adamw_fp32(config: RunConfig) -> RunConfig:
+    """The same model under AdamW, all in float32: 16 bytes per parameter, spread over the workers."""
+    return _baseline(config, "dense", precision="fp32")
+
+
+def bitnet_ste(config: RunConfig) -> RunConfig:
+    """The same model as BitNet b1.58 in this run's precision, master copies and states in float32."""
+    return _baseline(config, "bitnet", precision=config.precision)
+
+
+def _baseline(config: RunConfig, method: str, precision: str) -> RunConfig:
+    content = config.to_dict()
+    content |= {"method": {"name": method}, "precision": precision}
+    content["optimizer"] |= {"states": "fp32"}
+    content["zero"] |= {"residency": "sharded", "stage": None}
+    content["train"] |= {"reproducible": False}
+    return RunConfig.from_dict(content, METHODS)
+
+
+def _planned(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
+    model = build(config, vocab_size)
+    return report(
+        resident(config, model, workers),
+        rehearse(config, vocab_size, workers),
+        parameters=parameters(config, model),
+        workers=workers,
+    )
+
+
+@lru_cache(maxsize=8)
+def _at_rest(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
+    model = build(config, vocab_size)
+    return report(
+        resident(config, model, workers), None, parameters=parameters(config, model), workers=workers
+    )

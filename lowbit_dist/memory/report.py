@@ -1,0 +1,87 @@
+"""The names and the shape in which memory is reported, planned or measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# Component -> the parameters that it serves: its bytes are divided by their number.
+COMPONENTS = {
+    "low_bit_weights": "low_bit",  # packed codes
+    "scales": "low_bit",
+    "other_weights": "other",  # in the compute precision, and the float32 copies that the optimizer updates
+    "gradients": "total",  # what is held between micro-batches and steps
+    "optimizer_states": "total",
+    "buffers": "total",  # tensors of the model that are not trained, such as rotary frequencies
+    "transient": "total",  # inside a step: whole weights, gradients on their way, results in passing
+    "activations": "total",  # inside a step: what a forward pass leaves for its backward pass
+}
+RESIDENT = tuple(COMPONENTS)[:6]
+
+
+class Parameters(NamedTuple):
+    """How many parameters a model has; the whole model's, however many workers share them."""
+
+    low_bit: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        return self.low_bit + self.other
+
+
+class Peak(NamedTuple):
+    """Bytes above the resident ones at the highest moment of a step."""
+
+    transient: int
+    activations: int
+
+
+def report(
+    resident: Mapping[str, int],  # component -> bytes
+    peak: Peak | None,  # None: no step was sampled
+    *,
+    parameters: Parameters,
+    workers: int,
+) -> dict[str, Any]:
+    """One worker's memory, as JSON."""
+    parts: dict[str, int | None] = {name: resident[name] for name in RESIDENT}
+    parts |= {name: None if peak is None else getattr(peak, name) for name in ("transient", "activations")}
+    counts = {"low_bit": parameters.low_bit, "other": parameters.other, "total": parameters.total}
+    at_rest = sum(resident.values())
+    return {
+        "resident_bytes_per_worker": at_rest,
+        "peak_bytes_per_worker": None if peak is None else at_rest + sum(peak),
+        "components": {
+            name: {
+                "bytes": parts[name],
+                "bytes_per_parameter": _ratio(parts[name], counts[serves]),
+            }
+            for name, serves in COMPONENTS.items()
+        },
+        "parameters": counts,
+        "workers": workers,
+    }
+
+
+def largest(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of the worker with the most resident bytes, with the highest peak of all."""
+    chosen = dict(max(reports, key=lambda each: each["resident_bytes_per_worker"]))
+    for name in ("peak_bytes_per_worker", "peak_rss_bytes"):
+        values = [each[name] for each in reports if each.get(name) is not None]
+        if values:
+            chosen[name] = max(values)
+    return chosen
+
+
+def saved(report: dict[str, Any], baseline: dict[str, Any]) -> float:
+    """The fraction of the baseline's resident bytes that is not needed."""
+    return float(1 - report["resident_bytes_per_worker"] / baseline["resident_bytes_per_worker"])
+
+
+def metrics(report: dict[str, Any]) -> dict[str, float | None]:
+    """The resident bytes as flat numbers, for a log."""
+    parts = {f"memory/{name}": report["components"][name]["bytes"] for name in RESIDENT}
+    return {"resident_bytes": report["resident_bytes_per_worker"], **parts}
+
+
+def _ratio(n_bytes: int | None, parameters: int) -> float | None:
+    return None if n_bytes is None else n_bytes / parameters if parameters else 0.0
