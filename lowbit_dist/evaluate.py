@@ -15,7 +15,7 @@ from lowbit_dist.data import documents
 from lowbit_dist.data.manifest import MANIFEST, is_remote
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.linear import Linear
-from lowbit_dist.methods import DQT, Method
+from lowbit_dist.methods import DQT, Method, method_of
 from lowbit_dist.packed import PackedTensor
 
 
@@ -73,7 +73,7 @@ def run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
 def load(checkpoint: Checkpoint, *, forward: str | None = None) -> nn.Module:
     """The model with all of its weights decoded to the run's compute precision, ready for inference."""
     config = checkpoint.config
-    method: Any = config.method
+    method = method_of(config)
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

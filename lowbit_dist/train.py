@@ -21,6 +21,7 @@ from lowbit_dist import checkpoint, data, memory, model, ops, schedule, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
 from lowbit_dist.linear import Linear
+from lowbit_dist.methods import method_of
 from lowbit_dist.zero import Engine
 
 
@@ -99,7 +100,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
         if math.isnan(val_loss):  # a finished run was started again
             val_loss = evaluate(engine, config, manifest)
-        summary = {
+        summary: dict[str, Any] = {
             "run": config.run.name,
             "mlflow_run_id": position.mlflow_run_id,
             "steps": position.step,
@@ -130,7 +131,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _build(config: RunConfig, vocab_size: int) -> Engine:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    method: Any = config.method
+    method = method_of(config)
     built = model.build(config.model, vocab_size, method, dtype)
     initial = model.InitialWeights(built, config.run.seed, config.model.pretrained)
     return Engine(config, built, method, initial, model.low_bit_names(built, method))

@@ -1,0 +1,163 @@
+"""The pictures of a run: its loss curve, and the bytes that each parameter costs.
+
+Every figure states its unit on its axis; colours are the Okabe-Ito palette, told apart by colour-blind readers.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Component -> (its words, its colour, its character in a terminal); the order is that of the bars, from below.
+COMPONENTS = {
+    "low_bit_weights": ("low-bit weights (codes)", "#0072B2", "█"),
+    "scales": ("scales", "#56B4E9", "▚"),
+    "other_weights": ("other weights", "#009E73", "▓"),
+    "gradients": ("gradients", "#E69F00", "▒"),
+    "optimizer_states": ("optimizer states", "#D55E00", "░"),
+    "buffers": ("buffers", "#999999", "·"),
+}
+INK = "#222222"
+
+Memory = Mapping[str, Mapping[str, float]]  # run -> component -> bytes per parameter of the whole model
+
+
+def loss_curve(rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str = "Loss") -> Path:
+    """Draw training and validation loss against tokens; rows are those of `metrics.jsonl`."""
+    rows = list(rows)
+    figure, axes = _figure(7.2, 4.2)
+    last = max((row["tokens"] for row in rows if _number(row.get("tokens"))), default=0)
+    factor, unit = _tokens(last)
+    curves = (("loss", "training", "#56B4E9", ""), ("val_loss", "validation", "#D55E00", "o"))
+    for key, label, colour, marker in curves:
+        points = [
+            (row["tokens"] / factor, row[key])
+            for row in rows
+            if _number(row.get(key)) and _number(row.get("tokens"))
+        ]
+        if points:
+            alone = marker or ("o" if len(points) == 1 else "")
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker=alone, markersize=5, label=label, lw=1.6
+            )
+            x, y = points[-1]
+            axes.annotate(
+                f"{y:.3f}", (x, y), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour
+            )
+    axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    axes.margins(x=0.02)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no finite loss was logged", transform=axes.transAxes, ha="center", color=INK)
+    return _saved(figure, path)
+
+
+def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of each parameter") -> Path:
+    """Draw bytes per parameter as one stacked bar a run, told apart by component."""
+    figure, axes = _figure(7.2, 1.5 + 0.75 * len(memory))
+    names = list(memory)
+    totals = {name: sum(memory[name].values()) for name in names}
+    widest = max(totals.values(), default=0.0) or 1.0
+    axes.set_xlim(0, widest * 1.12)
+    for component, (words, colour, _) in COMPONENTS.items():
+        if not any(memory[name].get(component, 0) > 0 for name in names):
+            continue
+        for y, name in enumerate(names):
+            value = memory[name].get(component, 0.0)
+            start = sum(memory[name].get(each, 0.0) for each in _before(component))
+            axes.barh(
+                y, value, 0.62, left=start, color=colour, edgecolor="white", linewidth=0.8,
+                label=words if y == 0 else None,
+            )  # fmt: skip
+            if value > 0.06 * widest:
+                axes.text(
+                    start + value / 2, y, f"{value:.2f}", ha="center", va="center", fontsize=9,
+                    color=_readable_on(colour),
+                )  # fmt: skip
+    reference = max(totals.values(), default=0.0)
+    for y, name in enumerate(names):
+        saved = f"  ({1 - totals[name] / reference:.0%} less)" if 0 < totals[name] < 0.995 * reference else ""
+        inside = totals[name] < 0.6 * widest
+        axes.text(
+            totals[name] + 0.01 * widest, y, f"{totals[name]:.2f}{saved if inside else ''}", va="center",
+            fontsize=10, color=INK, fontweight="bold",
+        )  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize=10)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.spines["left"].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return _saved(figure, path)
+
+
+def memory_bars_text(memory: Memory, *, width: int = 60) -> str:
+    """The same bars for a terminal: the longest has `width` characters, the legend stands below."""
+    names = list(memory)
+    totals = {name: sum(memory[name].values()) for name in names}
+    widest = max(totals.values(), default=0.0) or 1.0
+    margin = max((len(name) for name in names), default=0)
+    lines = []
+    for name in names:
+        bar, end, drawn = "", 0.0, 0
+        for component, (_, _, character) in COMPONENTS.items():
+            end += memory[name].get(component, 0.0)
+            # Rounding the running sum, not each part, keeps every bar as long as its total says.
+            cells = round(end / widest * width) - drawn
+            bar += character * cells
+            drawn += cells
+        lines.append(f"{name:<{margin}}  {bar}{' ' if bar else ''}{totals[name]:.2f}")
+    legend = "   ".join(
+        f"{character} {words}"
+        for component, (words, _, character) in COMPONENTS.items()
+        if any(memory[name].get(component, 0) > 0 for name in names)
+    )
+    return "\n".join([*lines, f"{'':<{margin}}  bytes per parameter: {legend}"])
+
+
+def _before(component: str) -> list[str]:
+    names = list(COMPONENTS)
+    return names[: names.index(component)]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _tokens(last: float) -> tuple[float, str]:
+    for factor, unit in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+        if last >= 2 * factor:
+            return factor, unit
+    return 1.0, ""
+
+
+def _readable_on(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else INK
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    # Without pyplot: nothing global, no display, usable beside other threads.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _saved(figure: "Figure", path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format=path.suffix.removeprefix(".") or "png", facecolor="white")
+    return path
