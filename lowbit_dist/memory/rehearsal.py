@@ -11,7 +11,8 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.memory.lifetimes import Stock, Zero3
 from lowbit_dist.memory.live import Watch
 from lowbit_dist.memory.report import Peak
-from lowbit_dist.memory.resident import build, low_bit_names, method, storage
+from lowbit_dist.memory.resident import build, low_bit_names, storage
+from lowbit_dist.methods import method_of
 
 # Longer models are extrapolated from two numbers of blocks: one block more costs what the last one cost.
 SHORT, LONG = 4, 5
@@ -42,7 +43,7 @@ def _step(config: RunConfig, model: nn.Module, workers: int) -> tuple[int, int, 
         )
     model.train()
     grids = (
-        dict.fromkeys(low_bit_names(config, model), storage(config).grid) if method(config).low_bit else {}
+        dict.fromkeys(low_bit_names(config, model), storage(config).grid) if method_of(config).low_bit else {}
     )
     stage = 3 if config.zero.stage is None else config.zero.stage
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,7 +1,7 @@
 """What a worker keeps allocated between steps: arithmetic on the shapes of a model's parameters."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.memory.report import RESIDENT, Parameters
-from lowbit_dist.methods import Method
+from lowbit_dist.methods import method_of
 
 META = torch.device("meta")
 
@@ -25,11 +25,7 @@ class Storage(NamedTuple):
 
 def build(config: RunConfig, vocab_size: int) -> nn.Module:
     """The run's model on the meta device."""
-    return models.build(config.model, vocab_size, method(config), compute_dtype(config))
-
-
-def method(config: RunConfig) -> Method:
-    return cast(Method, config.method)
+    return models.build(config.model, vocab_size, method_of(config), compute_dtype(config))
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -37,12 +33,12 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def low_bit_names(config: RunConfig, model: nn.Module) -> list[str]:
-    return models.low_bit_names(model, method(config))
+    return models.low_bit_names(model, method_of(config))
 
 
 def storage(config: RunConfig) -> Storage:
     """Found by packing two rows of zeros."""
-    sample = method(config).quantize(torch.zeros(2, BLOCK))
+    sample = method_of(config).quantize(torch.zeros(2, BLOCK))
     return Storage(sample.grid, scale_per_row=len(sample.scale) == 2)
 
 
