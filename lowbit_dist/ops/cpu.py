@@ -218,7 +218,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _warn(reason: str) -> None:
     _LOG.warning(
-        "the low-bit CPU ops run in plain torch, with the same results but 30 to 100 times slower: %s. "
+        "the low-bit CPU ops run in plain torch, with the same results but 50 to 100 times slower: %s. "
         "Install a C compiler (for example: apt-get install gcc libc6-dev)",
         reason,
     )
