@@ -67,16 +67,10 @@ def _reports(memory: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def memory_bars(console: Console, memory: Mapping[str, Any]) -> None:
     """Bytes per parameter of the whole model, over all workers."""
     from lowbit_dist.charts import memory_bars_text
+    from lowbit_dist.tracking import bytes_per_parameter
 
-    bars = {
-        name: {
-            component: (part["bytes"] or 0) * report["workers"] / report["parameters"]["total"]
-            for component, part in report["components"].items()
-            if component not in ("transient", "activations")
-        }
-        for name, report in _reports(memory).items()
-    }
-    console.print(memory_bars_text(bars, width=min(60, max(20, console.width - 30))), markup=False)
+    width = min(60, max(20, console.width - 30))
+    console.print(memory_bars_text(bytes_per_parameter(memory), width=width), markup=False)
 
 
 def summary(console: Console, found: Mapping[str, Any], mlflow: str | None) -> None:

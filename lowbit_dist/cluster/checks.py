@@ -4,17 +4,21 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lowbit_dist.config import ConfigError, RunConfig
 
 
 def check(config: RunConfig) -> None:
     """ConfigError for everything that can be known to be wrong without starting Ray."""
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_answers(address)
+    else:
         check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
     check_run(config)
     _check_prepared(config)
@@ -60,6 +64,20 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
         )
 
 
+def check_answers(address: str) -> None:
+    """ConfigError unless something listens at a Ray address; Ray itself would wait for minutes."""
+    if address == "auto":  # the cluster whose node this machine is; Ray finds it, or says that there is none
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"gcs://{address}")
+        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS ({address}) does not answer ({error}); write HOST:PORT of a Ray head, or "
+            "unset it to train on this machine"
+        ) from None
+
+
 def gpus_per_worker(config: RunConfig, gpus: float) -> float:
     """What `auto` means where there are `gpus` in all."""
     asked = config.cluster.gpus_per_worker
@@ -82,7 +100,12 @@ def check_run(config: RunConfig) -> None:
     if newest is not None:
         from lowbit_dist.checkpoint import Checkpoint
 
-        _check_same(config, Checkpoint.open(newest).config, f"the checkpoint {newest}")
+        # A damaged one is no reason to refuse: the workers name it and go back to the one before.
+        try:
+            earlier = Checkpoint.open(newest).config
+        except ConfigError:
+            earlier = config
+        _check_same(config, earlier, f"the checkpoint {newest}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,0 +1,406 @@
+"""Launching with Ray: what is refused before a worker starts, and what becomes of a run when one dies."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lowbit_dist import cluster
+from lowbit_dist.checkpoint import FORMAT, Position
+from lowbit_dist.cluster import attempts, checks, session
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.methods import METHODS
+
+STEPS = 24
+SUMMARY = {
+    "run", "mlflow_run_id", "steps", "tokens", "train_loss", "val_loss", "tokens_per_second", "digest",
+    "checkpoint", "memory", "restarts", "skipped_steps",
+}  # fmt: skip
+
+
+class Told:
+    """Remembers what it is told; `at(row)` is called with each row."""
+
+    def __init__(self, at=lambda row: None):
+        self.said, self.rows, self.at = [], [], at
+
+    def say(self, text):
+        self.said.append(text)
+
+    def row(self, row):
+        self.rows.append(row)
+        self.at(row)
+
+    @property
+    def attempts(self):
+        return sum(text.startswith("starting 2 workers") for text in self.said)
+
+
+def configuration(content):
+    return RunConfig.from_dict(content, METHODS)
+
+
+@pytest.fixture
+def run(small):
+    """`run(name, ...)`: a run of 24 steps with a checkpoint after each fourth."""
+
+    def make(name, **sections):
+        train = {
+            "steps": STEPS, "batch_tokens": 1024, "log_every": 1, "eval_every": STEPS, "eval_samples": 4,
+            "save_every": 4, "reproducible": True,
+        }  # fmt: skip
+        content = small(run={"name": name}, train=train)
+        for section, fields in sections.items():
+            content[section] = {**content[section], **fields}
+        return content
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with session.ray_session(Told()):
+        yield
+
+
+def shell(content, folder):
+    """`lowbit train --json` in a process of its own."""
+    file = folder / f"{content['run']['name']}.yaml"
+    file.write_text(json.dumps(content))
+    code = "from lowbit_dist.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(file), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# ------------------------------------------------------------------ before a worker starts
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cpus", "gpus", "answer"),
+    [
+        ({"workers": 2}, 2, 0, None),
+        ({"workers": 2, "cpus_per_worker": 0.5}, 1, 0, None),
+        ({"workers": 3, "cpus_per_worker": 0.1}, 0.3, 0, None),
+        ({"workers": 2}, 16, 2, None),
+        ({"workers": 4, "gpus_per_worker": 0.5}, 16, 2, None),
+        ({"workers": 4, "gpus_per_worker": 0}, 16, 2, None),
+        (
+            {"workers": 4},
+            2,
+            0,
+            "has 2: 2 workers fit; write cluster.workers=2 or cluster.cpus_per_worker=0.5",
+        ),
+        ({"workers": 4}, 3, 0, "3 workers fit; write cluster.workers=3 or cluster.cpus_per_worker=0.75"),
+        # 6 micro-batches are not divided by 5 or 4 workers.
+        ({"workers": 6}, 5, 0, "5 workers fit; write cluster.workers=3 or cluster.cpus_per_worker=0.8"),
+        ({"workers": 1, "cpus_per_worker": 4}, 2, 0, "no worker fits; write cluster.cpus_per_worker=2"),
+        ({"workers": 4}, 16, 2, "4 GPUs, but here has 2: 2 workers fit; write cluster.workers=2"),
+        ({"workers": 2, "gpus_per_worker": 1}, 16, 0, "no worker fits; write cluster.gpus_per_worker=0"),
+    ],
+)
+def test_more_workers_than_there_are_processors_are_refused_with_what_fits(wanted, cpus, gpus, answer, small):
+    workers = wanted["workers"]
+    batch = {"batch_tokens": 64 * 2 * (6 if workers in (3, 6) else 12 if cpus == 3 else workers)}
+    config = configuration(small(cluster=wanted, train=batch))
+    if answer is None:
+        checks.check_workers(config, cpus=cpus, gpus=gpus, place="here")
+        return
+    with pytest.raises(ConfigError) as error:
+        checks.check_workers(config, cpus=cpus, gpus=gpus, place="here")
+    assert answer in str(error.value)
+
+
+def test_what_is_suggested_instead_of_too_many_workers_is_accepted(small):
+    config = configuration(small(cluster={"workers": 6}, train={"batch_tokens": 64 * 2 * 6}))
+    with pytest.raises(ConfigError) as error:
+        checks.check_workers(config, cpus=5, gpus=0, place="here")
+    for way in str(error.value).rpartition("write ")[2].split(" or "):
+        name, value = way.removeprefix("cluster.").split("=")
+        changed = config.to_dict()
+        changed["cluster"][name] = json.loads(value)
+        checks.check_workers(configuration(changed), cpus=5, gpus=0, place="here")
+
+
+def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_fields(small):
+    config = configuration(small())
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    checks.check_run(config)
+    checks.check_run(configuration(small(cluster={"workers": 1}, train={"log_every": 1})))
+    other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
+    with pytest.raises(ConfigError) as error:
+        checks.check_run(other)
+    assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(small):
+    config = configuration(small())
+    folder = config.run_dir / "checkpoints" / "step-4"
+    folder.mkdir(parents=True)
+    (config.run_dir / "latest").write_text("step-4")
+    position = asdict(Position(step=4, samples=16, tokens=1024))
+    (folder / "manifest.json").write_text(
+        json.dumps({"format": FORMAT, **position, "config": config.to_dict(), "tensors": {}, "files": {}})
+    )
+    checks.check_run(config)
+    with pytest.raises(ConfigError, match=r"checkpoints/step-4 .*model\.layers: 2 -> 3"):
+        checks.check_run(configuration(small(model={"layers": 3})))
+    (folder / "manifest.json").write_text("{")
+    checks.check_run(config)  # a damaged one is for the workers: they go back to the one before
+
+
+def test_a_run_folder_that_cannot_be_one_is_refused(small, tmp_path):
+    (tmp_path / "small").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        checks.check_run(configuration(small()))
+    with pytest.raises(ConfigError, match=r"run\.dir .* cannot be written"):
+        checks.check_run(configuration(small(run={"dir": "/proc"})))
+
+
+def test_data_that_is_not_there_is_answered_with_the_commands_that_make_it(small, tmp_path):
+    config = configuration(small(data={"path": str(tmp_path / "absent")}, cluster={"workers": 1}))
+    with pytest.raises(ConfigError) as error:
+        checks.check(config)
+    for words in (
+        "`lowbit tokenizer train --input",
+        "`lowbit data prepare --input",
+        f"--out {tmp_path}/absent`",
+    ):
+        assert words in str(error.value)
+
+
+def test_one_run_is_not_trained_twice_at_once(small):
+    config = configuration(small())
+    config.run_dir.mkdir()
+    with checks.alone(config), pytest.raises(ConfigError, match="by another process"), checks.alone(config):
+        pass
+    with checks.alone(config):
+        pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "http://"])
+def test_an_address_without_a_ray_cluster_is_refused(address, small, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    config = configuration(small(cluster={"workers": 1}))
+    with pytest.raises(ConfigError) as error:
+        checks.check(config)
+    assert str(error.value).startswith(f"RAY_ADDRESS ({address}) does not answer")
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_rows_are_followed_from_the_end_of_the_file_whole_and_through_a_cut(tmp_path):
+    from lowbit_dist.cluster.following import Follower
+
+    metrics, log = tmp_path / "metrics.jsonl", tmp_path / "log.txt"
+    metrics.write_text('{"step": 1}\n')
+    told = Told()
+    follower = Follower(tmp_path, told)
+    with metrics.open("a") as file:
+        file.write('{"step": 2}\n{"st')
+    log.write_text("12:00:00 worker 0: careful\nTraceback\n")
+    follower.read()
+    with metrics.open("a") as file:
+        file.write('ep": 3}\n')
+    follower.read()
+    metrics.write_text('{"step": 1}\n')  # the run went back to an earlier checkpoint
+    follower.read()
+    with metrics.open("a") as file:
+        file.write('{"step": 2}\n')
+    follower.read()
+    assert [row["step"] for row in told.rows] == [2, 3, 2]
+    assert told.said == ["worker 0: careful"]
+
+
+def children(pid):
+    """Process id -> command line of all living processes that `pid` has started."""
+    found = {}
+    for each in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found[each.pid] = " ".join(each.cmdline())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Digests of finished runs, by name: tests run in this file's order."""
+    return {}
+
+
+def left_behind(pid):
+    """Processes and folders of a launch that has ended."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        mark = f"lowbit-ray-{pid}-"
+        processes = [
+            each for each in psutil.process_iter(["cmdline"]) if mark in " ".join(each.info["cmdline"] or ())
+        ]
+        found = [*processes, *Path("/tmp").glob(f"{mark}*")]
+        if not found:
+            break
+        time.sleep(0.2)
+    return found
+
+
+def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run, tmp_path, results):
+    process = shell(run("undisturbed"), tmp_path)
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    summary = json.loads(stdout)
+    assert stdout.count("\n") == 1
+    assert set(summary) >= SUMMARY
+    assert summary == json.loads((tmp_path / "undisturbed" / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"], summary["restarts"]) == (STEPS, STEPS * 1024, 0)
+    assert summary["memory"]["workers"] == 2
+    for words in ("dashboard: http://127.0.0.1:", f"step {STEPS}/{STEPS}  loss", "tokens/s", "/worker"):
+        assert words in stderr
+    assert left_behind(process.pid) == []
+    assert not (tmp_path / "undisturbed" / ".ray").exists()
+    results["digest"] = summary["digest"]
+
+    # The same command again has nothing to do, and needs no Ray for it.
+    told = Told()
+    assert cluster.launch(configuration(run("undisturbed")), progress=told) == summary
+    assert told.attempts == 0
+
+
+def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(run, tmp_path, results, ray):
+    process = shell(run("stopped"), tmp_path)
+    latest = tmp_path / "stopped" / "latest"
+    deadline = time.monotonic() + 300
+    while not latest.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    # Ray is there for this machine alone.  (The store by which torch's workers meet always listens everywhere.)
+    family = {pid for pid, command in children(process.pid).items() if "RayTrainWorker" not in command}
+    places = {
+        each.laddr.ip
+        for each in psutil.net_connections("tcp")
+        if each.status == "LISTEN" and each.pid in family
+    }
+    assert {place.removeprefix("::ffff:") for place in places} == {"127.0.0.1"}
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "goes on from the newest checkpoint" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert left_behind(process.pid) == []
+    assert not (tmp_path / "stopped" / "summary.json").exists(), (
+        "the run must have been stopped before its end"
+    )
+
+    told = Told()
+    summary = cluster.launch(configuration(run("stopped")), progress=told)
+    assert told.rows[0]["step"] > 4, "it must go on from a checkpoint"
+    assert summary["digest"] == results["digest"]
+
+
+def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_alone(run, results, ray):
+    killed = []
+
+    def kill(row):
+        if row["step"] >= 6 and not killed:
+            workers = [pid for pid, command in children(os.getpid()).items() if "RayTrainWorker" in command]
+            assert len(workers) == 2
+            killed.append(workers[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    told = Told(kill)
+    summary = cluster.launch(configuration(run("killed")), progress=told)
+    assert killed, "the case must kill a worker"
+    assert told.attempts == 2
+    assert any(" died (" in text and "restart 1 of at most 10" in text for text in told.said), told.said
+    assert summary["restarts"] == 1
+    assert summary["digest"] == results["digest"]
+
+
+def test_workers_get_their_folder_threads_and_interface(run, ray, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def work(settings):
+        import os
+
+        import torch
+        import torch.distributed as dist
+
+        from lowbit_dist.cluster import worker
+
+        worker.prepare(settings)
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        variables = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
+        found = {name: os.environ.get(name) for name in variables}
+        return found | {"threads": torch.get_num_threads(), "folder": os.getcwd(), "workers": total.item()}
+
+    config = configuration(run("environment", cluster={"cpus_per_worker": 0.5, "workers": 2}))
+    config.run_dir.mkdir()
+    found = attempts.train_until_done(config, Told(), work)
+    addresses = psutil.net_if_addrs()[found.pop("GLOO_SOCKET_IFNAME")]
+    import ray.util
+
+    assert ray.util.get_node_ip_address() in {each.address for each in addresses}
+    assert found == {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "threads": 1, "folder": str(tmp_path),
+        "workers": 2, "restarts": 0,
+    }  # fmt: skip
+
+
+def test_a_mistake_that_only_a_worker_finds_comes_out_as_it_is_and_is_not_tried_again(run, ray):
+    def work(settings):
+        import torch.distributed as dist
+
+        from lowbit_dist.config import ConfigError
+
+        if dist.get_rank() == 1:
+            raise ConfigError("data.path (x) is wrong; write another")
+        dist.barrier()
+
+    config, told = configuration(run("mistaken")), Told()
+    config.run_dir.mkdir()
+    with pytest.raises(ConfigError) as error:
+        attempts.train_until_done(config, told, work)
+    assert str(error.value) == "data.path (x) is wrong; write another"
+    assert told.attempts == 1
+
+
+def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers_own_words(run, ray):
+    def work(settings):
+        import torch.distributed as dist
+
+        if dist.get_rank() == 1:
+            raise ValueError("weights do not fit\nwrong shape (3, 4)")
+        dist.barrier()
+
+    config, told = configuration(run("broken")), Told()
+    config.run_dir.mkdir()
+    with pytest.raises(cluster.RunFailed) as error:
+        attempts.train_until_done(config, told, work)
+    assert str(error.value).startswith("worker 1: ValueError: wrong shape (3, 4) after 1 restart")
+    assert told.attempts == 2
+
+
+def test_no_failure_is_retried_when_none_is_allowed(run, ray):
+    def work(settings):
+        import os
+
+        os._exit(7)
+
+    config, told = configuration(run("fragile", cluster={"max_failures": 0})), Told()
+    config.run_dir.mkdir()
+    with pytest.raises(cluster.RunFailed, match="died"):
+        attempts.train_until_done(config, told, work)
+    assert told.attempts == 1
