@@ -564,6 +564,7 @@ def write(folder: Path, name: str, made: list[str]) -> Path:
 def test_every_format_gives_the_same_documents_however_it_is_cut(tmp_path, monkeypatch, name):
     made = [*texts(), "\u2028 line\x85 ends\r that JSON lines do not have", "last"]
     file = write(tmp_path, name, made)
+    monkeypatch.setattr(documents, "CHUNK", 97)  # bytes: borders inside and between lines
     for size in (100, 7777, 1 << 22):
         monkeypatch.setattr(documents, "PART", size)
         assert list(documents.read(documents.parts([file]))) == made
@@ -680,8 +681,10 @@ def test_further_inputs_that_are_wrong(tmp_path):
 
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "body.parquet")
     refused([tmp_path / "body.parquet"], "no column 'text'; its columns are body")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
-    refused([tmp_path / "null.parquet"], "row 2 has no text")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a"] * 5 + [None]}), tmp_path / "null.parquet", row_group_size=2
+    )
+    refused([tmp_path / "null.parquet"], "row 6 has no text")
     damaged = write(tmp_path, "damaged.parquet", texts())
     content = bytearray(damaged.read_bytes())
     content[1000:2000] = bytes(1000)

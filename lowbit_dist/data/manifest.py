@@ -193,7 +193,7 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
 
 
 def copy_tokenizer(data: Data, folder: Path) -> None:
-    """Put the tokenizer of prepared data into `folder`, so that a run keeps what its weights were trained with."""
+    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in tokenizer.FILES:
         source = f"{data.path}/tokenizer/{name}"
