@@ -125,7 +125,6 @@ class Zero3:
         ahead: list[_Parameter] = []
         while self.queue and sum(p.numel for p in ahead) < room:
             p, step = self.queue.popleft()
-            # A parameter that is passed over here because it is whole now is kept until that later use.
             self.latest[id(p)] = max(self.latest[id(p)], step)
             if p.status == "shard" and p not in ahead:
                 ahead.append(p)
@@ -134,8 +133,7 @@ class Zero3:
     def _release(self, module: nn.Module) -> None:
         for p in self._own(module):
             p.users.discard(id(module))
-            kept = self.recorded and self.latest[id(p)] > self.step
-            if p.status == "whole" and not p.users and not kept:
+            if p.status == "whole" and not p.users:
                 p.release()
                 self.n_whole -= p.numel
 
@@ -204,7 +202,7 @@ class _Parameter:
 
 
 class Stock:
-    """DeepSpeed's stages 0 to 2: whole weights; gradients kept (0), cut after the last pass (1) or each (2)."""
+    """DeepSpeed's stages 0 to 2: whole weights, and gradients that each pass adds to (0, 1) or cuts (2)."""
 
     def __init__(self, config: RunConfig, model: nn.Module, workers: int, stage: int):
         from lowbit_dist.zero.engine import block_numel

@@ -10,6 +10,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator as Coordinator,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
 DEEPSPEED_VERSION = "0.19.8"
@@ -30,6 +33,8 @@ CONTRACT: tuple[tuple[type, str, str], ...] = (
     (Stage3, "_partition_all_parameters", "args, kwargs"),
     (Stage3, "zero_grad", "args, kwargs"),
     (Stage3, "step", "args, kwargs"),
+    (Stage3, "_get_param_coordinator", "self"),
+    (Coordinator, "_PartitionedParameterCoordinator__params_to_release", "args, kwargs"),
     (DeepSpeedEngine, "_configure_zero_optimizer", "self, optimizer"),
 )
 

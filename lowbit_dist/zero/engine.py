@@ -75,6 +75,8 @@ class Engine:
         with torch.no_grad():
             loss = self._engine(input_ids=tokens, labels=tokens).loss
         self._engine.train()
+        if self._stock is None:
+            self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
         return loss.detach()
 
     def backward(

@@ -37,6 +37,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def __init__(self, *args: Any, accumulation: torch.dtype, **kwargs: Any):
         kwargs["gradient_accumulation_dtype"] = accumulation
         super().__init__(*args, **kwargs)
+        # DeepSpeed keeps what its prefetcher will want again: when a forward pass ends, that is more than one
+        # block of decoded weights, and after an evaluation it would stay. Here a weight lives while it works.
+        coordinator = self._get_param_coordinator()
+        coordinator._PartitionedParameterCoordinator__params_to_release = _own_parameters
 
     # ---- shards instead of partitions
 
@@ -175,6 +179,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             first_block=shard.start // BLOCK,
             blocks_per_scale=shard.blocks_per_scale,
         )
+
+
+def _own_parameters(module: nn.Module, step: int) -> set[int]:
+    return {p.ds_id for p in module.parameters(recurse=False)}  # type: ignore[attr-defined]
 
 
 def _shard(param: Any, master: Tensor, offset: int, states: str) -> Shard:
