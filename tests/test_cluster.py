@@ -166,7 +166,7 @@ def test_a_run_folder_that_cannot_be_one_is_refused(small, tmp_path):
     with pytest.raises(ConfigError, match="is a file"):
         checks.check_run(configuration(small()))
     with pytest.raises(ConfigError, match=r"run\.dir .* cannot be written"):
-        checks.check_run(configuration(small(run={"dir": "/proc"})))
+        checks.check_folder(configuration(small(run={"dir": "/proc"})))
 
 
 def test_data_that_is_not_there_is_answered_with_the_commands_that_make_it(small, tmp_path):
@@ -179,6 +179,7 @@ def test_data_that_is_not_there_is_answered_with_the_commands_that_make_it(small
         f"--out {tmp_path}/absent`",
     ):
         assert words in str(error.value)
+    assert not config.run_dir.exists()
 
 
 def test_one_run_is_not_trained_twice_at_once(small):
@@ -284,7 +285,7 @@ def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(run, tmp_path, 
     while not latest.exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    # Ray is there for this machine alone.  (The store by which torch's workers meet always listens everywhere.)
+    # Ray is there for this machine alone.  The store by which torch's workers meet is not.
     family = {pid for pid, command in children(process.pid).items() if "RayTrainWorker" not in command}
     places = {
         each.laddr.ip

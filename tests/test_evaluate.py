@@ -136,7 +136,7 @@ def test_what_does_not_belong_to_the_run_is_refused(trained, corpus, tmp_path):
     source = tmp_path / "text.txt"
     source.write_text("other words for another tokenizer " * 50)
     shutil.rmtree(run / "tokenizer")
-    tokenizer.train([source], 270, run / "tokenizer")
+    tokenizer.train([source], 275, run / "tokenizer")
     with pytest.raises(ConfigError, match="is not the tokenizer of"):
         evaluate(moved, str(corpus))
 

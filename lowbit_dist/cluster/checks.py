@@ -28,6 +28,7 @@ def check(config: RunConfig) -> None:
     from lowbit_dist import tracking
 
     tracking.check(config)
+    check_folder(config)  # last: a refused launch leaves nothing behind
 
 
 def _check_prepared(config: RunConfig) -> None:
@@ -87,7 +88,7 @@ def gpus_per_worker(config: RunConfig, gpus: float) -> float:
 
 
 def check_run(config: RunConfig) -> None:
-    """ConfigError if the run's folder holds another run, or cannot be written."""
+    """ConfigError if the run's folder holds another run."""
     from lowbit_dist.methods import METHODS
 
     folder = config.run_dir
@@ -106,6 +107,11 @@ def check_run(config: RunConfig) -> None:
         except ConfigError:
             earlier = config
         _check_same(config, earlier, f"the checkpoint {newest}")
+
+
+def check_folder(config: RunConfig) -> None:
+    """Make the run's folder; ConfigError if that is impossible."""
+    folder = config.run_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
