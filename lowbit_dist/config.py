@@ -538,7 +538,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     section, field = parts
     if section in RunConfig.model_fields and _is_text(section, field):
         # A shell takes quotes away: `run.name=2024` and `data.path=a: b` still mean text.
-        empty = value is None and text.strip() in ("", "~", "null", "Null", "NULL")
+        empty = text.strip() in ("", "~", "null", "Null", "NULL")
         value = value if empty or isinstance(value, str) else text.strip()
     content = data.get(section)
     if content is None:

@@ -35,6 +35,7 @@ class Packed(MethodOptions):
 class Latent(MethodOptions):
     name: Literal["bitnet"] = "bitnet"
     sub_norms: bool = True
+    sharpness: float = 1.0
 
 
 class Plain(MethodOptions):
@@ -226,8 +227,8 @@ def test_a_configuration_never_changes(tmp_path):
 def test_a_run_goes_on_with_other_places_and_intervals_only(tmp_path):
     old = load(tmp_path)
     same = load(
-        tmp_path, GOOD, "cluster.workers=1", "cluster.max_failures=0", "tracking.mlflow=null", "run.dir=elsewhere",
-        "tracking.experiment=x", "train.log_every=1", "train.eval_every=2", "train.save_every=3",
+        tmp_path, GOOD, "cluster.workers=1", "cluster.max_failures=0", "tracking.mlflow=null",
+        "run.dir=elsewhere", "tracking.experiment=x", "train.log_every=1", "train.eval_every=2", "train.save_every=3",
         "train.keep_last=4", "data.cache=c",
     )  # fmt: skip
     assert old.differences(same) == []
@@ -249,7 +250,11 @@ def test_a_run_goes_on_with_other_places_and_intervals_only(tmp_path):
         "method.grid: ternary -> absent",
         "method.activation_bits: 8 -> absent",
         "method.sub_norms: absent -> true",
+        "method.sharpness: absent -> 1.0",
     ]
+    assert load(tmp_path, GOOD, "method.activation_bits=null").differences(
+        load(tmp_path, GOOD, "method.name=dense")
+    ) == ["method.name: dqt -> dense", "method.grid: ternary -> absent", "method.activation_bits: null -> absent"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -492,6 +497,9 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "activation bits that do not exist": (
         GOOD, ("method.activation_bits=4",),
         "method.activation_bits (4) must be one of 8, null; write 8, for example"),
+    "an option that is not a number": (
+        GOOD, ("method={name: bitnet, sharpness: .inf}",),
+        "method.sharpness (inf) must be a finite number; write one, for example 1.0"),
     "a misspelt option of a method": (
         GOOD, ("method.gird=int8",),
         "method: unknown name 'gird'; did you mean 'grid'?"),
@@ -859,6 +867,10 @@ def test_what_is_written_is_read_back_the_same(tmp_path_factory, name, lr, betas
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert RunConfig.load(path, [], METHODS) == config
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    assert str(ConfigError("a\n  b\r\nc")) == "a b c"
 
 
 def test_sections_can_be_built_in_python():
