@@ -4,8 +4,9 @@ A checkpoint is a folder `checkpoints/step-N` of
 * `shard-RRRRR.safetensors`: what worker R holds of every tensor, `NAME/codes` or `NAME/weight`, and the
   moments `NAME/m` and `NAME/v` (8-bit ones with `NAME/m_scale`, `NAME/v_scale`).  Worker 0 adds `NAME/scale`
   (float16).
-* `manifest.json`: the run's configuration and position, every tensor's shape and grid, and of each file its
-  SHA-256 and which elements it holds.
+* `manifest.json`: the run's configuration and position, every tensor's shape and grid, and which elements
+  each file holds.
+* `SHA256SUMS`: of each of these files, as `sha256sum --check` reads it.
 
 Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each
 worker writes its file and a small note about it into a folder of a temporary name; worker 0 collects the
@@ -38,6 +39,7 @@ from lowbit_dist.zero import Shard
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
 STATES = ("m", "v", "m_scale", "v_scale")
 log = logging.getLogger(__name__)
 
@@ -95,9 +97,11 @@ def save(
                 shard.name: {"shape": list(shard.shape), "grid": shard.grid.name if shard.grid else None}
                 for shard in shards
             },
-            "files": {note["file"]: {k: note[k] for k in ("sha256", "bytes", "holds")} for note in notes},
+            "files": {note["file"]: {"bytes": note["bytes"], "holds": note["holds"]} for note in notes},
         }
         _write_synced(partial / MANIFEST, json.dumps(manifest).encode())
+        sums = {note["file"]: note["sha256"] for note in notes} | {MANIFEST: _sha256(partial / MANIFEST)}
+        _write_synced(partial / SUMS, "".join(f"{sum_}  {file}\n" for file, sum_ in sums.items()).encode())
         for note in partial.glob("*.note"):
             note.unlink()
         _publish(partial, final)
@@ -365,7 +369,7 @@ class Checkpoint:
         sizes = dict.fromkeys(
             ("low_bit_weights", "scales", "other_weights", "optimizer_states", "overhead"), 0
         )
-        total = (self.path / MANIFEST).stat().st_size
+        total = sum((self.path / file).stat().st_size for file in (MANIFEST, SUMS))
         for file in self.manifest["files"]:
             total += (self.path / file).stat().st_size
             for key, size in _tensor_sizes(self.path / file):
@@ -374,16 +378,22 @@ class Checkpoint:
         return sizes
 
     def verify(self) -> list[str]:
-        """What is wrong with the files; nothing if each is whole and has the hash that the manifest gives."""
-        problems = []
-        for file, info in self.manifest["files"].items():
+        """What is wrong with the files: nothing if each is there and has the SHA-256 it was saved with."""
+        try:
+            text = (self.path / SUMS).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            return [f"{SUMS} cannot be read: {error}"]
+        if not text.endswith("\n"):
+            return [f"{SUMS} is cut short"]
+        sums = {file: sum_ for sum_, _, file in (line.partition("  ") for line in text.splitlines())}
+        expected = {MANIFEST, *self.manifest["files"]}
+        problems = [f"{SUMS} does not list {file}" for file in sorted(expected - sums.keys())]
+        for file in sorted(expected & sums.keys()):
             path = self.path / file
             if not path.exists():
                 problems.append(f"{file} is missing")
-            elif path.stat().st_size != info["bytes"]:
-                problems.append(f"{file} has {path.stat().st_size:,} bytes instead of {info['bytes']:,}")
-            elif _sha256(path) != info["sha256"]:
-                problems.append(f"{file} does not have the SHA-256 of the manifest")
+            elif _sha256(path) != sums[file]:
+                problems.append(f"{file} does not have the SHA-256 that it was saved with")
         return problems
 
 

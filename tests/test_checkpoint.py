@@ -1,0 +1,138 @@
+"""Checkpoints: their size, their integrity, how they are found, and what a hostile one can do."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import train
+
+from lowbit_dist import checkpoint
+from lowbit_dist.checkpoint import Checkpoint
+from lowbit_dist.config import ConfigError
+from lowbit_dist.packed import PackedTensor
+
+
+@pytest.fixture
+def run(ranks, small, tmp_path):
+    """The folder of a finished run of two workers with checkpoints at steps 2, 4 and 6."""
+    ranks(2).run(train, small(train={"steps": 6, "save_every": 2, "keep_last": 3, "eval_every": 6}))
+    return tmp_path / "small"
+
+
+def test_a_checkpoint_holds_codes_scales_states_and_other_weights_and_hardly_more(run):
+    opened = Checkpoint.open(checkpoint.latest(run))
+    low_bit = [name for name in opened.names if opened.grid(name)]
+    n_low_bit = sum(torch.Size(opened.shape(name)).numel() for name in low_bit)
+    n_other = sum(torch.Size(opened.shape(name)).numel() for name in opened.names if not opened.grid(name))
+    sizes = opened.components()
+    assert sizes["low_bit_weights"] == n_low_bit // 4
+    assert sizes["scales"] == 2 * len(low_bit)
+    assert sizes["other_weights"] == 4 * n_other
+    assert sizes["optimizer_states"] == 2 * (n_low_bit + n_other) + 8 * (n_low_bit + n_other) // 256
+    on_disk = sum(file.stat().st_size for file in opened.path.iterdir())
+    assert sizes["overhead"] + sum(v for k, v in sizes.items() if k != "overhead") == on_disk
+    assert sizes["overhead"] < 0.02 * on_disk
+
+
+def test_a_checkpoint_gives_back_whole_tensors(run):
+    opened = Checkpoint.open(checkpoint.latest(run))
+    assert opened.step == 6
+    tensor = opened.tensor("model.layers.1.mlp.down_proj.weight")
+    assert isinstance(tensor, PackedTensor)
+    assert tensor.shape == (256, 512)
+    assert set(tensor.levels().unique().tolist()) == {-1, 0, 1}
+    assert torch.equal(tensor.scale, tensor.scale.half().float())
+    assert opened.tensor("model.norm.weight").shape == (256,)
+    assert opened.config.run.name == "small"
+
+
+def test_only_the_last_checkpoints_are_kept_and_latest_names_the_newest(ranks, small, tmp_path):
+    ranks(2).run(train, small(train={"steps": 6, "save_every": 2, "keep_last": 2, "eval_every": 6}))
+    folder = tmp_path / "small"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-4", "step-6"]
+    assert (folder / "latest").read_text() == "step-6"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(damage, run, caplog):
+    newest = checkpoint.latest(run)
+    assert newest.name == "step-6"
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        if damage == "flip":
+            file.write_bytes(
+                whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+            )
+        elif damage == "truncate":
+            file.write_bytes(whole[:-1])
+        else:
+            file.unlink()
+        caplog.clear()
+        found = checkpoint.latest(run)
+        file.write_bytes(whole)
+        assert found.name == "step-4", file.name
+        assert "DAMAGED CHECKPOINT" in caplog.text
+    assert checkpoint.latest(run).name == "step-6"
+
+
+def test_a_partial_save_is_never_taken_for_a_checkpoint(run):
+    partial = run / "checkpoints" / ".step-8.partial"
+    partial.mkdir()
+    (partial / "shard-00000.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(run).name == "step-6"
+    checkpoint.clear_partial(run)
+    assert not partial.exists()
+
+
+def test_a_checkpoint_of_another_model_or_grid_is_refused(run, ranks, small):
+    for changes in ({"method": {"grid": "int4"}}, {"model": {"layers": 1}}):
+        message = ranks(2).run(refusal, small(**changes))
+        assert message[0] is not None and "is a checkpoint of another model" in message[0], message
+
+
+def refusal(configuration):
+    try:
+        train(configuration)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_resolve_takes_a_name_a_run_folder_or_a_checkpoint(run, tmp_path):
+    newest = run / "checkpoints" / "step-6"
+    assert checkpoint.resolve("small", tmp_path) == newest
+    assert checkpoint.resolve(run) == newest
+    assert checkpoint.resolve(run / "checkpoints" / "step-4").name == "step-4"
+    with pytest.raises(ConfigError, match="neither a run"):
+        checkpoint.resolve("unknown", tmp_path)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_loading_executes_nothing(run, tmp_path):
+    newest, fired = checkpoint.latest(run), tmp_path / "fired"
+    for file in (path for path in newest.iterdir() if path.name != checkpoint.SUMS):
+        whole = file.read_bytes()
+        file.write_bytes(pickle.dumps(Bomb(fired)))
+        with pytest.raises(Exception):  # noqa: B017  (whatever the reader says, as long as it is refused)
+            opened = Checkpoint.open(newest)
+            for name in opened.names:
+                opened.tensor(name)
+        file.write_bytes(whole)
+    assert not fired.exists()
+
+
+def test_the_manifest_says_where_the_run_stands(run):
+    manifest = json.loads((checkpoint.latest(run) / checkpoint.MANIFEST).read_text())
+    assert manifest["step"] == 6
+    assert manifest["samples"] == 6 * 4
+    assert manifest["tokens"] == 6 * 4 * 64
+    assert set(manifest["files"]) == {"shard-00000.safetensors", "shard-00001.safetensors"}
