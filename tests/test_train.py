@@ -94,6 +94,12 @@ def test_a_run_continues_on_another_number_of_workers(ranks, small):
     assert digest(ranks, 1, stopped) == expected
 
 
+def test_tied_embeddings_train_alike_on_any_number_of_workers(ranks, small):
+    tied = {"model": {"tie_embeddings": True}, "method": {"tensors": "all"}}
+    found = [digest(ranks, world, small(run={"name": f"tied-{world}"}, **tied)) for world in (1, 2)]
+    assert found[0] == found[1]
+
+
 def test_a_resumed_run_logs_what_an_undisturbed_one_does(ranks, small):
     # log_every does not divide the step of the stop: the sums since the last log are part of the checkpoint
     train_section = {"train": {"save_every": 10, "log_every": 4}}
