@@ -1,6 +1,7 @@
 """The pictures of a run: its loss curve, and the bytes that each parameter costs.
 
-Every figure states its unit on its axis; colours are the Okabe-Ito palette, told apart by colour-blind readers.
+Every figure states its unit on its axis; colours are the Okabe-Ito palette, told apart by colour-blind
+readers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Component -> (its words, its colour, its character in a terminal); the order is that of the bars, from below.
+# Component -> (its words, its colour, its character in a terminal); the order is that of the bars, from
+# below.
 COMPONENTS = {
     "low_bit_weights": ("low-bit weights (codes)", "#0072B2", "█"),
     "scales": ("scales", "#56B4E9", "▚"),

@@ -228,8 +228,8 @@ def test_a_run_goes_on_with_other_places_and_intervals_only(tmp_path):
     old = load(tmp_path)
     same = load(
         tmp_path, GOOD, "cluster.workers=1", "cluster.max_failures=0", "tracking.mlflow=null",
-        "run.dir=elsewhere", "tracking.experiment=x", "train.log_every=1", "train.eval_every=2", "train.save_every=3",
-        "train.keep_last=4", "data.cache=c",
+        "run.dir=elsewhere", "tracking.experiment=x", "train.log_every=1", "train.eval_every=2",
+        "train.save_every=3", "train.keep_last=4", "data.cache=c",
     )  # fmt: skip
     assert old.differences(same) == []
     other = load(
@@ -254,7 +254,11 @@ def test_a_run_goes_on_with_other_places_and_intervals_only(tmp_path):
     ]
     assert load(tmp_path, GOOD, "method.activation_bits=null").differences(
         load(tmp_path, GOOD, "method.name=dense")
-    ) == ["method.name: dqt -> dense", "method.grid: ternary -> absent", "method.activation_bits: null -> absent"]
+    ) == [
+        "method.name: dqt -> dense",
+        "method.grid: ternary -> absent",
+        "method.activation_bits: null -> absent",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
