@@ -35,7 +35,10 @@ class _Linear(torch.autograd.Function):
         transform: WeightTransform | None,
     ) -> Tensor:
         x = x.reshape(-1, x.shape[-1]) if activation_bits is None else _quantize_tokens(x, activation_bits)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        # Not among the saved tensors: activation checkpointing aliases each, values and all, from its second
+        # forward pass on, although DeepSpeed releases the weight after it and gathers it again.
+        ctx.weight = weight  # type: ignore[attr-defined]
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
         ctx.transform = transform  # type: ignore[attr-defined]
         y = x @ (weight if transform is None else transform(weight)).t()
@@ -43,7 +46,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
