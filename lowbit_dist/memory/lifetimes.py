@@ -228,7 +228,6 @@ class Stock:
         self.buffer: Tensor | None = None  # of the bucket
         self.own: Tensor | None = None  # this worker's part of a pass's gradients
         self.n_in_bucket = 0
-        self.is_last = self.rounds[0] == 1
         for p in self.parameters if stage else ():
             p.register_post_accumulate_grad_hook(self._collect)
 
@@ -246,20 +245,26 @@ class Stock:
         return 0
 
     def end_pass(self, *, is_last: bool) -> None:
+        if self.stage == 1 and is_last:
+            for p in self.parameters:
+                self._cut(p)
         if self.stage == 2 or is_last:
             self.buffer = None
         if self.own is not None and not self.kept:
             self.kept = [self.own]
         self.own = None
         self.n_in_bucket = 0
-        self.is_last = True
 
     @torch.no_grad()
     def _collect(self, parameter: nn.Parameter) -> None:
         if self.buffer is None:
             self.buffer = torch.empty(self.bucket_numel, dtype=parameter.dtype)
-        if self.stage == 1 and not self.is_last:
-            return
+        if self.stage == 2:
+            self._cut(parameter)
+
+    @torch.no_grad()
+    def _cut(self, parameter: nn.Parameter) -> None:
+        """Move a gradient to the bucket, and a full bucket's to this worker's part."""
         if self.n_in_bucket + parameter.numel() > self.bucket_numel:
             if self.own is None:
                 self.own = torch.empty(self.own_numel, dtype=parameter.dtype)

@@ -1,0 +1,440 @@
+"""Memory: what is resident between steps and alive inside them, gathered as bytes, and planned beforehand."""
+
+import gc
+import weakref
+from time import process_time
+
+import pytest
+import torch
+
+VOCAB = 640  # with 96 tokens a pass, no activation and no ordinary tensor has the size of a low-bit weight
+SEQ_LEN = 48
+MODEL = {"hidden_size": 256, "intermediate_size": 512, "layers": 3, "heads": 4, "kv_heads": 2}
+BITS = {"ternary": 2, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
+
+
+def configuration(**sections):
+    base = {
+        "model": MODEL,
+        "method": {"name": "dqt"},
+        "data": {"path": "none", "seq_len": SEQ_LEN},
+        "precision": "fp32",
+        "train": {"micro_batch": 2, "batch_tokens": 4 * SEQ_LEN},
+    }
+    for name, content in sections.items():
+        base[name] = {**base.get(name, {}), **content} if isinstance(content, dict) else content
+    return base
+
+
+def load(content):
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+
+    return RunConfig.from_dict(content, METHODS)
+
+
+class Training:
+    """An engine and its data, on one rank."""
+
+    def __init__(self, content):
+        from lowbit_dist import model, zero
+
+        self.config = load(content)
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        built = model.build(self.config.model, VOCAB, self.config.method, dtype)
+        names = model.low_bit_names(built, self.config.method)
+        initial = model.InitialWeights(built, 0, None)
+        self.engine = zero.Engine(self.config, built, self.config.method, initial, names)
+        generator = torch.Generator().manual_seed(self.engine.rank)
+        self.tokens = torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator)
+        self.n_steps = 0
+
+    def step(self):
+        self.n_steps += 1
+        for _ in range(self.engine.micro_batches // self.engine.world):
+            self.engine.backward(self.tokens)
+        return self.engine.update(step=self.n_steps, lr=1e-3, weight_decay=0.01)
+
+    def low_bit_numels(self):
+        return [self.engine.numels[name] for name in self.engine.low_bit]
+
+    def block_numel(self):
+        """Low-bit parameters of one transformer block."""
+        return sum(self.low_bit_numels()) // MODEL["layers"]
+
+
+def recording_watch():
+    """A watch that also knows what each live storage was when it was made: (dtype, elements)."""
+    from lowbit_dist.memory.live import Watch, _tensors
+
+    class Recording(Watch):
+        def __init__(self):
+            super().__init__()
+            self.made = {}
+            self.after_each = lambda: None
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            for tensor in _tensors(out):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self._live:
+                    self.made.setdefault(
+                        self._live[storage._cdata], (tensor.dtype, storage.nbytes() // tensor.dtype.itemsize)
+                    )
+            self.after_each()
+            return out
+
+        def alive(self):
+            return [self.made[reference] for reference in self._live.values()]
+
+    return Recording()
+
+
+# ------------------------------------------------------------------ between steps
+
+
+def between_steps(content):
+    """Everything that is alive on this rank after two steps and an evaluation."""
+    from lowbit_dist import memory
+
+    gc.collect()
+    old = {id(each) for each in gc.get_objects() if isinstance(each, torch.Tensor)}
+    with recording_watch() as watch:  # sees every storage that is made, whoever holds it later
+        training = Training(content)
+        flips = [training.step().flips for _ in range(2)]
+        training.engine.forward(training.tokens)
+    gc.collect()
+    reported = memory.measure(training.engine)
+    reachable = {}
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor) and id(each) not in old:
+            for tensor in (each, each.grad if each.is_leaf else None):
+                if tensor is not None and tensor.untyped_storage().nbytes():
+                    storage = tensor.untyped_storage()
+                    reachable[storage.data_ptr()] = (tensor.dtype, storage.nbytes() // tensor.dtype.itemsize)
+    numels = training.low_bit_numels()
+    training.engine.close()
+    return {
+        "flips": flips,
+        "report": reported,
+        "live_bytes": watch.now,
+        "alive": watch.alive(),
+        "reachable": list(reachable.values()),
+        "numels": numels,
+    }
+
+
+def weights_in_full_precision(found, world):
+    """Live floating-point storages as large as a low-bit weight or as its shard."""
+    sizes = {numel // part for numel in found["numels"] for part in (1, world)}
+    return [
+        (dtype, numel)
+        for dtype, numel in [*found["alive"], *found["reachable"]]
+        if dtype.is_floating_point and numel in sizes
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("residency", ["sharded", "replicated"])
+@pytest.mark.parametrize("grid", ["ternary", "int2", "int3", "int4", "int8"])
+def test_low_bit_weights_take_their_bits_and_have_no_master_copy(grid, residency, world, ranks):
+    precision = "bf16" if grid in ("ternary", "int8") else "fp32"
+    content = configuration(method={"grid": grid}, zero={"residency": residency}, precision=precision)
+    for found in ranks(world).run(between_steps, content):
+        assert min(found["flips"]) > 0, "the case must move some codes"
+        report = found["report"]
+        parts = report["components"]
+        at_most = BITS[grid] / 8 / (world if residency == "sharded" else 1)
+        assert parts["low_bit_weights"]["bytes_per_parameter"] == at_most
+        assert parts["scales"]["bytes"] <= 0.01 * parts["low_bit_weights"]["bytes"]
+        assert weights_in_full_precision(found, world) == []
+        # Whatever lives is accounted for, but for a few counters and the batch itself.
+        assert 0 <= found["live_bytes"] - report["resident_bytes_per_worker"] < 4096
+
+
+# ------------------------------------------------------------------ inside a step
+
+
+def decoded_weights_alive(content):
+    """Decoded low-bit elements alive after each decoding, and weight-sized storages in the forward pass."""
+    from lowbit_dist import ops
+
+    training = Training(content)
+    training.step()
+    alive, seen, decode = {}, [], ops.decode
+
+    def recorded(codes, scale, *, out, **more):
+        result = decode(codes, scale, out=out, **more)
+        storage = out.untyped_storage()
+        key = storage._cdata
+        alive[key] = (out.numel(), weakref.ref(storage, lambda _: alive.pop(key)))
+        seen.append(sum(numel for numel, _ in alive.values()))
+        return result
+
+    sizes = set(training.low_bit_numels())
+    forward = []
+    ops.decode = recorded
+    try:
+        with recording_watch() as watch:
+            is_forward = True
+
+            def sample():
+                if is_forward:
+                    forward.append(
+                        sum(n for dtype, n in watch.alive() if dtype.is_floating_point and n in sizes)
+                    )
+
+            watch.after_each = sample
+
+            def forward_ends(*_):
+                nonlocal is_forward
+                is_forward = False
+
+            hook = training.engine.module.register_forward_hook(forward_ends)
+            training.step()
+            hook.remove()
+        n_of_step = len(seen)
+        training.engine.forward(training.tokens)
+    finally:
+        ops.decode = decode
+    gc.collect()
+    left, block, largest = len(alive), training.block_numel(), max(training.low_bit_numels())
+    training.engine.close()
+    return {
+        "decoded": seen,
+        "n_of_step": n_of_step,
+        "forward": forward,
+        "left": left,
+        "block": block,
+        "largest": largest,
+        "n_weights": len(training.low_bit_numels()),
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("residency", ["sharded", "replicated"])
+def test_at_most_one_blocks_weights_are_decoded_at_any_moment(residency, checkpointing, world, ranks):
+    content = configuration(
+        zero={"residency": residency},
+        train={"micro_batch": 2, "batch_tokens": 8 * SEQ_LEN, "activation_checkpointing": checkpointing},
+    )
+    for found in ranks(world).run(decoded_weights_alive, content):
+        passes = 4 // world * (3 if checkpointing else 2)
+        assert found["n_of_step"] >= (passes - 1) * found["n_weights"], "weights are decoded in every pass"
+        # The weight of the module at work, and in a recomputation that of the module that asked for it.
+        assert 0 < max(found["decoded"]) <= (2 if checkpointing else 1) * found["largest"] < found["block"]
+        assert 0 < max(found["forward"]) <= found["largest"]
+        assert found["left"] == 0, "an evaluation leaves no weight behind"
+
+
+# ------------------------------------------------------------------ on the wire
+
+
+def collectives_of_a_step(content):
+    """Each collective of one step, as PyTorch's dispatcher sees it: (name, dtype, elements received)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lowbit_dist.memory.live import _tensors
+
+    found = []
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                first = _tensors(args)[0]
+                found.append((func.__name__.split(".")[0], first.dtype, first.numel()))
+            return func(*args, **(kwargs or {}))
+
+    training = Training(content)
+    training.step()
+    training.step()
+    before = training.engine.gathered_bytes
+    with Collectives():
+        training.step()
+    low_bit = {name: training.engine.numels[name] for name in training.engine.low_bit}
+    ordinary = [n for name, n in training.engine.numels.items() if name not in low_bit]
+    gathered = training.engine.gathered_bytes - before
+    training.engine.close()
+    return {
+        "calls": found,
+        "low_bit": list(low_bit.values()),
+        "ordinary": ordinary,
+        "gathered_bytes": gathered,
+    }
+
+
+@pytest.mark.parametrize("grid", ["ternary", "int3", "int4", "int8"])
+@pytest.mark.parametrize("residency", ["sharded", "replicated"])
+def test_gathers_move_packed_bytes(residency, grid, ranks):
+    passes = 2
+    content = configuration(
+        method={"grid": grid},
+        zero={"residency": residency},
+        train={"micro_batch": 2, "batch_tokens": passes * 4 * SEQ_LEN},
+    )
+    for found in ranks(2).run(collectives_of_a_step, content):
+        gathers = [(dtype, n) for name, dtype, n in found["calls"] if name.startswith("_allgather")]
+        packed = sorted(n for dtype, n in gathers if dtype == torch.uint8)
+        # Replicated codes are gathered once a step, others once for each forward and each backward pass.
+        times = 1 if residency == "replicated" else 2 * passes
+        assert packed == sorted([n * BITS[grid] // 8 for n in found["low_bit"]] * times)
+        assert max(n / numel for n, numel in zip(packed, sorted(found["low_bit"] * times), strict=True)) <= (
+            1.04 * BITS[grid] / 8
+        )
+        # A gather's own half is not received; nothing else carries weights.
+        assert found["gathered_bytes"] == sum(packed) // 2
+        padded = {-(-n // 512) * 512 for n in found["ordinary"]}
+        assert {n for dtype, n in gathers if dtype != torch.uint8} == padded
+        others = {name for name, dtype, n in found["calls"] if n > 2 and not name.startswith("_allgather")}
+        assert others == {"_reduce_scatter_base_"}
+
+
+# ------------------------------------------------------------------ planned and measured
+
+
+def measured(content):
+    from lowbit_dist import memory
+
+    training = Training(content)
+    training.step()
+    with memory.track_peak(training.engine) as peak:
+        training.step()
+    found = memory.measure(training.engine, peak)
+    training.engine.close()
+    return found
+
+
+CASES = [
+    {},
+    {"method": {"grid": "int2", "granularity": "row"}, "optimizer": {"states": "fp32"}},
+    {"method": {"grid": "int3"}, "zero": {"residency": "replicated"}, "precision": "bf16"},
+    {"method": {"grid": "int4", "scale": "rms"}, "optimizer": {"states": "bf16"}, "precision": "bf16"},
+    {"method": {"grid": "int8", "granularity": "row"}, "zero": {"residency": "replicated"}},
+    {"method": {"tensors": "all"}},
+    {"method": {"tensors": "all", "granularity": "row"}, "precision": "bf16"},
+    {"method": {"sub_norms": True}, "model": {"tie_embeddings": True}},
+    {"train": {"activation_checkpointing": True}},
+    {"train": {"activation_checkpointing": True}, "precision": "bf16", "zero": {"residency": "replicated"}},
+    {"train": {"batch_tokens": 8 * SEQ_LEN}, "precision": "bf16"},
+    {"train": {"reproducible": True}},
+    {"model": {"layers": 7, "kv_heads": 4}, "train": {"activation_checkpointing": True}},
+    {"method": {"name": "bitnet"}},
+    {"method": {"name": "bitnet"}, "precision": "bf16", "train": {"activation_checkpointing": True}},
+    {"method": {"name": "dense"}, "optimizer": {"states": "fp32"}, "train": {"batch_tokens": 8 * SEQ_LEN}},
+    {"method": {"name": "dense"}, "zero": {"stage": 0}, "precision": "bf16"},
+    {"method": {"name": "dense"}, "zero": {"stage": 1}, "optimizer": {"states": "bf16"}},
+    {
+        "method": {"name": "bitnet"},
+        "zero": {"stage": 2},
+        "optimizer": {"states": "fp32"},
+        "precision": "bf16",
+    },
+]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plan_is_what_is_measured(case, world, ranks):
+    from lowbit_dist import memory
+
+    case = configuration(**case)
+    plan = memory.plan(load(case), VOCAB, world)
+    found = memory.largest(ranks(world).run(measured, case))
+    for name in list(memory.COMPONENTS)[:6]:
+        assert plan["components"][name] == found["components"][name], name
+    assert plan["resident_bytes_per_worker"] == found["resident_bytes_per_worker"]
+    assert plan["parameters"] == found["parameters"]
+    # The issue asks for 5 %; the rehearsal follows the step closely enough for less.
+    assert plan["peak_bytes_per_worker"] == pytest.approx(found["peak_bytes_per_worker"], rel=0.025)
+    assert found["components"]["activations"]["bytes"] == pytest.approx(
+        plan["components"]["activations"]["bytes"], rel=0.025
+    )
+
+
+def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
+    from lowbit_dist import memory
+
+    content = configuration(precision="bf16")
+    reports = ranks(2).run(measured, content)
+    found = memory.compare(load(content), VOCAB, reports)
+    plan = memory.plan(load(content), VOCAB, 2)
+    for name in ("saved_vs_adamw_fp32", "saved_vs_bitnet_ste"):
+        assert 0.3 < found[name] < 0.9
+        assert found[name] == plan[name]  # as the resident bytes are equal
+    assert found["saved_vs"].startswith("measured resident bytes of this run against the planned")
+    assert found["peak_bytes_per_worker"] == max(each["peak_bytes_per_worker"] for each in reports)
+    assert found["peak_rss_bytes"] > found["peak_bytes_per_worker"]
+    dense = found["plan_dense"]
+    for name in list(memory.COMPONENTS)[:6]:
+        assert dense["components"][name] == plan["plan_dense"]["components"][name]
+    # Weights, gradients and two moments in float32: 16 bytes, spread over two workers.
+    assert dense["resident_bytes_per_worker"] / dense["parameters"]["total"] == pytest.approx(8, rel=1e-3)
+    flat = memory.metrics(reports[0])
+    assert flat.pop("resident_bytes") == sum(flat.values())
+
+
+def test_a_long_models_plan_is_extrapolated_closely(monkeypatch):
+    """Activations exactly; what is gathered ahead at the highest moment varies from block to block."""
+    from lowbit_dist.memory import rehearsal
+
+    for more in ({}, {"activation_checkpointing": True}):
+        train = {"micro_batch": 2, "batch_tokens": 4 * SEQ_LEN, **more}
+        config = load(configuration(model={**MODEL, "layers": 9}, train=train))
+        extrapolated = rehearsal.rehearse(config, VOCAB, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(rehearsal, "LONG", 9)
+            rehearsed = rehearsal.rehearse(config, VOCAB, 2)
+        assert extrapolated.activations == rehearsed.activations
+        assert sum(extrapolated) == pytest.approx(sum(rehearsed), rel=0.02)
+
+
+def test_seventy_billion_parameters_are_planned_in_seconds():
+    from lowbit_dist import memory
+
+    train = {"micro_batch": 1, "batch_tokens": 2048 * 64, "activation_checkpointing": True}
+    content = configuration(data={"path": "none", "seq_len": 2048}, train=train, precision="bf16")
+    content["model"] = {"preset": "70b"}
+    start = process_time()
+    plan = memory.plan(load(content), 32_000, 64)
+    assert process_time() - start < 30
+    parts, counts = plan["components"], plan["parameters"]
+    assert counts["total"] == pytest.approx(69e9, rel=0.01)
+    assert parts["low_bit_weights"]["bytes"] == counts["low_bit"] // 4 // 64
+    dense, bitnet = (plan[name]["resident_bytes_per_worker"] for name in ("plan_dense", "plan_bitnet"))
+    assert dense * 64 / counts["total"] == pytest.approx(16, rel=1e-3)
+    assert bitnet * 64 / counts["total"] == pytest.approx(
+        16, rel=1e-3
+    )  # bf16 weights and gradients add and save 2
+    assert plan["saved_vs_adamw_fp32"] == pytest.approx(1 - 4.4 / 16, abs=0.02)
+
+
+def test_a_batch_that_cannot_be_divided_is_not_planned():
+    from lowbit_dist import memory
+    from lowbit_dist.config import ConfigError
+
+    with pytest.raises(ConfigError, match="batch_tokens"):
+        memory.plan(load(configuration()), VOCAB, 3)
+
+
+def test_the_watch_counts_each_storage_while_anything_holds_it():
+    from lowbit_dist.memory.live import Watch
+
+    old = torch.ones(1000)
+    with Watch() as watch:
+        view = old.view(10, 100)[2:]
+        old.add_(1)
+        assert watch.now == 0, "what was there before does not count"
+        first = torch.ones(1000)
+        second = first[5:]
+        assert watch.now == 4000
+        del first
+        assert watch.now == 4000, "a view keeps its storage"
+        del second
+        assert (watch.now, watch.peak) == (0, 4000)
+        w = torch.ones(500, requires_grad=True)
+        y = w.exp().exp()  # autograd alone holds the inner result
+        assert watch.now == 6000
+        del y
+        assert watch.now == 2000
+    assert view.numel() == 800
