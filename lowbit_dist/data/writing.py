@@ -189,6 +189,9 @@ def _tokenised(
     chosen: Sequence[documents.Part], words: tokenizer.Tokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
+    # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     import ray.data
 
