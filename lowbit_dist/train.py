@@ -50,7 +50,8 @@ def run(config: RunConfig) -> dict[str, Any]:
             logs = _is_due(step, config.train.log_every, steps)
 
             # The second step of a process is its first with every buffer in place: its memory is the run's.
-            with memory.track_peak(engine) if step == first + 1 else nullcontext(peak) as peak:
+            sampled = step == min(first + 1, steps)
+            with memory.track_peak(engine) if sampled else nullcontext(peak) as peak:
                 losses = torch.zeros(engine.micro_batches, dtype=torch.float64, device=engine.device)
                 for j in range(engine.rank, engine.micro_batches, engine.world):
                     tokens = batches.micro_batch(position.samples + j * size, size)
