@@ -42,12 +42,9 @@ def loss_curve(rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: st
         ]
         if points:
             alone = marker or ("o" if len(points) == 1 else "")
+            words = f"{label}, {points[-1][1]:.3f} at the end"
             axes.plot(
-                *zip(*points, strict=True), color=colour, marker=alone, markersize=5, label=label, lw=1.6
-            )
-            x, y = points[-1]
-            axes.annotate(
-                f"{y:.3f}", (x, y), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour
+                *zip(*points, strict=True), color=colour, marker=alone, markersize=5, label=words, lw=1.6
             )
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("cross-entropy (nats per token)")
