@@ -4,13 +4,17 @@ The file is the record.  MLflow gets each row of it once: a server that is slow 
 stops training, rows wait and are sent later, and those it never got are sent when the run is resumed.
 """
 
+import contextlib
+import fcntl
+import importlib.util
 import json
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,8 +25,20 @@ from lowbit_dist.config import ConfigError, RunConfig
 METRICS = "metrics.jsonl"
 RUN_ID = ".mlflow_run_id"
 PARAM_LIMIT = 6000  # characters, MLflow's own
-BATCH = 100  # rows of one request
+BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
+METRIC_LIMIT = 1000  # of one request, MLflow's own
 FLUSH_SECONDS = 30.0
+DRIVERS = {  # database -> the Python package that SQLAlchemy reaches it through
+    "postgresql": "psycopg2",
+    "postgresql+psycopg2": "psycopg2",
+    "postgresql+psycopg": "psycopg",
+    "mysql": "MySQLdb",
+    "mysql+mysqldb": "MySQLdb",
+    "mysql+pymysql": "pymysql",
+    "mssql": "pyodbc",
+    "mssql+pyodbc": "pyodbc",
+    "mssql+pymssql": "pymssql",
+}
 log = logging.getLogger(__name__)
 
 
@@ -31,35 +47,61 @@ def check(config: RunConfig) -> None:
     uri = config.tracking.mlflow
     if uri is None:
         return
-    parts = urlparse(uri)
     rule = "write sqlite:///FILE, a tracking server's http(s)://HOST:PORT, or null for files alone"
-    if parts.scheme == "sqlite":
-        folder = _sqlite_file(uri).parent
+    try:
+        parts = urlparse(uri)
+        parts.port  # noqa: B018 (read for its ValueError)
+    except ValueError as error:
+        raise ConfigError(f"tracking.mlflow ({uri}) is not a URI ({error}); {rule}") from None
+    if parts.scheme in ("sqlite", "sqlite+pysqlite"):
+        _check_sqlite(uri, rule)
+    elif parts.scheme in ("http", "https"):
+        if not parts.hostname:
+            raise ConfigError(f"tracking.mlflow ({uri}) names no host; {rule}")
+    elif parts.scheme in DRIVERS:
+        package = DRIVERS[parts.scheme]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"tracking.mlflow ({uri}) needs the Python package {package}, which is not installed; "
+                f"install it, or {rule}"
+            )
+    elif "databricks" not in (uri, parts.scheme):
+        raise ConfigError(f"tracking.mlflow ({uri}) is not a store that MLflow 3 writes to; {rule}")
+
+
+def _check_sqlite(uri: str, rule: str) -> None:
+    name = uri.removeprefix("sqlite:///")
+    if not uri.startswith("sqlite:///") or name in ("", ":memory:"):
+        raise ConfigError(f"tracking.mlflow ({uri}) names no file; {rule}")
+    file = _sqlite_file(uri)
+    folder = file.parent
+    try:
         if not folder.is_dir():
             raise ConfigError(
                 f"tracking.mlflow ({uri}): the folder {folder} does not exist; make it, or {rule}"
             )
-        file = _sqlite_file(uri)
-        if not os.access(file if file.exists() else folder, os.W_OK):
+        if file.is_dir():
+            raise ConfigError(f"tracking.mlflow ({uri}): {file} is a folder; {rule}")
+        if not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
             raise ConfigError(f"tracking.mlflow ({uri}): {file} cannot be written; {rule}")
         if file.exists() and file.stat().st_size:
             with file.open("rb") as opened:
                 if opened.read(16) != b"SQLite format 3\0":
                     raise ConfigError(f"tracking.mlflow ({uri}): {file} is not an SQLite database; {rule}")
-    elif parts.scheme in ("http", "https"):
-        if not parts.hostname:
-            raise ConfigError(f"tracking.mlflow ({uri}) names no host; {rule}")
-    elif parts.scheme not in ("postgresql", "mysql", "mssql", "databricks") and "+" not in parts.scheme:
-        raise ConfigError(f"tracking.mlflow ({uri}) is not a store that MLflow 3 writes to; {rule}")
+    except OSError as error:
+        raise ConfigError(f"tracking.mlflow ({uri}) cannot be used: {error.strerror}; {rule}") from None
 
 
 def resolve(uri: str) -> str:
     """`uri` with a relative SQLite file made absolute, so that it means the same in every process."""
-    return f"sqlite:///{_sqlite_file(uri)}" if uri.startswith("sqlite:") else uri
+    if not uri.startswith("sqlite:///"):
+        return uri
+    _, question, query = uri.partition("?")
+    return f"sqlite:///{_sqlite_file(uri)}{question}{query}"
 
 
 def _sqlite_file(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///")).absolute()
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
 class Tracker:
@@ -73,9 +115,8 @@ class Tracker:
         rows = _cut(self._file, step)
         self._mlflow: _Mlflow | None = None
         if config.tracking.mlflow is not None:
-            self._mlflow = _Mlflow(config, run_id or _read(self.folder / RUN_ID), rows)
-            if self._mlflow.run_id is not None:
-                (self.folder / RUN_ID).write_text(self._mlflow.run_id)
+            # The folder's note is the newer one: a checkpoint may be of a time with another store.
+            self._mlflow = _Mlflow(config, _read(self.folder / RUN_ID) or run_id, rows)
 
     @property
     def run_id(self) -> str | None:
@@ -131,13 +172,17 @@ def bytes_per_parameter(memory: Mapping[str, Any]) -> dict[str, dict[str, float]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """Every whole row; a last line that a kill tore is none."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    """Every whole row, each step once; a line that a kill or a crash tore is none."""
+    rows: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except ValueError:  # of JSON or of UTF-8
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if rows and row["step"] <= rows[-1]["step"]:
+                continue
+            rows.append(row)
     return rows
 
 
@@ -166,62 +211,96 @@ class _Mlflow:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        from mlflow.tracking import MlflowClient
-
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"
+        self.config = config
         self.uri = resolve(config.tracking.mlflow)
-        self.client = MlflowClient(tracking_uri=self.uri)
-        self.waiting: deque[dict[str, Any]] = deque()
+        self.client: Any = None  # an MlflowClient while the store answers
+        self.run_id = run_id
+        self.last = 0  # the newest step that MLflow has
+        self.waiting: deque[dict[str, Any]] = deque(rows)
         self.changed = threading.Condition()
         self.closing = False
         self.warned = False
-        self.run_id = run_id
-        # A run that went back to a checkpoint measures some steps again: what MLflow has stays as it is.
-        self.sent_before = self._attempt(lambda: self._start(config)) or 0
-        for row in rows:
-            self.send(row)
+        self._attempt(self._connected)
         self.thread = threading.Thread(target=self._feed, name="mlflow", daemon=True)
         self.thread.start()
 
-    def _start(self, config: RunConfig) -> int:
-        """Create the run or go on with it; the last step that it has."""
-        if self.run_id is not None:
-            self.client.set_terminated(self.run_id, "RUNNING")
-            return max((m.step for m in self.client.get_metric_history(self.run_id, "loss")), default=0)
+    def _connected(self) -> Any:
+        """A client whose run is there and running; after an error, found or made again."""
+        if self.client is None:
+            from mlflow.tracking import MlflowClient
+
+            with _alone(self.uri):
+                client = MlflowClient(tracking_uri=self.uri)
+                self._start(client)
+            self.client = client
+        return self.client
+
+    def _start(self, client: Any) -> None:
+        """Create the run or go on with it, and learn the newest step that it has.
+
+        A run that went back to a checkpoint measures some steps again: what MLflow has stays as it is.
+        """
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
-        created = self.client.create_run(
-            self._experiment(config.tracking.experiment), tags={MLFLOW_RUN_NAME: config.run.name}
-        )
-        run_id: str = created.info.run_id
-        params = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in config.flat().items()]
+        run = self._existing(client)
+        if run is None:
+            experiment = self._experiment(client, self.config.tracking.experiment)
+            run = client.create_run(experiment, tags={MLFLOW_RUN_NAME: self.config.run.name})
+        elif run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+        self.run_id = run.info.run_id
+        (self.config.run_dir / RUN_ID).write_text(run.info.run_id)
+        # A parameter keeps its first value: MLflow refuses another, as after a restart with more workers.
+        params = [
+            Param(key, str(value)[:PARAM_LIMIT])
+            for key, value in self.config.flat().items()
+            if key not in run.data.params
+        ]
         for first in range(0, len(params), BATCH):
-            self.client.log_batch(run_id, params=params[first : first + BATCH])
-        self.run_id = run_id
-        return 0
+            client.log_batch(self.run_id, params=params[first : first + BATCH])
+        histories = (client.get_metric_history(self.run_id, key) for key in ("loss", "val_loss"))
+        self.last = max((point.step for history in histories for point in history), default=0)
 
-    def _experiment(self, name: str) -> str:
+    def _existing(self, client: Any) -> Any:
+        """The run to go on with, if this store has it."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        if self.run_id is None:
+            return None
+        try:
+            run = client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            run = None
+        if run is None or run.info.lifecycle_stage != "active":
+            log.warning("MLflow at %s has no run %s; a new one gets every row", self.uri, self.run_id)
+            return None
+        return run
+
+    def _experiment(self, client: Any, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(name)
+        found = client.get_experiment_by_name(name)
         if found is None:
             beside = _sqlite_file(self.uri).parent / "mlartifacts"  # not in whatever folder a worker runs in
             location = beside.as_uri() if self.uri.startswith("sqlite:") else None
             try:
-                return self.client.create_experiment(name, artifact_location=location)
+                return client.create_experiment(name, artifact_location=location)
             except MlflowException:  # another run made it at the same moment
-                found = self.client.get_experiment_by_name(name)
+                found = client.get_experiment_by_name(name)
                 if found is None:
                     raise
         experiment_id: str = found.experiment_id
         return experiment_id
 
     def send(self, row: dict[str, Any]) -> None:
-        if row["step"] > self.sent_before:
-            with self.changed:
-                self.waiting.append(row)
-                self.changed.notify_all()
+        with self.changed:
+            self.waiting.append(row)
+            self.changed.notify_all()
 
     def flush(self, seconds: float) -> bool:
         """Wait until all rows are sent, but not if the last attempt failed; whether they are."""
@@ -235,16 +314,22 @@ class _Mlflow:
             self.closing = True
             self.changed.notify_all()
         self.thread.join(timeout=FLUSH_SECONDS)
-        if self.run_id is None or not complete:
+        if not complete or self.thread.is_alive():
             log.warning("MLflow at %s did not get all of the run; %s has every row", self.uri, METRICS)
             return
-        run_id = self.run_id
         for file in files:
-            self._attempt(lambda file=file: self.client.log_artifact(run_id, str(file)))  # type: ignore[misc]
+            self._attempt(partial(self._upload, file))
+        self._attempt(partial(self._end, status, summary))
+
+    def _upload(self, file: Path) -> None:
+        self._connected().log_artifact(self.run_id, str(file))
+
+    def _end(self, status: str, summary: Mapping[str, Any]) -> None:
+        client = self._connected()
         for key in ("digest", "checkpoint"):
             if key in summary:
-                self._attempt(lambda key=key: self.client.set_tag(run_id, key, summary[key]))  # type: ignore[misc]
-        self._attempt(lambda: self.client.set_terminated(run_id, status))
+                client.set_tag(self.run_id, key, summary[key])
+        client.set_terminated(self.run_id, status)
 
     def _feed(self) -> None:
         pause = 1.0
@@ -252,46 +337,61 @@ class _Mlflow:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
                 rows = list(self.waiting)[:BATCH]
-                if not rows or self.run_id is None:
+                if not rows:
                     return
-            if self._attempt(lambda rows=rows: self._log(rows)) is not None:  # type: ignore[misc]
-                pause = 1.0
-                with self.changed:
+            sent = self._attempt(partial(self._log, rows))
+            with self.changed:
+                if sent:
                     for _ in rows:
                         self.waiting.popleft()
-                    self.changed.notify_all()
-            else:
-                with self.changed:
-                    self.changed.notify_all()
-                    if self.closing or self.changed.wait_for(lambda: self.closing, timeout=pause):
-                        return
-                pause = min(2 * pause, 30.0)
+                self.changed.notify_all()
+                if not sent and (self.closing or self.changed.wait_for(lambda: self.closing, timeout=pause)):
+                    return
+            pause = 1.0 if sent else min(2 * pause, 30.0)
 
-    def _log(self, rows: list[dict[str, Any]]) -> bool:
+    def _log(self, rows: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(key, value, int(row["time"] * 1000), row["step"])
-            for row in rows
-            for key, value in row.items()
-            if key not in ("step", "time")
-        ]
-        for first in range(0, len(metrics), 1000):  # MLflow's limit of one request
-            assert self.run_id is not None, "only a started run is fed"
-            self.client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
-        return True
+        client = self._connected()
+        # Requests of whole rows: one is taken or refused as a whole, so `last` never lies in mid-row.
+        batch: list[Any] = []
+        for row in (row for row in rows if row["step"] > self.last):
+            numbers = {key: value for key, value in row.items() if key not in ("step", "time")}
+            if len(batch) + len(numbers) > METRIC_LIMIT:
+                client.log_batch(self.run_id, metrics=batch)
+                batch = []
+            batch += [Metric(key, x, int(row["time"] * 1000), row["step"]) for key, x in numbers.items()]
+        if batch:
+            client.log_batch(self.run_id, metrics=batch)
+            self.last = batch[-1].step
 
-    def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Its result; None after an error, which is reported once."""
+    def _attempt(self, action: Callable[[], Any]) -> bool:
+        """Whether it was done; an error is reported once, and the store is looked at afresh next time."""
         try:
-            result = action()
-        except Exception as error:
+            action()
+        except Exception as error:  # whatever happens to MLflow, training goes on
+            self.client = None
             if not self.warned:
                 log.warning(
                     "MLflow at %s does not answer (%s: %s); training goes on, %s has every row",
                     self.uri, type(error).__name__, str(error).splitlines()[0] if str(error) else "", METRICS,
                 )  # fmt: skip
             self.warned = True
-            return None
+            return False
         self.warned = False
-        return result
+        return True
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """While this runs, no other process of this machine opens the same SQLite store.
+
+    Two that make a new database at the same moment break each other's migrations.
+    """
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    file = _sqlite_file(uri)
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

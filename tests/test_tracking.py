@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 
@@ -160,7 +161,7 @@ def test_a_file_that_is_no_database_is_refused(config, tmp_path):
 
 
 def test_good_stores_pass_and_relative_files_become_absolute(config, store, monkeypatch, tmp_path):
-    for uri in (None, f"sqlite:///{store}", "http://localhost:5000", "postgresql://user@host/db"):
+    for uri in (None, f"sqlite:///{store}", "http://localhost:5000", "databricks"):
         tracking.check(config(uri))
     monkeypatch.chdir(tmp_path)
     assert tracking.resolve("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
@@ -172,3 +173,189 @@ def test_bytes_per_parameter_count_every_worker():
     assert bars["this run"]["optimizer_states"] == 2.0
     assert bars["this run"]["low_bit_weights"] == 0.24
     assert sum(bars["BitNet STE"].values()) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://[x", r"is not a URI \(Invalid IPv6 URL\)"),
+        ("http://host:99999", r"is not a URI \(Port out of range 0-65535\)"),
+        ("sqlite:////tmp", "/tmp is a folder"),
+        ("sqlite:///" + "a" * 300, "cannot be used: File name too long"),
+        ("sqlite:///", "names no file"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite+pysqlite:///x", "names no file"),
+        ("sqlite+nothing:///x", "not a store"),
+        ("ftp+http://host", "not a store"),
+        ("mssql+pymssql://host/db", "needs the Python package pymssql, which is not installed"),
+        ("mysql+a.b://host/db", "not a store"),
+    ],
+)
+def test_a_uri_of_odd_form_is_refused_without_a_traceback(uri, words, config):
+    with pytest.raises(ConfigError, match=words) as caught:
+        tracking.check(config(uri))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_query_of_a_store_is_kept_and_is_no_part_of_the_file(monkeypatch, tmp_path, config):
+    monkeypatch.chdir(tmp_path)
+    assert tracking.resolve("sqlite:///a.db?timeout=5") == f"sqlite:///{tmp_path}/a.db?timeout=5"
+    (tmp_path / "a.db").write_text("this is no database at all")
+    with pytest.raises(ConfigError, match="is not an SQLite database"):
+        tracking.check(config("sqlite:///a.db?timeout=5"))
+
+
+def test_torn_repeated_and_foreign_lines_are_no_rows(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(
+        b'{"step": 1, "loss": 3}\n[1]\n7\n{"loss": 1}\n\x00\x00\n\xff\n{"step": 2, "loss": 2}\n'
+        b'{"step": 2, "loss": 9}\n{"step": 1, "loss": 9}\n{"step": 3, "loss": 1}\n{"step": 4, "lo'
+    )
+    rows = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}]
+    assert tracking._cut(file, 2) == rows
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows
+
+
+def test_a_store_that_was_down_at_the_start_gets_every_row_when_it_is_back(config, store, monkeypatch):
+    """The database stands behind a folder that appears later, as a file system that was not mounted."""
+    late = store.parent / "late"
+    tracker = tracking.Tracker(config(f"sqlite:///{late}/mlflow.db", name="down"), step=0, run_id=None)
+    assert tracker.run_id is None
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 1.0, "tokens": step})
+    late.symlink_to(store.parent)
+    tracker.log(4, {"loss": 1.0, "tokens": 4})
+    deadline = time.monotonic() + 20
+    while not (tracker.run_id and steps(store, tracker.run_id) == [1, 2, 3, 4]):
+        assert time.monotonic() < deadline, "the rows never arrived"
+        time.sleep(0.1)
+    tracker.finish("FINISHED", SUMMARY)
+    assert client(store).get_run(tracker.run_id).info.status == "FINISHED"
+    again = tracking.Tracker(config(name="down"), step=4, run_id=None)
+    assert again.run_id == tracker.run_id, "the run's number was kept when it became known"
+    again.finish("FINISHED", SUMMARY)
+
+
+def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(config, store, monkeypatch):
+    first = tracking.Tracker(config(name="flaky"), step=0, run_id=None)
+    for step in (10, 20, 30):
+        first.log(step, {"loss": 1.0, "tokens": step})
+    first.finish("KILLED")
+    started = tracking._Mlflow._start
+    failures = iter([OSError("the store is away")])
+
+    def start(self, client):
+        for failure in failures:
+            raise failure
+        started(self, client)
+
+    monkeypatch.setattr(tracking._Mlflow, "_start", start)
+    second = tracking.Tracker(config(name="flaky"), step=20, run_id=first.run_id)
+    for step in (30, 40):
+        second.log(step, {"loss": 2.0, "tokens": step})
+    deadline = time.monotonic() + 20
+    while steps(store, first.run_id) != [10, 20, 30, 40]:
+        assert time.monotonic() < deadline, steps(store, first.run_id)
+        time.sleep(0.1)
+    second.finish("FINISHED", SUMMARY)
+    assert steps(store, first.run_id) == [10, 20, 30, 40]
+
+
+def test_a_request_that_fails_in_the_middle_is_repeated_without_doubles(config, store, monkeypatch):
+    tracker = tracking.Tracker(config(name="broken"), step=0, run_id=None)
+    from mlflow.tracking import MlflowClient
+
+    sent = MlflowClient.log_batch
+    failures = iter([OSError("the answer was lost")])
+
+    def log_batch(self, *arguments, **named):
+        sent(self, *arguments, **named)  # the store took it, but nobody hears of it
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 1.0 / step, "tokens": step})
+    deadline = time.monotonic() + 20
+    while steps(store, tracker.run_id) != [1, 2, 3]:
+        assert time.monotonic() < deadline, steps(store, tracker.run_id)
+        time.sleep(0.1)
+    tracker.finish("FINISHED", SUMMARY)
+    assert steps(store, tracker.run_id, "tokens") == [1, 2, 3]
+
+
+def test_many_rows_are_sent_in_requests_of_the_size_that_mlflow_takes(config, store):
+    tracker = tracking.Tracker(config(name="many"), step=0, run_id=None)
+    names = [f"memory/part{i}" for i in range(300)]
+    for step in range(1, 13):
+        tracker.log(step, {"loss": 1.0} | dict.fromkeys(names, float(step)))
+    tracker.finish("FINISHED", SUMMARY)
+    assert steps(store, tracker.run_id) == list(range(1, 13))
+    assert client(store).get_run(tracker.run_id).data.metrics["memory/part299"] == 12.0
+
+
+def test_a_run_that_its_store_has_lost_is_made_anew_with_all_its_rows(config, store, caplog):
+    first = tracking.Tracker(config(name="lost"), step=0, run_id=None)
+    for step in (1, 2):
+        first.log(step, {"loss": 1.0, "tokens": step})
+    first.finish("FINISHED", SUMMARY)
+    client(store).delete_run(first.run_id)
+    with caplog.at_level(logging.WARNING, logger="lowbit_dist.tracking"):
+        second = tracking.Tracker(config(name="lost"), step=2, run_id=first.run_id)
+    second.finish("FINISHED", SUMMARY)
+    assert second.run_id != first.run_id
+    assert steps(store, second.run_id) == [1, 2]
+    assert [record.message for record in caplog.records] == [
+        f"MLflow at sqlite:///{store} has no run {first.run_id}; a new one gets every row"
+    ]
+    # A checkpoint of before still has the lost run's number: the newer one in the folder counts.
+    third = tracking.Tracker(config(name="lost"), step=2, run_id=first.run_id)
+    assert third.run_id == second.run_id
+    (config(name="lost").run_dir / tracking.RUN_ID).write_text("f" * 32)
+    fourth = tracking.Tracker(config(name="lost"), step=2, run_id=None)
+    assert fourth.run_id not in (first.run_id, second.run_id, None)
+    for each in (third, fourth):
+        each.finish("FINISHED", SUMMARY)
+
+
+def test_a_restart_with_other_workers_goes_on_in_the_same_run(config, store):
+    first = tracking.Tracker(config(name="wider"), step=0, run_id=None)
+    first.finish("KILLED")
+    assert client(store).get_run(first.run_id).info.status == "KILLED"
+    wider = RunConfig.from_dict(config(name="wider").to_dict() | {"cluster": {"workers": 1}}, METHODS)
+    second = tracking.Tracker(wider, step=0, run_id=first.run_id)
+    second.log(1, {"loss": 1.0, "tokens": 1})
+    second.finish("FINISHED", SUMMARY)
+    run = client(store).get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["cluster.workers"] == "2"
+    assert steps(store, first.run_id) == [1]
+
+
+def test_runs_that_start_at_once_share_a_new_experiment(config, store):
+    def make(number):
+        data = config(name=f"at-once-{number}").to_dict()
+        data["tracking"]["experiment"] = "new experiment"
+        return RunConfig.from_dict(data, METHODS)
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    configs = [make(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        trackers = list(pool.map(lambda each: tracking.Tracker(each, step=0, run_id=None), configs))
+    experiments = {client(store).get_run(each.run_id).info.experiment_id for each in trackers}
+    assert len(experiments) == 1
+    for each in trackers:
+        each.finish("FINISHED", SUMMARY)
+
+
+def test_bars_in_a_terminal_are_as_long_as_their_numbers():
+    from lowbit_dist import charts
+
+    bars = {"this run": {"low_bit_weights": 0.3, "optimizer_states": 0.7}, "dense": {"other_weights": 4.0}}
+    assert charts.memory_bars_text(bars, width=40).splitlines() == [
+        "this run  ███░░░░░░░ 1.00",
+        "dense     " + "▓" * 40 + " 4.00",
+        "          bytes per parameter: █ low-bit weights (codes)   ▓ other weights   ░ optimizer states",
+    ]
