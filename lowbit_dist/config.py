@@ -276,6 +276,11 @@ class Train(Section):
     eval_samples: Count = 256
     save_every: Count = 100
     keep_last: Count = 3
+    keep_every: Count | None = None  # checkpoints of steps that this divides stay for good
+    max_skipped: Count = 20  # steps in a row whose loss or gradient is wrong; one more ends the run
+    # A gradient norm of more than so many times the median of the last steps is an error, not a direction.
+    max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = 1000.0
+    on_spike: Literal["warn", "rollback"] = "warn"  # a loss 6 standard deviations above the last steps'
 
 
 class Cluster(Section):
@@ -292,7 +297,7 @@ class Tracking(Section):
 
 
 # What may change when a run of the same name goes on: it decides where and how a run is carried out and
-# watched, never what it computes.
+# watched and when it is stopped, not what a healthy run computes.
 CHANGEABLE = (
     "cluster.",
     "tracking.",
@@ -302,6 +307,10 @@ CHANGEABLE = (
     "train.eval_every",
     "train.save_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.max_skipped",
+    "train.max_grad_ratio",
+    "train.on_spike",
 )
 
 
@@ -381,6 +390,12 @@ class RunConfig(Section):
                 f"optimizer.states (int8) must not be used with zero.stage {zero.stage}: blocks of {BLOCK} "
                 "elements cannot follow DeepSpeed's flat stage-1/2 partitions; write zero.stage: 3 or "
                 "optimizer.states: fp32"
+            )
+        keep, save = self.train.keep_every, self.train.save_every
+        if keep is not None and keep % save:
+            raise ConfigError(
+                f"train.keep_every ({keep:,}) must be a multiple of train.save_every {save:,}; "
+                f"the nearest is {nearest_multiple(keep, save):,}"
             )
         if self.train.reproducible and self.precision != "fp32":
             raise ConfigError(

@@ -80,6 +80,8 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
         "train.activation_checkpointing": False, "train.reproducible": False, "train.log_every": 10,
         "train.eval_every": 100, "train.eval_samples": 256, "train.save_every": 100, "train.keep_last": 3,
+        "train.keep_every": None, "train.max_skipped": 20, "train.max_grad_ratio": 1000.0,
+        "train.on_spike": "warn",
         "cluster.workers": 2, "cluster.cpus_per_worker": 1, "cluster.gpus_per_worker": "auto",
         "cluster.max_failures": 10, "cluster.hang_timeout": "auto",
         "tracking.mlflow": "sqlite:///mlflow.db", "tracking.experiment": "lowbit",
@@ -229,7 +231,8 @@ def test_a_run_goes_on_with_other_places_and_intervals_only(tmp_path):
     same = load(
         tmp_path, GOOD, "cluster.workers=1", "cluster.max_failures=0", "tracking.mlflow=null",
         "run.dir=elsewhere", "tracking.experiment=x", "train.log_every=1", "train.eval_every=2",
-        "train.save_every=3", "train.keep_last=4", "data.cache=c",
+        "train.save_every=3", "train.keep_last=4", "train.keep_every=6", "train.max_skipped=7",
+        "train.max_grad_ratio=10", "train.on_spike=rollback", "data.cache=c",
     )  # fmt: skip
     assert old.differences(same) == []
     other = load(
@@ -329,7 +332,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a number for a name": (
         GOOD + "train: {5: 6}", (),
         "train: unknown name 5; known names are steps, batch_tokens, micro_batch, clip_norm, "
-        "activation_checkpointing, reproducible, log_every, eval_every, eval_samples, save_every, keep_last"),
+        "activation_checkpointing, reproducible, log_every, eval_every, eval_samples, save_every, keep_last, "
+        "keep_every, max_skipped, max_grad_ratio, on_spike"),
     "nothing for a name": (
         GOOD + "null: 6", (),
         f"unknown name null; known names are {SECTIONS}"),
@@ -433,6 +437,15 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "keeping nothing": (
         GOOD, ("train.keep_last=0",),
         "train.keep_last (0) must be at least 1; write 1 or more"),
+    "checkpoints kept that are never written": (
+        GOOD, ("train.keep_every=250",),
+        "train.keep_every (250) must be a multiple of train.save_every 100; the nearest is 300"),
+    "a gradient ratio of one": (
+        GOOD, ("train.max_grad_ratio=1",),
+        "train.max_grad_ratio (1) must be more than 1; write one, for example 1000.0"),
+    "an unknown answer to spikes": (
+        GOOD, ("train.on_spike=rolback",),
+        "train.on_spike ('rolback') must be one of warn, rollback; did you mean 'rollback'?"),
     "no workers": (
         GOOD, ("cluster.workers=0",),
         "cluster.workers (0) must be at least 1; write 1 or more"),

@@ -249,7 +249,7 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int6
     counts = torch.zeros(grid.n_levels, dtype=torch.int64, device=codes.device)
     for start, stop in _chunks(codes.numel() * 8 // grid.bits):
         levels = unpack(codes[start * grid.bits // 8 : stop * grid.bits // 8], grid=grid)
-        counts += torch.bincount(levels.int() - grid.low, minlength=grid.n_levels)
+        counts += torch.bincount(levels.int() - grid.low, minlength=grid.n_levels)[: grid.n_levels]
     return counts
 
 
