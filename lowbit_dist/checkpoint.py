@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit_dist.answers import show
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
 from lowbit_dist.methods import METHODS
@@ -250,11 +252,16 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST).read_bytes())
             if manifest["format"] != FORMAT:
                 raise ConfigError(
-                    f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}"
+                    f"{path} has checkpoint format {show(manifest['format'])}, this version reads {FORMAT}; "
+                    "read it with the version that wrote it"
                 )
+            _check_parts(manifest)
             return cls(path, manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}/{MANIFEST} cannot be read: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"{path}/{MANIFEST} cannot be read ({why}); name another checkpoint of the run"
+            ) from None
 
     @cached_property
     def config(self) -> RunConfig:
@@ -395,6 +402,32 @@ class Checkpoint:
             elif _sha256(path) != sums[file]:
                 problems.append(f"{file} does not have the SHA-256 that it was saved with")
         return problems
+
+
+def _check_parts(manifest: dict[str, Any]) -> None:
+    """ValueError, or whatever a missing part raises, unless readers can rely on every part of a manifest.
+
+    Names of files come from the file: only a worker's own are opened, so that none leads out of the folder.
+    """
+    for file, info in manifest["files"].items():
+        if not re.fullmatch(r"shard-[0-9]{5,}\.safetensors", file):
+            raise ValueError(f"it names {show(file)}, which is no shard of a checkpoint")
+        numbers = [info["bytes"], *(number for held in info["holds"].values() for number in held)]
+        if not all(len(held) == 2 for held in info["holds"].values()) or not _are_counts(numbers):
+            raise ValueError(f"what {file} holds is not in numbers")
+    for name, tensor in manifest["tensors"].items():
+        if not _are_counts(tensor["shape"]) or tensor["grid"] not in (None, *GRIDS):
+            raise ValueError(f"the shape or grid of {show(name)} is none")
+    if not _are_counts([manifest[key] for key in ("step", "samples", "tokens", "vocab_size")]):
+        raise ValueError("step, samples, tokens and vocab_size must be whole numbers")
+    if not all(
+        isinstance(manifest[key], kind) for key, kind in (("config", dict), ("tokenizer_sha256", str))
+    ):
+        raise ValueError("config or tokenizer_sha256 is none")
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
 
 
 def _offset(key: str, grid: Grid | None, element: int) -> int:
