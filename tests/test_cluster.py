@@ -152,7 +152,16 @@ def test_a_checkpoint_of_another_model_is_refused(small):
     (config.run_dir / "latest").write_text("step-4")
     position = asdict(Position(step=4, samples=16, tokens=1024))
     (folder / "manifest.json").write_text(
-        json.dumps({"format": FORMAT, **position, "config": config.to_dict(), "tensors": {}, "files": {}})
+        json.dumps(
+            {
+                "format": FORMAT,
+                **position,
+                "vocab_size": 512,
+                "tokenizer_sha256": "0",
+                "config": config.to_dict(),
+            }
+            | {"tensors": {}, "files": {}}
+        )
     )
     checks.check_run(config)
     with pytest.raises(ConfigError, match=r"checkpoints/step-4 .*model\.layers: 2 -> 3"):

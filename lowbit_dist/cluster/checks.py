@@ -97,16 +97,22 @@ def check_run(config: RunConfig) -> None:
     if (folder / "config.yaml").exists():
         earlier = RunConfig.load(folder / "config.yaml", (), METHODS)
         _check_same(config, earlier, f"run.name ({config.run.name})")
-    newest = newest_checkpoint(folder)
-    if newest is not None:
+    paths = _checkpoints(folder)
+    for path in paths:
         from lowbit_dist.checkpoint import Checkpoint
 
-        # A damaged one is no reason to refuse: the workers name it and go back to the one before.
         try:
-            earlier = Checkpoint.open(newest).config
-        except ConfigError:
-            earlier = config
-        _check_same(config, earlier, f"the checkpoint {newest}")
+            earlier = Checkpoint.open(path).config
+        except ConfigError:  # damaged: no reason to refuse, the workers name it and go back to the one before
+            continue
+        _check_same(config, earlier, f"the checkpoint {path}")
+        break
+    latest = folder / "latest"
+    if os.path.lexists(latest) and not paths:
+        raise ConfigError(
+            f"run.name ({config.run.name}): {latest} names a checkpoint, but none is in "
+            f"{folder / 'checkpoints'}; put it back, write another run.name, or delete {latest} to start anew"
+        )
 
 
 def check_folder(config: RunConfig) -> None:
@@ -134,12 +140,14 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The one named by the run's `latest`, unverified: the workers verify it when they load it."""
-    try:
-        path = folder / "checkpoints" / (folder / "latest").read_text().strip()
-    except OSError:
-        return None
-    return path if path.is_dir() else None
+    """Unverified: the workers verify it when they load it."""
+    return next(iter(_checkpoints(folder)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first, as the workers look for them: `latest` is for people, and may name what is gone."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
