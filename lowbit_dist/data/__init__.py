@@ -16,7 +16,10 @@ not used, for it refuses a second run on the same folder and ties a host's proce
 """
 
 from lowbit_dist.data.manifest import Manifest, Split, check, copy_tokenizer, read_manifest
-from lowbit_dist.data.reading import Batches, Order
+from lowbit_dist.data.reading import Batches, DamagedData, Order, check_cache
 from lowbit_dist.data.writing import prepare
 
-__all__ = ["Batches", "Manifest", "Order", "Split", "check", "copy_tokenizer", "prepare", "read_manifest"]
+__all__ = [
+    "Batches", "DamagedData", "Manifest", "Order", "Split", "check", "check_cache", "copy_tokenizer",
+    "prepare", "read_manifest",
+]  # fmt: skip

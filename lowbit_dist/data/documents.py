@@ -15,11 +15,12 @@ import gzip
 import json
 import os
 import sysconfig
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lowbit_dist.config import ConfigError
 
@@ -27,6 +28,8 @@ PIECE = 1 << 16  # bytes; a text file longer than this is cut at the line ends b
 PART = 1 << 22  # bytes of a part of a text or .jsonl file
 ROWS = 10_000  # of a Hugging Face dataset in a part
 CHUNK = 1 << 20  # bytes read at once
+PROBED = 1 << 24  # bytes of text that are read before anything else is done with it
+PROBE_SECONDS = 3.0
 _INPUTS = "write stdlib, hf:NAME, or the path of text, .jsonl or .parquet"
 
 
@@ -48,7 +51,7 @@ class Source:
 
 
 def parts(inputs: Iterable[str | Path]) -> list[Part]:
-    """All parts of `inputs`, in the order of the corpus."""
+    """All parts of `inputs`, in the order of the corpus, once their beginnings are seen to be text."""
     found: list[Part] = []
     for given in inputs:
         found += _parts_of(str(given))
@@ -58,7 +61,26 @@ def parts(inputs: Iterable[str | Path]) -> list[Part]:
     for part in found:
         if seen.setdefault((part.source, part.path, part.start), part) is not part:
             raise ConfigError(f"--input: {part.path} is read twice; name it once")
+    _probe([part for part in found if part.source in ("text", "jsonl", "parquet")])
     return found
+
+
+def _probe(found: list[Part]) -> None:
+    """ConfigError for a mistake at the beginning of any part, or anywhere in a small corpus.
+
+    So it is answered before any process is started.  A mistake deep in a large corpus is answered by
+    whichever process reads it.
+    """
+    quota = max(PIECE, PROBED // max(1, len(found)))
+    deadline = time.monotonic() + PROBE_SECONDS
+    for part in found:
+        left = quota
+        for document in read([part]):
+            left -= len(document)
+            if time.monotonic() > deadline:
+                return
+            if left <= 0:
+                break
 
 
 def read(chosen: Iterable[Part]) -> Iterator[str]:
@@ -67,7 +89,9 @@ def read(chosen: Iterable[Part]) -> Iterator[str]:
         try:
             yield from SOURCES[part.source].documents(part)
         except OSError as error:
-            raise ConfigError(f"{part.path} cannot be read: {error.strerror or error}") from None
+            raise ConfigError(
+                f"{part.path} cannot be read: {error.strerror or error}; repair it or leave it out"
+            ) from None
 
 
 def sample(chosen: list[Part], n_bytes: int) -> Iterator[str]:
@@ -106,7 +130,9 @@ def _parts_of(given: str) -> list[Part]:
             return list(SOURCES[_kind(path)].parts(given))
         matches = [each for each in sorted(glob.glob(given, recursive=True)) if os.path.isfile(each)]
     except OSError as error:
-        raise ConfigError(f"--input ({given}) cannot be read: {error.strerror or error}") from None
+        raise ConfigError(
+            f"--input ({given}) cannot be read: {error.strerror or error}; repair it or leave it out"
+        ) from None
     if not matches:
         raise ConfigError(f"--input ({given}) does not exist; {_INPUTS}")
     return [part for each in matches for part in SOURCES[_kind(Path(each))].parts(each)]
@@ -269,42 +295,49 @@ def _checked(text: Any, instead: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"has half a surrogate pair at character {error.start:,} of its text") from None
+        raise ValueError(
+            f"has half a surrogate pair at character {error.start:,} of its text; repair it"
+        ) from None
     return text
 
 
 def _decompressed(path: str) -> Iterator[bytes]:
-    try:
-        if path.lower().endswith(".gz"):
-            with gzip.open(path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-        else:
-            yield from _zstd(path)
-    except EOFError:
-        raise ConfigError(f"{path} ends in the middle of its compressed data; copy it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f"{path} is damaged: {error}; copy it again") from None
+    with open(path, "rb") as file:
+        try:
+            if path.lower().endswith(".gz"):
+                with gzip.GzipFile(fileobj=file) as unzipped:
+                    while chunk := unzipped.read(CHUNK):
+                        yield chunk
+            else:
+                yield from _zstd(file)
+        except EOFError:
+            size = os.fstat(file.fileno()).st_size
+            raise ConfigError(
+                f"{path} ends in the middle of its compressed data, at byte {size:,}; copy it again"
+            ) from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise ConfigError(
+                f"{path} is damaged at or before byte {file.tell():,}: {error}; copy it again"
+            ) from None
 
 
-def _zstd(path: str) -> Iterator[bytes]:
+def _zstd(file: BinaryIO) -> Iterator[bytes]:
     """Frame by frame: zstandard's own file reader takes a truncated file for a finished one."""
     import zstandard
 
     decompressor = None
-    with open(path, "rb") as file:
-        while data := file.read(CHUNK):
-            while data:
-                decompressor = decompressor or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    chunk = decompressor.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise ConfigError(f"{path} is damaged: {error}; copy it again") from None
-                if chunk:
-                    yield chunk
-                data = decompressor.unused_data if decompressor.eof else b""
-                if decompressor.eof:
-                    decompressor = None
+    while data := file.read(CHUNK):
+        while data:
+            decompressor = decompressor or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                chunk = decompressor.decompress(data)
+            except zstandard.ZstdError as error:
+                raise zlib.error(str(error)) from None
+            if chunk:
+                yield chunk
+            data = decompressor.unused_data if decompressor.eof else b""
+            if decompressor.eof:
+                decompressor = None
     if decompressor is not None:
         raise EOFError
 
@@ -324,13 +357,26 @@ def _parquet_file(path: str) -> Any:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    with open(path, "rb") as opened:
+        begin, size = opened.read(4), opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - 4))
+        marks = {0: begin, max(0, size - 4): opened.read()}
+    for place, mark in marks.items():
+        if mark != b"PAR1":
+            raise ConfigError(
+                f"{path} is not a Parquet file, or is cut: at byte {place:,} of {size:,} is no mark PAR1; "
+                "copy it again"
+            )
     try:
         file = ParquetFile(path)
-    except ArrowException as error:
-        raise ConfigError(f"{path} is not a Parquet file, or is damaged: {_first_line(error)}") from None
+    except (ArrowException, OSError) as error:
+        raise ConfigError(
+            f"{path} is not a Parquet file, or is damaged: {_first_line(error)}; copy it again"
+        ) from None
     if "text" not in file.schema_arrow.names:
         raise ConfigError(
-            f"{path} has no column 'text'; its columns are {', '.join(file.schema_arrow.names)[:100]}"
+            f"{path} has no column 'text'; its columns are {', '.join(file.schema_arrow.names)[:100]}; "
+            "rename the one that holds text"
         )
     return file
 
@@ -347,10 +393,14 @@ def _parquet(part: Part) -> Iterator[str]:
                 text = value.as_py()
                 yield _checked(text, f"it is {type(text).__name__}")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{part.path} row {row:,} is not UTF-8 text at byte {error.start:,}") from None
+        raise ConfigError(
+            f"{part.path} row {row:,} is not UTF-8 text at byte {error.start:,}; convert it"
+        ) from None
     except ValueError as error:  # ArrowInvalid is one
         if isinstance(error, ArrowException):
-            raise ConfigError(f"{part.path} is damaged after row {row:,}: {_first_line(error)}") from None
+            raise ConfigError(
+                f"{part.path} is damaged after row {row:,}: {_first_line(error)}; copy it again"
+            ) from None
         raise ConfigError(f"{part.path} row {row:,} {error}") from None
 
 
@@ -365,7 +415,9 @@ def _hf_dataset(given: str) -> Any:
     """`hf:NAME[:CONFIG[:SPLIT]]`, downloaded once by the library into its own cache."""
     _, name, configuration, split, *_ = [*given.split(":", 3), "", "", ""]
     if not name:
-        raise ConfigError(f"--input ({given}) must be hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+        raise ConfigError(
+            f"--input ({given}) must be hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT; write one"
+        )
     try:
         import datasets
     except ImportError:
@@ -375,7 +427,9 @@ def _hf_dataset(given: str) -> Any:
     try:
         return datasets.load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # the library raises many kinds: no network, no such name, no such split, ...
-        raise ConfigError(f"--input ({given}) cannot be loaded: {_first_line(error)}") from None
+        raise ConfigError(
+            f"--input ({given}) cannot be loaded: {_first_line(error)}; write another name, or a file's path"
+        ) from None
 
 
 def _hf_parts(given: str) -> Iterator[Part]:

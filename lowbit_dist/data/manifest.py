@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,27 +10,32 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lowbit_dist import tokenizer
+from lowbit_dist.answers import show
 from lowbit_dist.config import ConfigError, Data, RunConfig, Section
 
 FORMAT = 1  # of the prepared folder
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
+AGAIN = "copy or prepare the data again"
 HASH = "xxh64"  # what readers check; sha256 stands beside it
+
+
+Number = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Split(Section):
     """One side of prepared data."""
 
-    samples: int
-    tokens: int  # samples * seq_len
-    dropped_tokens: int  # less than one sample, at the end
-    documents: int
-    bytes: int  # of the documents' text in UTF-8
+    samples: Annotated[int, Field(ge=1, lt=2**63)]
+    tokens: Number  # samples * seq_len
+    dropped_tokens: Number  # less than one sample, at the end
+    documents: Number
+    bytes: Number  # of the documents' text in UTF-8
     index_sha256: str  # of index.json, which holds the hashes of the shards
 
     @property
@@ -42,13 +48,13 @@ class Manifest(Section):
     """What a prepared folder holds, and from what it was made."""
 
     format: int
-    seq_len: int
-    vocab_size: int
-    dtype: str  # uint16 or uint32
+    seq_len: Annotated[int, Field(ge=2, le=2**20)]
+    vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
+    dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str  # of tokenizer.model
     splits: dict[str, Split]
     unigram_entropy: float  # nats per token of val under train's token frequencies, each count one more
-    empty_documents: int
+    empty_documents: Number
     sources: list[str]
     sources_sha256: str  # of the names, sizes and times of what was read
     val_fraction: float
@@ -94,7 +100,9 @@ def manifest_bytes(path: str) -> bytes:
                 f"data.path ({path}) {what}; write a folder made by `lowbit data prepare`"
             ) from None
         except OSError as error:
-            raise ConfigError(f"data.path ({path}) cannot be read: {error.strerror or error}") from None
+            raise ConfigError(
+                f"data.path ({path}): its {MANIFEST} cannot be read ({error.strerror or error}); {AGAIN}"
+            ) from None
     with tempfile.TemporaryDirectory(prefix="lowbit-") as drafts:
         try:
             download(f"{path.rstrip('/')}/{MANIFEST}", Path(drafts, MANIFEST))
@@ -109,22 +117,38 @@ def manifest_bytes(path: str) -> bytes:
 
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
-    try:
-        fields = json.loads(text)
-        if isinstance(fields, dict) and fields.get("format", FORMAT) != FORMAT:
-            raise ConfigError(
-                f"data.path ({path}) has data of format {fields['format']!r}, this version reads {FORMAT}; "
-                "prepare it again with `lowbit data prepare`"
-            )
-        manifest = Manifest.model_validate(fields)
-    except (ValueError, RecursionError) as error:  # JSON's, UTF-8's and pydantic's errors are ValueErrors
-        why = error.errors()[0]["loc"] if isinstance(error, ValidationError) else str(error)
+    what = f"data.path ({path}): its {MANIFEST}"
+    fields = parse_json(text, what)
+    if isinstance(fields, dict) and fields.get("format", FORMAT) != FORMAT:
         raise ConfigError(
-            f"data.path ({path}): its {MANIFEST} is damaged ({why}); prepare the data again, or copy it again"
+            f"data.path ({path}) has data of format {show(fields['format'])}, this version reads {FORMAT}; "
+            "prepare it again with `lowbit data prepare`"
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"])) or "it"
+        raise ConfigError(
+            f"{what} is damaged ({place} is {show(wrong['input'])}: {wrong['msg']}); {AGAIN}"
         ) from None
     if set(manifest.splits) != set(SPLITS):
-        raise ConfigError(f"data.path ({path}): its {MANIFEST} must have the splits {', '.join(SPLITS)}")
+        raise ConfigError(f"{what} is damaged: it must have the splits {', '.join(SPLITS)}; {AGAIN}")
     return manifest
+
+
+def parse_json(text: bytes, what: str) -> Any:
+    """The value of a JSON file; a ConfigError says at which byte it stops being one."""
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        place, why = error.start, "is not UTF-8 text"
+    except json.JSONDecodeError as error:
+        place, why = len(error.doc[: error.pos].encode()), f"is not JSON ({error.msg})"
+    except (RecursionError, ValueError) as error:  # ValueError: a number of more digits than Python converts
+        place, why = 0, f"begins what cannot be read ({type(error).__name__})"
+    where = f"byte {place:,} of {len(text):,} {why}" if text else "it is empty"
+    raise ConfigError(f"{what} is damaged ({where}); {AGAIN}")
 
 
 def check(config: RunConfig) -> Manifest:
@@ -143,13 +167,19 @@ def check(config: RunConfig) -> Manifest:
         )
     if not is_remote(data.path):
         folder = Path(data.path)
-        if tokenizer.load(folder / "tokenizer").sha256 != manifest.tokenizer_sha256:
+        words = tokenizer.load(folder / "tokenizer")
+        if words.sha256 != manifest.tokenizer_sha256:
             raise ConfigError(
                 f"data.path ({data.path}): its tokenizer/{tokenizer.MODEL} is not the one its shards were "
-                "written with; copy or prepare the data again"
+                f"written with; {AGAIN}"
+            )
+        if words.vocab_size != manifest.vocab_size:
+            raise ConfigError(
+                f"data.path ({data.path}): its {MANIFEST} has vocab_size {manifest.vocab_size:,}, its "
+                f"tokenizer {words.vocab_size:,} pieces; {AGAIN}"
             )
         for split in SPLITS:
-            _check_files(folder, split, manifest)
+            check_files(folder, split, manifest)
     n_samples, needed = manifest.splits["train"].samples, config.train.batch_tokens // data.seq_len
     if n_samples < needed:
         raise ConfigError(
@@ -160,35 +190,56 @@ def check(config: RunConfig) -> Manifest:
     return manifest
 
 
-def _check_files(folder: Path, split: str, manifest: Manifest) -> None:
+def check_files(folder: Path, split: str, manifest: Manifest) -> None:
     """Every shard is there in full length; that its bytes are right is seen when it is read."""
+    file = folder / split / "index.json"
     try:
-        index = (folder / split / "index.json").read_bytes()
-        for info in parse_index(index, f"{folder}/{split}", split, manifest):
-            file = folder / split / (info["zip_data"] or info["raw_data"])["basename"]
-            size, expected = file.stat().st_size, (info["zip_data"] or info["raw_data"])["bytes"]
-            if size != expected:
+        for info in parse_index(file.read_bytes(), f"{folder}/{split}", split, manifest):
+            stored = info["zip_data"] or info["raw_data"]
+            file = folder / split / stored["basename"]
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+            if (size := file.stat().st_size) != stored["bytes"]:
                 raise ConfigError(
                     f"data.path ({folder}): {split}/{file.name} has {size:,} bytes and must have "
-                    f"{expected:,}; copy or prepare the data again"
+                    f"{stored['bytes']:,}; {AGAIN}"
                 )
-    except FileNotFoundError as error:
-        missing = Path(error.filename).relative_to(folder)
-        raise ConfigError(f"data.path ({folder}) lacks {missing}; copy or prepare the data again") from None
+    except FileNotFoundError:
+        raise ConfigError(f"data.path ({folder}) lacks {file.relative_to(folder)}; {AGAIN}") from None
     except OSError as error:
-        raise ConfigError(f"data.path ({folder}) cannot be read: {error}") from None
+        raise ConfigError(
+            f"data.path ({folder}): {file.relative_to(folder)} cannot be read ({error.strerror or error}); "
+            f"{AGAIN}"
+        ) from None
 
 
 def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> list[dict[str, Any]]:
+    """What a split's index.json says of its shards, with everything in it that readers rely on."""
+    what = f"{place}/index.json"
+    content = parse_json(index, what)
     if hashlib.sha256(index).hexdigest() != manifest.splits[split].index_sha256:
-        raise ConfigError(f"{place}/index.json is damaged or of other data; copy or prepare the data again")
-    shards: list[dict[str, Any]] = json.loads(index)["shards"]
-    for info in shards:
-        for file in filter(None, (info["raw_data"], info["zip_data"])):
-            if os.path.basename(file["basename"]) != file["basename"] or HASH not in file["hashes"]:
-                raise ConfigError(
-                    f"{place}/index.json has a shard with a path or without a hash; prepare again"
-                )
+        raise ConfigError(
+            f"{what} is damaged or of other data (its SHA-256 is not the one in {MANIFEST}); {AGAIN}"
+        )
+    try:
+        shards: list[dict[str, Any]] = content["shards"]
+        for info in shards:
+            for file in filter(None, (info["raw_data"], info["zip_data"])):
+                # No name leads out of the folder, or to another file of the cache.
+                if not re.fullmatch(r"shard\.[0-9]{5,}\.mds(\.[a-z0-9]+)?", file["basename"]):
+                    raise ConfigError(
+                        f"{what} names a shard {show(file['basename'])}, which is no shard's name; {AGAIN}"
+                    )
+                if not isinstance(file["hashes"][HASH], str) or not isinstance(file["bytes"], int):
+                    raise TypeError("a hash or a size is none")
+            columns = (info["format"], info["column_names"], info["column_encodings"])
+            # Of Streaming's encodings some, such as pkl, run code when they are read.
+            if columns != ("mds", ["tokens"], [f"ndarray:{manifest.dtype}:{manifest.seq_len}"]):
+                raise ConfigError(f"{what} holds {show(columns)}, not tokens of this manifest; {AGAIN}")
+            if not isinstance(info["samples"], int) or info["samples"] < 0:
+                raise TypeError("a number of samples is none")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{what} is damaged ({type(error).__name__}: {error}); {AGAIN}") from None
     return shards
 
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,32 @@ class Order:
         return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
+class DamagedData(RuntimeError):
+    """A file of prepared data does not have the content that its hash promises, or cannot be read."""
+
+
+def check_cache(data: Data) -> None:
+    """ConfigError unless this machine's cache of shards can be written; leaves nothing behind."""
+    folder = nearest = _cache(data).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lowbit-", dir=nearest))
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def _cache(data: Data) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lowbit-dist", "data")
+    return (data.cache or default).expanduser()
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"data.cache: {folder} cannot be written ({error.strerror or error}); write a folder that can"
+    )
+
+
 class Batches:
     """The samples of one split, by number; processes of one host may share folder and cache."""
 
@@ -102,9 +129,8 @@ class Batches:
                 f"data.seq_len ({data.seq_len}) must be {manifest.seq_len}, as {data.path} has it"
             )
         self.seq_len = manifest.seq_len
-        cache = data.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lowbit-dist", "data")
         # Named by the content: data that is prepared anew under the same path never meets old shards.
-        folder = cache.expanduser() / hashlib.sha256(content).hexdigest()[:16] / split
+        folder = _cache(data) / hashlib.sha256(content).hexdigest()[:16] / split
         self._shards = _Shards(data.path, split, folder, manifest)
         self.order = Order(self._shards.sizes, seed if split == "train" else None)
         self.n_samples = self.order.n_samples
@@ -155,19 +181,13 @@ class _Shards:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"data.cache: {folder} cannot be written ({error.strerror or error}); write one that can"
-            ) from None
+            raise _not_writable(folder, error) from None
         with _locked(folder / "index.json.lock"):
             index = self._checked_read("index.json", manifest.splits[split].index_sha256, _sha256)
         self._readers: list[MDSReader] = []
         for info in parse_index(index, place, split, manifest):
             reader = MDSReader.from_json(str(folder), None, info)
             reader.validate(allow_unsafe_types=False)
-            if reader.column_encodings != [f"ndarray:{manifest.dtype}:{manifest.seq_len}"]:
-                raise ConfigError(
-                    f"{place}/index.json holds {reader.column_encodings}; prepare the data again"
-                )
             if reader.zip_data is None and not self.is_remote:
                 reader.dirname = place  # nothing to decompress
             self._readers.append(reader)
@@ -221,7 +241,7 @@ class _Shards:
 
                     data = decompress(reader.compression, data)
                 if _hash(data) != raw.hashes[HASH]:
-                    raise RuntimeError(
+                    raise DamagedData(
                         f"{file.name} of {self.path} is not what its index says; prepare it again"
                     )
                 draft = file.with_name(f"{file.name}.partial")
@@ -253,7 +273,7 @@ class _Shards:
                 return data
             wrong = f"is damaged (its hash is {found}, and must be {expected})"
         times = f", after {n_fetches} fetches" if self.is_remote else ""
-        raise RuntimeError(f"{self.path}/{self.split}/{name} {wrong}{times}; copy or prepare the data again")
+        raise DamagedData(f"{self.path}/{self.split}/{name} {wrong}{times}; copy or prepare the data again")
 
     def _read(self, name: str) -> bytes:
         """Alone, under the lock of `name`."""
