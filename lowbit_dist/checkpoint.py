@@ -9,9 +9,9 @@ A checkpoint is a folder `checkpoints/step-N` of
 * `SHA256SUMS`: of each of these files, as `sha256sum --check` reads it.
 
 Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each
-worker writes its file and a small note about it into a folder of a temporary name; worker 0 collects the
-notes, writes the manifest, flushes all to the disk and renames the folder last.  Loading executes nothing:
-safetensors and JSON.
+worker copies its part to host memory and writes it beside the training, into a folder of a temporary name;
+worker 0 collects what each says of its file, writes the manifest, flushes all to the disk and renames the
+folder last.  Loading executes nothing: safetensors and JSON.
 """
 
 import hashlib
@@ -20,15 +20,17 @@ import logging
 import os
 import re
 import shutil
-import time
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,6 +45,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 STATES = ("m", "v", "m_scale", "v_scale")
+HASHERS = min(8, os.cpu_count() or 1)  # threads
 log = logging.getLogger(__name__)
 
 
@@ -60,94 +63,175 @@ class Position:
     loss_sum: float = 0.0
     loss_count: int = 0
     flips: int = 0
+    # of the last applied steps, by which the next ones are judged
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0  # returns to a checkpoint after a spike
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Position":
+        """Fields that an older manifest lacks have their defaults."""
+        found: dict[str, Any] = {key: manifest[key] for key in cls.__dataclass_fields__ if key in manifest}
+        found |= {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
+        return cls(**found)
 
 
 # ------------------------------------------------------------------ writing
 
 
-def save(
-    run_dir: Path,
-    shards: Sequence[Shard],
-    position: Position,
-    config: RunConfig,
-    *,
-    rank: int,
-    world: int,
-    facts: dict[
-        str, Any
-    ],  # what a reader must know beside the configuration: vocabulary size, tokenizer hash
-    timeout: float = 600.0,
-) -> Path:
-    """Write this worker's part; on worker 0, publish the checkpoint and return when it is safely on disk.
+class Saver:
+    """Writes a run's checkpoints beside its training, one at a time; every worker has one.
 
-    Every worker calls this with the same `position`; the caller's barrier keeps the others from running
-    ahead.
+    `save` returns when the worker's part is copied to host memory; a thread writes it.  A full or broken disk
+    costs the checkpoint of that step only: it is removed, the older ones stay, training goes on.
     """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{position.step}"
-    partial = folder / f".step-{position.step}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_shard(partial, shards, rank)
-    if rank == 0:
-        notes = _collect(partial, world, timeout)
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        rank: int,
+        world: int,
+        facts: dict[str, Any],  # what a reader must know beside the configuration: vocabulary, tokenizer hash
+    ):
+        self.config, self.rank, self.world, self.facts = config, rank, world, facts
+        self.folder = config.run_dir / "checkpoints"
+        # A process group for the threads alone: training's collectives must never meet theirs.
+        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+        self._thread: threading.Thread | None = None
+        self._crash: BaseException | None = None
+        self._failure: str | None = None  # worker 0: why the last save did not succeed
+        self._position: Position | None = None
+
+    def save(self, shards: Sequence[Shard], position: Position) -> None:
+        """Begin to write a checkpoint; on every worker, with the same `position`."""
+        self.wait()
+        part = _Part.copied(shards, self.rank)
+        self._position = position
+        self._thread = threading.Thread(
+            target=self._run, args=(part, position), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save has ended, well or not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._crash is not None:
+            raise self._crash
+
+    def finish(self, shards: Sequence[Shard], position: Position) -> None:
+        """Return when the checkpoint of `position` is on disk; RuntimeError on worker 0 if it cannot be."""
+        if self._position != position:
+            self.save(shards, position)
+        self.wait()
+        if self._failure is not None:
+            raise RuntimeError(
+                f"the checkpoint of step {position.step} could not be saved ({self._failure}); free space in "
+                f"{self.folder} and start the run again: it goes on from the newest checkpoint"
+            )
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def _run(self, part: "_Part", position: Position) -> None:
+        try:
+            self._write(part, position)
+        except BaseException as error:  # of a collective whose other end died, or a bug: for `wait`
+            self._crash = error
+
+    def _write(self, part: "_Part", position: Position) -> None:
+        final = self.folder / f"step-{position.step}"
+        partial = self.folder / f".step-{position.step}.partial"
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            note = part.write(partial)
+        except (OSError, SafetensorError) as error:
+            note = {"error": f"worker {self.rank}: {_reason(error)}"}
+        notes = self._gathered(note)
+        if self.rank != 0:
+            return
+        self._failure = next((each["error"] for each in notes if "error" in each), None)
+        if self._failure is None:
+            try:
+                self._publish(partial, final, part, notes, position)
+            except OSError as error:
+                self._failure = f"worker 0: {_reason(error)}"
+        if self._failure is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            log.warning(
+                "CHECKPOINT NOT SAVED: step %d (%s); training goes on, older checkpoints are intact; free "
+                "space in %s",
+                position.step, self._failure, self.folder,
+            )  # fmt: skip
+
+    def _gathered(self, note: dict[str, Any]) -> list[dict[str, Any]]:
+        """On worker 0, every worker's note."""
+        if self._group is None:
+            return [note]
+        notes: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(note, notes, dst=0, group=self._group)
+        return notes or []
+
+    def _publish(
+        self, partial: Path, final: Path, part: "_Part", notes: list[dict[str, Any]], position: Position
+    ) -> None:
         manifest = {
             "format": FORMAT,
-            **position.__dict__,
-            **facts,
-            "config": config.to_dict(),
-            "tensors": {
-                shard.name: {"shape": list(shard.shape), "grid": shard.grid.name if shard.grid else None}
-                for shard in shards
-            },
+            **asdict(position),
+            **self.facts,
+            "config": self.config.to_dict(),
+            "tensors": part.tensors,
             "files": {note["file"]: {"bytes": note["bytes"], "holds": note["holds"]} for note in notes},
         }
         _write_synced(partial / MANIFEST, json.dumps(manifest).encode())
         sums = {note["file"]: note["sha256"] for note in notes} | {MANIFEST: _sha256(partial / MANIFEST)}
         _write_synced(partial / SUMS, "".join(f"{sum_}  {file}\n" for file, sum_ in sums.items()).encode())
-        for note in partial.glob("*.note"):
-            note.unlink()
         _publish(partial, final)
-        _write_synced(run_dir / ".latest", final.name.encode())
-        (run_dir / ".latest").rename(run_dir / "latest")
-        _sync_folder(run_dir)
-        _prune(folder, config.train.keep_last)
-    return final
+        _prune(self.folder, self.config.train.keep_last, self.config.train.keep_every)
+        _write_synced(self.config.run_dir / ".latest", final.name.encode())
+        (self.config.run_dir / ".latest").rename(self.config.run_dir / "latest")
+        _sync_folder(self.config.run_dir)
 
 
-def _write_shard(partial: Path, shards: Sequence[Shard], rank: int) -> None:
-    tensors: dict[str, Tensor] = {}
-    holds: dict[str, list[int]] = {}
-    for shard in shards:
-        if rank == 0 and shard.scale is not None:
-            tensors[f"{shard.name}/scale"] = shard.scale.half()
-        if not shard.numel:
-            continue
-        holds[shard.name] = [shard.start, shard.numel]
-        stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
-        stored |= {key: getattr(shard.moments, key) for key in STATES}
-        for key, value in stored.items():
-            if value is not None:
-                tensors[f"{shard.name}/{key}"] = value.detach().cpu().contiguous()
-    file = partial / f"shard-{rank:05}.safetensors"
-    save_file(tensors, file)
-    _sync_file(file)
-    note = {"file": file.name, "sha256": _sha256(file), "bytes": file.stat().st_size, "holds": holds}
-    _write_synced(partial / f"{rank:05}.tmp", json.dumps(note).encode())
-    (partial / f"{rank:05}.tmp").rename(partial / f"{rank:05}.note")
+@dataclass(frozen=True)
+class _Part:
+    """One worker's share of a checkpoint, in host memory."""
 
+    file: str
+    held: dict[str, Tensor]  # NAME/codes, NAME/weight, NAME/scale and NAME/m ...
+    holds: dict[str, list[int]]  # NAME -> [start, numel] of the unsharded tensor
+    tensors: dict[str, dict[str, Any]]  # NAME -> shape and grid of the unsharded tensor
 
-def _collect(partial: Path, world: int, timeout: float) -> list[dict[str, Any]]:
-    """Every worker's note; workers write side by side, so worker 0 waits for the slowest."""
-    deadline = time.monotonic() + timeout
-    paths = [partial / f"{rank:05}.note" for rank in range(world)]
-    while not all(path.exists() for path in paths):
-        if time.monotonic() > deadline:
-            missing = [path.stem for path in paths if not path.exists()]
-            raise RuntimeError(
-                f"workers {missing} did not write their part of {partial} within {timeout:.0f} s"
-            )
-        time.sleep(0.01)
-    return [json.loads(path.read_text()) for path in paths]
+    @classmethod
+    def copied(cls, shards: Sequence[Shard], rank: int) -> "_Part":
+        held: dict[str, Tensor] = {}
+        holds: dict[str, list[int]] = {}
+        for shard in shards:
+            if rank == 0 and shard.scale is not None:
+                held[f"{shard.name}/scale"] = shard.scale.to("cpu", torch.float16)
+            if not shard.numel:
+                continue
+            holds[shard.name] = [shard.start, shard.numel]
+            stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
+            stored |= {key: getattr(shard.moments, key) for key in STATES}
+            for key, value in stored.items():
+                if value is not None:
+                    held[f"{shard.name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+        tensors = {s.name: {"shape": list(s.shape), "grid": s.grid.name if s.grid else None} for s in shards}
+        return cls(f"shard-{rank:05}.safetensors", held, holds, tensors)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """What worker 0 must know of the file, which is on the disk when this returns."""
+        path = folder / self.file
+        save_file(self.held, path)
+        _sync_file(path)
+        return {
+            "file": self.file, "sha256": _sha256(path), "bytes": path.stat().st_size, "holds": self.holds
+        }  # fmt: skip
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -163,9 +247,14 @@ def _publish(partial: Path, final: Path) -> None:
     _sync_folder(final.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in _newest_first(folder)[keep:]:
-        shutil.rmtree(path)
+def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    for path in _newest_first(folder)[keep_last:]:
+        if keep_every is None or _step(path) % keep_every:
+            shutil.rmtree(path)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def clear_partial(run_dir: Path) -> None:
@@ -204,7 +293,11 @@ def _sha256(path: Path) -> str:
 
 def _newest_first(folder: Path) -> list[Path]:
     paths = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(paths, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(paths, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def latest(run_dir: Path | str) -> Path | None:
@@ -243,7 +336,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
-        self.position = Position(**{key: manifest[key] for key in Position.__dataclass_fields__})
+        self.position = Position.of(manifest)
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
@@ -330,6 +423,7 @@ class Checkpoint:
             where = (shard.start, shard.numel)
             if shard.codes is not None:
                 shard.codes.copy_(self.slice(shard.name, "codes", *where))
+                shard.check_codes()
                 assert shard.scale is not None, f"{shard.name} has codes without a scale"
                 shard.scale.copy_(self.scale(shard.name))
             else:
@@ -395,13 +489,12 @@ class Checkpoint:
         sums = {file: sum_ for sum_, _, file in (line.partition("  ") for line in text.splitlines())}
         expected = {MANIFEST, *self.manifest["files"]}
         problems = [f"{SUMS} does not list {file}" for file in sorted(expected - sums.keys())]
-        for file in sorted(expected & sums.keys()):
-            path = self.path / file
-            if not path.exists():
-                problems.append(f"{file} is missing")
-            elif _sha256(path) != sums[file]:
-                problems.append(f"{file} does not have the SHA-256 that it was saved with")
-        return problems
+        files = sorted(expected & sums.keys())
+        with ThreadPoolExecutor(HASHERS) as pool:  # hashing lets go of the interpreter
+            answers = pool.map(lambda file: _damage(self.path / file, sums[file]), files)
+            return problems + [
+                f"{file} {answer}" for file, answer in zip(files, answers, strict=True) if answer
+            ]
 
 
 def _check_parts(manifest: dict[str, Any]) -> None:
@@ -428,6 +521,15 @@ def _check_parts(manifest: dict[str, Any]) -> None:
 
 def _are_counts(values: Sequence[Any]) -> bool:
     return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
+
+
+def _damage(path: Path, sha256: str) -> str | None:
+    try:
+        return None if _sha256(path) == sha256 else "does not have the SHA-256 that it was saved with"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({_reason(error)})"
 
 
 def _offset(key: str, grid: Grid | None, element: int) -> int:

@@ -425,6 +425,11 @@ class RunConfig(Section):
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name
 
+    @property
+    def stop_file(self) -> Path:
+        """While it is there, the run ends after the step that it is in, with a checkpoint."""
+        return self.run_dir / ".stop"
+
     def remarks(self) -> list[str]:
         """What is carried out as asked, but may not be what was meant: one line each."""
         found = []

@@ -6,9 +6,11 @@ computed which.
 """
 
 import json
+import logging
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist import checkpoint, data, memory, model, ops, schedule, tracking
+from lowbit_dist import checkpoint, data, guard, memory, model, schedule, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods import method_of
-from lowbit_dist.zero import Engine
+from lowbit_dist.zero import Engine, Update
+
+log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
     """Train to the last step inside an initialised process group; every worker returns the run's summary.
 
-    A run that has checkpoints goes on from the newest undamaged one.
+    A run that has checkpoints goes on from the newest undamaged one.  None if it was asked to stop
+    (`config.stop_file`): then a checkpoint of its last step is there.
     """
     manifest = data.check(config)
     engine = _build(config, manifest.vocab_size)
@@ -37,13 +42,15 @@ def run(config: RunConfig) -> dict[str, Any]:
     tracker = _start_tracking(config, position) if engine.rank == 0 else None
     if tracker is not None:
         position = replace(position, mlflow_run_id=tracker.run_id)
+    saver = _saver(config, engine, manifest)
     size, steps, first = config.train.micro_batch, config.train.steps, position.step + 1
     peak: dict[str, Any] = {}
-    val_loss, saved, status = math.nan, None, "FAILED"
-    clock = _Clock(position.tokens)
+    val_loss: float | None = None
+    stop, ended = False, False
+    clock = _Clock()
 
     try:
-        while position.step < steps:
+        while position.step < steps and not stop:
             step = position.step + 1
             lr_factor, decay_factor = schedule.rate(config.schedule, step, steps)
             lr, decay = config.optimizer.lr * lr_factor, config.optimizer.weight_decay * decay_factor
@@ -52,38 +59,53 @@ def run(config: RunConfig) -> dict[str, Any]:
             # The second step of a process is its first with every buffer in place: its memory is the run's.
             sampled = step == min(first + 1, steps)
             with memory.track_peak(engine) if sampled else nullcontext(peak) as peak:
-                losses = torch.zeros(engine.micro_batches, dtype=torch.float64, device=engine.device)
+                # A place for each micro-batch, and one by which worker 0 tells the others to stop.
+                losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
                 for j in range(engine.rank, engine.micro_batches, engine.world):
                     tokens = batches.micro_batch(position.samples + j * size, size)
                     losses[j] = engine.backward(tokens.to(engine.device)).double()
+                losses[-1] = float(engine.rank == 0 and config.stop_file.exists())
+                dist.all_reduce(losses)
+                loss, stop = losses[:-1].mean().item(), bool(losses[-1] > 0)
+                spike = guard.is_spike(loss, position.losses)
+                goes_back = spike and config.train.on_spike == "rollback"
                 latent = _latent_levels(engine) if logs else []
-                update = engine.update(step=step, lr=lr, weight_decay=decay)
-            dist.all_reduce(losses)
+                # No norm is below 0: the step is left out.
+                trusted = math.isfinite(loss) and not goes_back
+                limit = guard.norm_limit(position.norms, config.train.max_grad_ratio) if trusted else -1.0
+                update = engine.update(step=step, lr=lr, weight_decay=decay, max_norm=limit)
+            clock.count(engine.micro_batches * size * config.data.seq_len)
 
-            position = replace(
-                position,
-                step=step,
-                samples=position.samples + engine.micro_batches * size,
-                tokens=position.tokens + engine.micro_batches * size * config.data.seq_len,
-                skipped_steps=position.skipped_steps + update.skipped,
-                loss_sum=position.loss_sum + losses.mean().item(),
-                loss_count=position.loss_count + 1,
-                flips=position.flips + update.flips,
-            )
+            if spike:
+                log.warning("step %d: loss spike, %.4f after %.4f", step, loss, position.losses[-1])
+            if goes_back:
+                saver.wait()
+                if (earlier := _rolled_back(config, engine, position)) is not None:
+                    position = earlier
+                    if tracker is not None:
+                        tracker.rewind(position.step)
+                    continue
+            if update.skipped:
+                log.warning("step %d skipped: loss %.4g, gradient norm %.4g", step, loss, update.grad_norm)
+            position = _advanced(position, engine, config, loss, update)
             metrics: dict[str, float | None] = {}
             if logs:
                 n_low_bit = sum(engine.numels[name] for name in engine.low_bit)
-                position = replace(position, train_loss=position.loss_sum / position.loss_count)
+                n_steps = position.loss_count
+                if n_steps:
+                    position = replace(position, train_loss=position.loss_sum / n_steps)
                 metrics = {
                     "tokens": position.tokens,
-                    "loss": position.train_loss,
+                    "loss": position.train_loss if n_steps else None,
                     "lr": lr,
-                    "grad_norm": update.grad_norm,
-                    "tokens_per_second": clock.rate(position.tokens),
+                    "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+                    "tokens_per_second": clock.rate(),
                     "skipped_steps": position.skipped_steps,
+                    "rollbacks": position.rollbacks,
+                    "restarts": restarts,
                 }
                 if n_low_bit:
-                    metrics["flip_rate"] = position.flips / position.loss_count / n_low_bit
+                    metrics["flip_rate"] = position.flips / max(n_steps, 1) / n_low_bit
                 metrics |= _level_statistics(engine, latent)
                 metrics |= memory.metrics(memory.measure(engine))
                 position = replace(position, loss_sum=0.0, loss_count=0, flips=0)
@@ -93,13 +115,19 @@ def run(config: RunConfig) -> dict[str, Any]:
                 metrics |= _quality(val_loss, manifest)
             if tracker is not None and metrics:
                 tracker.log(step, metrics)
+            _check_recovers(config, position, loss, update, limit)
             if _is_due(step, config.train.save_every, steps):
                 with clock.paused():
-                    saved = _save(config, engine, manifest, position)
-                if tracker is not None:
-                    tracker.flush()
+                    saver.save(engine.shards, position)
 
-        if math.isnan(val_loss):  # a finished run was started again
+        if stop and position.step < steps:
+            saver.finish(engine.shards, position)
+            log.info("stopped at step %d: its checkpoint is saved", position.step)
+            ended = True
+            return None
+        if position.step >= first:
+            saver.finish(engine.shards, position)
+        if val_loss is None:  # a finished run was started again
             val_loss = evaluate(engine, config, manifest)
         summary: dict[str, Any] = {
             "run": config.run.name,
@@ -109,22 +137,25 @@ def run(config: RunConfig) -> dict[str, Any]:
             "train_loss": position.train_loss,
             **_quality(val_loss, manifest),
             "unigram_entropy": manifest.unigram_entropy,
-            "tokens_per_second": clock.mean_rate(position.tokens),
-            "checkpoint": str(saved or checkpoint.latest(config.run_dir)),
+            "tokens_per_second": clock.mean_rate(),
+            "checkpoint": str(config.run_dir / "checkpoints" / f"step-{position.step}"),
             "memory": _memory(config, engine, manifest, peak),
-            "restarts": 0,
+            "restarts": restarts,
             "skipped_steps": position.skipped_steps,
+            "rollbacks": position.rollbacks,
         }
-        status = "FINISHED"
+        if tracker is not None:
+            summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
+            _replace(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            tracker.finish("FINISHED", summary)
+        ended = True
+        return summary
     finally:
+        if tracker is not None:
+            tracker.close()
+        if ended:  # otherwise another worker may have gone, and would be waited for
+            saver.close()
         engine.close()
-        if tracker is not None and status == "FAILED":
-            tracker.finish(status)
-    if tracker is not None:
-        summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
-        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-        tracker.finish(status, summary)
-    return summary
 
 
 # ------------------------------------------------------------------ start
@@ -156,12 +187,82 @@ def _resume(config: RunConfig, engine: Engine) -> Position:
 def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker":
     """The run's folder with its configuration and tokenizer, and the tracker that writes into it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    _replace(config.run_dir / "config.yaml", config.to_yaml())
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
     return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
 
 
+def _saver(config: RunConfig, engine: Engine, manifest: data.Manifest) -> checkpoint.Saver:
+    facts = {"vocab_size": manifest.vocab_size, "tokenizer_sha256": manifest.tokenizer_sha256}
+    return checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole: what dies meanwhile leaves the one before."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.rename(path)
+
+
 # ------------------------------------------------------------------ in the loop
+
+
+def _advanced(position: Position, engine: Engine, config: RunConfig, loss: float, update: Update) -> Position:
+    """After one step, applied or skipped."""
+    n_samples = engine.micro_batches * config.train.micro_batch
+    position = replace(
+        position,
+        step=position.step + 1,
+        samples=position.samples + n_samples,
+        tokens=position.tokens + n_samples * config.data.seq_len,
+    )
+    if update.skipped:
+        return replace(
+            position,
+            skipped_steps=position.skipped_steps + 1,
+            skipped_in_a_row=position.skipped_in_a_row + 1,
+        )
+    return replace(
+        position,
+        skipped_in_a_row=0,
+        loss_sum=position.loss_sum + loss,
+        loss_count=position.loss_count + 1,
+        flips=position.flips + update.flips,
+        losses=guard.remembered(position.losses, loss),
+        norms=guard.remembered(position.norms, update.grad_norm),
+    )
+
+
+def _check_recovers(config: RunConfig, position: Position, loss: float, update: Update, limit: float) -> None:
+    if (n := position.skipped_in_a_row) >= config.train.max_skipped:
+        raise guard.Diverged(
+            f"the loss or the gradient of {n} steps in a row, up to step {position.step}, cannot be used "
+            f"(loss {loss:.4g}, gradient norm {update.grad_norm:.4g}, limit {limit:.4g}); no weight changed "
+            "in them; write a smaller optimizer.lr under another run.name, or a larger "
+            "train.max_grad_ratio if the gradients are right"
+        )
+
+
+def _rolled_back(config: RunConfig, engine: Engine, position: Position) -> Position | None:
+    """Load the last checkpoint, to go on from it behind the batches that led to a spike; None without one.
+
+    A run that is killed meanwhile meets the same spike, and goes back the same way.
+    """
+    step = position.step + 1
+    before = _resume(config, engine)
+    if before.step == 0:
+        log.warning("step %d: there is no checkpoint to go back to", step)
+        return None
+    if position.rollbacks - before.rollbacks >= guard.RETURNS:
+        raise guard.Diverged(
+            f"the loss spikes again after {guard.RETURNS} returns to step {before.step}, now at step {step}; "
+            "write a smaller optimizer.lr under another run.name, or train.on_spike=warn"
+        )
+    samples = position.samples + engine.micro_batches * config.train.micro_batch
+    log.warning("back to step %d, skipping the batches up to that of step %d", before.step, step)
+    return replace(
+        before, samples=samples, rollbacks=position.rollbacks + 1, mlflow_run_id=position.mlflow_run_id
+    )
 
 
 def evaluate(engine: Engine, config: RunConfig, manifest: data.Manifest) -> float:
@@ -219,7 +320,8 @@ def _level_statistics(engine: Engine, latent_before: list[Tensor]) -> dict[str, 
     counts = torch.zeros(4, dtype=torch.int64, device=engine.device)  # zero, saturated, flipped, all
     for shard in engine.shards:
         if shard.codes is not None and shard.grid is not None and shard.numel:
-            of_level = ops.code_counts(shard.codes, grid=shard.grid)
+            of_level = shard.level_counts()
+            shard.check_codes()
             counts[0] += of_level[-shard.grid.low]
             counts[1] += of_level[0] + of_level[-1]
             counts[3] += shard.numel
@@ -236,20 +338,6 @@ def _level_statistics(engine: Engine, latent_before: list[Tensor]) -> dict[str, 
     return statistics | ({"flip_rate": flipped / total} if latent_before else {})
 
 
-def _save(config: RunConfig, engine: Engine, manifest: data.Manifest, position: Position) -> Path:
-    path = checkpoint.save(
-        config.run_dir,
-        engine.shards,
-        position,
-        config,
-        rank=engine.rank,
-        world=engine.world,
-        facts={"vocab_size": manifest.vocab_size, "tokenizer_sha256": manifest.tokenizer_sha256},
-    )
-    dist.barrier()
-    return path
-
-
 def _memory(
     config: RunConfig, engine: Engine, manifest: data.Manifest, peak: dict[str, Any]
 ) -> dict[str, Any]:
@@ -264,30 +352,30 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 
 class _Clock:
-    """Training time, without evaluations and saves."""
+    """Training time, without evaluations and what a save takes of it."""
 
-    def __init__(self, tokens: int):
-        self.first_tokens = self.last_tokens = tokens
+    def __init__(self) -> None:
+        self.tokens = self.tokens_before = 0
         self.idle = self.idle_before = 0.0
         self.started = self.last = time.monotonic()
 
-    def rate(self, tokens: int) -> float:
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def rate(self) -> float:
         """Tokens per second since the last call."""
         now = time.monotonic()
         seconds = now - self.last - (self.idle - self.idle_before)
-        rate = (tokens - self.last_tokens) / max(seconds, 1e-9)
-        self.last, self.last_tokens, self.idle_before = now, tokens, self.idle
+        rate = (self.tokens - self.tokens_before) / max(seconds, 1e-9)
+        self.last, self.tokens_before, self.idle_before = now, self.tokens, self.idle
         return rate
 
-    def mean_rate(self, tokens: int) -> float:
+    def mean_rate(self) -> float:
         """Tokens per second since the start of this process's training."""
-        return (tokens - self.first_tokens) / max(time.monotonic() - self.started - self.idle, 1e-9)
+        return self.tokens / max(time.monotonic() - self.started - self.idle, 1e-9)
 
-    def paused(self) -> "_Clock":
-        return self
-
-    def __enter__(self) -> None:
-        self.pause_began = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.idle += time.monotonic() - self.pause_began
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.idle += time.monotonic() - began

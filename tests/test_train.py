@@ -22,21 +22,21 @@ def train(configuration, stop_at=None):
     config = RunConfig.from_dict(configuration, METHODS)
     if stop_at is None:
         return training.run(config)
-    save = training._save
+    save = training.checkpoint.Saver.save
 
-    def save_then_stop(config, engine, manifest, position):
-        path = save(config, engine, manifest, position)
+    def save_then_stop(saver, shards, position):
+        save(saver, shards, position)
         if position.step == stop_at:
+            saver.wait()
             raise KeyboardInterrupt
-        return path
 
-    training._save = save_then_stop
+    training.checkpoint.Saver.save = save_then_stop
     try:
         training.run(config)
     except KeyboardInterrupt:
         return None
     finally:
-        training._save = save
+        training.checkpoint.Saver.save = save
     raise AssertionError("the run was not stopped")
 
 

@@ -9,6 +9,7 @@ found in the run's folder, so an attempt that fails is simply followed by anothe
 
 from typing import Any
 
+from lowbit_dist import tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
 from lowbit_dist.cluster.checks import alone, check, finished
 from lowbit_dist.cluster.following import Progress
@@ -23,8 +24,15 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
     check(config)
     for remark in config.remarks():
         progress.say(remark)
-    with alone(config), signals_stop():
+    with alone(config), signals_stop() as signals:
         if (summary := finished(config)) is not None:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             return summary
-        return train_until_done(config, progress)
+        try:
+            return train_until_done(config, progress, signals=signals)
+        except Stopped:
+            tracking.end(config, "KILLED")
+            raise
+        except Exception:
+            tracking.end(config, "FAILED")
+            raise

@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +21,17 @@ from typing import Any, cast
 from lowbit_dist.cluster import worker
 from lowbit_dist.cluster.checks import check_workers, gpus_per_worker, newest_checkpoint
 from lowbit_dist.cluster.following import LOG, Follower, Progress
-from lowbit_dist.cluster.session import ray_lives, ray_session
+from lowbit_dist.cluster.session import Signals, Stopped, ray_lives, ray_session
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.guard import Diverged
 
 COLLECTIVE_TIMEOUT = 1800  # seconds, for hang_timeout: auto; rank 0 may write a large checkpoint meanwhile
 POLL = 0.2  # seconds
 HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on other machines get too
 
-Work = Callable[[dict[str, Any]], dict[str, Any]]
+STARTS = "starts.jsonl"  # in a run's folder: a line for each attempt
+
+Work = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 class RunFailed(RuntimeError):
@@ -37,15 +42,23 @@ class RunFailed(RuntimeError):
 class _Failure:
     text: str  # one line
     error: str | None  # the program's own; None for what came from outside, such as a process's death
+    is_final: bool = False  # it would come again for ever
 
 
-def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.train) -> dict[str, Any]:
-    """`work` on every worker, again after each failure, up to `cluster.max_failures`; the run's summary."""
+def train_until_done(
+    config: RunConfig, progress: Progress, work: Work = worker.train, signals: Signals | None = None
+) -> dict[str, Any]:
+    """`work` on every worker, again after each failure, up to `cluster.max_failures`; the run's summary.
+
+    `Stopped` after a signal, once the workers have saved a checkpoint.
+    """
+    signals = signals or Signals()
     # Ray Train's own, on a disk that all machines share, as the run's folder is.
     storage = config.run_dir / ".ray"
     shutil.rmtree(storage, ignore_errors=True)
+    config.stop_file.unlink(missing_ok=True)
     follower = Follower(config.run_dir, progress)
-    restarts = 0
+    restarts = 0  # of this launch
     before: tuple[str | None, Path | None] | None = None
     try:
         # Ray prints its own words about a worker's death to stdout.
@@ -56,12 +69,16 @@ def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.
             while True:
                 n = config.cluster.workers
                 progress.say(f"starting {n} worker{'' if n == 1 else 's'}")
-                outcome = _fit(config, settings, work, storage, follower)
-                if not isinstance(outcome, _Failure):
-                    break
+                settings["restarts"] = _count_start(config)
+                outcome = _fit(config, settings, work, storage, follower, signals)
+                if isinstance(outcome, dict):
+                    return outcome
+                if signals.received is not None:
+                    raise Stopped(signals.received)
                 now = (outcome.error, newest_checkpoint(config.run_dir))
                 # The same error at the same place would come again for ever.
-                if restarts == config.cluster.max_failures or (outcome.error and now == before):
+                is_final = outcome.is_final or (outcome.error is not None and now == before)
+                if is_final or restarts == config.cluster.max_failures:
                     times = f" after {restarts} restart{'' if restarts == 1 else 's'}" if restarts else ""
                     raise RunFailed(f"{outcome.text}{times}; see {config.run_dir / LOG}")
                 before = now
@@ -73,16 +90,16 @@ def train_until_done(config: RunConfig, progress: Progress, work: Work = worker.
     finally:
         follower.read()
         shutil.rmtree(storage, ignore_errors=True)
-    return _with_restarts(outcome, restarts, config)
+        config.stop_file.unlink(missing_ok=True)
 
 
-def _with_restarts(summary: dict[str, Any], restarts: int, config: RunConfig) -> dict[str, Any]:
-    """The workers cannot know how often they were started; the file is theirs, so it is replaced whole."""
-    summary = {**summary, "restarts": restarts}
-    draft = config.run_dir / ".summary.json"
-    draft.write_text(json.dumps(summary, indent=1) + "\n")
-    draft.rename(config.run_dir / "summary.json")
-    return summary
+def _count_start(config: RunConfig) -> int:
+    """How often the run was started before, by this launch and by all others."""
+    file = config.run_dir / STARTS
+    earlier = len(file.read_text().splitlines()) if file.exists() else 0
+    with contextlib.suppress(OSError), file.open("a") as opened:  # of a full disk, others speak
+        opened.write(json.dumps({"time": time.time(), "workers": config.cluster.workers}) + "\n")
+    return earlier
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -108,12 +125,13 @@ def _fit(
     work: Work,
     storage: Path,
     follower: Follower,
+    signals: Signals,
 ) -> dict[str, Any] | _Failure:
     """One attempt: a worker group from its start to its end."""
-    from ray import train
+    from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
-    train_config: Any = train.RunConfig  # its stub is of Ray Train v1
+    train_config: Any = ray_train.RunConfig  # its stub is of Ray Train v1
     gpus = settings["gpus"]
     timeout = config.cluster.hang_timeout
     trainer = TorchTrainer(
@@ -124,7 +142,7 @@ def _fit(
             backend="nccl" if gpus >= 1 else "gloo",
             timeout=COLLECTIVE_TIMEOUT if timeout == "auto" else max(1, round(timeout)),
         ),
-        scaling_config=train.ScalingConfig(
+        scaling_config=ray_train.ScalingConfig(
             num_workers=config.cluster.workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
@@ -133,7 +151,7 @@ def _fit(
             # A fresh name: Ray Train would go on with whatever it finds under an old one.
             name=f"{config.run.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage.resolve()),
-            failure_config=train.FailureConfig(max_failures=0),
+            failure_config=ray_train.FailureConfig(max_failures=0),
             worker_runtime_env={"env_vars": _environment(settings)},
         ),
     )
@@ -149,12 +167,21 @@ def _fit(
     # In a thread of its own: in the main one `fit` takes SIGINT, and nothing could be followed meanwhile.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
+    signals.install()
+    signals.are_noted = True
+    asked = False
     while thread.is_alive():
         thread.join(POLL)
         follower.read()
+        if signals.received is not None and not asked:
+            asked = True
+            name = signal.Signals(signals.received).name
+            follower.progress.say(f"{name}: stopping after this step, with a checkpoint; again stops at once")
+            config.stop_file.touch()
+    signals.are_noted = False
     if isinstance(ended[0], BaseException):
         return _failure(ended[0])
-    return ended[0]  # type: ignore[no-any-return]
+    return _Failure("the workers stopped", None) if ended[0] is None else cast(dict[str, Any], ended[0])
 
 
 def _environment(settings: dict[str, Any]) -> dict[str, str]:
@@ -212,6 +239,9 @@ def _failure(error: BaseException) -> _Failure:
     for _, each in failures:
         if isinstance(each, ConfigError):
             raise ConfigError(str(each))
+    for _, each in failures:
+        if isinstance(each, Diverged):
+            return _Failure(str(each), str(each), is_final=True)
     for rank, each in failures:
         if (how := _death(each)) is not None:
             return _Failure(f"worker {rank} died ({how})", None)

@@ -87,21 +87,40 @@ def _remove_left_sessions() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped` here, once; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class Signals:
+    """SIGINT and SIGTERM, which end a launch: politely while workers train, at once otherwise.
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+    The first one then is only noted in `received`; the next one raises `Stopped`.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.are_noted = False  # else they raise
+
+    def install(self) -> None:
+        """Again when Ray has started, for it puts its own handler of SIGTERM there."""
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.are_noted and self.received is None:
+            self.received = signum
+            return
         raise Stopped(signum)
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+
+@contextlib.contextmanager
+def signals_stop() -> Iterator[Signals]:
+    """Inside, signals do what `Signals` says; afterwards, what they did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield Signals()
+        return
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signals = Signals()
+    signals.install()
     try:
-        yield
+        yield signals
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

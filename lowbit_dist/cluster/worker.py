@@ -10,15 +10,15 @@ from lowbit_dist.config import ConfigError, RunConfig
 log = logging.getLogger(__name__)
 
 
-def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train calls on each worker, inside the process group."""
+def train(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What Ray Train calls on each worker, inside the process group; None if the run was asked to stop."""
     prepare(settings)
     from lowbit_dist import train as loop
     from lowbit_dist.methods import METHODS
 
     try:
         config = RunConfig.from_dict(settings["config"], METHODS)
-        return loop.run(config)
+        return loop.run(config, restarts=settings["restarts"])
     except ConfigError:
         raise
     except Exception:

@@ -1,6 +1,7 @@
 """A model under ZeRO: the interface of the training loop."""
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -54,7 +55,7 @@ class Engine:
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
-        optimizer = _Unused(groups) if stage == 3 else AdamW(groups, config)
+        optimizer = _Unused(groups) if stage == 3 else AdamW(groups, config, stage)
         stage3_class = partial(PackedZero3, accumulation=accumulation_dtype(config, self.world))
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
@@ -93,8 +94,12 @@ class Engine:
             self._engine.step()  # counts the micro-batch
         return self._last
 
-    def update(self, *, step: int, lr: float, weight_decay: float) -> Update:
-        """One AdamW step with the mean gradient of the step's micro-batches, clipped to `train.clip_norm`."""
+    def update(self, *, step: int, lr: float, weight_decay: float, max_norm: float = math.inf) -> Update:
+        """One AdamW step with the mean gradient of the step's micro-batches, clipped to `train.clip_norm`.
+
+        If the gradient's norm is not finite or more than `max_norm`, nothing changes and the gradient is
+        dropped.
+        """
         optimizer = self.config.optimizer
         now = ops.AdamWStep(
             lr=lr,
@@ -105,14 +110,12 @@ class Engine:
             step=step,
             seed=self.config.run.seed,
         )
-        if self._stock is None:
-            self._engine.optimizer.now = now
-            self._engine.step()
-            return self._engine.optimizer.last_update
-        self._stock.optimizer.now = now
+        if self._stock is not None:
+            return self._stock.step(now, max_norm)
+        self._engine.optimizer.now, self._engine.optimizer.max_norm = now, max_norm
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return Update(None if norm is None else float(norm), flips=0, skipped=False)
+        update: Update = self._engine.optimizer.last_update
+        return update
 
     def refresh(self) -> None:
         """Make the forward pass see shards that were changed from outside (by loading); on every worker."""
@@ -196,7 +199,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
-        "gradient_clipping": 0.0 if stage == 3 else config.train.clip_norm,
+        "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
     }
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}

@@ -2,6 +2,7 @@
 update in place.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,15 +22,16 @@ from lowbit_dist.zero.shards import Shard
 class Update:
     """What one optimizer step did, over all workers."""
 
-    grad_norm: float | None  # before clipping, of the mean gradient; None where DeepSpeed does not tell
+    grad_norm: float  # before clipping, of the mean gradient; infinite or NaN if that is not finite
     flips: int  # codes that changed
-    skipped: bool  # the gradient was not finite: nothing was changed
+    skipped: bool  # the norm was not finite or above the limit: nothing was changed
 
 
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters."""
 
     now: ops.AdamWStep  # set before each step
+    max_norm: float  # set before each step
     last_update: Update
     shards: list[Shard]
     params: list[Any]  # the parameters of `shards`
@@ -138,17 +140,18 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Clip, then update every shard in place; a gradient that is not finite changes nothing."""
+        """Clip, then update every shard in place; a gradient that is not finite or too large changes
+        nothing.
+        """
         self._pre_step()
         self._partition_all_parameters()
         gradients = self._gradients()
-        norm = global_norm(gradients) / self.micro_batches
-        self.overflow = not torch.isfinite(norm).item()
+        norm = global_norm(gradients).item() / self.micro_batches
+        self.overflow = not (math.isfinite(norm) and norm <= self.max_norm)
         self._global_grad_norm = norm
         flips = torch.zeros(1, dtype=torch.int64, device=self.device)
         if not self.overflow:
-            clip = min(1.0, self.clip_norm / (norm.item() + 1e-6)) if self.clip_norm else 1.0
-            now = replace(self.now, grad_scale=clip / self.micro_batches)
+            now = replace(self.now, grad_scale=clip_factor(norm, self.clip_norm) / self.micro_batches)
             for shard, gradient in zip(self.shards, gradients, strict=True):
                 if shard.numel:
                     flips += self._update_shard(shard, gradient, now)
@@ -156,7 +159,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         dist.all_reduce(flips)
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
-        self.last_update = Update(norm.item(), int(flips), self.overflow)
+        self.last_update = Update(norm, int(flips), self.overflow)
 
     def _update_shard(self, shard: Shard, gradient: Tensor, now: ops.AdamWStep) -> Tensor | int:
         if gradient.dtype == torch.float64:
@@ -198,9 +201,14 @@ def _shard(param: Any, master: Tensor, offset: int, states: str) -> Shard:
     return Shard(name, shape, start, numel, moments, grid=grid, codes=codes, scale=param.packed.scale)
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def clip_factor(norm: float, clip_norm: float) -> float:
+    """What to multiply a gradient of norm `norm` with; a `clip_norm` of 0 does not clip."""
+    return min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
+
+
+def global_norm(gradients: Sequence[Tensor], copies: int = 1) -> Tensor:
     """L2 norm over all workers' gradients, float64 [1]: the same bits however the elements are spread over
-    workers.
+    workers.  `copies` of each element are there, where workers hold the same ones.
 
     Squares are rounded to integers in units of max^2 / 2^k, whose sum does not depend on its order; k leaves
     room for as many elements as there are, so the error of a sum is below its count in those units.
@@ -226,4 +234,4 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
         for chunk in g.split(1 << 20):  # bounds the float64 copies
             total += (chunk.double() / largest).square_().mul_(unit).round_().long().sum()
     dist.all_reduce(total)
-    return (total.double() / unit).sqrt() * largest
+    return ((total // copies).double() / unit).sqrt() * largest

@@ -1,6 +1,8 @@
 """DeepSpeed's own ZeRO stages 0 to 2, for methods with latent weights."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,27 +12,37 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.zero.shards import Initial, Shard, owners
+from lowbit_dist.zero.stage3 import Update, clip_factor, global_norm
+
+# DeepSpeed itself leaves out a step whose gradient is not finite.
+LEFT_OUT = Update(math.inf, flips=0, skipped=True)
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW in float32 on the tensors that DeepSpeed hands over, its moments in the precision asked for."""
 
     now: ops.AdamWStep | None = None  # set before each step
+    max_norm = math.inf  # set before each step
+    last_update = LEFT_OUT  # set by each step
 
-    def __init__(self, groups: list[dict[str, Any]], config: RunConfig):
+    def __init__(self, groups: list[dict[str, Any]], config: RunConfig, stage: int):
         super().__init__(groups, {"lr": config.optimizer.lr})
         self.states = config.optimizer.states
+        self.clip_norm = config.train.clip_norm
+        self.copies = 1 if stage else dist.get_world_size()  # stage 0: every worker has every gradient
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.now is None:  # DeepSpeed's bf16 wrapper steps once while it sets up
             return
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    ops.adamw_weights_(
-                        p.data.view(-1), p.grad.float().view(-1), self.moments(p), now=self.now
-                    )
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm([p.grad.view(-1) for p in params], copies=self.copies).item()
+        apply = math.isfinite(norm) and norm <= self.max_norm
+        if apply:
+            now = replace(self.now, grad_scale=clip_factor(norm, self.clip_norm))
+            for p in params:
+                ops.adamw_weights_(p.data.view(-1), p.grad.float().view(-1), self.moments(p), now=now)
+        self.last_update = Update(norm, flips=0, skipped=not apply)
 
     def moments(self, p: Tensor) -> ops.Moments:
         state = self.state[p]
@@ -102,6 +114,12 @@ class Stock:
             for group, masters in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
                 for p, master in zip(group, masters, strict=True):
                     p.data.copy_(master)
+
+    def step(self, now: ops.AdamWStep, max_norm: float) -> Update:
+        self.optimizer.now, self.optimizer.max_norm = now, max_norm
+        self.optimizer.last_update = LEFT_OUT
+        self.engine.step()
+        return self.optimizer.last_update
 
     def gradients(self) -> list[Tensor]:
         """Gradients that are alive now; DeepSpeed frees them at each step."""

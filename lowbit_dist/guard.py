@@ -1,0 +1,38 @@
+"""Which steps are not to be trusted, told from the losses and gradient norms of those before.
+
+Pure functions of numbers that are the same on every worker and part of a checkpoint, so that a resumed run
+judges as an undisturbed one does.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, median, pstdev
+
+WINDOW = 64  # applied steps that are remembered
+ENOUGH = 16  # of their losses, before one can be called a spike
+SIGMAS = 6.0
+RETURNS = 3  # to one checkpoint, before it is given up
+FLAT = 1e-3  # of the mean: losses that hardly differ have a deviation of at least this
+
+
+class Diverged(RuntimeError):
+    """Training does not recover by itself, and would do the same again."""
+
+
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Whether a loss lies more than 6 standard deviations above the mean of those before."""
+    if len(before) < ENOUGH or not math.isfinite(loss):
+        return False
+    mean = fmean(before)
+    return loss > mean + SIGMAS * max(pstdev(before), FLAT * abs(mean))
+
+
+def norm_limit(before: Sequence[float], ratio: float) -> float:
+    """The largest gradient norm to be applied: `ratio` times the median of those before, which is robust."""
+    usual = median(before) if before else 0.0
+    return ratio * usual if usual > 0 else math.inf
+
+
+def remembered(before: Sequence[float], value: float) -> tuple[float, ...]:
+    """The window with one more value."""
+    return (*before, value)[-WINDOW:]
