@@ -2,7 +2,10 @@
 
 import difflib
 import math
+import os
 import reprlib
+import tempfile
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -35,9 +38,10 @@ def explained(section: type[BaseModel], error: dict[str, Any], prefix: tuple[str
     default = None if info is None or info.is_required() else info.default
     hint = "" if default is None else f", for example {plain(default)}"
     if kind == "rule":
-        return f"{start} {context['text']}" + (
-            "" if ";" in context["text"] or not hint else f"; write one{hint}"
-        )
+        if ";" in context["text"]:
+            return f"{start} {context['text']}"
+        instead = ", for example data/stdlib" if place == "data.path" else hint or ", or null"
+        return f"{start} {context['text']}; write one{instead}"
     if kind == "literal_error":
         choices = [plain(each) for each in _choices(inside)]
         meant = nearest(value, choices)
@@ -118,6 +122,18 @@ def quoted(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f'put it in quotes: "{show(value).replace(",", "")}"'
     return "write a word or a path"
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """What hinders writing in `folder`, which need not exist; leaves nothing behind."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lowbit-", dir=existing))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def nearest(word: Any, known: Any) -> str | None:

@@ -91,6 +91,13 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _no_truth(value: Any) -> Any:
+    """For a choice among numbers: Python takes true for 1."""
+    if isinstance(value, bool):
+        raise _rule("must be a number, not true or false")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_clean_text)]
 RunName = Annotated[str, AfterValidator(_plain_name)]
 FilePath = Annotated[Path, BeforeValidator(_path_type)]
@@ -261,7 +268,9 @@ class Schedule(Section):
 
 class Zero(Section):
     residency: Literal["sharded", "replicated"] = "sharded"  # of packed codes
-    stage: Literal[0, 1, 2, 3] | None = None  # latent-weight methods; None is 3
+    stage: Annotated[Literal[0, 1, 2, 3] | None, BeforeValidator(_no_truth)] = (
+        None  # latent-weight methods; None is 3
+    )
 
 
 class Train(Section):

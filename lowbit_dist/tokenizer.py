@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError
 
 MODEL = "tokenizer.model"
@@ -73,7 +74,10 @@ def load(path: str | Path) -> Tokenizer:
             else f"tokenizer ({path}) does not exist; write a folder made by `lowbit tokenizer train`"
         ) from None
     except OSError as error:
-        raise ConfigError(f"tokenizer ({file}) cannot be read: {error.strerror or error}") from None
+        raise ConfigError(
+            f"tokenizer ({file}) cannot be read: {error.strerror or error}; write a folder made by "
+            "`lowbit tokenizer train`"
+        ) from None
 
 
 def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) -> Tokenizer:
@@ -91,6 +95,11 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out ({out}) is a file; write the name of a folder")
+    # Seen before the pieces are learned, which takes minutes.
+    if out.is_dir() and any(out.iterdir()) and not (out / MODEL).is_file():
+        raise ConfigError(f"--out ({out}) is not empty and holds no tokenizer; write another folder")
+    if why := why_not_writable(out.parent):
+        raise ConfigError(f"--out ({out}) cannot be written: {why}; write a folder that can")
     model = _learn(_sentences(documents.sample(documents.parts(inputs), SAMPLE_BYTES)), vocab_size)
     tokenizer = Tokenizer(model)
     if out.is_dir() and any(out.iterdir()):
@@ -105,7 +114,9 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
         partial.chmod(0o755)
         os.rename(partial, out)  # an empty folder may stand there
     except OSError as error:
-        raise ConfigError(f"--out ({out}) cannot be written: {error.strerror or error}") from None
+        raise ConfigError(
+            f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
+        ) from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

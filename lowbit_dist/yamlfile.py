@@ -46,7 +46,10 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | None):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"a name must be a word, not {show(key)}", key_node.start_mark
+                    None,
+                    None,
+                    f"a name must be a word, not {show(key)}; write name: value",
+                    key_node.start_mark,
                 )
             if key in mapping:
                 raise yaml.constructor.ConstructorError(
@@ -102,9 +105,13 @@ def parse(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{place}{line}: {error.problem or error.context or 'not YAML'}") from None
+        problem = error.problem or error.context or "not YAML"
+        instead = (
+            "" if ";" in problem else "; write name: value, indented with spaces, text with signs in quotes"
+        )
+        raise ConfigError(f"{place}{line}: {problem}{instead}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{place} is not YAML text: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{place} is not YAML text: {str(error).splitlines()[0]}; leave it out") from None
     except RecursionError:
         raise ConfigError(f"{place} is nested too deeply for a configuration; write plain sections") from None
 
@@ -137,7 +144,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{file_name(path)} cannot be read: {reason}") from None
+        raise ConfigError(
+            f"{file_name(path)} cannot be read: {reason}; write the path of a configuration file"
+        ) from None
     if len(raw) > LARGEST_FILE:
         raise ConfigError(
             f"{file_name(path)} is larger than 1 MiB, which no configuration is; write another path"

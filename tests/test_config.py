@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_reading_a_configuration_imports_nothing_heavy():
 
 # --- what is refused: (the file, overrides, the whole message) ---
 
+YAML_RULE = "; write name: value, indented with spaces, text with signs in quotes"
 ALL_SIZES = "hidden_size, intermediate_size, layers, heads, kv_heads"
 SECTIONS = "run, model, method, data, optimizer, schedule, precision, zero, train, cluster, tracking"
 NAME_RULE = "must be at most 100 letters, digits, '.', '_' and '-', a letter or digit first"
@@ -568,13 +570,15 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         'run.name (13) must be text; put it in quotes: "13"'),
     "an empty data path": (
         "data: {path: ' '}", (),
-        "data.path (' ') must not be empty"),
+        "data.path (' ') must not be empty; write one, for example data/stdlib"),
     "a data path with a null character": (
         'data: {path: "a\\0b"}', (),
-        "data.path ('a\\x00b') must be printable text: no control characters, no blank but the space"),
+        "data.path ('a\\x00b') must be printable text: no control characters, no blank but the space; "
+        "write one, for example data/stdlib"),
     "half of a character": (
         'data: {path: "\\ud800"}', (),
-        "data.path ('\\ud800') must be printable text: no control characters, no blank but the space"),
+        "data.path ('\\ud800') must be printable text: no control characters, no blank but the space; "
+        "write one, for example data/stdlib"),
     # sizes of the model
     "some of the sizes": (
         GOOD, ("model={hidden_size: 512, heads: 8}",),
@@ -663,13 +667,13 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     # YAML
     "a bracket that stays open": (
         GOOD + "train: {steps: 5\n", (),
-        "run.yaml line 3, column 1: expected ',' or '}', but got '<stream end>'"),
+        "run.yaml line 3, column 1: expected ',' or '}', but got '<stream end>'" + YAML_RULE),
     "a tab": (
         GOOD + "train:\n\tsteps: 5\n", (),
-        "run.yaml line 3, column 1: found character '\\t' that cannot start any token"),
+        "run.yaml line 3, column 1: found character '\\t' that cannot start any token" + YAML_RULE),
     "a colon too many": (
         GOOD + "train: steps: 5\n", (),
-        "run.yaml line 2, column 13: mapping values are not allowed here"),
+        "run.yaml line 2, column 13: mapping values are not allowed here" + YAML_RULE),
     "a name that stands twice": (
         GOOD + "train: {steps: 5, steps: 6}\n", (),
         "run.yaml line 2, column 19: 'steps' stands here a second time; keep one of them"),
@@ -678,10 +682,10 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "run.yaml line 3, column 1: 'train' stands here a second time; keep one of them"),
     "a list for a name": (
         GOOD + "[a]: 5\n", (),
-        "run.yaml line 2, column 1: a name must be a word, not ['a']"),
+        "run.yaml line 2, column 1: a name must be a word, not ['a']; write name: value"),
     "two documents": (
         GOOD + "---\n" + GOOD, (),
-        "run.yaml line 2, column 1: but found another document"),
+        "run.yaml line 2, column 1: but found another document" + YAML_RULE),
     "a list for a file": (
         "- data\n- train\n", (),
         "run.yaml (['data', 'train']) must be a mapping of sections; write data: {path: FOLDER}, "
@@ -708,7 +712,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "run.yaml is nested too deeply for a configuration; write plain sections"),
     "a control character": (
         GOOD + "run: {name: a\x01}", (),
-        "run.yaml is not YAML text: unacceptable character #x0001: special characters are not allowed"),
+        "run.yaml is not YAML text: unacceptable character #x0001: special characters are not allowed; "
+        "leave it out"),
     # overrides
     "an override without a value": (
         GOOD, ("train.steps",),
@@ -727,7 +732,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "unknown name '--train'; did you mean 'train'?"),
     "an override that is not YAML": (
         GOOD, ("optimizer.betas=[0.9",),
-        "override 'optimizer.betas=[0.9' line 1, column 5: expected ',' or ']', but got '<stream end>'"),
+        "override 'optimizer.betas=[0.9' line 1, column 5: expected ',' or ']', but got '<stream end>'"
+        + YAML_RULE),
     "an override with an object": (
         GOOD, ("run.seed=!!python/object/apply:os.getpid []",),
         "override 'run.seed=!!python/object/apply:os.getpid []' line 1, column 1: tags are not allowed "
@@ -740,6 +746,34 @@ def test_a_bad_configuration_is_answered_in_one_line(tmp_path, case):
     text, overrides, message = BAD[case]
     assert refused(tmp_path, text, *overrides) == message
     assert len(message.splitlines()) == 1
+
+
+WRONG = {
+    "misspelt": lambda name: f"{name}q=1",
+    "a list": lambda name: f"{name}=[1, 2, 3]",
+    "a mapping": lambda name: f"{name}={{a: 1}}",
+    "negative": lambda name: f"{name}=-7",
+    "not a number": lambda name: f"{name}=.nan",
+    "infinite": lambda name: f"{name}=-.inf",
+    "too large": lambda name: f"{name}=1{'0' * 31}",
+    "true": lambda name: f"{name}=true",
+}
+TEXTS = ("run.name", "run.dir", "model.pretrained", "data.path", "data.tokenizer", "data.cache")
+TEXTS += ("tracking.mlflow", "tracking.experiment")  # on the command line every value of theirs is text
+TRUTHS = ("model.tie_embeddings", "train.activation_checkpointing", "train.reproducible")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_field_refuses_what_it_cannot_be_and_says_what_to_write(tmp_path, wrong):
+    fields = [name for name in FIELDS if name in RunConfig.from_dict({"data": {"path": "x"}}, METHODS).flat()]
+    assert len(fields) > 50
+    for name in fields:
+        if (wrong == "true" and name in TRUTHS) or (wrong != "misspelt" and name in TEXTS):
+            continue
+        message = refused(tmp_path, GOOD, WRONG[wrong](name))
+        section, _, field = name.rpartition(".")
+        assert section in message and field in message, message
+        assert re.search("; (write|did you|known names|method dqt has|the nearest is)", message), message
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -761,8 +795,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         "huge is larger than 1 MiB, which no configuration is; write another path"
     )
     assert answer(tmp_path / "folder" / "run.yaml" / "x").endswith("write the path of a configuration file")
-    assert answer(tmp_path / "binary" / "x") == "binary/x cannot be read: Not a directory"
-    assert answer(Path("a\0b")) == "'a\\x00b' cannot be read: embedded null byte"
+    assert answer(tmp_path / "binary" / "x") == (
+        "binary/x cannot be read: Not a directory; write the path of a configuration file"
+    )
+    assert (
+        answer(Path("a\0b"))
+        == "'a\\x00b' cannot be read: embedded null byte; write the path of a configuration file"
+    )
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
@@ -820,7 +859,7 @@ def one_line_or_a_configuration(build) -> None:
         assert config.differences(config) == []
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5), st.booleans())
 def test_fuzzed_fields_never_end_in_a_traceback(fields, with_path):
     data: dict = {"data": {"path": "x"}} if with_path else {}
@@ -834,14 +873,14 @@ def test_fuzzed_fields_never_end_in_a_traceback(fields, with_path):
     one_line_or_a_configuration(lambda: RunConfig.from_dict(data, METHODS))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(VALUES)
 def test_fuzzed_documents_never_end_in_a_traceback(document):
     one_line_or_a_configuration(lambda: RunConfig.from_dict(document, METHODS))
 
 
 @settings(
-    max_examples=400, deadline=None, derandomize=True,
+    max_examples=500, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(

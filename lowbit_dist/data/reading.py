@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, Data
 from lowbit_dist.data.manifest import (
     HASH,
@@ -98,13 +98,9 @@ class DamagedData(RuntimeError):
 
 def check_cache(data: Data) -> None:
     """ConfigError unless this machine's cache of shards can be written; leaves nothing behind."""
-    folder = nearest = _cache(data).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".lowbit-", dir=nearest))
-    except OSError as error:
-        raise _not_writable(folder, error) from None
+    folder = _cache(data)
+    if why := why_not_writable(folder):
+        raise _not_writable(folder, why)
 
 
 def _cache(data: Data) -> Path:
@@ -112,10 +108,8 @@ def _cache(data: Data) -> Path:
     return (data.cache or default).expanduser()
 
 
-def _not_writable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"data.cache: {folder} cannot be written ({error.strerror or error}); write a folder that can"
-    )
+def _not_writable(folder: Path, why: str) -> ConfigError:
+    return ConfigError(f"data.cache ({folder}) cannot be written: {why}; write a folder that can")
 
 
 class Batches:
@@ -181,7 +175,7 @@ class _Shards:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _not_writable(folder, error) from None
+            raise _not_writable(folder, error.strerror or str(error)) from None
         with _locked(folder / "index.json.lock"):
             index = self._checked_read("index.json", manifest.splits[split].index_sha256, _sha256)
         self._readers: list[MDSReader] = []
