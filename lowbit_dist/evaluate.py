@@ -1,9 +1,9 @@
 """What a trained model is worth, in one process: its loss, perplexity and bits per byte on any text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from lowbit_dist import data, model, tokenizer
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError, Data
 from lowbit_dist.data import documents
-from lowbit_dist.data.manifest import MANIFEST, is_remote
+from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods import DQT, Method, method_of
 from lowbit_dist.packed import PackedTensor
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -29,6 +31,8 @@ def evaluate(
     another number of samples.  `forward` names a grid through which the weights are pushed first.
     """
     config = checkpoint.config
+    if forward is not None and forward not in GRIDS:
+        raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
     words = run_tokenizer(checkpoint)
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
         samples, bytes_per_token = _prepared(checkpoint, path, n_samples)
@@ -74,8 +78,6 @@ def load(checkpoint: Checkpoint, *, forward: str | None = None) -> nn.Module:
     """The model with all of its weights decoded to the run's compute precision, ready for inference."""
     config = checkpoint.config
     method = method_of(config)
-    if forward is not None and forward not in GRIDS:
-        raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     network = model.build(config.model, checkpoint.manifest["vocab_size"], method, dtype)
     pushed = _pushed(network, method) if forward is not None else set()
@@ -89,7 +91,8 @@ def load(checkpoint: Checkpoint, *, forward: str | None = None) -> nn.Module:
     lacking = {name for name, _ in network.named_parameters()} ^ set(weights)
     if lacking:
         raise ConfigError(
-            f"{checkpoint.path} does not fit its own configuration: {', '.join(sorted(lacking))}"
+            f"{checkpoint.path} does not fit its own configuration: {', '.join(sorted(lacking))}; "
+            "name another checkpoint"
         )
     network.load_state_dict(weights, strict=False, assign=True)
     if getattr(network.config, "tie_word_embeddings", False):
@@ -115,18 +118,36 @@ def _through(grid: str, method: Method) -> DQT:
 def _prepared(
     checkpoint: Checkpoint, path: str, n_samples: int | None
 ) -> tuple[Tensor, float]:  # [samples, seq_len] int64, bytes per token
-    manifest = data.read_manifest(path)
+    manifest = _of_data(lambda: data.read_manifest(path))
     if manifest.tokenizer_sha256 != checkpoint.manifest["tokenizer_sha256"]:
         raise ConfigError(
             f"--data ({path}) was prepared with another tokenizer than the one of {checkpoint.path}; "
             "prepare it with the tokenizer in the run's folder, or give plain text"
         )
     config = checkpoint.config
-    batches = data.Batches(
-        Data(path=path, seq_len=manifest.seq_len, cache=config.data.cache), "val", config.run.seed
-    )
-    n = min(n_samples or config.train.eval_samples, batches.n_samples)
-    return batches.micro_batch(0, n), manifest.splits["val"].bytes_per_token
+    if manifest.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"--data ({path}) has samples of {manifest.seq_len:,} tokens, more than the model's max_seq_len "
+            f"{config.model.max_seq_len:,}; prepare it with --seq-len {config.data.seq_len}"
+        )
+
+    def read() -> Tensor:
+        if not is_remote(path):
+            check_files(Path(path), "val", manifest)
+        batches = data.Batches(
+            Data(path=path, seq_len=manifest.seq_len, cache=config.data.cache), "val", config.run.seed
+        )
+        return batches.micro_batch(0, min(n_samples or config.train.eval_samples, batches.n_samples))
+
+    return _of_data(read), manifest.splits["val"].bytes_per_token
+
+
+def _of_data(read: Callable[[], T]) -> T:
+    """What `read` gives; its mistakes are those of --data."""
+    try:
+        return read()
+    except (ConfigError, data.DamagedData) as error:
+        raise ConfigError(str(error).replace("data.path", "--data")) from None
 
 
 def _text(
@@ -135,9 +156,11 @@ def _text(
     """Documents between `<s>` and `</s>`, one after the other, cut; what is left at the end is dropped."""
     ids: list[int] = []
     n_bytes = 0
-    for text in _documents(path):
+    for text in filter(None, _documents(path)):
         ids += [words.bos_id, *words.encode(text), words.eos_id]
         n_bytes += len(text.encode())
+    if not ids:
+        raise ConfigError(f"--data ({path}) holds no text; write the path of a file that does")
     # A text shorter than a sample is a short sample.
     length = min(seq_len, len(ids))
     n = len(ids) // length

@@ -1,5 +1,6 @@
 """Text from a checkpoint, sampled token by token."""
 
+import math
 import time
 from typing import Any
 
@@ -23,12 +24,16 @@ def generate(
     """The model's continuation of `prompt`; the same for the same seed on the same kind of machine."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens ({max_new_tokens}) must be at least 1; write 100, for example")
-    if not temperature >= 0:
-        raise ConfigError(f"--temperature ({temperature}) must be at least 0; write 0.8, or 0 for no chance")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(
+            f"--temperature ({temperature}) must be a finite number from 0 up; write 0.8, or 0 for no chance"
+        )
     if top_k < 0:
         raise ConfigError(f"--top-k ({top_k}) must be at least 0, which takes all tokens; write 50")
     if not 0 < top_p <= 1:
         raise ConfigError(f"--top-p ({top_p}) must be more than 0, at most 1; write 0.95, for example")
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"--seed ({seed}) must be at least 0 and less than 2^63; write 0, for example")
     words = run_tokenizer(checkpoint)
     ids = [words.bos_id, *words.encode(prompt)]
     longest = checkpoint.config.model.max_seq_len

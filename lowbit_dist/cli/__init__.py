@@ -333,9 +333,14 @@ def _load(config: Path, overrides: list[str] | None) -> RunConfig:
 
 
 def _checkpoint(run: str) -> Any:
-    from lowbit_dist.checkpoint import Checkpoint, resolve
+    from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 
-    return Checkpoint.open(resolve(run))
+    path = resolve(run)
+    found = Checkpoint.open(path)
+    # A run's checkpoints have been verified to find its newest; one that is named itself has not.
+    if (Path(run) / MANIFEST).exists() and (problems := found.verify()):
+        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
+    return found
 
 
 def _vocab_size(config: RunConfig, given: int | None) -> int:
