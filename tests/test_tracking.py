@@ -66,9 +66,8 @@ def test_a_run_has_its_parameters_metrics_charts_and_status(config, store):
     tracker = tracking.Tracker(config(), step=0, run_id=None)
     for step in (10, 20, 30):
         tracker.log(step, {"loss": 5.0 / step, "tokens": step * 100, "grad_norm": None})
-    tracker.flush()
-    assert steps(store, tracker.run_id) == [10, 20, 30]
     tracker.finish("FINISHED", SUMMARY)
+    assert steps(store, tracker.run_id) == [10, 20, 30]
     run = client(store).get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["method.grid"] == "ternary"
@@ -109,7 +108,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_mlflow_run(config, s
 def test_what_mlflow_never_got_is_sent_when_the_run_is_resumed(config, store):
     first = tracking.Tracker(config(name="late"), step=0, run_id=None)
     first.log(10, {"loss": 1.0, "tokens": 10})
-    first.flush()
+    first.close()
     with (config(name="late").run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "time": 1.0, "loss": 0.5, "tokens": 20}\n{"step": 30, "ti')  # torn by a kill
     second = tracking.Tracker(config(name="late"), step=20, run_id=first.run_id)
@@ -122,7 +121,6 @@ def test_a_server_that_is_down_stops_nothing_and_is_mentioned_once(config, caplo
         tracker = tracking.Tracker(config("http://127.0.0.1:9"), step=0, run_id=None)
         for step in range(1, 4):
             tracker.log(step, {"loss": 1.0, "tokens": step})
-        tracker.flush()
         tracker.finish("FINISHED", SUMMARY)
     assert len((config().run_dir / "metrics.jsonl").read_text().splitlines()) == 3
     assert sum("does not answer" in record.message for record in caplog.records) == 1

@@ -1,0 +1,309 @@
+"""Full disks: a small tmpfs that fills up and is freed again.  Nothing is lost, and the words are clear."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lowbit_dist import tracking
+from lowbit_dist.cluster.following import Follower
+from lowbit_dist.config import RunConfig
+from lowbit_dist.methods import METHODS
+
+
+class Disk:
+    """A file system of its own, of a given size."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def fill(self) -> None:
+        with (self.folder / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
+            for size in (1 << 16, 1 << 12):
+                with contextlib.suppress(OSError):
+                    while filler.write(bytes(size)) == size:
+                        pass
+        assert shutil.disk_usage(self.folder).free == 0, "the disk must be full"
+
+    def free(self) -> None:
+        (self.folder / "filler").unlink()
+
+    def grow(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk("2m")`: a new disk of that size."""
+    made: list[Path] = []
+
+    def make(size: str) -> Disk:
+        folder = tmp_path / f"disk{len(made)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a tmpfs cannot be mounted here: {getattr(error, 'stderr', None) or error}")
+        made.append(folder)
+        return Disk(folder)
+
+    yield make
+    for folder in made:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def until(condition, what: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+# --- tracking ---------------------------------------------------------------------------------------------
+
+WIDE = {f"memory/part{i}": 1.0 for i in range(60)}  # makes a row longer than a kilobyte
+
+
+def config(folder: Path, uri: str | None = None) -> RunConfig:
+    made = RunConfig.from_dict(
+        {
+            "run": {"name": "full", "dir": str(folder)},
+            "method": {"name": "dqt"},
+            "data": {"path": "data"},
+            "tracking": {"mlflow": uri, "experiment": "tests"},
+        },
+        METHODS,
+    )
+    made.run_dir.mkdir(exist_ok=True, parents=True)
+    (made.run_dir / "config.yaml").write_text(made.to_yaml())
+    return made
+
+
+def log(tracker: tracking.Tracker, steps) -> None:
+    """As the loop does; a step of the loop waits for none of it."""
+    for step in steps:
+        began = time.monotonic()
+        tracker.log(step, {"loss": 1.0 / step, "tokens": 10 * step, **WIDE})
+        assert time.monotonic() - began < 1.0, "training must not wait for a full disk"
+
+
+def written(folder: Path) -> list[int]:
+    """The steps of the file, every line of which must be whole."""
+    content = (folder / "full" / tracking.METRICS).read_text()
+    assert content == "" or content.endswith("\n")
+    return [json.loads(line)["step"] for line in content.splitlines()]
+
+
+class Told:
+    def __init__(self):
+        self.steps = []
+
+    def say(self, text):
+        pass
+
+    def row(self, row):
+        self.steps.append(row["step"])
+
+
+def warnings(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture(autouse=True)
+def listening(caplog):
+    with caplog.at_level(logging.WARNING, logger="lowbit_dist"):
+        yield
+
+
+def test_rows_wait_in_memory_while_the_disk_is_full_and_are_then_written_once_and_in_order(disk, caplog):
+    small = disk("256k")
+    run = config(small.folder)
+    told = Told()
+    tracker = tracking.Tracker(run, step=0, run_id=None)
+    follower = Follower(run.run_dir, told)
+    log(tracker, range(1, 10))
+    follower.read()
+    small.fill()
+    for step in range(10, 40):
+        log(tracker, [step])
+        follower.read()
+        assert written(small.folder) == list(range(1, len(written(small.folder)) + 1))
+    assert 9 <= len(written(small.folder)) < 20, "the case must leave rows in memory"
+    assert len(warnings(caplog)) == 1
+    assert f"{run.run_dir}/metrics.jsonl cannot be written (No space left on device)" in warnings(caplog)[0]
+    small.free()
+    log(tracker, [40])
+    follower.read()
+    assert written(small.folder) == told.steps == list(range(1, 41))
+    assert warnings(caplog)[1:] == [
+        f"{run.run_dir}/metrics.jsonl is written again, with every row that waited"
+    ]
+    tracker.finish("FINISHED")
+    assert len(warnings(caplog)) == 2
+    assert (run.run_dir / "loss.png").stat().st_size > 1000
+    assert not list(run.run_dir.glob(".draft*"))
+
+
+def test_a_run_that_ends_on_a_full_disk_says_what_its_file_lacks_and_goes_on_later(disk, caplog):
+    small = disk("256k")
+    run = config(small.folder)
+    (run.run_dir / "loss.png").write_bytes(b"an earlier picture")
+    tracker = tracking.Tracker(run, step=0, run_id=None)
+    log(tracker, range(1, 10))
+    small.fill()
+    log(tracker, range(10, 20))
+    tracker.finish("FAILED")
+    n = len(written(small.folder))
+    assert n < 19, "the case must leave rows in memory"
+    assert (run.run_dir / "loss.png").read_bytes() == b"an earlier picture"
+    assert not list(run.run_dir.glob(".draft*"))
+    assert warnings(caplog)[1:] == [
+        f"{run.run_dir}/loss.png is not drawn (No space left on device)",
+        f"{run.run_dir}/metrics.jsonl lacks the last {19 - n} rows, from step {n + 1} on: it could not be "
+        "written (No space left on device); they are lost",
+    ]
+    # The disk is still full: what is measured again is cut all the same.
+    again = tracking.Tracker(run, step=5, run_id=None)
+    assert written(small.folder) == [1, 2, 3, 4, 5]
+    small.free()
+    log(again, range(6, 20))
+    again.finish("FINISHED")
+    assert written(small.folder) == list(range(1, 20))
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory):
+    """A database of MLflow's without runs: its migrations take long."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracker = tracking.Tracker(config(file.parent, f"sqlite:///{file}"), step=0, run_id=None)
+    tracker.finish("FINISHED")
+    return file
+
+
+def sent(file: Path, run_id: str, key: str = "loss") -> list[int]:
+    """The steps that MLflow has, read without MLflow; the database must be sound."""
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
+        rows = database.execute("select step from metrics where run_uuid = ? and key = ?", (run_id, key))
+        return sorted(step for (step,) in rows)
+
+
+def test_mlflows_database_on_a_full_disk_stops_nothing_and_gets_every_row_when_there_is_room(
+    disk, new_store, tmp_path, caplog, capfd
+):
+    small = disk("4m")
+    file = shutil.copy(new_store, small.folder)
+    run = config(tmp_path, f"sqlite:///{file}")
+    tracker = tracking.Tracker(run, step=0, run_id=None)
+    run_id = tracker.run_id
+    log(tracker, range(1, 4))
+    until(lambda: sent(file, run_id) == [1, 2, 3], "the first rows never arrived")
+    small.fill()
+    log(tracker, range(4, 60))
+    until(lambda: warnings(caplog), "the full disk was never reported")
+    log(tracker, range(60, 100))
+    assert written(tmp_path) == list(range(1, 100))
+    assert len(sent(file, run_id)) < 99, "the case must leave rows unsent"
+    small.free()
+    until(lambda: sent(file, run_id) == list(range(1, 100)), "the rows never arrived")
+    tracker.finish("FINISHED")
+    assert sent(file, run_id, "memory/part59") == list(range(1, 100))
+    assert len(warnings(caplog)) == 1
+    assert "database or disk is full" in warnings(caplog)[0]
+    assert "\n" not in warnings(caplog)[0]
+    assert "Traceback" not in capfd.readouterr().err
+    from mlflow.tracking import MlflowClient
+
+    assert MlflowClient(f"sqlite:///{file}").get_run(run_id).info.status == "FINISHED"
+
+
+def test_rows_that_mlflows_full_disk_never_took_are_sent_when_the_run_is_resumed(
+    disk, new_store, tmp_path, caplog
+):
+    small = disk("4m")
+    file = shutil.copy(new_store, small.folder)
+    run = config(tmp_path, f"sqlite:///{file}")
+    first = tracking.Tracker(run, step=0, run_id=None)
+    run_id = first.run_id
+    small.fill()
+    log(first, range(1, 100))
+    began = time.monotonic()
+    first.finish("FINISHED")
+    assert time.monotonic() - began < tracking.FLUSH_SECONDS, "the end must not wait for a full disk"
+    assert written(tmp_path) == list(range(1, 100))
+    assert sent(file, run_id) != written(tmp_path), "the case must leave rows unsent"
+    assert "did not get all of the run; when the run is started again, it gets" in warnings(caplog)[-1]
+    small.free()
+    second = tracking.Tracker(run, step=99, run_id=run_id)
+    assert second.run_id == run_id
+    second.finish("FINISHED")
+    assert sent(file, run_id) == list(range(1, 100))
+
+
+def test_room_that_comes_back_just_before_the_end_is_used(disk, new_store, tmp_path, caplog):
+    small = disk("4m")
+    file = shutil.copy(new_store, small.folder)
+    tracker = tracking.Tracker(config(tmp_path, f"sqlite:///{file}"), step=0, run_id=None)
+    run_id = tracker.run_id
+    small.fill()
+    log(tracker, range(1, 100))
+    until(lambda: warnings(caplog), "the full disk was never reported")
+    time.sleep(1.5)  # the thread now pauses for seconds before it tries again
+    small.free()
+    tracker.finish("FINISHED")
+    assert sent(file, run_id) == list(range(1, 100))
+    assert len(warnings(caplog)) == 1
+
+
+def test_the_folder_of_the_run_is_full_but_mlflow_gets_every_row(disk, new_store, tmp_path, caplog):
+    small = disk("256k")
+    file = shutil.copy(new_store, tmp_path)
+    run = config(small.folder, f"sqlite:///{file}")
+    small.fill()
+    tracker = tracking.Tracker(run, step=0, run_id=None)
+    run_id = tracker.run_id
+    log(tracker, range(1, 20))
+    tracker.finish("FINISHED")
+    assert sent(file, run_id) == list(range(1, 20))
+    assert any("they go to MLflow alone" in words for words in warnings(caplog))
+    assert any(".mlflow_run_id cannot be written yet" in words for words in warnings(caplog))
+    small.free()
+    again = tracking.Tracker(run, step=19, run_id=run_id)
+    assert (run.run_dir / tracking.RUN_ID).read_text() == again.run_id == run_id
+    again.finish("FINISHED")
+
+
+@pytest.mark.parametrize("size", ["100k", "500k"])
+def test_a_new_database_that_found_no_room_is_made_when_there_is_some(disk, tmp_path, caplog, size):
+    small = disk(size)
+    file = small.folder / "mlflow.db"
+    tracker = tracking.Tracker(config(tmp_path, f"sqlite:///{file}"), step=0, run_id=None)
+    log(tracker, [1, 2])
+    assert tracker.run_id is None
+    assert len(warnings(caplog)) == 1
+    until(lambda: os.listdir(small.folder) == ["mlflow.db.lock"], "a half-made database must go")
+    assert shutil.disk_usage(small.folder).used == 0, "no file that was given up holds on to space"
+    small.grow("8m")
+    until(lambda: tracker.run_id and sent(file, tracker.run_id) == [1, 2], "the rows never arrived")
+    tracker.finish("FINISHED")
+    assert sorted(os.listdir(small.folder)) == ["mlartifacts", "mlflow.db", "mlflow.db.lock"]
+
+
+def test_a_database_whose_making_was_killed_does_not_block_the_next_run(tmp_path):
+    for name in ("mlflow.db.draft", "mlflow.db.draft-journal"):
+        (tmp_path / name).write_bytes(b"half")
+    file = tmp_path / "mlflow.db"
+    tracker = tracking.Tracker(config(tmp_path, f"sqlite:///{file}"), step=0, run_id=None)
+    run_id = tracker.run_id
+    log(tracker, [1])
+    tracker.finish("FINISHED")
+    assert sent(file, run_id) == [1]
+    assert not list(tmp_path.glob("*draft*"))
