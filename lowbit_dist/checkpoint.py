@@ -292,7 +292,7 @@ def _sha256(path: Path) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    paths = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    paths = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
     return sorted(paths, key=_step, reverse=True)
 
 
@@ -302,15 +302,24 @@ def _step(path: Path) -> int:
 
 def latest(run_dir: Path | str) -> Path | None:
     """The newest checkpoint of a run that is complete and undamaged; damaged ones are named in a warning."""
-    for path in _newest_first(Path(run_dir) / "checkpoints"):
+    found, damaged = _newest_whole(Path(run_dir))
+    for each in damaged:
+        log.warning("DAMAGED CHECKPOINT %s", each)
+    return found
+
+
+def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and what is wrong with the newer ones."""
+    damaged: list[str] = []
+    for path in _newest_first(run_dir / "checkpoints"):
         try:
             problems = Checkpoint.open(path).verify()
         except ConfigError as error:
             problems = [str(error)]
         if not problems:
-            return path
-        log.warning("DAMAGED CHECKPOINT %s is not used: %s", path, "; ".join(problems))
-    return None
+            return path, damaged
+        damaged.append(f"{path} is not used: {'; '.join(problems)}")
+    return None, damaged
 
 
 def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = "runs") -> Path:
@@ -318,13 +327,19 @@ def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = "runs") -> Pat
     for path in (Path(run_or_checkpoint), Path(runs_dir) / run_or_checkpoint):
         if (path / MANIFEST).exists():
             return path
-        if (path / "checkpoints").is_dir():
-            found = latest(path)
+        if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+            found, damaged = _newest_whole(path)
             if found is None:
-                raise ConfigError(f"{path} has no usable checkpoint yet")
+                why = f": {'; '.join(damaged)}" if damaged else " yet"
+                raise ConfigError(
+                    f"{path} has no usable checkpoint{why}; train it, or write another run's name"
+                )
+            for each in damaged:
+                log.warning("DAMAGED CHECKPOINT %s", each)
             return found
     raise ConfigError(
-        f"'{run_or_checkpoint}' is neither a run (in {runs_dir}/), a run's folder nor a checkpoint's folder"
+        f"'{run_or_checkpoint}' is neither a run (in {runs_dir}/), a run's folder nor a checkpoint's folder; "
+        "write the name or folder of one"
     )
 
 
