@@ -305,6 +305,8 @@ def measured(content):
     return found
 
 
+CHECKPOINTED = {"activation_checkpointing": True}
+TWO_PASSES = {"batch_tokens": 8 * SEQ_LEN}  # a step of two micro-batches on each of two workers
 CASES = [
     {},
     {"method": {"grid": "int2", "granularity": "row"}, "optimizer": {"states": "fp32"}},
@@ -314,22 +316,47 @@ CASES = [
     {"method": {"tensors": "all"}},
     {"method": {"tensors": "all", "granularity": "row"}, "precision": "bf16"},
     {"method": {"sub_norms": True}, "model": {"tie_embeddings": True}},
-    {"train": {"activation_checkpointing": True}},
-    {"train": {"activation_checkpointing": True}, "precision": "bf16", "zero": {"residency": "replicated"}},
-    {"train": {"batch_tokens": 8 * SEQ_LEN}, "precision": "bf16"},
+    {"train": CHECKPOINTED},
+    {"train": CHECKPOINTED, "precision": "bf16"},
+    {"train": CHECKPOINTED, "precision": "bf16", "zero": {"residency": "replicated"}},
+    {"train": {**CHECKPOINTED, **TWO_PASSES}, "precision": "bf16", "method": {"grid": "int4"}},
+    {"train": TWO_PASSES, "precision": "bf16"},
     {"train": {"reproducible": True}},
-    {"model": {"layers": 7, "kv_heads": 4}, "train": {"activation_checkpointing": True}},
+    {"model": {"layers": 7, "kv_heads": 4}, "train": CHECKPOINTED},
+    {
+        "model": {"layers": 7},
+        "train": CHECKPOINTED,
+        "method": {"grid": "int8"},
+        "zero": {"residency": "replicated"},
+        "precision": "bf16",
+    },
     {"method": {"name": "bitnet"}},
-    {"method": {"name": "bitnet"}, "precision": "bf16", "train": {"activation_checkpointing": True}},
-    {"method": {"name": "dense"}, "optimizer": {"states": "fp32"}, "train": {"batch_tokens": 8 * SEQ_LEN}},
+    {"method": {"name": "bitnet"}, "precision": "bf16", "train": CHECKPOINTED},
+    {"method": {"name": "dense"}, "model": {"layers": 7}, "precision": "bf16", "train": CHECKPOINTED},
+    {"method": {"name": "dense"}, "optimizer": {"states": "fp32"}, "train": TWO_PASSES},
     {"method": {"name": "dense"}, "zero": {"stage": 0}, "precision": "bf16"},
+    {"method": {"name": "bitnet"}, "zero": {"stage": 0}, "train": CHECKPOINTED},
     {"method": {"name": "dense"}, "zero": {"stage": 1}, "optimizer": {"states": "bf16"}},
+    {
+        "method": {"name": "dense"},
+        "zero": {"stage": 1},
+        "optimizer": {"states": "fp32"},
+        "precision": "bf16",
+        "train": TWO_PASSES,
+    },
     {
         "method": {"name": "bitnet"},
         "zero": {"stage": 2},
         "optimizer": {"states": "fp32"},
         "precision": "bf16",
     },
+    {
+        "method": {"name": "dense"},
+        "zero": {"stage": 2},
+        "optimizer": {"states": "bf16"},
+        "train": CHECKPOINTED,
+    },
+    {"method": {"name": "dense"}, "zero": {"stage": 3}, "precision": "bf16"},
 ]
 
 
@@ -337,19 +364,35 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_plan_is_what_is_measured(case, world, ranks):
     from lowbit_dist import memory
+    from lowbit_dist.memory.plan import planned
 
     case = configuration(**case)
-    plan = memory.plan(load(case), VOCAB, world)
+    plan = planned(load(case), VOCAB, world)
     found = memory.largest(ranks(world).run(measured, case))
     for name in list(memory.COMPONENTS)[:6]:
         assert plan["components"][name] == found["components"][name], name
     assert plan["resident_bytes_per_worker"] == found["resident_bytes_per_worker"]
     assert plan["parameters"] == found["parameters"]
-    # The issue asks for 5 %; the rehearsal follows the step closely enough for less.
-    assert plan["peak_bytes_per_worker"] == pytest.approx(found["peak_bytes_per_worker"], rel=0.025)
+    # Promised are 5 %; the rehearsal follows the step closely enough for less.
+    assert plan["peak_bytes_per_worker"] == pytest.approx(found["peak_bytes_per_worker"], rel=0.01)
     assert found["components"]["activations"]["bytes"] == pytest.approx(
-        plan["components"]["activations"]["bytes"], rel=0.025
+        plan["components"]["activations"]["bytes"], rel=0.01
     )
+
+
+def test_what_is_measured_spans_all_that_decides_memory():
+    seen = [load(configuration(**case)) for case in CASES]
+    assert len(CASES) >= 16
+    for name in ("dqt", "bitnet", "dense"):
+        assert {c.train.activation_checkpointing for c in seen if c.method.name == name} == {True, False}
+        assert {c.precision for c in seen if c.method.name == name} == {"fp32", "bf16"}
+    low_bit = [c for c in seen if c.method.name == "dqt"]
+    assert {c.method.grid for c in low_bit} == set(BITS)
+    assert {c.zero.residency for c in low_bit} == {"sharded", "replicated"}
+    assert {c.method.tensors for c in low_bit} == {"linears", "all"}
+    assert {c.optimizer.states for c in seen} == {"fp32", "bf16", "int8"}
+    assert {c.zero.stage for c in seen if c.method.name != "dqt"} == {None, 0, 1, 2, 3}
+    assert {c.model.layers for c in seen if c.train.activation_checkpointing} == {3, 7}
 
 
 def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):

@@ -17,7 +17,7 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.memory.resident import flat_numel, shard_numel
 
-NORM_CHUNK = 1 << 20  # elements that the gradient norm of packed ZeRO-3 converts at once
+NORM_CHUNK = 1 << 20  # elements that the gradient norm converts at once
 ALLREDUCE_BUCKET = 500_000_000  # elements that DeepSpeed's stage 0 reduces at once
 
 
@@ -57,10 +57,9 @@ class Zero3:
                 module.register_forward_pre_hook(self._before_forward)
                 module.register_forward_hook(self._after_forward)
         largest = max(shard_numel(p.numel(), workers) for p in model.parameters())
-        # float64 copies for the norm, and of a float64 gradient the float32 copy that the update reads
-        self.update_bytes = max(
-            16 * min(largest, NORM_CHUNK), 4 * largest if self.accumulation == torch.float64 else 0
-        )
+        # Of a float64 gradient, the update reads a float32 copy.
+        copied = 4 * largest if self.accumulation == torch.float64 else 0
+        self.update_bytes = max(_norm_bytes(largest), copied)
         self.order: list[tuple[_Parameter, int]] = []
         self.recorded = False
         self._reset()
@@ -218,12 +217,16 @@ class Stock:
         self.rounds = [min(2, config.accumulation(workers))]
         upcast = 4 if self.itemsize < 4 else 0
         if stage == 0:
-            self.update_bytes = self.n * (self.itemsize + upcast)
-            if workers > 1:
-                copied = min(self.n, ALLREDUCE_BUCKET)
-                self.update_bytes = max(self.update_bytes, (self.n + copied) * self.itemsize)
+            largest = max(p.numel() for p in self.parameters)
+            copied = min(self.n, ALLREDUCE_BUCKET)  # by a single worker too
+            self.update_bytes = max(
+                (self.n + copied) * self.itemsize, self.n * (self.itemsize + upcast) + _norm_bytes(largest)
+            )
         else:
-            self.update_bytes = (self.own_numel + part) * self.itemsize + part * upcast
+            # The gradients of the passes are gone when the norm of the partition's float32 ones is taken.
+            self.update_bytes = max(
+                (self.own_numel + part) * self.itemsize + part * upcast, 4 * part + _norm_bytes(part)
+            )
         self.kept: list[Tensor] = []  # gradients of the passes before
         self.buffer: Tensor | None = None  # of the bucket
         self.own: Tensor | None = None  # this worker's part of a pass's gradients
@@ -271,6 +274,11 @@ class Stock:
             self.n_in_bucket = 0
         self.n_in_bucket += parameter.numel()
         parameter.grad = None
+
+
+def _norm_bytes(numel: int) -> int:
+    """The float64 copies of the largest gradient's elements that `zero.global_norm` makes at once."""
+    return 16 * min(numel, NORM_CHUNK)
 
 
 class _OnBackward(torch.autograd.Function):

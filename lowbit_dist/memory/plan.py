@@ -19,9 +19,9 @@ def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict
     """
     workers = config.cluster.workers if workers is None else workers
     config.accumulation(workers)
-    found = _planned(config, vocab_size, workers)
-    dense = _planned(adamw_fp32(config), vocab_size, workers)
-    bitnet = _planned(bitnet_ste(config), vocab_size, workers)
+    found = planned(config, vocab_size, workers)
+    dense = planned(adamw_fp32(config), vocab_size, workers)
+    bitnet = planned(bitnet_ste(config), vocab_size, workers)
     return {
         **found,
         "saved_vs_adamw_fp32": saved(found, dense),
@@ -67,7 +67,8 @@ def _baseline(config: RunConfig, method: str, precision: str) -> RunConfig:
     return RunConfig.from_dict(content, METHODS)
 
 
-def _planned(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
+def planned(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
+    """Bytes per worker of one run, without its baselines."""
     at_rest, counts = _at_rest_numbers(config, vocab_size, workers)
     return report(at_rest, _peak(config, vocab_size, workers), parameters=counts, workers=workers)
 
