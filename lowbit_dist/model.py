@@ -46,12 +46,14 @@ def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  
 
     if config.pretrained is not None:
         try:
-            loaded = transformers.AutoConfig.from_pretrained(config.pretrained, local_files_only=True)
+            loaded = transformers.AutoConfig.from_pretrained(
+                config.pretrained, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.pretrained ({config.pretrained}) is not a Hugging Face model folder: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+                f"{str(error).splitlines()[0]}; write the path of one"
+            ) from None
         if loaded.vocab_size < vocab_size:
             raise ConfigError(
                 f"model.pretrained ({config.pretrained}) has a vocabulary of {loaded.vocab_size:,}, "
@@ -77,6 +79,23 @@ def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def check_pretrained(config: Model, vocab_size: int, seq_len: int, method: Method) -> None:
+    """ConfigError unless the folder holds a model of this vocabulary and length with every weight it needs.
+
+    Reads headers alone, so it is quick.
+    """
+    model = build(config, vocab_size, method, torch.bfloat16)
+    longest = getattr(model.config, "max_position_embeddings", None) or seq_len
+    if seq_len > longest:  # type: ignore[operator]
+        raise ConfigError(
+            f"data.seq_len ({seq_len:,}) must be at most {longest:,}, the max_position_embeddings of "
+            f"{config.pretrained}; write data.seq_len: {longest}, or another model"
+        )
+    initial = InitialWeights(model, 0, config.pretrained)
+    for name, parameter in model.named_parameters():
+        initial.check(name, parameter.shape)
 
 
 def low_bit_names(model: nn.Module, method: Method) -> list[str]:
@@ -142,38 +161,68 @@ class InitialWeights:
         self.files = _safetensors_index(Path(pretrained)) if pretrained is not None else {}
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:  # `shape` float32 on the CPU
+        self.check(name, shape)
         if name in self.files:
             from safetensors import safe_open
 
             with safe_open(self.files[name], "pt") as file:
-                value = file.get_tensor(name)
-            if value.shape != shape:
-                raise ConfigError(
-                    f"model.pretrained: {name} in {self.files[name]} has shape {tuple(value.shape)}, "
-                    f"the model {tuple(shape)}"
-                )
-            return value.float()
-        if self.files and not name.endswith(".norm.weight"):  # the norms that SubLN adds are not in the file
-            raise ConfigError(f"model.pretrained: {name} is in none of the folder's safetensors files")
+                return file.get_tensor(name).float()
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.empty(shape).normal_(0.0, self.std, generator=generator)
 
+    def check(self, name: str, shape: torch.Size) -> None:
+        """ConfigError unless a pretrained folder has this tensor in this shape."""
+        if name in self.files:
+            found = _shape(self.files[name], name)
+            if found != tuple(shape):
+                raise ConfigError(
+                    f"model.pretrained: {name} in {self.files[name]} has shape {found}, the model "
+                    f"{tuple(shape)}; write the folder of a model whose config.json and weights fit together"
+                )
+        # The norms that SubLN adds are not in the file.
+        elif self.files and not name.endswith(".norm.weight"):
+            raise ConfigError(
+                f"model.pretrained: {name} is in none of the folder's safetensors files; write the folder of "
+                "a whole model"
+            )
+
+
+def _shape(file: Path, name: str) -> tuple[int, ...]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.pretrained: {file} cannot be read for {name} ({error}); copy the model again"
+        ) from None
+
 
 def _safetensors_index(folder: Path) -> dict[str, Path]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {name: folder / Path(file).name for name, file in weight_map.items()}
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {name: folder / Path(file).name for name, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"model.pretrained: {index} cannot be read ({type(error).__name__}: {error}); "
+                "copy the model again"
+            ) from None
     single = folder / "model.safetensors"
     if not single.exists():
         raise ConfigError(
             f"model.pretrained ({folder}) has no model.safetensors; other formats are not read, "
-            "since loading them can run code"
+            "since loading them can run code; convert it, or write another folder"
         )
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    try:
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model.pretrained: {single} cannot be read ({error}); copy it again") from None

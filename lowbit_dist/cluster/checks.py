@@ -24,7 +24,14 @@ def check(config: RunConfig) -> None:
     _check_prepared(config)
     from lowbit_dist import data
 
-    data.check(config)
+    manifest = data.check(config)
+    if not address:  # the workers' machines are this one
+        data.check_cache(config.data)
+    if config.model.pretrained is not None:
+        from lowbit_dist import model
+        from lowbit_dist.methods import method_of
+
+        model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, method_of(config))
     from lowbit_dist import tracking
 
     tracking.check(config)
