@@ -1,13 +1,14 @@
 """What several test files share: prepared data and living ranks, made once per session."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two cores serve every process here
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from ranks import Ranks
@@ -77,3 +78,33 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return base
 
     return configuration
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def lowbit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """`lowbit("plan", ...)` in this process: what the shell would see."""
+
+    def run(*arguments: Any) -> Done:
+        from lowbit_dist.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capfd.readouterr()
+        stdout = os.dup(1)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            sys.stdout.flush()
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, *capfd.readouterr())
+
+    return run

@@ -6,7 +6,6 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -15,35 +14,6 @@ VERBS = (
     "bench update",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def lowbit(capfd, monkeypatch):
-    """`lowbit("plan", ...)` in this process: what the shell would see."""
-
-    def run(*arguments):
-        from lowbit_dist.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        capfd.readouterr()
-        stdout = os.dup(1)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            sys.stdout.flush()
-            os.dup2(stdout, 1)
-            os.close(stdout)
-        return Done(ended.value.code, *capfd.readouterr())
-
-    return run
 
 
 def python(code, *arguments, **environment):
