@@ -15,8 +15,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -85,7 +83,7 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
 
     The same inputs give the same files; a folder that holds another tokenizer is not overwritten.
     """
-    from lowbit_dist.data import documents  # here, for `data` is built on this module
+    from lowbit_dist.data import documents, writing  # here, for `data` is built on this module
 
     out = Path(out_dir)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 260 <= vocab_size <= 1 << 20:
@@ -106,20 +104,15 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
         if (out / MODEL).is_file() and (out / MODEL).read_bytes() == model and (out / FILES[1]).is_file():
             return tokenizer
         raise ConfigError(f"--out ({out}) is not empty and holds no such tokenizer; write another folder")
-    partial = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        _write(model, partial)
-        partial.chmod(0o755)
-        os.rename(partial, out)  # an empty folder may stand there
+        with writing.drafted(out) as draft:
+            draft.needs = 10 * len(model)
+            _write(model, draft.folder)
+            draft.publish()
     except OSError as error:
         raise ConfigError(
             f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
         ) from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     return tokenizer
 
 
@@ -201,7 +194,7 @@ def _write(model: bytes, folder: Path) -> None:
     from transformers import LlamaTokenizerFast
 
     (folder / MODEL).write_bytes(model)
-    LlamaTokenizerFast(
+    fast = LlamaTokenizerFast(
         vocab_file=str(folder / MODEL),
         unk_token="<unk>",
         bos_token="<s>",
@@ -211,4 +204,11 @@ def _write(model: bytes, folder: Path) -> None:
         legacy=False,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
-    ).save_pretrained(str(folder))
+    )
+    try:
+        fast.save_pretrained(str(folder))
+    except Exception as error:
+        # The library under it, in Rust, tells of a full disk by a bare Exception.
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise

@@ -4,17 +4,23 @@ import contextlib
 import json
 import logging
 import os
+import random
+import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
-from lowbit_dist import tracking
+from lowbit_dist import data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
-from lowbit_dist.config import RunConfig
+from lowbit_dist.config import Data, RunConfig
+from lowbit_dist.data import reading, writing
 from lowbit_dist.methods import METHODS
 
 
@@ -307,3 +313,155 @@ def test_a_database_whose_making_was_killed_does_not_block_the_next_run(tmp_path
     tracker.finish("FINISHED")
     assert sent(file, run_id) == [1]
     assert not list(tmp_path.glob("*draft*"))
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+SEQ = 32
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randrange(1, 9))) for _ in range(300)]
+    texts = (" ".join(draw.choices(words, k=draw.randrange(1, 200))) for _ in range(100))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def words(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "out"
+    tokenizer.train([corpus], 300, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepare(corpus, words):
+    """`prepare(out)`: in shards of 4 kB, without Ray's processes: they write nothing to the disk of `out`."""
+
+    def tokenised(chosen, words, seed, workers):
+        for bundle in writing._bundles(chosen):
+            for row in writing._tokenise({"parts": [bundle]}, None, words.sha256, seed):
+                yield {name: column[0] for name, column in row.items()}
+
+    loaded = tokenizer.load(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(writing._loaded, loaded.sha256, loaded)
+        patch.setattr(writing, "_tokenised", tokenised)
+        patch.setattr(writing, "SHARD_BYTES", 4096)
+        yield lambda out: data.prepare([corpus], words, out, seq_len=SEQ, val_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def prepared(prepare, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(out)
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def pages(*folders: Path) -> int:
+    """The pages of a tmpfs that the files take."""
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return sum(-(-file.stat().st_size // 4096) for file in files)
+
+
+def test_a_preparation_that_fills_the_disk_at_any_place_leaves_it_empty_and_says_what_it_needs(
+    disk, prepare, prepared
+):
+    small = disk("4k")
+    out = small.folder / "out"
+    places, needs = set(), set()
+    n_pages = pages(prepared)
+    for size in range(1, n_pages + 1):
+        small.grow(f"{4 * size}k")
+        try:
+            prepare(out)
+            break
+        except RuntimeError as error:
+            places |= {frame.name for frame in traceback.extract_tb(error.__cause__.__traceback__)}
+            words = str(error)
+        assert words.startswith(
+            f"the disk of {small.folder} is full, and what was written of {out} is removed"
+        )
+        assert words.endswith("MB are free; free space there, or write another --out, and start again") or (
+            "it needs more space than there is" in words
+        )
+        needs |= {float(number[1]) for number in re.finditer(r"needs about ([\d.]+) MB", words)}
+        assert os.listdir(small.folder) == []
+        assert shutil.disk_usage(small.folder).used == 0
+    assert size >= n_pages - 2, "the case must fail in the last phase"
+    assert places >= {"_copy_tokenizer", "add", "finish", "_write_manifest"}
+    assert content(out) == content(prepared)
+    assert os.listdir(small.folder) == ["out"]
+    tokens = sum(
+        split["tokens"] for split in json.loads((out / "manifest.json").read_text())["splits"].values()
+    )
+    assert needs and all(2 * tokens / 1e6 - 0.05 <= number <= 4 * tokens / 1e6 + 0.05 for number in needs)
+
+
+def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, corpus, words, monkeypatch):
+    model = tokenizer.load(words).model
+    monkeypatch.setattr(tokenizer, "_learn", lambda *_: model)
+    small = disk("4k")
+    out = small.folder / "out"
+    n_pages = pages(words)
+    for size in range(1, n_pages + 1):
+        small.grow(f"{4 * size}k")
+        try:
+            tokenizer.train([corpus], 300, out)
+            break
+        except RuntimeError as error:
+            assert str(error).startswith(f"the disk of {small.folder} is full, and what was written of {out}")
+        assert os.listdir(small.folder) == []
+    assert n_pages - 2 <= size > 4, "the case must fail in each file"
+    assert content(out) == content(words)
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(disk, corpus, words):
+    small = disk("16k")
+    command = ["data", "prepare", "--input", corpus, "--tokenizer", words, "--out", small.folder / "out"]
+    lowbit = Path(sys.executable).with_name("lowbit")
+    done = subprocess.run([lowbit, *map(str, command)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert f"the disk of {small.folder} is full" in done.stderr
+    assert os.listdir(small.folder) == []
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_cache_without_room_is_named_and_used_again_when_there_is_some(
+    disk, prepared, tmp_path, monkeypatch, remote
+):
+    monkeypatch.setattr(reading, "BACKOFF", 0.0)
+    monkeypatch.setattr(reading._Shards, "fetch_ahead", lambda *_: None)  # it would write, too
+
+    def read(cache):
+        path = f"file://{prepared}" if remote else str(prepared)
+        batches = data.Batches(Data(path=path, seq_len=SEQ, cache=cache), "train", 0)
+        return batches.micro_batch(0, batches.n_samples)
+
+    expected = read(tmp_path / "cache")
+    small = disk("4k")
+    n_pages = pages(tmp_path / "cache")
+    for size in range(1, n_pages + 2):
+        small.grow(f"{4 * size}k")
+        try:
+            found = read(small.folder)
+            break
+        except RuntimeError as error:
+            words = str(error)
+        assert re.fullmatch(
+            rf"the cache {small.folder}/\S+ cannot be written: No space left on device; free space there, or "
+            r"write another folder as data\.cache", words,
+        ), words  # fmt: skip
+        left = {file.suffix for file in small.folder.rglob("*") if file.is_file()}
+        assert left <= {".mds", ".lock", ".json"}, "nothing half-made may stay"
+    assert size > 5, "the case must fail at several shards"
+    assert torch.equal(found, expected)

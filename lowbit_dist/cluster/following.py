@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,12 +51,14 @@ class _Tail:
 
     def lines(self) -> list[str]:
         """Whole ones only; the rest is left for the next time."""
-        if not self.path.exists():
+        try:
+            with self.path.open("rb") as file:
+                # Rows after the checkpoint that a run goes back to are removed, and so is a row that found no
+                # room to its end.
+                self.position = min(self.position, file.seek(0, os.SEEK_END))
+                file.seek(self.position)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except OSError:  # not there yet; or a shared file system is away, and what is new comes later
             return []
-        # Rows after the checkpoint that a run goes back to are removed.
-        self.position = min(self.position, self.path.stat().st_size)
-        with self.path.open("rb") as file:
-            file.seek(self.position)
-            whole, newline, _ = file.read().rpartition(b"\n")
         self.position += len(whole) + len(newline)
         return whole.decode(errors="replace").splitlines()

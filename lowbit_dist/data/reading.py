@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -176,8 +177,11 @@ class _Shards:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _not_writable(folder, error.strerror or str(error)) from None
-        with _locked(folder / "index.json.lock"):
-            index = self._checked_read("index.json", manifest.splits[split].index_sha256, _sha256)
+        try:
+            with _locked(folder / "index.json.lock"):
+                index = self._checked_read("index.json", manifest.splits[split].index_sha256, _sha256)
+        except OSError as error:
+            raise self._without_room(error) from error
         self._readers: list[MDSReader] = []
         for info in parse_index(index, place, split, manifest):
             reader = MDSReader.from_json(str(folder), None, info)
@@ -245,10 +249,13 @@ class _Shards:
                 finally:
                     draft.unlink(missing_ok=True)
         except OSError as error:
-            raise RuntimeError(
-                f"the cache {self.folder} cannot be written: {error.strerror or error}; free space there, "
-                "or write another folder as data.cache"
-            ) from error
+            raise self._without_room(error) from error
+
+    def _without_room(self, error: OSError) -> RuntimeError:
+        return RuntimeError(
+            f"the cache {self.folder} cannot be written: {error.strerror or error}; free space there, "
+            "or write another folder as data.cache"
+        )
 
     def _checked_read(self, name: str, expected: str, hashed: Callable[[bytes], str] | None = None) -> bytes:
         """The bytes of one file of the data, once their hash is right; a remote file is fetched again."""
@@ -261,6 +268,8 @@ class _Shards:
             except ConfigError:
                 raise
             except Exception as error:  # every storage client has its own
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # the cache is full; the data may be well
                 wrong = f"cannot be read ({type(error).__name__}: {error})"
                 continue
             if (found := (hashed or _hash)(data)) == expected:
@@ -279,6 +288,7 @@ class _Shards:
             return draft.read_bytes()
         finally:
             draft.unlink(missing_ok=True)
+            Path(f"{draft}.tmp").unlink(missing_ok=True)  # where Streaming downloads to
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,19 @@ def prepare(
     }
     if existing := _existing(out, recipe):
         return existing
-    with _partial(out) as partial:
-        _copy_tokenizer(Path(tokenizer_dir), words, partial / "tokenizer")
-        writer = _Writer(partial, words, seq_len, val_fraction)
-        with _progress(sum(part.size for part in chosen)) as advance:
+    with drafted(out) as draft:
+        _copy_tokenizer(Path(tokenizer_dir), words, draft.folder / "tokenizer")
+        writer = _Writer(draft.folder, words, seq_len, val_fraction)
+        n_bytes, n_read = sum(part.size for part in chosen), 0
+        with _progress(n_bytes) as advance:
             for chunk in _tokenised(chosen, words, seed, workers):
+                n_read += int(chunk["size"])
+                draft.needs = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
                 writer.add(chunk)
                 advance(int(chunk["size"]))
         manifest = {**recipe, **writer.finish()}
-        _publish(manifest, partial, out)
+        _write_manifest(manifest, draft.folder)
+        draft.publish()
     return manifest
 
 
@@ -103,45 +108,80 @@ def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
+@dataclass
+class Draft:
+    """A folder to write into that becomes `out` when it is complete."""
+
+    out: Path
+    folder: Path
+    needs: int | None = None  # bytes in all, once they can be guessed
+
+    def publish(self) -> None:
+        for where, _, files in os.walk(self.folder):
+            for name in (*files, "."):
+                _sync(Path(where, name))
+        os.rename(self.folder, self.out)  # an empty folder may stand there
+        _sync(self.out.parent)
+
+
 @contextlib.contextmanager
-def _partial(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` to write into; gone afterwards unless it was renamed to `out`.
+def drafted(out: Path) -> Iterator[Draft]:
+    """An empty folder beside `out` to write into; gone afterwards unless it was published.
 
     Its name does not change, so what a killed process left is cleared by the next one; a lock that dies with
     its process keeps two living ones apart.
     """
-    partial = out.parent / f".{out.name}.partial"
+    draft = Draft(out, out.parent / f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
+        draft.folder.mkdir(exist_ok=True)
+        descriptor = os.open(draft.folder, os.O_RDONLY)
     except OSError as error:
+        if is_full(error):
+            raise RuntimeError(_full(draft)) from error
         raise ConfigError(f"--out ({out}) cannot be written: {error.strerror or error}") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
+            ours = draft.folder.exists() and os.path.samestat(os.fstat(descriptor), draft.folder.stat())
         except BlockingIOError:
             ours = False
         if not ours:
             raise ConfigError(
                 f"--out ({out}) is being written by another process; wait for it, or name another"
             )
-        for left in partial.iterdir():
+        for left in draft.folder.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        full: OSError | None = None
         try:
-            yield partial
+            yield draft
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
-            raise RuntimeError(
-                f"the disk of {out.parent} is full; what was written of {out} is removed; free space, or "
-                "write elsewhere, and start again"
-            ) from error
+            full = error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(draft.folder, ignore_errors=True)
+        if full is not None:
+            raise RuntimeError(_full(draft)) from full
     finally:
         os.close(descriptor)
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _full(draft: Draft) -> str:
+    """What to do about a full disk, once what was written is removed."""
+    size = "more space than there is"
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(draft.out.parent).free
+        if draft.needs is not None:
+            size = f"about {draft.needs / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+    return (
+        f"the disk of {draft.out.parent} is full, and what was written of {draft.out} is removed: it needs "
+        f"{size}; free space there, or write another --out, and start again"
+    )
 
 
 def _copy_tokenizer(source: Path, words: tokenizer.Tokenizer, folder: Path) -> None:
@@ -152,17 +192,11 @@ def _copy_tokenizer(source: Path, words: tokenizer.Tokenizer, folder: Path) -> N
             shutil.copyfile(source / name, folder / name)
 
 
-def _publish(manifest: Mapping[str, Any], partial: Path, out: Path) -> None:
-    for where, _, files in os.walk(partial):
-        for name in (*files, "."):
-            _sync(Path(where, name))
-    draft = partial / f"{MANIFEST}.partial"
+def _write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
+    """Last, whole, and after everything that it speaks of."""
+    draft = folder / f"{MANIFEST}.partial"
     draft.write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(draft)
-    draft.rename(partial / MANIFEST)
-    _sync(partial)
-    os.rename(partial, out)  # an empty folder may stand there
-    _sync(out.parent)
+    draft.rename(folder / MANIFEST)
 
 
 def _sync(path: Path) -> None:
@@ -339,6 +373,12 @@ class _Writer:
         self.held: list[dict[str, Array]] | None = []
         self.n_held = self.n_empty = 0
         self.splits = {name: _SplitWriter(folder / name, self) for name in SPLITS}
+        self.n_tokens = 0
+
+    def bytes_with(self, row: Mapping[str, Any]) -> float:
+        """What all chunks up to this one need on disk when nothing of it can be compressed."""
+        self.n_tokens += len(row["tokens"]) // 4
+        return self.n_tokens * (np.dtype(self.dtype).itemsize + 8 / self.seq_len)
 
     def add(self, row: Mapping[str, Any]) -> None:
         chunk: dict[str, Array] = {
