@@ -1,0 +1,233 @@
+"""Steps that are not to be trusted: which they are, and that they leave no trace in a run."""
+
+import math
+from pathlib import Path
+
+import pytest
+from test_train import digest, train
+
+from lowbit_dist import guard
+
+# ------------------------------------------------------------------ which they are
+
+
+def test_a_spike_is_six_deviations_above_the_mean_of_at_least_sixteen_losses():
+    before = [4.0, 4.2] * 8  # mean 4.1, deviation 0.1
+    assert not guard.is_spike(4.69, before)
+    assert guard.is_spike(4.71, before)
+    assert not guard.is_spike(4.71, before[:15])
+    assert not guard.is_spike(0.1, before), "a loss that falls is none"
+    assert not guard.is_spike(math.nan, before), "what is no number is skipped for that"
+
+
+def test_losses_that_hardly_differ_are_no_reason_for_alarm():
+    flat = [2.0 + 1e-9 * (i % 2) for i in range(64)]
+    assert not guard.is_spike(2.0 + 1e-7, flat)
+    assert guard.is_spike(2.02, flat)
+
+
+def test_the_largest_norm_follows_the_median_and_forgets():
+    assert guard.norm_limit([], 1000.0) == math.inf
+    assert guard.norm_limit([0.0, 0.0], 1000.0) == math.inf, "of zeros nothing can be told"
+    assert guard.norm_limit([1.0, 2.0, 1e9], 1000.0) == 2000.0
+    window = ()
+    for i in range(100):
+        window = guard.remembered(window, float(i))
+    assert window == tuple(float(i) for i in range(36, 100))
+
+
+# ------------------------------------------------------------------ what a run does about them
+
+
+def train_with(configuration, faults, *, on_rank=0, stop_at=None):
+    """`train`, in whose steps `faults` ({step: word}) something goes wrong on one worker.
+
+    (Under stage 0 on all: there, all have the same gradient by then.)
+    `skip` leaves the step out as if nothing had ever been wrong with it: the reference of the others.
+    """
+    from lowbit_dist.zero import Engine
+
+    update, backward = Engine.update, Engine.backward
+
+    def spoiled_update(engine, *, step, **more):
+        fault = faults.get(step)
+        if fault == "skip":
+            more["max_norm"] = -1.0
+        elif fault not in (None, "loss") and (engine.rank == on_rank or engine.config.zero.stage == 0):
+            gradients = [g for g in engine.gradients() if g.numel()]
+            if fault == "times":
+                for g in gradients:
+                    g.mul_(1e6)
+            else:
+                gradients[0].view(-1)[3] = float(fault)
+        return update(engine, step=step, **more)
+
+    def spoiled_backward(engine, tokens):
+        loss = backward(engine, tokens)
+        engine.n_passes = getattr(engine, "n_passes", 0) + 1
+        step = (engine.n_passes - 1) // (engine.micro_batches // engine.world) + 1
+        if faults.get(step) == "loss" and engine.rank == on_rank:
+            loss = loss * math.nan
+        return loss
+
+    Engine.update, Engine.backward = spoiled_update, spoiled_backward
+    try:
+        return train(configuration, stop_at)
+    finally:
+        Engine.update, Engine.backward = update, backward
+
+
+STEPS = (3, 4, 9)
+METHODS = {
+    "ternary": {},
+    "int8, fp32 states": {"method": {"grid": "int8"}, "optimizer": {"states": "fp32"}},
+    "dense, stage 0": {"method": {"name": "dense"}, "zero": {"stage": 0}, "optimizer": {"states": "fp32"}},
+    "dense, stage 2": {"method": {"name": "dense"}, "zero": {"stage": 2}, "optimizer": {"states": "fp32"}},
+    "dense, stage 3, bf16": {"method": {"name": "dense"}, "precision": "bf16"},
+    "dense, stage 0, bf16": {
+        "method": {"name": "dense"}, "zero": {"stage": 0}, "optimizer": {"states": "fp32"},
+        "precision": "bf16",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return {**METHODS[request.param], "train": {"steps": 10, "save_every": 10, "eval_every": 10}}
+
+
+def test_wrong_steps_leave_what_a_run_without_them_has(method, ranks, small):
+    def run(name, fault=None):
+        configuration = small(run={"name": name}, **method)
+        return ranks(2).run(train_with, configuration, dict.fromkeys(STEPS, fault), on_rank=1)[0]
+
+    expected = run("left-out", "skip")["digest"]
+    assert run("healthy")["digest"] != expected
+    for fault in ("nan", "inf", "times", "loss"):
+        found = run(fault, fault)
+        assert (found["skipped_steps"], found["digest"]) == (len(STEPS), expected), fault
+
+
+def diverging(configuration, faults):
+    try:
+        train_with(configuration, faults)
+    except guard.Diverged as error:
+        return str(error)
+    raise AssertionError("the run went on")
+
+
+def test_a_run_whose_steps_are_all_wrong_ends_with_its_last_checkpoint_intact(ranks, small, tmp_path):
+    from lowbit_dist import checkpoint
+
+    sections = {"train": {"steps": 20, "save_every": 2, "keep_last": 2, "max_skipped": 4}}
+    good = ranks(2).run(train, small(run={"name": "good"}, train={"steps": 5, "save_every": 5}))
+    answers = ranks(2).run(
+        diverging, small(run={"name": "bad"}, **sections), dict.fromkeys(range(6, 21), "nan")
+    )
+    assert all("of 4 steps in a row, up to step 9, cannot be used (loss " in answer for answer in answers)
+    newest = checkpoint.latest(tmp_path / "bad")
+    assert newest is not None and newest.name == "step-8"
+    opened = checkpoint.Checkpoint.open(newest)
+    assert (opened.position.skipped_steps, opened.position.skipped_in_a_row) == (3, 3)
+    assert opened.digest() != good[0]["digest"], "the learning rate of the shorter run differs"
+    five = ranks(2).run(train, small(run={"name": "five"}, **sections), stop_at=6)
+    assert five[0] is None
+    # What came after step 5 changed nothing: a run that leaves those steps out has the same weights.
+    ranks(2).run(
+        train_with, small(run={"name": "left"}, **sections), {6: "skip", 7: "skip", 8: "skip"}, stop_at=8
+    )
+    left = checkpoint.Checkpoint.open(checkpoint.latest(tmp_path / "left"))
+    assert left.digest() == opened.digest()
+
+
+# ------------------------------------------------------------------ spikes
+
+
+def train_with_spike(configuration, at, *, stop_at=None):
+    """`train`, in which the loss of the samples of step `at` is high whenever they come up.
+
+    Returns the summary and the first samples of all micro-batches that were asked for.
+    """
+    from lowbit_dist import data
+    from lowbit_dist.zero import Engine
+
+    backward, micro_batch = Engine.backward, data.Batches.micro_batch
+    asked, n = [], 4 * at - 4
+
+    def remembering(batches, first_sample, size):
+        asked.append(first_sample)
+        return micro_batch(batches, first_sample, size)
+
+    def spoiled(engine, tokens):
+        loss = backward(engine, tokens)
+        return loss + 50 if n <= asked[-1] < n + 4 else loss
+
+    Engine.backward, data.Batches.micro_batch = spoiled, remembering
+    try:
+        return train(configuration, stop_at), asked
+    finally:
+        Engine.backward, data.Batches.micro_batch = backward, micro_batch
+
+
+SPIKE = {"steps": 30, "save_every": 5, "log_every": 1, "eval_every": 30, "on_spike": "rollback"}
+
+
+def rows(tmp_path, name):
+    import json
+
+    return [json.loads(line) for line in Path(tmp_path, name, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_spike_sends_the_run_back_and_its_batches_are_skipped(ranks, small, tmp_path):
+    summary, asked = ranks(1).run(train_with_spike, small(run={"name": "back"}, train=SPIKE), 23)[0]
+    # 22 steps, the spike's, then from step 20 on with the samples behind those of step 23
+    steps = [first // 4 + 1 for first in asked if first % 4 == 0][:-1]
+    assert steps[:33] == [*range(1, 24), *range(24, 34)]
+    assert (summary["steps"], summary["rollbacks"], summary["skipped_steps"]) == (30, 1, 0)
+    found = rows(tmp_path, "back")
+    assert [row["step"] for row in found] == list(range(1, 31))
+    assert [row["rollbacks"] for row in found] == [0] * 20 + [1] * 10
+    assert max(row["loss"] for row in found) < 10
+
+
+def test_a_run_killed_after_a_spike_ends_as_one_that_was_not(ranks, small):
+    expected = ranks(2).run(train_with_spike, small(run={"name": "whole"}, train=SPIKE), 23)[0][0]
+    stopped = small(run={"name": "cut"}, train=SPIKE)
+    for stop_at in (20, 25):
+        ranks(2).run(train_with_spike, stopped, 23, stop_at=stop_at)
+    assert ranks(2).run(train_with_spike, stopped, 23)[0][0]["digest"] == expected["digest"]
+
+
+def test_a_spike_is_only_mentioned_if_nothing_else_is_asked(ranks, small, tmp_path):
+    only_warned = {**SPIKE, "on_spike": "warn"}
+    summary, asked = ranks(1).run(train_with_spike, small(run={"name": "on"}, train=only_warned), 23)[0]
+    assert summary["rollbacks"] == 0
+    assert summary["digest"] == digest(ranks, 1, small(run={"name": "calm"}, train=only_warned))
+    assert len([first for first in asked if first % 4 == 0][:-1]) == 30
+
+
+def spiking_for_ever(configuration):
+    from lowbit_dist.zero import Engine
+
+    backward = Engine.backward
+    n = 0
+
+    def spoiled(engine, tokens):
+        nonlocal n
+        n += 1
+        loss = backward(engine, tokens)
+        return loss + 50 if n > 40 and n % 4 < 2 else loss
+
+    Engine.backward = spoiled
+    try:
+        train(configuration)
+    except guard.Diverged as error:
+        return str(error)
+    finally:
+        Engine.backward = backward
+    raise AssertionError("the run went on")
+
+
+def test_a_checkpoint_that_only_leads_to_spikes_is_given_up(ranks, small):
+    answer = ranks(1).run(spiking_for_ever, small(train={**SPIKE, "save_every": 20}))[0]
+    assert "after 3 returns to step 20" in answer
