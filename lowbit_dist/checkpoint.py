@@ -14,6 +14,8 @@ worker 0 collects what each says of its file, writes the manifest, flushes all t
 folder last.  Loading executes nothing: safetensors and JSON.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -26,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +41,9 @@ from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
 from lowbit_dist.methods import METHODS
 from lowbit_dist.packed import PackedTensor
-from lowbit_dist.zero import Shard
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and reading needs none of it
+    from lowbit_dist.zero import Shard
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -70,7 +74,7 @@ class Position:
     rollbacks: int = 0  # returns to a checkpoint after a spike
 
     @classmethod
-    def of(cls, manifest: dict[str, Any]) -> "Position":
+    def of(cls, manifest: dict[str, Any]) -> Position:
         """Fields that an older manifest lacks have their defaults."""
         found: dict[str, Any] = {key: manifest[key] for key in cls.__dataclass_fields__ if key in manifest}
         found |= {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
@@ -137,13 +141,13 @@ class Saver:
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
-    def _run(self, part: "_Part", position: Position) -> None:
+    def _run(self, part: _Part, position: Position) -> None:
         try:
             self._write(part, position)
         except BaseException as error:  # of a collective whose other end died, or a bug: for `wait`
             self._crash = error
 
-    def _write(self, part: "_Part", position: Position) -> None:
+    def _write(self, part: _Part, position: Position) -> None:
         final = self.folder / f"step-{position.step}"
         partial = self.folder / f".step-{position.step}.partial"
         try:
@@ -177,7 +181,7 @@ class Saver:
         return notes or []
 
     def _publish(
-        self, partial: Path, final: Path, part: "_Part", notes: list[dict[str, Any]], position: Position
+        self, partial: Path, final: Path, part: _Part, notes: list[dict[str, Any]], position: Position
     ) -> None:
         manifest = {
             "format": FORMAT,
@@ -207,7 +211,7 @@ class _Part:
     tensors: dict[str, dict[str, Any]]  # NAME -> shape and grid of the unsharded tensor
 
     @classmethod
-    def copied(cls, shards: Sequence[Shard], rank: int) -> "_Part":
+    def copied(cls, shards: Sequence[Shard], rank: int) -> _Part:
         held: dict[str, Tensor] = {}
         holds: dict[str, list[int]] = {}
         for shard in shards:
@@ -354,7 +358,7 @@ class Checkpoint:
         self.position = Position.of(manifest)
 
     @classmethod
-    def open(cls, path: Path | str) -> "Checkpoint":
+    def open(cls, path: Path | str) -> Checkpoint:
         path = Path(path)
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
