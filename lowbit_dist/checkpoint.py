@@ -193,7 +193,7 @@ class Saver:
         }
         _write_synced(partial / MANIFEST, json.dumps(manifest).encode())
         sums = {note["file"]: note["sha256"] for note in notes} | {MANIFEST: _sha256(partial / MANIFEST)}
-        _write_synced(partial / SUMS, "".join(f"{sum_}  {file}\n" for file, sum_ in sums.items()).encode())
+        _write_synced(partial / SUMS, _sums_text(sums).encode())
         _publish(partial, final)
         _prune(self.folder, self.config.train.keep_last, self.config.train.keep_every)
         _write_synced(self.config.run_dir / ".latest", final.name.encode())
@@ -500,12 +500,12 @@ class Checkpoint:
     def verify(self) -> list[str]:
         """What is wrong with the files: nothing if each is there and has the SHA-256 it was saved with."""
         try:
-            text = (self.path / SUMS).read_text()
+            text = (self.path / SUMS).read_bytes().decode("ascii")
         except (OSError, UnicodeDecodeError) as error:
             return [f"{SUMS} cannot be read: {error}"]
-        if not text.endswith("\n"):
-            return [f"{SUMS} is cut short"]
-        sums = {file: sum_ for sum_, _, file in (line.partition("  ") for line in text.splitlines())}
+        sums = {file: sum_ for sum_, _, file in (line.partition("  ") for line in text.split("\n") if line)}
+        if text != _sums_text(sums):
+            return [f"{SUMS} is damaged"]
         expected = {MANIFEST, *self.manifest["files"]}
         problems = [f"{SUMS} does not list {file}" for file in sorted(expected - sums.keys())]
         files = sorted(expected & sums.keys())
@@ -540,6 +540,10 @@ def _check_parts(manifest: dict[str, Any]) -> None:
 
 def _are_counts(values: Sequence[Any]) -> bool:
     return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    return "".join(f"{sum_}  {file}\n" for file, sum_ in sums.items())
 
 
 def _damage(path: Path, sha256: str) -> str | None:

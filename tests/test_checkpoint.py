@@ -77,6 +77,17 @@ def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(damage, ru
     assert checkpoint.latest(run).name == "step-6"
 
 
+def test_any_changed_byte_of_the_list_of_hashes_is_noticed(run):
+    newest = checkpoint.latest(run)
+    file = newest / checkpoint.SUMS
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert Checkpoint.open(newest).verify(), place
+    file.write_bytes(whole)
+    assert Checkpoint.open(newest).verify() == []
+
+
 def test_a_partial_save_is_never_taken_for_a_checkpoint(run):
     partial = run / "checkpoints" / ".step-8.partial"
     partial.mkdir()
@@ -84,6 +95,109 @@ def test_a_partial_save_is_never_taken_for_a_checkpoint(run):
     assert checkpoint.latest(run).name == "step-6"
     checkpoint.clear_partial(run)
     assert not partial.exists()
+
+
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def die_at(number, torn):
+    """SIGKILL this process before its `number`-th change of files; `torn`: in the middle of a shard."""
+    import os
+    import signal
+    import sys
+
+    seen = 0
+
+    def count(*_):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, arguments):
+        if event in WRITES or (event == "open" and arguments[1] not in (None, "r", "rb")):
+            count()
+
+    sys.addaudithook(hook)
+    sync, save_file = os.fsync, checkpoint.save_file
+
+    def counted_sync(descriptor):
+        count()
+        sync(descriptor)
+
+    def torn_save(tensors, path):
+        save_file(tensors, path)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = counted_sync
+    if torn:
+        checkpoint.save_file = torn_save
+
+
+def saves_with_deaths(configuration):
+    """(events before death, checkpoint found, its digest is that of its step) for a death at each event."""
+    import os
+    import shutil
+
+    from lowbit_dist import model
+    from lowbit_dist.checkpoint import Position, Saver, _Part
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+    from lowbit_dist.zero import Engine
+
+    config = RunConfig.from_dict(configuration, METHODS)
+    built = model.build(config.model, 512, config.method, torch.float32)
+    initial = model.InitialWeights(built, 0, None)
+    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    saver = Saver(config, rank=0, world=1, facts={"vocab_size": 512, "tokenizer_sha256": ""})
+    folder = config.run_dir / "checkpoints"
+    digests = {}
+    for step in (2, 4):
+        for _ in range(engine.micro_batches):
+            engine.backward(torch.arange(step, step + 2 * 64).view(2, 64))
+        engine.update(step=step, lr=0.1, weight_decay=0.0)
+        position = Position(step=step, samples=step, tokens=step)
+        saver.save(engine.shards, position)
+        saver.wait()
+        digests[step] = Checkpoint.open(folder / f"step-{step}").digest()
+    engine.close()
+    part = _Part.copied(engine.shards, 0)
+    found = []
+    for replaces in (False, True):
+        for number in range(1000):
+            if not replaces:
+                shutil.rmtree(folder / "step-4")
+            child = os.fork()
+            if child == 0:
+                die_at(number, torn=number == 0)
+                saver._write(part, position)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            newest = checkpoint.latest(config.run_dir)
+            opened = Checkpoint.open(newest)
+            found.append((replaces, number, newest.name, opened.digest() == digests[opened.step]))
+            checkpoint.clear_partial(config.run_dir)
+            saver._write(part, position)
+            assert checkpoint.latest(config.run_dir).name == "step-4"
+            assert {each.name for each in folder.iterdir()} == {"step-2", "step-4"}
+            if os.WIFEXITED(status):
+                break
+    return digests[2] != digests[4], found
+
+
+def test_a_save_that_dies_at_any_moment_leaves_the_checkpoint_before_or_its_own(ranks, small):
+    differ, found = ranks(1).run(saves_with_deaths, small(model={"layers": 1}))[0]
+    assert differ
+    assert all(is_right for *_, is_right in found)
+    for replaces in (False, True):
+        names = [name for each, _, name, _ in found if each == replaces]
+        assert len(names) > 10, "the save must die many times"
+        assert names[0] == names[1] == ("step-4" if replaces else "step-2")
+        assert names[-1] == "step-4"
+    fresh = [name for replaces, _, name, _ in found if not replaces]
+    assert fresh == sorted(fresh), "once it is published it stays"
 
 
 def test_a_checkpoint_of_another_model_or_grid_is_refused(run, ranks, small):

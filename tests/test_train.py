@@ -86,12 +86,38 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, sma
     assert digest(ranks, 2, stopped) == expected
 
 
-def test_a_run_continues_on_another_number_of_workers(ranks, small):
-    every_ten = {"train": {"save_every": 10}}
-    expected = digest(ranks, 1, small(run={"name": "whole"}, **every_ten))
-    stopped = small(run={"name": "moved"}, **every_ten)
-    ranks(2).run(train, stopped, stop_at=10)
-    assert digest(ranks, 1, stopped) == expected
+TWELVE = {
+    "steps": 20, "batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "save_every": 10,
+}  # fmt: skip
+SMALLER = {"layers": 1}
+
+
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_reproducible_runs_are_equal_on_one_to_four_workers_and_in_both_residencies(
+    grid, states, ranks, small
+):
+    sections = {
+        "method": {"grid": grid}, "optimizer": {"states": states}, "train": TWELVE, "model": SMALLER,
+    }  # fmt: skip
+    found = {w: digest(ranks, w, small(run={"name": f"r{w}"}, **sections)) for w in (1, 2, 3, 4)}
+    for w in (2, 3):
+        replicated = small(run={"name": f"replicated-{w}"}, zero={"residency": "replicated"}, **sections)
+        found[f"replicated on {w}"] = digest(ranks, w, replicated)
+    assert len(set(found.values())) == 1, found
+
+
+def test_a_run_continues_on_any_other_number_of_workers(ranks, small):
+    sections = {"train": TWELVE, "model": SMALLER}
+    expected = digest(ranks, 2, small(run={"name": "whole"}, **sections))
+    for world in (1, 3, 4):
+        moved = small(run={"name": f"moved-to-{world}"}, **sections)
+        ranks(2).run(train, moved, stop_at=10)
+        assert digest(ranks, world, moved) == expected, world
+        # and back again, in the middle
+        moved = small(run={"name": f"moved-from-{world}"}, **sections)
+        ranks(world).run(train, moved, stop_at=10)
+        assert digest(ranks, 2, moved) == expected, world
 
 
 def test_tied_embeddings_train_alike_on_any_number_of_workers(ranks, small):
@@ -118,12 +144,6 @@ def test_a_resumed_run_logs_what_an_undisturbed_one_does(ranks, small):
                 del row[key]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [4, 8, 12, 16, 20]
-
-
-def test_reproducible_runs_are_equal_on_one_two_and_three_workers(ranks, small):
-    twelve = {"batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "steps": 8}
-    found = {w: digest(ranks, w, small(run={"name": f"r{w}"}, train=twelve)) for w in (1, 2, 3)}
-    assert len(set(found.values())) == 1, found
 
 
 def test_training_learns_and_no_learning_rate_does_not(ranks, small):
