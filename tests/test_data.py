@@ -1,5 +1,6 @@
 """Token data: the same bytes for any number of workers, an order that is a pure function, mistakes named."""
 
+import contextlib
 import errno
 import fcntl
 import gzip
@@ -8,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,6 +331,144 @@ def test_what_a_killed_preparation_left_is_not_read_and_is_cleared(ray, corpus, 
     assert torch.equal(everything(tmp_path / "out", "train"), everything(prepared, "train"))
 
 
+KILLS = """
+import os, shutil, signal, sys
+from pathlib import Path
+import streaming
+from lowbit_dist import data, tokenizer
+from lowbit_dist.config import ConfigError
+from lowbit_dist.data import documents, writing
+
+corpus, words, out, reference = map(Path, sys.argv[1:])
+documents.PART, writing.SHARD_BYTES, writing.HELD_TOKENS = 1 << 16, 8192, 50_000
+loaded = tokenizer.load(words)
+writing._loaded[loaded.sha256] = loaded
+rows = [
+    {name: column[0] for name, column in row.items()}
+    for bundle in writing._bundles(documents.parts([corpus]))
+    for row in writing._tokenise({"parts": [bundle]}, None, loaded.sha256, 0)
+]
+writing._tokenised = lambda *_: iter(rows)  # without Ray, whose start takes seconds
+writing._sync = lambda path: None  # a killed process loses nothing that it wrote; this is for speed
+counted = out.parent.with_name("counted")
+
+
+def prepare(last):
+    "In a process that kills itself before its `last`-th change in the folder; how it ended."
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    n = 0
+
+    def watch(event, about):
+        nonlocal n
+        writes = event == "open" and (about[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")) and str(
+            out.parent
+        ) in str(about[0]):
+            n += 1
+            if n == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    data.prepare([corpus], words, out, seq_len=32, val_fraction=0.1)
+    counted.write_text(str(n))
+    os._exit(0)
+
+
+def content(folder):
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def is_half(folder):
+    try:
+        data.read_manifest(folder)
+    except ConfigError:
+        return False
+    return content(folder) != expected
+
+
+expected = content(reference)
+assert prepare(0) == 0
+n = int(counted.read_text())
+moments = sorted({*range(1, n, max(1, n // 12)), *range(n - 9, n + 1)})
+for moment in moments:
+    shutil.rmtree(out)
+    assert prepare(moment) == signal.SIGKILL, moment
+    assert not is_half(out) and not is_half(out.with_name(".out.partial")), moment
+    assert not out.exists(), moment
+    assert prepare(0) == 0, moment
+    assert content(out) == expected, moment
+    assert os.listdir(out.parent) == ["out"], moment
+print(n, len(moments))
+"""
+
+
+def test_a_preparation_killed_at_any_moment_is_never_read_and_started_again_cleanly(
+    prepared, corpus, words, tmp_path
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, "-c", KILLS, corpus, words, folder / "out", prepared]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    n_changes, n_moments = map(int, done.stdout.split())
+    assert n_changes > 40, "the case must have many moments"
+    assert n_moments > 15
+
+
+def test_nothing_of_a_killed_preparation_goes_on_and_nothing_of_it_blocks_the_next(
+    ray, corpus, words, prepared, tmp_path
+):
+    """With Ray's real processes, at the moment that one of them works."""
+    import psutil
+
+    arguments = ["--input", corpus, "--tokenizer", words, "--out", tmp_path / "out", "--seq-len", SEQ]
+    lowbit = Path(sys.executable).with_name("lowbit")
+    killed = subprocess.Popen(
+        list(map(str, [lowbit, "data", "prepare", *arguments, "--workers", 1])),
+        env={**os.environ, "RAY_ADDRESS": ""},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def is_alive(process):
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    started: dict[int, psutil.Process] = {}
+    try:
+        for _ in range(1200):
+            for child in psutil.Process(killed.pid).children(recursive=True):
+                started[child.pid] = child
+            names = []
+            for child in started.values():
+                with contextlib.suppress(psutil.Error):
+                    names.append(" ".join(child.cmdline()))
+            if any(name.startswith("ray::") and "IDLE" not in name for name in names):
+                break
+            assert killed.poll() is None, "the preparation must be killed before its end"
+            time.sleep(0.05)
+        assert any("raylet" in name for name in names)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    with pytest.raises(ConfigError, match="does not exist"):
+        data.read_manifest(tmp_path / "out")
+    data.prepare([corpus], words, tmp_path / "out", seq_len=SEQ, val_fraction=0.1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+    for file in (file for file in prepared.rglob("*") if file.is_file()):
+        assert file.read_bytes() == (tmp_path / "out" / file.relative_to(prepared)).read_bytes(), file
+    deadline = time.monotonic() + 30
+    while left := [child for child in started.values() if is_alive(child)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def test_a_mistake_in_the_inputs_is_one_line_from_any_worker(ray, words, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_probe", lambda _: None)  # it would find the mistake first
     lines = [json.dumps({"text": text}) for text in texts()]
@@ -384,6 +524,52 @@ def test_processes_of_a_host_read_the_same_from_one_cold_cache(prepared, tmp_pat
     assert not [file for file in folder.iterdir() if file.suffix not in (".mds", ".lock")]
     if shared_memory:
         assert not {name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith("0")}
+
+
+DIES = """
+import fcntl, os, signal, sys
+for name in sys.argv[1:]:
+    lock = open(name, "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    globals()[name] = lock
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_shared_memory_and_locks_of_a_dead_run_disturb_neither_preparing_nor_reading(
+    ray, prepared, corpus, words, tmp_path
+):
+    """Blocks by the names that MosaicML Streaming gives its own, of another size and with other content."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no /dev/shm to leave anything in")
+    from streaming.base import constant
+
+    kinds = [*constant.SHM_TO_CLEAN, constant.BARRIER_FILELOCK, constant.CACHE_FILELOCK]
+    names = [f"{number:06}_{kind}" for number in range(3) for kind in kinds] + ["sem.mp-stale"]
+    stale = [Path("/dev/shm", name) for name in names]
+    stale = [file for file in stale if not file.exists()]
+    cache = tmp_path / "cache" / "lowbit-dist" / "data"
+    cache /= hashlib.sha256((prepared / "manifest.json").read_bytes()).hexdigest()[:16]
+    folders = [cache / split for split in ("train", "val")] + [tmp_path / ".out.partial"]
+    locks = []
+    for folder in folders:
+        folder.mkdir(parents=True)
+        locks += [folder / "index.json.lock", folder / "shard.00000.mds.lock"]
+    died = subprocess.run([sys.executable, "-c", DIES, *map(str, locks)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert all(lock.exists() for lock in locks)
+    try:
+        for file in stale:
+            file.write_bytes(b"of a dead run")
+        data.prepare([corpus], words, tmp_path / "out", seq_len=SEQ, val_fraction=0.1)
+        for split in ("train", "val"):
+            assert torch.equal(everything(tmp_path / "out", split), everything(prepared, split))
+        batches = data.Batches(Data(path=f"file://{prepared}", seq_len=SEQ), "train", 5)
+        assert batches.micro_batch(0, 20).shape == (20, SEQ)
+        assert all(file.read_bytes() == b"of a dead run" for file in stale)
+    finally:
+        for file in stale:
+            file.unlink(missing_ok=True)
 
 
 def damage(file: Path) -> None:
