@@ -258,7 +258,8 @@ def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    """safetensors says "Error while serializing: I/O error: No space left on device (os error 28)"."""
+    return getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2].split(" (os error")[0]
 
 
 def clear_partial(run_dir: Path) -> None:

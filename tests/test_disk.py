@@ -321,8 +321,8 @@ SEQ = 32
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+def documents(tmp_path_factory):
+    file = tmp_path_factory.mktemp("documents") / "corpus.jsonl"
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randrange(1, 9))) for _ in range(300)]
     texts = (" ".join(draw.choices(words, k=draw.randrange(1, 200))) for _ in range(100))
@@ -331,14 +331,14 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(corpus, tmp_path_factory):
+def words(documents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "out"
-    tokenizer.train([corpus], 300, folder)
+    tokenizer.train([documents], 300, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def prepare(corpus, words):
+def prepare(documents, words):
     """`prepare(out)`: in shards of 4 kB, without Ray's processes: they write nothing to the disk of `out`."""
 
     def tokenised(chosen, words, seed, workers):
@@ -351,7 +351,7 @@ def prepare(corpus, words):
         patch.setitem(writing._loaded, loaded.sha256, loaded)
         patch.setattr(writing, "_tokenised", tokenised)
         patch.setattr(writing, "SHARD_BYTES", 4096)
-        yield lambda out: data.prepare([corpus], words, out, seq_len=SEQ, val_fraction=0.1)
+        yield lambda out: data.prepare([documents], words, out, seq_len=SEQ, val_fraction=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +405,7 @@ def test_a_preparation_that_fills_the_disk_at_any_place_leaves_it_empty_and_says
     assert needs and all(2 * tokens / 1e6 - 0.05 <= number <= 4 * tokens / 1e6 + 0.05 for number in needs)
 
 
-def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, corpus, words, monkeypatch):
+def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, documents, words, monkeypatch):
     model = tokenizer.load(words).model
     monkeypatch.setattr(tokenizer, "_learn", lambda *_: model)
     small = disk("4k")
@@ -414,7 +414,7 @@ def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, corp
     for size in range(1, n_pages + 1):
         small.grow(f"{4 * size}k")
         try:
-            tokenizer.train([corpus], 300, out)
+            tokenizer.train([documents], 300, out)
             break
         except RuntimeError as error:
             assert str(error).startswith(f"the disk of {small.folder} is full, and what was written of {out}")
@@ -423,9 +423,9 @@ def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, corp
     assert content(out) == content(words)
 
 
-def test_a_full_disk_is_one_line_and_exit_code_1(disk, corpus, words):
+def test_a_full_disk_is_one_line_and_exit_code_1(disk, documents, words):
     small = disk("16k")
-    command = ["data", "prepare", "--input", corpus, "--tokenizer", words, "--out", small.folder / "out"]
+    command = ["data", "prepare", "--input", documents, "--tokenizer", words, "--out", small.folder / "out"]
     lowbit = Path(sys.executable).with_name("lowbit")
     done = subprocess.run([lowbit, *map(str, command)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
@@ -465,3 +465,82 @@ def test_a_cache_without_room_is_named_and_used_again_when_there_is_some(
         assert left <= {".mds", ".lock", ".json"}, "nothing half-made may stay"
     assert size > 5, "the case must fail at several shards"
     assert torch.equal(found, expected)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+def train_while_the_disk_is_full(configuration, folder, *, first, last):
+    """`train`, with a full disk under the saves of steps `first` to `last`.
+
+    On worker 0: the summary, the checkpoints that were there in the worst moment, and what was warned of.
+    """
+    from test_train import train
+
+    from lowbit_dist import checkpoint
+
+    disk, warned, seen = Disk(Path(folder)), [], []
+    save = checkpoint.Saver.save
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())
+
+    def save_on_full_disk(saver, shards, position):
+        if saver.rank == 0 and position.step == first:
+            saver.wait()
+            disk.fill()
+        save(saver, shards, position)
+        if saver.rank == 0 and position.step == last:
+            saver.wait()
+            run_dir = saver.config.run_dir
+            seen.extend(sorted(path.name for path in (run_dir / "checkpoints").iterdir()))
+            seen.append(checkpoint.latest(run_dir).name)
+            disk.free()
+
+    checkpoint.Saver.save = save_on_full_disk
+    checkpoint.log.addHandler(handler)
+    try:
+        return train(configuration), seen, warned
+    except RuntimeError as error:
+        return str(error), seen, warned
+    finally:
+        checkpoint.Saver.save = save
+        checkpoint.log.removeHandler(handler)
+
+
+def test_a_save_on_a_full_disk_costs_that_checkpoint_alone(ranks, small, disk):
+    full = disk("64m")
+    sections = {"train": {"steps": 12, "save_every": 2, "eval_every": 12, "keep_last": 2}}
+    healthy = ranks(2).run(_train, small(run={"name": "healthy"}, **sections))[0]
+    run = {"name": "full", "dir": str(full.folder)}
+    found, seen, warned = ranks(2).run(
+        train_while_the_disk_is_full, small(run=run, **sections), str(full.folder), first=6, last=8
+    )[0]
+    assert seen == ["step-2", "step-4", "step-4"]
+    assert [text.split(";")[0] for text in warned if "CHECKPOINT" in text] == [
+        f"CHECKPOINT NOT SAVED: step {step} (worker 0: No space left on device)" for step in (6, 8)
+    ]
+    assert found["digest"] == healthy["digest"]
+    assert sorted(path.name for path in (full.folder / "full" / "checkpoints").iterdir()) == [
+        "step-10", "step-12"
+    ]  # fmt: skip
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error_and_the_run_goes_on_later(ranks, small, disk):
+    full = disk("64m")
+    sections = {"train": {"steps": 8, "save_every": 2, "eval_every": 8, "keep_last": 2}}
+    healthy = ranks(1).run(_train, small(run={"name": "healthy"}, **sections))[0]
+    configuration = small(run={"name": "full", "dir": str(full.folder)}, **sections)
+    answer, seen, _ = ranks(1).run(
+        train_while_the_disk_is_full, configuration, str(full.folder), first=8, last=8
+    )[0]
+    assert answer.startswith(
+        "the checkpoint of step 8 could not be saved (worker 0: No space left on device)"
+    )
+    assert seen == ["step-4", "step-6", "step-6"]
+    assert ranks(1).run(_train, configuration)[0]["digest"] == healthy["digest"]
+
+
+def _train(configuration):
+    from test_train import train
+
+    return train(configuration)
