@@ -83,7 +83,13 @@ def load(checkpoint: Checkpoint, *, forward: str | None = None) -> nn.Module:
     pushed = _pushed(network, method) if forward is not None else set()
     weights = {}
     for name in checkpoint.names:
-        tensor = checkpoint.tensor(name)
+        try:
+            tensor = checkpoint.tensor(name)
+        except Exception as error:  # of a shard that was made to fit its hash; parsers raise many kinds
+            raise ConfigError(
+                f"{checkpoint.path}: {name} cannot be read ({type(error).__name__}: {error}); name another "
+                "checkpoint of the run"
+            ) from None
         if name in pushed and forward is not None:
             whole = tensor.dequantize(torch.float32) if isinstance(tensor, PackedTensor) else tensor
             tensor = _through(forward, method).quantize(whole)

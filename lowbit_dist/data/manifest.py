@@ -224,7 +224,7 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
     try:
         shards: list[dict[str, Any]] = content["shards"]
         for info in shards:
-            for file in filter(None, (info["raw_data"], info["zip_data"])):
+            for file in (info["raw_data"], *filter(None, [info["zip_data"]])):
                 # No name leads out of the folder, or to another file of the cache.
                 if not re.fullmatch(r"shard\.[0-9]{5,}\.mds(\.[a-z0-9]+)?", file["basename"]):
                     raise ConfigError(

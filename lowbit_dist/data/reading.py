@@ -184,8 +184,13 @@ class _Shards:
             raise self._without_room(error) from error
         self._readers: list[MDSReader] = []
         for info in parse_index(index, place, split, manifest):
-            reader = MDSReader.from_json(str(folder), None, info)
-            reader.validate(allow_unsafe_types=False)
+            try:
+                reader = MDSReader.from_json(str(folder), None, info)
+                reader.validate(allow_unsafe_types=False)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    f"{place}/index.json is damaged ({type(error).__name__}: {error}); prepare the data again"
+                ) from None
             if reader.zip_data is None and not self.is_remote:
                 reader.dirname = place  # nothing to decompress
             self._readers.append(reader)
