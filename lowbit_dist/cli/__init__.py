@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 and 143 ended by SIGINT and SIGTERM.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -292,10 +293,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LOWBIT_DEBUG") == "1":
             raise
-        usage = getattr(error, "format_message", None)  # typer's own complaints about arguments
-        if usage is not None:
-            # Without a verb, the help has been printed and there is no message.
-            code = _fail(f"{' '.join(usage().split())} See --help." if usage() else "", 2)
+        if hasattr(error, "format_message"):  # typer's own complaints about arguments
+            code = _fail(_complaint(error), 2)
         else:
             code = _fail(f"{type(error).__name__}: {error} (LOWBIT_DEBUG=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -305,6 +304,22 @@ def _fail(message: str, code: int) -> int:
     if message:
         print(f"lowbit: {message}", file=sys.stderr)
     return code
+
+
+def _complaint(error: Any) -> str:
+    """Typer's words about an argument, with the value that they leave out."""
+    text = " ".join(error.format_message().split())
+    if not text:  # without a verb, the help has been printed
+        return ""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    words = sys.argv[1:]
+    given = [value for name, value in itertools.pairwise(words) if name in options]
+    given += [
+        value for name, _, value in (word.partition("=") for word in words) if name in options and value
+    ]
+    if given and given[-1] not in text:
+        text = text.replace(":", f" ({given[-1]!r}):", 1)
+    return f"{text} See --help."
 
 
 def _repeated(arguments: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, RunConfig
 
 
@@ -101,6 +102,8 @@ def check_run(config: RunConfig) -> None:
     folder = config.run_dir
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.name ({config.run.name}): {folder} is a file; write another name")
+    if why := why_not_writable(folder):
+        raise _not_writable(config, why)
     if (folder / "config.yaml").exists():
         earlier = RunConfig.load(folder / "config.yaml", (), METHODS)
         _check_same(config, earlier, f"run.name ({config.run.name})")
@@ -130,10 +133,13 @@ def check_folder(config: RunConfig) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"run.dir ({config.run.dir}): {folder} cannot be written ({error.strerror}); "
-            "write a folder that can"
-        ) from None
+        raise _not_writable(config, error.strerror or str(error)) from None
+
+
+def _not_writable(config: RunConfig, why: str) -> ConfigError:
+    return ConfigError(
+        f"run.dir ({config.run.dir}): {config.run_dir} cannot be written ({why}); write a folder that can"
+    )
 
 
 def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
