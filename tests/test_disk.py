@@ -185,6 +185,28 @@ def test_a_run_that_ends_on_a_full_disk_says_what_its_file_lacks_and_goes_on_lat
     assert written(small.folder) == list(range(1, 20))
 
 
+def test_a_run_that_goes_back_on_a_full_disk_keeps_the_rows_before(disk, caplog):
+    small = disk("256k")
+    tracker = tracking.Tracker(config(small.folder), step=0, run_id=None)
+    log(tracker, range(1, 10))
+    small.fill()
+    log(tracker, range(10, 30))
+    assert len(written(small.folder)) < 25, "the case must leave rows in memory, before and after step 25"
+    tracker.rewind(25)
+    small.free()
+    log(tracker, [26, 27])
+    assert written(small.folder) == list(range(1, 28))
+    small.fill()
+    log(tracker, range(28, 50))
+    tracker.rewind(5)
+    assert written(small.folder) == [1, 2, 3, 4, 5]
+    small.free()
+    log(tracker, [6])
+    tracker.close()
+    assert written(small.folder) == [1, 2, 3, 4, 5, 6]
+    assert not any("lacks" in words for words in warnings(caplog))
+
+
 @pytest.fixture(scope="module")
 def new_store(tmp_path_factory):
     """A database of MLflow's without runs: its migrations take long."""
@@ -347,11 +369,15 @@ def prepare(documents, words):
                 yield {name: column[0] for name, column in row.items()}
 
     loaded = tokenizer.load(words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(writing._loaded, loaded.sha256, loaded)
-        patch.setattr(writing, "_tokenised", tokenised)
-        patch.setattr(writing, "SHARD_BYTES", 4096)
-        yield lambda out: data.prepare([documents], words, out, seq_len=SEQ, val_fraction=0.1)
+
+    def prepare(out):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(writing._loaded, loaded.sha256, loaded)
+            patch.setattr(writing, "_tokenised", tokenised)
+            patch.setattr(writing, "SHARD_BYTES", 4096)
+            return data.prepare([documents], words, out, seq_len=SEQ, val_fraction=0.1)
+
+    return prepare
 
 
 @pytest.fixture(scope="module")
