@@ -1,0 +1,703 @@
+"""Wrong input, through the command line: one line that names the place, the value and what to write instead.
+
+Each case is one command in a working folder that holds prepared data, a tokenizer, a finished run and a
+configuration, with at most one thing in it made wrong.  Nothing is started, and no file is left or changed.
+"""
+
+import gzip
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+run: {name: small, dir: runs}
+model: {hidden_size: 256, intermediate_size: 512, layers: 2, heads: 4, kv_heads: 2}
+method: {name: dqt}
+data: {path: data, seq_len: 64}
+precision: fp32
+train: {steps: 2, batch_tokens: 256, micro_batch: 2, save_every: 1, eval_samples: 4}
+cluster: {workers: 1}
+tracking: {mlflow: null}
+"""
+STEP = "runs/small/checkpoints/step-2"
+SHARD = "train/shard.00000.mds.zstd"
+PREPARE = "data prepare --tokenizer tokenizer --out new --seq-len 64 --input"
+LEARN = "tokenizer train --vocab-size 300 --out new --input"
+
+
+def train(folder, text):
+    """One worker's run, with the relative paths of `folder`."""
+    import yaml
+
+    from lowbit_dist import train as training
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        training.run(RunConfig.from_dict(yaml.safe_load(text), METHODS))
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def original(corpus, ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    shutil.copytree(corpus, folder / "data")
+    shutil.copytree(corpus / "tokenizer", folder / "tokenizer")
+    (folder / "run.yaml").write_text(CONFIG)
+    (folder / "words.txt").write_text("other words for another tokenizer " * 400)
+    ranks(1).run(train, str(folder), CONFIG)
+    return folder
+
+
+@pytest.fixture
+def place(original, tmp_path, monkeypatch):
+    """A working folder of its own, and a Ray that refuses to start."""
+    import ray
+
+    def started(*_, **__):
+        raise AssertionError("Ray was started")
+
+    folder = shutil.copytree(original, tmp_path / "place")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", started)
+    return folder
+
+
+def contents(folder):
+    """Every path in the folder; of files also the size and the time of the last change."""
+    stats = {path: path.lstat() for path in folder.rglob("*")}
+    return {
+        path: (stat.st_size, stat.st_mtime_ns) if path.is_file() else None for path, stat in stats.items()
+    }
+
+
+def rewrite(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def instead(path: str, content: bytes | None):
+    """The file with another content; None is a folder in its place."""
+
+    def change(at: Path) -> None:
+        file = at / path
+        if file.is_dir():
+            shutil.rmtree(file)
+        file.unlink(missing_ok=True)
+        file.mkdir() if content is None else file.write_bytes(content)
+
+    return change
+
+
+def cut(path: str, size: int):
+    return lambda at: os.truncate(at / path, size)
+
+
+def without(*paths: str):
+    def change(at: Path) -> None:
+        for path in paths:
+            shutil.rmtree(at / path) if (at / path).is_dir() else (at / path).unlink()
+
+    return change
+
+
+def flipped(path: str):
+    """One bit in the middle of the file."""
+
+    def change(at: Path) -> None:
+        content = bytearray((at / path).read_bytes())
+        content[len(content) // 2] ^= 1
+        (at / path).write_bytes(content)
+
+    return change
+
+
+def looped(path: str):
+    """A link to itself: not even root can read it."""
+
+    def change(at: Path) -> None:
+        (at / path).unlink(missing_ok=True)
+        (at / path).symlink_to(Path(path).name)
+
+    return change
+
+
+def other_tokenizer(*paths: str):
+    def change(at: Path) -> None:
+        from lowbit_dist import tokenizer
+
+        tokenizer.train([at / "words.txt"], 275, at / "other")
+        for path in paths:
+            shutil.copy(at / "other" / "tokenizer.model", at / path)
+
+    return change
+
+
+def lines(n: int) -> bytes:
+    draw = random.Random(0)
+    texts = (" ".join(draw.choices(["some", "words", "of", "text"], k=30)) for _ in range(n))
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def zipped(name: str, size: int | None = None):
+    """A file of JSON lines or a Parquet file under `name`, of which `size` bytes are there."""
+
+    def change(at: Path) -> None:
+        content = lines(2000)
+        if name.endswith(".gz"):
+            content = gzip.compress(content, mtime=0)
+        elif name.endswith(".zst"):
+            import zstandard
+
+            content = zstandard.compress(content)
+        elif name.endswith(".parquet"):
+            import pyarrow
+            import pyarrow.parquet
+
+            rows = [json.loads(line)["text"] for line in content.splitlines()]
+            pyarrow.parquet.write_table(pyarrow.table({"text": rows}), at / name)
+            content = (at / name).read_bytes()
+        (at / name).write_bytes(content[:size])
+
+    return change
+
+
+def pretrained(**changed):
+    """A folder with a small LLaMA, or with nothing but its config.json."""
+
+    def change(at: Path) -> None:
+        import transformers
+
+        sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+        config = transformers.LlamaConfig(**(sizes | changed))
+        transformers.LlamaForCausalLM(config).save_pretrained(at / "llama")
+
+    return change
+
+
+def both(*changes):
+    return lambda at: [change(at) for change in changes]
+
+
+NOTHING = None
+LLAMA = "train run.yaml run.name=new 'model={pretrained: llama}'"
+
+# case: (what is wrong in the folder, the command, the words of its answer: place, value, rule, advice)
+CASES = {
+    # configuration values
+    "a misspelt field": (
+        NOTHING, "train run.yaml train.stesp=5", ("train:", "'stesp'", "did you mean 'steps'")),
+    "a misspelt section": (
+        NOTHING, "train run.yaml trian.steps=5", ("'trian'", "did you mean 'train'")),
+    "a field of another section": (
+        NOTHING, "train run.yaml train.seq_len=5", ("train:", "'seq_len'", "'data.seq_len'")),
+    "an option of another method": (
+        NOTHING, "train run.yaml method.name=dense method.grid=int8",
+        ("method:", "'grid'", "belongs to dqt", "leave it out")),
+    "no data path": (
+        instead("run.yaml", b"train: {steps: 5}\n"), "train run.yaml",
+        ("data.path is required", "write data:")),
+    "an override without a value": (
+        NOTHING, "train run.yaml train.steps", ("override", "'train.steps'", "section.field=value", "write")),
+    "an override with a bracket that stays open": (
+        NOTHING, "train run.yaml optimizer.betas=[0.9",
+        ("optimizer.betas=[0.9", "line 1", "write name: value")),
+    "a word for a number": (
+        NOTHING, "train run.yaml optimizer.lr=fast", ("optimizer.lr", "'fast'", "must be a number", "write")),
+    "a fraction for a whole number": (
+        NOTHING, "train run.yaml train.steps=1.5", ("train.steps", "1.5", "whole number", "write")),
+    "yes for true": (
+        NOTHING, "train run.yaml train.reproducible=yes", ("train.reproducible", "'yes'", "write false")),
+    "true for a ZeRO stage": (
+        NOTHING, "train run.yaml 'method={name: dense}' zero.stage=true", ("zero.stage", "true", "write")),
+    "a negative learning rate": (
+        NOTHING, "train run.yaml optimizer.lr=-1e-3", ("optimizer.lr", "-0.001", "at least 0", "write")),
+    "a negative seed": (
+        NOTHING, "train run.yaml run.seed=-1", ("run.seed", "-1", "at least 0", "write")),
+    "a number that is none": (
+        NOTHING, "train run.yaml optimizer.lr=.nan", ("optimizer.lr", "nan", "finite", "write")),
+    "an infinite number": (
+        NOTHING, "train run.yaml train.clip_norm=.inf", ("train.clip_norm", "inf", "finite", "write")),
+    "a number that overflows": (
+        NOTHING, "train run.yaml optimizer.eps=1e999", ("optimizer.eps", "inf", "finite", "write")),
+    "a timeout that is no number": (
+        NOTHING, "train run.yaml cluster.hang_timeout=.nan",
+        ("cluster.hang_timeout", "nan", "auto", "write")),
+    "an unknown choice": (
+        NOTHING, "train run.yaml method.grid=int5",
+        ("method.grid", "'int5'", "must be one of ternary", "did you")),
+    "stages for packed codes": (
+        NOTHING, "train run.yaml zero.stage=2", ("zero.stage", "2", "must be left out", "dqt")),
+    "reproducible in bf16": (
+        NOTHING, "train run.yaml train.reproducible=true precision=bf16",
+        ("train.reproducible", "true", "bf16", "write precision: fp32")),
+    "eight-bit states that stage 2 cannot have": (
+        NOTHING, "train run.yaml 'method={name: dense}' zero.stage=2",
+        ("optimizer.states", "int8", "zero.stage 2", "write")),
+    # sizes that do not fit together
+    "a batch that is no multiple": (
+        NOTHING, "train run.yaml train.batch_tokens=300",
+        ("train.batch_tokens", "300", "multiple of 128", "nearest is 256")),
+    "a batch that two workers cannot share": (
+        NOTHING, "train run.yaml cluster.workers=2 train.batch_tokens=128",
+        ("train.batch_tokens", "128", "256")),
+    "a batch of more than all data": (
+        NOTHING, "train run.yaml run.name=new train.batch_tokens=128000000",
+        ("train.batch_tokens", "128,000,000", "data has", "write at most")),
+    "a sequence that the model does not reach": (
+        NOTHING, "train run.yaml model.max_seq_len=32", ("data.seq_len", "64", "max_seq_len 32", "write")),
+    "a sequence length that the data does not have": (
+        NOTHING, "train run.yaml run.name=new data.seq_len=32",
+        ("data.seq_len (32)", "must be 64", "write data.seq_len: 64", "--seq-len 32")),
+    "heads that do not divide": (
+        NOTHING, "train run.yaml model.heads=3 model.kv_heads=3", ("model.heads", "3", "256", "nearest is")),
+    "key heads that do not divide": (
+        NOTHING, "train run.yaml model.kv_heads=3", ("model.kv_heads", "3", "heads 4", "nearest is")),
+    "a hidden size between blocks": (
+        NOTHING, "train run.yaml model.hidden_size=300", ("model.hidden_size", "300", "256", "nearest is")),
+    "a pretrained model of a smaller vocabulary": (
+        pretrained(vocab_size=400), LLAMA, ("model.pretrained (llama)", "400", "512", "prepare the data")),
+    "a pretrained model of shorter sequences": (
+        pretrained(max_position_embeddings=32), LLAMA, ("data.seq_len (64)", "at most 32", "llama", "write")),
+    "a pretrained model that is not there": (
+        NOTHING, LLAMA, ("model.pretrained (llama)", "not a Hugging Face model folder", "write")),
+    "a pretrained model without a weight": (
+        both(pretrained(), lambda at: rewrite(at / "llama/config.json", num_hidden_layers=2)), LLAMA,
+        ("model.pretrained", "model.layers.1.", "none of the folder's", "write")),
+    "a pretrained model with other shapes": (
+        both(pretrained(), lambda at: rewrite(at / "llama/config.json", intermediate_size=768)), LLAMA,
+        ("model.pretrained", "(512, 256)", "(768, 256)", "write")),
+    "a pretrained model that is cut": (
+        both(pretrained(), cut("llama/model.safetensors", 5000)), LLAMA,
+        ("llama/model.safetensors cannot be read", "copy it again")),
+    # names
+    "a run name with a path in it": (
+        NOTHING, "train run.yaml run.name=../elsewhere",
+        ("run.name", "'../elsewhere'", "letters", "write 'elsewhere'")),
+    "an absolute run name": (
+        NOTHING, "train run.yaml run.name=/tmp/x", ("run.name", "'/tmp/x'", "letters", "write 'tmp-x'")),
+    "a run name with spaces": (
+        NOTHING, "train run.yaml 'run.name=my run'", ("run.name", "'my run'", "letters", "write 'my-run'")),
+    # the configuration file
+    "no configuration file": (
+        NOTHING, "train absent.yaml", ("absent.yaml", "does not exist", "write the path")),
+    "a folder for a configuration file": (
+        NOTHING, "train data", ("data is a folder", "write the path")),
+    "a binary configuration file": (
+        instead("run.yaml", b"run: {name: \xff}"), "train run.yaml",
+        ("run.yaml", "byte 12", "save it as UTF-8")),
+    "a cut configuration file": (
+        cut("run.yaml", 60), "train run.yaml", ("run.yaml line", "expected", "write name: value")),
+    "a configuration file that cannot be read": (
+        looped("run.yaml"), "train run.yaml",
+        ("run.yaml cannot be read", "symbolic links", "write the path")),
+    "a Python object in a configuration file": (
+        instead("run.yaml", b"run: !!python/object/apply:os.system [touch stolen]"), "train run.yaml",
+        ("run.yaml line 1, column 6", "python/object", "not allowed", "write plain values")),
+    # prepared data
+    "no data": (
+        without("data"), "train run.yaml", ("data.path (data)", "does not exist", "lowbit data prepare")),
+    "an empty data folder": (
+        both(without("data"), lambda at: (at / "data").mkdir()), "train run.yaml",
+        ("data.path (data)", "no manifest.json", "write a folder")),
+    "a file for a data folder": (
+        instead("data", b"text"), "train run.yaml", ("data.path (data)", "is a file", "write a folder")),
+    "an empty manifest": (
+        instead("data/manifest.json", b""), "train run.yaml",
+        ("data.path (data)", "manifest.json", "is empty", "again")),
+    "a cut manifest": (
+        cut("data/manifest.json", 100), "train run.yaml",
+        ("data.path (data)", "manifest.json", "of 100", "is not JSON", "prepare the data again")),
+    "a binary manifest": (
+        instead("data/manifest.json", b'{"format": \xff}'), "train run.yaml",
+        ("manifest.json", "byte 11 of 13", "is not UTF-8 text", "prepare the data again")),
+    "a folder for a manifest": (
+        instead("data/manifest.json", None), "train run.yaml",
+        ("data.path (data)", "manifest.json cannot be read", "Is a directory", "again")),
+    "a manifest that cannot be read": (
+        looped("data/manifest.json"), "train run.yaml",
+        ("data.path (data)", "manifest.json", "links", "again")),
+    "a manifest with a wrong value": (
+        lambda at: rewrite(at / "data/manifest.json", vocab_size=-5), "train run.yaml",
+        ("data.path (data)", "vocab_size", "-5", "again")),
+    "a manifest of a later version": (
+        lambda at: rewrite(at / "data/manifest.json", format=2), "train run.yaml",
+        ("data.path (data)", "format 2", "reads 1", "prepare it again")),
+    "a manifest of another vocabulary": (
+        lambda at: rewrite(at / "data/manifest.json", vocab_size=600), "train run.yaml",
+        ("data.path (data)", "vocab_size 600", "512 pieces", "again")),
+    "data of other samples": (
+        lambda at: rewrite(at / "data/manifest.json", seq_len=128), "train run.yaml",
+        ("data.seq_len (64)", "must be 128", "write data.seq_len: 128")),
+    "no index": (
+        without("data/val/index.json"), "train run.yaml",
+        ("data.path (data)", "lacks val/index.json", "again")),
+    "an empty index": (
+        instead("data/train/index.json", b""), "train run.yaml", ("train/index.json", "is empty", "again")),
+    "a cut index": (
+        cut("data/train/index.json", 50), "train run.yaml",
+        ("train/index.json", "of 50", "is not JSON", "again")),
+    "a binary index": (
+        instead("data/train/index.json", bytes(range(128, 256))), "train run.yaml",
+        ("train/index.json", "byte 0 of 128", "is not UTF-8", "again")),
+    "an index of other data": (
+        lambda at: rewrite(at / "data/train/index.json", version=3), "train run.yaml",
+        ("train/index.json", "of other data", "SHA-256", "again")),
+    "a folder for an index": (
+        instead("data/train/index.json", None), "train run.yaml",
+        ("data.path (data)", "train/index.json cannot be read", "Is a directory", "again")),
+    "no shard": (
+        without(f"data/{SHARD}"), "train run.yaml", ("data.path (data)", f"lacks {SHARD}", "again")),
+    "an empty shard": (
+        cut(f"data/{SHARD}", 0), "train run.yaml", (SHARD, "has 0 bytes and must have", "again")),
+    "a cut shard": (
+        cut(f"data/{SHARD}", 1000), "train run.yaml", (SHARD, "has 1,000 bytes and must have", "again")),
+    "a folder for a shard": (
+        instead(f"data/{SHARD}", None), "train run.yaml",
+        (SHARD, "cannot be read", "Is a directory", "again")),
+    "a shard that cannot be read": (
+        looped(f"data/{SHARD}"), "train run.yaml", (SHARD, "cannot be read", "symbolic links", "again")),
+    "a URL of nothing": (
+        NOTHING, "train run.yaml run.name=new data.path=file:///nowhere/data",
+        ("data.path (file:///nowhere/data)", "manifest.json cannot be fetched", "write")),
+    "a URL of no kind": (
+        NOTHING, "train run.yaml run.name=new data.path=gopher://host/data",
+        ("data.path (gopher://host/data", "must be a folder", "s3://")),
+    # tokenizers
+    "data whose tokenizer is gone": (
+        without("data/tokenizer/tokenizer.model"), "train run.yaml",
+        ("tokenizer (data/tokenizer)", "no tokenizer.model", "write a folder")),
+    "data with the tokenizer of other data": (
+        other_tokenizer("data/tokenizer/tokenizer.model"), "train run.yaml",
+        ("data.path (data)", "tokenizer/tokenizer.model", "not the one", "again")),
+    "data of another tokenizer": (
+        other_tokenizer(), "train run.yaml run.name=new data.tokenizer=other",
+        ("data.tokenizer (other)", "not the one", "leave it out, or prepare")),
+    "a tokenizer file that is none": (
+        NOTHING, "train run.yaml run.name=new data.tokenizer=words.txt",
+        ("words.txt", "not a sentencepiece model", "write the path")),
+    "a binary file for a tokenizer": (
+        instead("tokenizer/tokenizer.model", bytes(1000)), f"{PREPARE} words.txt",
+        ("tokenizer/tokenizer.model", "not a sentencepiece model", "write the path")),
+    "an empty tokenizer": (
+        instead("tokenizer/tokenizer.model", b""), f"{PREPARE} words.txt",
+        ("tokenizer/tokenizer.model", "not a sentencepiece model", "write the path")),
+    "a folder for a tokenizer's file": (
+        instead("tokenizer/tokenizer.model", None), f"{PREPARE} words.txt",
+        ("tokenizer/tokenizer.model", "Is a directory", "write a folder")),
+    "no tokenizer": (
+        without("tokenizer"), f"{PREPARE} words.txt",
+        ("tokenizer (tokenizer)", "does not exist", "write a folder")),
+    # text
+    "no text": (
+        NOTHING, f"{LEARN} absent.txt", ("--input (absent.txt)", "does not exist", "write")),
+    "an empty text": (
+        instead("words.txt", b""), f"{LEARN} words.txt", ("--input (words.txt)", "is empty", "leave it out")),
+    "a folder without text": (
+        instead("texts", None), f"{PREPARE} texts",
+        ("--input (texts)", "no file with text", "write the path")),
+    "a binary text": (
+        instead("words.txt", b"x" * 100_000 + b"\0" + b"x" * 100), f"{LEARN} words.txt",
+        ("words.txt", "byte 100,000 is zero", "leave the file out")),
+    "a binary text, prepared": (
+        instead("words.txt", b"words\0"), f"{PREPARE} words.txt",
+        ("words.txt", "byte 5 is zero", "leave the file")),
+    "a text that is not UTF-8": (
+        instead("words.txt", b"words \xe9"), f"{PREPARE} words.txt",
+        ("words.txt", "byte 6", "convert the file")),
+    "a text that cannot be read": (
+        both(instead("texts", None), looped("texts/words.txt")),
+        f"{PREPARE} texts", ("--input (texts)", "cannot be read", "links", "leave it out")),
+    "a line that is not JSON": (
+        instead("a.jsonl", lines(40) + b'{"text": "b'), f"{PREPARE} a.jsonl",
+        ("a.jsonl line 41", "is not JSON", "repair it")),
+    "a line without text": (
+        instead("a.jsonl", lines(40) + b'{"body": "b"}'), f"{LEARN} a.jsonl",
+        ("a.jsonl line 41", "no text", "body", "rename the field")),
+    "gzip that is cut": (
+        zipped("a.jsonl.gz", 9000), f"{PREPARE} a.jsonl.gz",
+        ("a.jsonl.gz", "ends in the middle", "9,000", "copy")),
+    "gzip that is none": (
+        instead("a.jsonl.gz", lines(40)), f"{PREPARE} a.jsonl.gz",
+        ("a.jsonl.gz", "damaged at or before byte", "copy it again")),
+    "gzip that is damaged": (
+        both(zipped("a.jsonl.gz"), flipped("a.jsonl.gz")), f"{LEARN} a.jsonl.gz",
+        ("a.jsonl.gz", "damaged at or before byte", "copy it again")),
+    "zstd that is cut": (
+        zipped("a.jsonl.zst", 5000), f"{PREPARE} a.jsonl.zst",
+        ("a.jsonl.zst", "ends in the middle", "5,000", "copy")),
+    "zstd that is none": (
+        instead("a.jsonl.zst", lines(40)), f"{PREPARE} a.jsonl.zst",
+        ("a.jsonl.zst", "damaged at or before byte", "copy it again")),
+    "Parquet that is cut": (
+        zipped("a.parquet", 3000), f"{PREPARE} a.parquet",
+        ("a.parquet", "byte 2,996 of 3,000", "copy it again")),
+    "Parquet that is none": (
+        instead("a.parquet", lines(40)), f"{PREPARE} a.parquet", ("a.parquet", "byte 0 of", "copy it again")),
+    "too little text for the pieces": (
+        NOTHING, "tokenizer train --input words.txt --out new --vocab-size 9000",
+        ("--vocab-size (9,000)", "more than this text has", "write at most")),
+    # the machine
+    "more workers than there are": (
+        NOTHING, "train run.yaml cluster.workers=4096 train.batch_tokens=524288",
+        ("cluster.workers (4096)", "4096 CPUs", f"has {os.cpu_count()}", "write cluster.workers=")),
+    "more processors than there are": (
+        NOTHING, "train run.yaml cluster.cpus_per_worker=4000",
+        ("cluster.cpus_per_worker (4000)", f"has {os.cpu_count()}", "write cluster.cpus_per_worker=")),
+    "more GPUs than there are": (
+        NOTHING, "train run.yaml cluster.gpus_per_worker=1000",
+        ("cluster.gpus_per_worker (1000)", "1000 GPUs", "write cluster.gpus_per_worker=")),
+    "a Ray that does not answer": (
+        NOTHING, "RAY_ADDRESS=127.0.0.1:1 train run.yaml",
+        ("RAY_ADDRESS (127.0.0.1:1)", "does not answer", "write")),
+    # tracking
+    "a tracking URI of no kind": (
+        NOTHING, "train run.yaml tracking.mlflow=gopher://x",
+        ("tracking.mlflow (gopher://x)", "write sqlite:///")),
+    "a tracking database in no folder": (
+        NOTHING, "train run.yaml tracking.mlflow=sqlite:///absent/mlflow.db",
+        ("tracking.mlflow (sqlite:///absent/mlflow.db)", "does not exist", "write sqlite:///")),
+    "a tracking database that is none": (
+        NOTHING, "train run.yaml tracking.mlflow=sqlite:///words.txt",
+        ("tracking.mlflow (sqlite:///words.txt)", "not an SQLite database", "write sqlite:///")),
+    "a tracking database that is a folder": (
+        NOTHING, "train run.yaml tracking.mlflow=sqlite:///data",
+        ("tracking.mlflow (sqlite:///data)", "is a folder", "write sqlite:///")),
+    "a tracking server without a host": (
+        NOTHING, "train run.yaml tracking.mlflow=http://", ("tracking.mlflow (http://)", "no host", "write")),
+    "a tracking port that is none": (
+        NOTHING, "train run.yaml tracking.mlflow=http://host:99999",
+        ("tracking.mlflow (http://host:99999)", "is not a URI", "write")),
+    # runs and checkpoints
+    "a run of another model": (
+        NOTHING, "train run.yaml model.layers=1",
+        ("run.name (small)", "model.layers: 2 -> 1", "another run.name")),
+    "a checkpoint of another model": (
+        without("runs/small/config.yaml"), "train run.yaml model.layers=1",
+        (STEP, "model.layers: 2 -> 1", "write another run.name")),
+    "a checkpoint of another grid": (
+        without("runs/small/config.yaml"), "train run.yaml method.grid=int4",
+        (STEP, "method.grid: ternary -> int4", "write another run.name")),
+    "a checkpoint of another method": (
+        without("runs/small/config.yaml"), "train run.yaml method.name=bitnet",
+        (STEP, "method.name: dqt -> bitnet", "write another run.name")),
+    "an older checkpoint of another model, the newest damaged": (
+        both(without("runs/small/config.yaml", "runs/small/latest"), instead(f"{STEP}/manifest.json", b"{")),
+        "train run.yaml model.layers=1", ("step-1", "model.layers: 2 -> 1", "write another run.name")),
+    "a run's configuration that is binary": (
+        instead("runs/small/config.yaml", b"\xff\xfe"), "train run.yaml",
+        ("runs/small/config.yaml", "byte 0", "save it as UTF-8")),
+    "a run whose latest checkpoint is gone, and all others": (
+        without("runs/small/checkpoints"), "train run.yaml",
+        ("run.name (small)", "runs/small/latest", "none is in", "put it back")),
+    "evaluating a run whose latest checkpoint is gone": (
+        without("runs/small/checkpoints"), "eval small --data data",
+        ("runs/small", "no usable checkpoint", "train it, or write another")),
+    "sampling from a run whose checkpoints are gone": (
+        both(without("runs/small/checkpoints"), instead("runs/small/checkpoints", None)),
+        "generate small --prompt x", ("runs/small", "no usable checkpoint", "write another")),
+    "inspecting a run whose checkpoints are all damaged": (
+        both(cut(f"{STEP}/manifest.json", 70), without("runs/small/checkpoints/step-1/SHA256SUMS")),
+        "inspect small", ("runs/small", "no usable", "step-2/manifest.json", "SHA256SUMS", "write another")),
+    "no such run to evaluate": (
+        NOTHING, "eval absent --data data", ("'absent'", "neither a run", "write the name")),
+    "a folder that is no run": (
+        NOTHING, "inspect data/tokenizer", ("'data/tokenizer'", "neither a run", "write the name")),
+    "a checkpoint with an empty manifest": (
+        instead(f"{STEP}/manifest.json", b""), f"inspect {STEP}", (f"{STEP}/manifest.json", "name another")),
+    "a checkpoint with a binary manifest": (
+        instead(f"{STEP}/manifest.json", b"\xff" * 50), f"generate {STEP} --prompt x",
+        (f"{STEP}/manifest.json", "position 0", "name another")),
+    "a checkpoint of a later version": (
+        lambda at: rewrite(at / STEP / "manifest.json", format=99), f"inspect {STEP}",
+        (STEP, "format 99", "read it with the version")),
+    "a checkpoint with a damaged shard": (
+        flipped(f"{STEP}/shard-00000.safetensors"), f"eval {STEP} --data data",
+        (STEP, "shard-00000.safetensors", "SHA-256", "name another")),
+    "a checkpoint with a cut shard": (
+        cut(f"{STEP}/shard-00000.safetensors", 1000), f"generate {STEP} --prompt x",
+        (STEP, "shard-00000.safetensors", "name another")),
+    "a run with another tokenizer": (
+        other_tokenizer("runs/small/tokenizer/tokenizer.model"), "generate small --prompt x",
+        ("runs/small/tokenizer", "not the tokenizer of", "put the run's own")),
+    "evaluating on data of another tokenizer": (
+        lambda at: rewrite(at / "data/manifest.json", tokenizer_sha256="0" * 64), "eval small --data data",
+        ("--data (data)", "another tokenizer", "prepare it with")),
+    "evaluating on data with a cut shard": (
+        cut("data/val/shard.00000.mds.zstd", 100), "eval small --data data",
+        ("--data (data)", "val/shard.00000.mds.zstd", "100 bytes", "again")),
+    "evaluating on data with a damaged shard": (
+        flipped("data/val/shard.00000.mds.zstd"), "eval small --data data",
+        ("data/val/shard.00000.mds.zstd", "is damaged", "again")),
+    "evaluating on data that is not there": (
+        NOTHING, "eval small --data absent", ("--data (absent)", "does not exist", "write")),
+    "evaluating on no text at all": (
+        instead("a.jsonl", b'{"text": ""}\n'), "eval small --data a.jsonl",
+        ("--data (a.jsonl)", "no text", "write")),
+    # no write permission, for root too
+    "a run's folder that cannot be written": (
+        NOTHING, "train run.yaml run.dir=/proc",
+        ("run.dir (/proc)", "/proc/small cannot be written", "write a folder")),
+    "a run's folder in a file": (
+        NOTHING, "train run.yaml run.dir=words.txt",
+        ("run.dir (words.txt)", "cannot be written", "write a folder")),
+    "a file for a run's folder": (
+        instead("runs/small", b""), "train run.yaml",
+        ("run.name (small)", "is a file", "write another name")),
+    "a cache that cannot be written": (
+        NOTHING, "train run.yaml data.cache=/proc/cache",
+        ("data.cache (/proc/cache)", "cannot be written", "write")),
+    "a tokenizer's folder that cannot be written": (
+        NOTHING, "tokenizer train --input words.txt --vocab-size 300 --out /proc/new",
+        ("--out (/proc/new)", "cannot be written", "write")),
+    "prepared data that cannot be written": (
+        NOTHING, "data prepare --input words.txt --tokenizer tokenizer --out /proc/new",
+        ("--out (/proc/new)", "cannot be written")),
+    "a tokenizer over something else": (
+        NOTHING, "tokenizer train --input words.txt --vocab-size 300 --out data",
+        ("--out (data)", "is not empty", "write another folder")),
+    "prepared data over something else": (
+        NOTHING, "data prepare --input words.txt --tokenizer tokenizer --out runs",
+        ("--out (runs)", "not prepared data", "write the name of a new folder")),
+    # options of the other verbs
+    "a vocabulary without pieces": (
+        NOTHING, "tokenizer train --input words.txt --out new --vocab-size 5",
+        ("--vocab-size (5)", "260", "write 4096")),
+    "samples of one token": (
+        NOTHING, "data prepare --input words.txt --tokenizer tokenizer --out new --seq-len 1",
+        ("--seq-len (1)", "from 2", "write 256")),
+    "a share that is no number": (
+        NOTHING, "data prepare --input words.txt --tokenizer tokenizer --out new --val-fraction nan",
+        ("--val-fraction (nan)", "more than 0", "write 0.02")),
+    "a plan without data": (
+        without("data"), "plan run.yaml", ("data.path (data)", "does not exist", "--vocab-size 32000")),
+    "a plan for no workers": (
+        NOTHING, "plan run.yaml --workers 0", ("cluster.workers", "0", "at least 1", "write 1")),
+    "a plan for no pieces": (
+        NOTHING, "plan run.yaml --vocab-size -3", ("--vocab-size (-3)", "at least 1", "write 32000")),
+    "a grid that does not exist": (
+        NOTHING, "eval small --data data --forward int5", ("--forward (int5)", "ternary", "write one")),
+    "an infinite temperature": (
+        NOTHING, "generate small --prompt x --temperature inf",
+        ("--temperature (inf)", "finite", "write 0.8")),
+    "a probability beyond one": (
+        NOTHING, "generate small --prompt x --top-p 1.5", ("--top-p (1.5)", "at most 1", "write 0.95")),
+    "a seed below zero": (
+        NOTHING, "generate small --prompt x --seed -1", ("--seed (-1)", "at least 0", "write 0")),
+    "a text longer than the model takes": (
+        NOTHING, "generate small --prompt x --max-new-tokens 9999",
+        ("9999", "max_seq_len 2048", "write fewer")),
+    "a word for a number of samples": (
+        NOTHING, "eval small --data data --samples many", ("--samples", "'many'", "integer", "--help")),
+}  # fmt: skip
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 80
+
+
+def parsed(command: str) -> tuple[dict[str, str], list[str]]:
+    """The variables in front of a command, and its words."""
+    words = shlex.split(command)
+    n = next(k for k, word in enumerate(words) if not word.startswith("RAY_ADDRESS="))
+    return dict(word.split("=", 1) for word in words[:n]), words[n:]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_answered_in_one_line_before_anything_starts(case, place, lowbit, monkeypatch):
+    import ray
+
+    change, command, answer = CASES[case]
+    if change is not None:
+        change(place)
+    variables, arguments = parsed(command)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before, was_running = contents(place), ray.is_initialized()
+    started = time.monotonic()
+    done = lowbit(*arguments)
+    seconds = time.monotonic() - started
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lowbit: ")
+    for words in answer:
+        assert words in line, f"{words!r} is not in {line!r}"
+    assert ray.is_initialized() == was_running
+    assert contents(place) == before, "nothing may be written"
+    if arguments[0] != "eval":  # which reads data through the cache
+        assert not (place.parent / "cache").exists()
+    assert seconds < 10
+
+
+def test_without_a_mistake_the_same_commands_go_on(place, lowbit):
+    """The folder of all cases is right: what is refused in them is their mistake alone."""
+    from lowbit_dist.cluster import check
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+
+    assert lowbit("train", "run.yaml").returncode == 0
+    assert lowbit("inspect", "small").returncode == 0
+    assert lowbit("eval", "small", "--data", "data").returncode == 0
+    pretrained()(place)
+    for override in ("model={pretrained: llama}", "data.tokenizer=tokenizer", "data.cache=cache"):
+        check(RunConfig.load(place / "run.yaml", [override, "run.name=new"], METHODS))
+
+
+def test_a_latest_that_names_what_is_gone_loses_no_run(place, lowbit):
+    """An older checkpoint is there, and is used."""
+    from lowbit_dist.cluster import check
+    from lowbit_dist.cluster.checks import newest_checkpoint
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+
+    assert (place / "runs/small/latest").read_text().strip() == "step-2"
+    shutil.rmtree(place / STEP)
+    done = lowbit("inspect", "small", "--json")
+    assert json.loads(done.stdout)["step"] == 1, done.stderr
+    check(RunConfig.load(place / "run.yaml", [], METHODS))
+    assert newest_checkpoint(place / "runs/small").name == "step-1"
+
+
+SHELL = (
+    "a misspelt field",
+    "a cut shard",
+    "a checkpoint of another grid",
+    "inspecting a run whose checkpoints are all damaged",
+    "gzip that is cut",
+)
+
+
+@pytest.mark.parametrize("case", SHELL)
+def test_in_a_process_of_its_own_it_takes_less_than_ten_seconds(case, place):
+    change, command, answer = CASES[case]
+    if change is not None:
+        change(place)
+    variables, arguments = parsed(command)
+    code = "from lowbit_dist.cli import main; main()"
+    times: list[float] = []
+    while not times or (min(times) >= 10 and len(times) < 3):  # the machine may be busy with other work
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True, text=True, env={**os.environ, **variables}, timeout=60,
+        )  # fmt: skip
+        times.append(time.monotonic() - started)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("lowbit: ")
+        assert all(words in line for words in answer), line
+    assert min(times) < 10, times
