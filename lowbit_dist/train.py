@@ -187,7 +187,9 @@ def _resume(config: RunConfig, engine: Engine) -> Position:
 def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker":
     """The run's folder with its configuration and tokenizer, and the tracker that writes into it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    _replace(config.run_dir / "config.yaml", config.to_yaml())
+    file, text = config.run_dir / "config.yaml", config.to_yaml()
+    if not file.exists() or file.read_text() != text:
+        _replace(file, text)
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
     return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
 

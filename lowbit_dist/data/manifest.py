@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -247,8 +248,11 @@ def copy_tokenizer(data: Data, folder: Path) -> None:
     """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in tokenizer.FILES:
-        source = f"{data.path}/tokenizer/{name}"
+        source, copy, draft = f"{data.path}/tokenizer/{name}", folder / name, folder / f".{name}"
         if is_remote(data.path):
-            download(source, folder / name)
-        elif Path(source).exists():
-            shutil.copyfile(source, folder / name)
+            download(source, draft)
+        elif not Path(source).exists() or (copy.exists() and filecmp.cmp(source, copy, shallow=False)):
+            continue
+        else:
+            shutil.copyfile(source, draft)
+        draft.rename(copy)
