@@ -306,10 +306,18 @@ def _step(path: Path) -> int:
 
 
 def latest(run_dir: Path | str) -> Path | None:
-    """The newest checkpoint of a run that is complete and undamaged; damaged ones are named in a warning."""
+    """The newest checkpoint of a run that is complete and undamaged; damaged ones are named in a warning.
+
+    None if the run has no checkpoint yet; ConfigError if all that it has are damaged.
+    """
     found, damaged = _newest_whole(Path(run_dir))
     for each in damaged:
         log.warning("DAMAGED CHECKPOINT %s", each)
+    if damaged and found is None:
+        raise ConfigError(
+            f"{run_dir} has no checkpoint that is not damaged ({damaged[0]}); bring one back, or remove "
+            f"{Path(run_dir) / 'checkpoints'} to begin again"
+        )
     return found
 
 

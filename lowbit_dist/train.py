@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowbit_dist import checkpoint, data, guard, memory, model, schedule, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
-from lowbit_dist.config import RunConfig
+from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods import method_of
 from lowbit_dist.zero import Engine, Update
@@ -171,11 +171,16 @@ def _build(config: RunConfig, vocab_size: int) -> Engine:
 
 def _resume(config: RunConfig, engine: Engine) -> Position:
     """Load the newest undamaged checkpoint, chosen by worker 0 for all, or start at step 0."""
-    choice: list[Path | None] = [None]
+    choice: list[Path | ConfigError | None] = [None]
     if engine.rank == 0:
         checkpoint.clear_partial(config.run_dir)
-        choice = [checkpoint.latest(config.run_dir)]
+        try:
+            choice = [checkpoint.latest(config.run_dir)]
+        except ConfigError as error:
+            choice = [error]
     dist.broadcast_object_list(choice)
+    if isinstance(choice[0], ConfigError):
+        raise choice[0]
     if choice[0] is None:
         return Position(step=0, samples=0, tokens=0)
     opened = Checkpoint.open(choice[0])

@@ -75,6 +75,23 @@ def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(damage, ru
     assert checkpoint.latest(run).name == "step-6"
 
 
+def refusal_of(configuration):
+    try:
+        train(configuration)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("the run was started over")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(run, ranks, small):
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "shard-00001.safetensors").write_bytes(b"")
+    answers = ranks(2).run(refusal_of, small(train={"steps": 8, "save_every": 2, "eval_every": 8}))
+    assert answers[0] == answers[1]
+    assert "has no checkpoint that is not damaged" in answers[0]
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
 def test_any_changed_byte_of_the_list_of_hashes_is_noticed(run):
     newest = checkpoint.latest(run)
     file = newest / checkpoint.SUMS
