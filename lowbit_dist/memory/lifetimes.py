@@ -7,8 +7,8 @@ the buffers of `lowbit_dist.zero`.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class Zero3:
         self.accumulation = accumulation_dtype(config, workers)
         self.block = block_numel(model)
         self.replicated = config.zero.residency == "replicated"
-        # The first pass records the order of modules, by which the second fetches ahead.
-        self.rounds = [1, 1]
+        # The first pass records the order of modules, by which the second fetches ahead, if from others.
+        self.rounds = [1] if workers == 1 else [1, 1]
         self.of: dict[int, _Parameter] = {}
         for name, p in model.named_parameters():
             aligned = workers * shard_numel(p.numel(), workers)
@@ -200,49 +200,63 @@ class _Parameter:
         self.buffers = []
 
 
+class StockSizes(NamedTuple):
+    """What cannot be told from a few blocks of a model, for partitions are cut anywhere."""
+
+    own_share: float  # of all elements, those of the parameters that a worker's partition touches
+    update_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, workers: int, stage: int) -> "StockSizes":
+        numels = [p.numel() for p in model.parameters()]
+        n, itemsize = sum(numels), next(model.parameters()).dtype.itemsize
+        upcast = 4 if itemsize < 4 else 0
+        if stage == 0:
+            copied = min(n, ALLREDUCE_BUCKET)  # by a single worker too
+            return cls(1.0, max((n + copied) * itemsize, n * (itemsize + upcast) + _norm_bytes(max(numels))))
+        part = flat_numel(n, workers) // workers
+        own = _own_numel(numels, part, workers)
+        # The gradients of the passes are gone when the norm of the partition's float32 ones is taken.
+        return cls(own / n, max((own + part) * itemsize + part * upcast, 4 * part + _norm_bytes(part)))
+
+
+def _own_numel(numels: Sequence[int], part: int, workers: int) -> int:
+    """Elements of the parameters that a worker's partition touches, on the worker where they are most."""
+    found = [0] * workers
+    offset = 0
+    for n in numels:
+        for worker in range(offset // part, (offset + n - 1) // part + 1):
+            found[worker] += n
+        offset += n
+    return max(found)
+
+
 class Stock:
     """DeepSpeed's stages 0 to 2: whole weights, and gradients that each pass adds to (0, 1) or cuts (2)."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, workers: int, stage: int):
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        workers: int,
+        stage: int,
+        sizes: "StockSizes",  # of the whole model, of which `model` may be a part
+    ):
         from lowbit_dist.zero.engine import block_numel
 
-        self.stage, self.workers = stage, workers
+        self.stage = stage
         self.parameters = list(model.parameters())
-        self.itemsize = self.parameters[0].dtype.itemsize
-        self.n = sum(p.numel() for p in self.parameters)
-        part = flat_numel(self.n, workers) // workers
         self.bucket_numel = max(block_numel(model), *(p.numel() for p in self.parameters))
-        self.own_numel = self._own_numel(part) if stage else self.n
+        self.own_numel = int(sizes.own_share * sum(p.numel() for p in self.parameters))
         # The second micro-batch of a step adds to the gradients of the first.
         self.rounds = [min(2, config.accumulation(workers))]
-        upcast = 4 if self.itemsize < 4 else 0
-        if stage == 0:
-            largest = max(p.numel() for p in self.parameters)
-            copied = min(self.n, ALLREDUCE_BUCKET)  # by a single worker too
-            self.update_bytes = max(
-                (self.n + copied) * self.itemsize, self.n * (self.itemsize + upcast) + _norm_bytes(largest)
-            )
-        else:
-            # The gradients of the passes are gone when the norm of the partition's float32 ones is taken.
-            self.update_bytes = max(
-                (self.own_numel + part) * self.itemsize + part * upcast, 4 * part + _norm_bytes(part)
-            )
+        self.update_bytes = sizes.update_bytes
         self.kept: list[Tensor] = []  # gradients of the passes before
         self.buffer: Tensor | None = None  # of the bucket
         self.own: Tensor | None = None  # this worker's part of a pass's gradients
         self.n_in_bucket = 0
         for p in self.parameters if stage else ():
             p.register_post_accumulate_grad_hook(self._collect)
-
-    def _own_numel(self, part: int) -> int:
-        """Elements of the parameters that a worker's partition touches, on the worker where they are most."""
-        found = [0] * self.workers
-        offset = 0
-        for p in self.parameters:
-            for worker in range(offset // part, (offset + p.numel() - 1) // part + 1):
-                found[worker] += p.numel()
-            offset += p.numel()
-        return max(found)
 
     def held(self) -> int:
         return 0

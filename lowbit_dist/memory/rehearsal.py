@@ -4,11 +4,14 @@ The model, its autograd graph, activation checkpointing and the loss are the rea
 `FakeTensorMode` with `lifetimes` in the place of ZeRO; the watch that measures a CPU worker's step counts.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit_dist.config import RunConfig
-from lowbit_dist.memory.lifetimes import Stock, Zero3
+from lowbit_dist.memory.lifetimes import Stock, StockSizes, Zero3
 from lowbit_dist.memory.live import Watch
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import build, low_bit_names, storage
@@ -18,23 +21,44 @@ from lowbit_dist.methods import method_of
 SHORT, LONG = 4, 5
 
 
+class _Step(NamedTuple):
+    """Bytes above the resident ones in a step of some number of blocks."""
+
+    activations: int  # that the first forward pass leaves
+    early: int  # the peak until a block of the lower half has a gradient: all activations are there
+    late: int  # the peak after that: few are left, but gradients may be
+    end: int  # the peak when the backward pass has ended
+    update: int
+
+    def extrapolated(self, shorter: "_Step", n: int) -> "_Step":
+        """With `n` blocks more, of which `shorter` has one less.
+
+        Each moment's bytes are linear in the number of blocks, the greatest of them is not: hence the parts.
+        """
+        return _Step(*(long + n * (long - short) for short, long in zip(shorter, self, strict=True)))
+
+
 def rehearse(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     """Bytes above the resident ones at the highest moment of a step, on the worker that has the most."""
     model = build(config, vocab_size)
     blocks = _blocks(model)
+    stage = 3 if config.zero.stage is None else config.zero.stage
+    sizes = StockSizes.of(model, workers, stage) if stage < 3 else None
     if len(blocks) <= LONG or not _alike(blocks):
-        activations, *peaks = _step(config, model, workers)
+        step = _step(config, model, workers, sizes)
     else:
-        measured = [_step(config, _shortened(config, vocab_size, k), workers) for k in (SHORT, LONG)]
-        activations, *peaks = (
-            int(long + (len(blocks) - LONG) * (long - short) / (LONG - SHORT))
-            for short, long in zip(*measured, strict=True)
+        long, short = (
+            _step(config, _shortened(config, vocab_size, k), workers, sizes) for k in (LONG, SHORT)
         )
-    return Peak(max(peaks) - activations, activations)
+        if sizes is None:
+            # Nothing but activations grows; what is gathered ahead differs a little from block to block.
+            grown = long.activations - short.activations
+            short = long._replace(activations=short.activations, early=long.early - grown)
+        step = long.extrapolated(short, len(blocks) - LONG)
+    return Peak(max(step[1:]) - step.activations, step.activations)
 
 
-def _step(config: RunConfig, model: nn.Module, workers: int) -> tuple[int, int, int]:
-    """Bytes that the first forward pass leaves, the peak of the passes, the peak of the update."""
+def _step(config: RunConfig, model: nn.Module, workers: int, sizes: StockSizes | None) -> _Step:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if config.train.activation_checkpointing:
@@ -45,29 +69,51 @@ def _step(config: RunConfig, model: nn.Module, workers: int) -> tuple[int, int, 
     grids = (
         dict.fromkeys(low_bit_names(config, model), storage(config).grid) if method_of(config).low_bit else {}
     )
-    stage = 3 if config.zero.stage is None else config.zero.stage
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model)
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
-        zero: Zero3 | Stock = (
-            Zero3(config, model, workers, grids) if stage == 3 else Stock(config, model, workers, stage)
+        zero = (
+            Zero3(config, model, workers, grids)
+            if sizes is None
+            else Stock(config, model, workers, config.zero.stage or 0, sizes)
         )
         for passes in zero.rounds:
-            watch = Watch()
-            after_forward: list[int] = []
-
-            def note(*_: object, watch: Watch = watch, found: list[int] = after_forward) -> None:
-                found.append(watch.now - zero.held())
-
-            hook = model.register_forward_hook(note)
+            watch = _Phases()
+            hooks = watch.follow(model, zero)
             with watch:
                 for i in range(passes):
+                    watch.begin("early")
                     loss = model(input_ids=tokens, labels=tokens).loss
                     loss.backward()
                     del loss
+                    watch.begin("end")
                     zero.end_pass(is_last=i == passes - 1)
-            hook.remove()
-    return after_forward[0], watch.peak, zero.update_bytes
+                watch.begin("early")
+            for hook in hooks:
+                hook.remove()
+    return _Step(watch.activations[0], **watch.peaks, update=zero.update_bytes)
+
+
+class _Phases(Watch):
+    """The peak of each phase of a step, and the activations after each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "early"
+        self.peaks = {"early": 0, "late": 0, "end": 0}
+        self.activations: list[int] = []
+
+    def begin(self, phase: str) -> None:
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.peak)
+        self.phase, self.peak = phase, self.now
+
+    def follow(self, model: nn.Module, zero: Zero3 | Stock) -> list[RemovableHandle]:
+        hooks = [model.register_forward_hook(lambda *_: self.activations.append(self.now - zero.held()))]
+        blocks = _blocks(model)
+        for block in blocks[: len(blocks) // 2]:
+            for p in block.parameters():
+                hooks.append(p.register_post_accumulate_grad_hook(lambda _: self.begin("late")))
+        return hooks
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
