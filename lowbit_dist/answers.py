@@ -150,3 +150,13 @@ def nearest_divisor(whole: int, value: int) -> int:
         d for each in range(1, math.isqrt(whole) + 1) if whole % each == 0 for d in (each, whole // each)
     }
     return min(divisors, key=lambda divisor: (abs(divisor - value), -divisor))
+
+
+def in_bytes(n: float | None) -> str:
+    """1.5 MB: powers of 1000."""
+    if n is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}" if n < 1000 * size else f"{n / size:,.0f} {unit}"
+    return f"{n:.0f} B"

@@ -126,7 +126,8 @@ def plan(
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = _load(config, [*(overrides or []), *more])
-        found = memory.plan(loaded, _vocab_size(loaded, vocab_size))
+        n_pieces = _vocab_size(loaded, vocab_size)
+        found = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(found, lambda terminal: tables.memory_table(terminal, found))
 
 

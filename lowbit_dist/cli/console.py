@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
+from lowbit_dist.answers import in_bytes
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -53,16 +55,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(each) for each in value]
     return value if isinstance(value, str | int | bool | None) else str(value)
-
-
-def in_bytes(n: float | None) -> str:
-    """1.5 MB: powers of 1000."""
-    if n is None:
-        return "-"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}" if n < 1000 * size else f"{n / size:,.0f} {unit}"
-    return f"{n:.0f} B"
 
 
 class Lines:

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_dist.cli.console import in_bytes
+from lowbit_dist.answers import in_bytes
 
 RUNS = {"this run": None, "AdamW fp32": "plan_dense", "BitNet STE": "plan_bitnet"}
 
@@ -56,6 +56,13 @@ def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
         f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW fp32, "
         f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet STE."
     )
+    if "fits" in memory:
+        needed, available = (in_bytes(memory[f"{name}_bytes_per_worker"]) for name in ("needed", "available"))
+        answer = "the run fits" if memory["fits"] else "the run does not fit"
+        console.print(
+            f"With its process and a copy of its checkpoint a worker needs {needed}; this machine has "
+            f"{available} for each: {answer}."
+        )
     if memory.get("saved_vs"):
         console.print(f"({memory['saved_vs']})", style="dim")
 

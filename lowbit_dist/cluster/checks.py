@@ -36,6 +36,12 @@ def check(config: RunConfig) -> None:
     from lowbit_dist import tracking
 
     tracking.check(config)
+    if finished(config) is None:
+        from lowbit_dist import memory
+
+        if not address:
+            memory.check_memory(config, manifest.vocab_size, memory.room_here(config))
+        memory.check_disk(config, manifest.vocab_size)
     check_folder(config)  # last: a refused launch leaves nothing behind
 
 

@@ -5,10 +5,29 @@ model's shapes (`resident`); what lives only inside a step comes from a rehearsa
 without storage (`rehearsal`, `lifetimes`). `measure` looks at a worker's live tensors, each storage once
 (`live`), and `compare` sets the largest worker's measurement against the plans of the two baselines. All
 answer with the same names (`report`).
+
+Before a run starts, `check_memory` and `check_disk` refuse what does not fit (`fitting`, `machine`, `disk`).
 """
 
+from lowbit_dist.memory.disk import check_disk, checkpoint_bytes
+from lowbit_dist.memory.fitting import check_memory, fits_here
 from lowbit_dist.memory.live import measure, track_peak
+from lowbit_dist.memory.machine import Room, room_here
 from lowbit_dist.memory.plan import compare, plan
 from lowbit_dist.memory.report import COMPONENTS, largest, metrics
 
-__all__ = ["COMPONENTS", "compare", "largest", "measure", "metrics", "plan", "track_peak"]
+__all__ = [
+    "COMPONENTS",
+    "Room",
+    "check_disk",
+    "check_memory",
+    "checkpoint_bytes",
+    "compare",
+    "fits_here",
+    "largest",
+    "measure",
+    "metrics",
+    "plan",
+    "room_here",
+    "track_peak",
+]

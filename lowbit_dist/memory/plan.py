@@ -7,7 +7,7 @@ from typing import Any
 from lowbit_dist.config import RunConfig
 from lowbit_dist.memory.rehearsal import rehearse
 from lowbit_dist.memory.report import Parameters, largest, report, saved
-from lowbit_dist.memory.resident import build, parameters, resident
+from lowbit_dist.memory.resident import parameters, resident, shapes
 from lowbit_dist.methods import METHODS
 
 
@@ -36,8 +36,8 @@ def compare(config: RunConfig, vocab_size: int, measured: Sequence[dict[str, Any
     """The largest worker of `measured` (one report a worker), against the plans of the baselines."""
     found = largest(measured)
     workers = found["workers"]
-    dense = _at_rest(adamw_fp32(config), vocab_size, workers)
-    bitnet = _at_rest(bitnet_ste(config), vocab_size, workers)
+    dense = at_rest(adamw_fp32(config), vocab_size, workers)
+    bitnet = at_rest(bitnet_ste(config), vocab_size, workers)
     return {
         **found,
         "saved_vs_adamw_fp32": saved(found, dense),
@@ -69,13 +69,14 @@ def _baseline(config: RunConfig, method: str, precision: str) -> RunConfig:
 
 def planned(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
     """Bytes per worker of one run, without its baselines."""
-    at_rest, counts = _at_rest_numbers(config, vocab_size, workers)
-    return report(at_rest, _peak(config, vocab_size, workers), parameters=counts, workers=workers)
+    sizes, counts = _at_rest_numbers(config, vocab_size, workers)
+    return report(sizes, _peak(config, vocab_size, workers), parameters=counts, workers=workers)
 
 
-def _at_rest(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
-    at_rest, counts = _at_rest_numbers(config, vocab_size, workers)
-    return report(at_rest, None, parameters=counts, workers=workers)
+def at_rest(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
+    """The same without what lives only inside a step, which takes a rehearsal to know."""
+    sizes, counts = _at_rest_numbers(config, vocab_size, workers)
+    return report(sizes, None, parameters=counts, workers=workers)
 
 
 # A sweep, and a worker that measures often, ask for the same baselines again and again.
@@ -84,5 +85,5 @@ _peak = lru_cache(maxsize=64)(rehearse)
 
 @lru_cache(maxsize=64)
 def _at_rest_numbers(config: RunConfig, vocab_size: int, workers: int) -> tuple[dict[str, int], Parameters]:
-    model = build(config, vocab_size)
+    model = shapes(config, vocab_size)
     return resident(config, model, workers), parameters(config, model)

@@ -1,6 +1,7 @@
 """What a worker keeps allocated between steps: arithmetic on the shapes of a model's parameters."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,14 @@ class Storage(NamedTuple):
 def build(config: RunConfig, vocab_size: int) -> nn.Module:
     """The run's model on the meta device."""
     return models.build(config.model, vocab_size, method_of(config), compute_dtype(config))
+
+
+def shapes(config: RunConfig, vocab_size: int) -> nn.Module:
+    """The same model, made once for all who only read it."""
+    return _shapes(config.model, vocab_size, method_of(config), compute_dtype(config))
+
+
+_shapes = lru_cache(maxsize=8)(models.build)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
