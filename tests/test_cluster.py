@@ -67,7 +67,11 @@ def run(small):
 
 @pytest.fixture(scope="module")
 def ray():
-    with session.ray_session(Told()):
+    """A Ray session that launches of this process join, and that is not their own."""
+    with pytest.MonkeyPatch.context() as patch, session.ray_session(os.getppid(), print):
+        import ray
+
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
 
 
@@ -81,6 +85,7 @@ def shell(content, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
 
 
@@ -250,15 +255,15 @@ def results():
     return {}
 
 
-def left_behind(pid):
-    """Processes and folders of a launch that has ended."""
+def left_behind(pid, with_folder=True):
+    """Processes of a launch that has ended, and its folder (of a killed one, the next launch removes it)."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         mark = f"lowbit-ray-{pid}-"
         processes = [
             each for each in psutil.process_iter(["cmdline"]) if mark in " ".join(each.info["cmdline"] or ())
         ]
-        found = [*processes, *Path("/tmp").glob(f"{mark}*")]
+        found = [*processes, *(Path("/tmp").glob(f"{mark}*") if with_folder else ())]
         if not found:
             break
         time.sleep(0.2)
@@ -287,36 +292,99 @@ def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run
     assert told.attempts == 0
 
 
-def test_ctrl_c_stops_every_process_and_the_same_command_goes_on(run, tmp_path, results, ray):
-    process = shell(run("stopped"), tmp_path)
-    latest = tmp_path / "stopped" / "latest"
-    deadline = time.monotonic() + 300
-    while not latest.exists() and time.monotonic() < deadline:
+def wait_for(condition, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    # Ray is there for this machine alone.  The store by which torch's workers meet is not.
-    family = {pid for pid, command in children(process.pid).items() if "RayTrainWorker" not in command}
-    places = {
-        each.laddr.ip
-        for each in psutil.net_connections("tcp")
-        if each.status == "LISTEN" and each.pid in family
-    }
-    assert {place.removeprefix("::ffff:") for place in places} == {"127.0.0.1"}
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert stdout == ""
-    assert "goes on from the newest checkpoint" in stderr.splitlines()[-1]
-    assert "Traceback" not in stderr
-    assert left_behind(process.pid) == []
-    assert not (tmp_path / "stopped" / "summary.json").exists(), (
-        "the run must have been stopped before its end"
-    )
+
+
+def rows(run_dir):
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def mlflow_run(uri, run_dir):
+    """The status of the run in MLflow, and the steps that it has."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    run_id = (run_dir / ".mlflow_run_id").read_text()
+    points = client.get_metric_history(run_id, "lr")
+    return client.get_run(run_id).info.status, sorted(point.step for point in points)
+
+
+def test_sigterm_and_ctrl_c_end_with_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(
+    run, tmp_path, results
+):
+    folder, uri = tmp_path / "stopped", f"sqlite:///{tmp_path}/mlflow.db"
+    content = run("stopped", tracking={"mlflow": uri})
+    step = 0
+    for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = shell(content, tmp_path)
+        wait_for(lambda before=step: rows(folder)[-1:] > [before], process)
+        if not step:
+            # Ray is there for this machine alone.  The store by which torch's workers meet is not.
+            family = {pid for pid, line in children(process.pid).items() if "RayTrainWorker" not in line}
+            places = {
+                each.laddr.ip
+                for each in psutil.net_connections("tcp")
+                if each.status == "LISTEN" and each.pid in family
+            }
+            assert {place.removeprefix("::ffff:") for place in places} == {"127.0.0.1"}
+        process.send_signal(how)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == code, stderr
+        assert stdout == ""
+        assert "stopping after this step, with a checkpoint" in stderr
+        assert "goes on from the newest checkpoint" in stderr.splitlines()[-1]
+        assert "Traceback" not in stderr
+        assert left_behind(process.pid) == []
+        done = rows(folder)[-1]
+        assert step < done < STEPS, "it must have been stopped before its end"
+        assert (folder / "latest").read_text() == f"step-{done}"
+        assert mlflow_run(uri, folder) == ("KILLED", list(range(1, done + 1)))
+        step = done
 
     told = Told()
-    summary = cluster.launch(configuration(run("stopped")), progress=told)
+    summary = cluster.launch(configuration(content), progress=told)
+    assert told.rows[0]["step"] == step + 1
+    assert summary["digest"] == results["digest"]
+    assert summary["restarts"] == 2
+    assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
+    assert not (folder / ".stop").exists()
+
+
+def test_a_driver_that_is_killed_leaves_nothing_behind_and_the_same_command_goes_on(run, tmp_path, results):
+    folder = tmp_path / "driver"
+    process = shell(run("driver"), tmp_path)
+    wait_for(lambda: (folder / "latest").exists(), process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert left_behind(process.pid, with_folder=False) == []
+    told = Told()
+    summary = cluster.launch(configuration(run("driver")), progress=told)
+    assert left_behind(process.pid) == []
     assert told.rows[0]["step"] > 4, "it must go on from a checkpoint"
     assert summary["digest"] == results["digest"]
+    assert rows(folder) == list(range(1, STEPS + 1))
+
+
+def test_a_run_outlives_ray_itself(run, tmp_path, results):
+    folder = tmp_path / "rayless"
+    process = shell(run("rayless"), tmp_path)
+    wait_for(lambda: (folder / "latest").exists(), process)
+    for pid, line in children(process.pid).items():
+        if line.split(" ")[0].endswith(("raylet", "gcs_server")):
+            os.kill(pid, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    summary = json.loads(stdout)
+    assert summary["digest"] == results["digest"]
+    assert summary["restarts"] == 1
+    assert left_behind(process.pid) == []
 
 
 def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_alone(run, results, ray):
@@ -365,7 +433,7 @@ def test_workers_get_their_folder_threads_and_interface(run, ray, tmp_path, monk
     assert ray.util.get_node_ip_address() in {each.address for each in addresses}
     assert found == {
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "threads": 1, "folder": str(tmp_path),
-        "workers": 2, "restarts": 0,
+        "workers": 2,
     }  # fmt: skip
 
 

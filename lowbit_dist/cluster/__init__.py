@@ -1,10 +1,11 @@
 """Launching a run: the only package that knows Ray Train.
 
-`launch` checks everything that can be checked before a worker starts (`checks`), starts Ray on this machine
-or joins the cluster at `RAY_ADDRESS` (`session`), has Ray Train start the workers in one process group
-(`attempts`), which call `lowbit_dist.train` (`worker`), and follows what they write into the run's folder
-(`following`).  Nothing that matters lives in Ray: the configuration travels as a mapping, checkpoints are
-found in the run's folder, so an attempt that fails is simply followed by another one.
+`launch` checks everything that can be checked before a worker starts (`checks`) and makes attempts until one
+reaches the end (`attempts`).  A process of its own (`driver`) starts Ray on this machine or joins the cluster
+at `RAY_ADDRESS` (`session`) and has Ray Train start the workers in one process group (`fit`), which call
+`lowbit_dist.train` (`worker`); what they write into the run's folder is followed (`following`).  Nothing that
+matters lives in Ray: the configuration travels as a mapping, checkpoints are found in the run's folder, so an
+attempt that fails is simply followed by another one.
 """
 
 from typing import Any

@@ -7,12 +7,11 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from lowbit_dist.cluster.following import Progress
+from lowbit_dist.cluster.driver import remove_left_sessions, session_folder
 
 OBJECT_STORE = 128 << 20  # bytes; tensors never travel through Ray's object store
 
@@ -28,6 +27,10 @@ RAY_SETTINGS = {
 }
 # Makes each of Ray's services listen on 127.0.0.1 alone, on every system; `_node_ip_address` does not do it.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# How long Ray's processes look for a dead head before they end: on one machine it does not come back.
+AWAIT_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+# Ray's workers have a niceness of 15, and starve beside anything else that computes.
+PRIORITY = {"RAY_worker_niceness": "0"}
 
 
 class Stopped(Exception):
@@ -39,27 +42,26 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def ray_session(progress: Progress) -> Iterator[None]:
-    """Ray on this machine, for this machine alone and gone afterwards, or the cluster at RAY_ADDRESS."""
+def ray_session(launcher: int, say: Callable[[str], None]) -> Iterator[None]:
+    """Ray on this machine, for this machine alone and gone afterwards, or the cluster at RAY_ADDRESS.
+
+    `launcher`: the process by whose life the session is judged when another one finds its folder.
+    """
     address = os.environ.get("RAY_ADDRESS")
-    for name, value in (RAY_SETTINGS | ({} if address else LOOPBACK)).items():
+    for name, value in (RAY_SETTINGS | ({} if address else LOOPBACK | AWAIT_HEAD | PRIORITY)).items():
         os.environ.setdefault(name, value)
     import ray
 
-    if ray.is_initialized():  # whoever started it ends it
-        yield
-        return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     folder = None
     try:
         if address:
-            progress.say(f"joining Ray at {address}")
+            say(f"joining Ray at {address}")
             context = ray.init(**quiet)
         else:
-            progress.say("starting Ray on this machine")
-            _remove_left_sessions()
-            # Short, for the names of sockets may have 107 characters.
-            folder = tempfile.mkdtemp(prefix=f"lowbit-ray-{os.getpid()}-", dir="/tmp")
+            say("starting Ray on this machine")
+            remove_left_sessions(launcher)
+            folder = tempfile.mkdtemp(prefix=session_folder(launcher), dir="/tmp")
             context = ray.init(
                 address="local",
                 num_cpus=os.cpu_count(),
@@ -71,19 +73,11 @@ def ray_session(progress: Progress) -> Iterator[None]:
             )
         logging.getLogger("ray").setLevel(logging.ERROR)
         if context.dashboard_url:
-            progress.say(f"Ray's dashboard: http://{context.dashboard_url} (its token: ~/.ray/auth_token)")
+            say(f"Ray's dashboard: http://{context.dashboard_url} (its token: ~/.ray/auth_token)")
         yield
     finally:
         ray.shutdown()
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_left_sessions() -> None:
-    """What launches that were killed could not remove; their processes died with them."""
-    for folder in Path("/tmp").glob("lowbit-ray-*-*"):
-        pid = folder.name.split("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -97,13 +91,7 @@ class Signals:
         self.received: int | None = None
         self.are_noted = False  # else they raise
 
-    def install(self) -> None:
-        """Again when Ray has started, for it puts its own handler of SIGTERM there."""
-        if threading.current_thread() is threading.main_thread():
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, self._handle)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
+    def handle(self, signum: int, frame: FrameType | None) -> None:
         if self.are_noted and self.received is None:
             self.received = signum
             return
@@ -118,20 +106,10 @@ def signals_stop() -> Iterator[Signals]:
         return
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     signals = Signals()
-    signals.install()
+    for each in before:
+        signal.signal(each, signals.handle)
     try:
         yield signals
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def ray_lives() -> bool:
-    """Whether the session still answers; it does not if Ray's own processes were killed."""
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        return bool(ray.is_initialized() and ray.cluster_resources())
-    except (RayError, RuntimeError, ConnectionError):
-        return False
