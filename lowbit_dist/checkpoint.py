@@ -111,7 +111,9 @@ class Saver:
     def save(self, shards: Sequence[Shard], position: Position) -> None:
         """Begin to write a checkpoint; on every worker, with the same `position`."""
         self.wait()
-        part = _Part.copied(shards, self.rank)
+        # Under stage 0 every worker holds everything.
+        is_copy = self.rank != 0 and self.config.zero.stage == 0
+        part = _Part.copied([] if is_copy else shards, self.rank)
         self._position = position
         self._thread = threading.Thread(
             target=self._run, args=(part, position), name="checkpoint", daemon=True

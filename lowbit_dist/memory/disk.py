@@ -73,6 +73,5 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
             found += torch.float16.itemsize * (p.numel() // p.shape[-1] if stored.scale_per_row else 1)
         else:
             found += torch.float32.itemsize * p.numel()
-    copies = workers if config.zero.stage == 0 else 1  # then each worker holds everything, and writes it
     n = len(list(model.parameters()))
-    return copies * found + n * (PER_SHARD * workers + PER_PARAMETER) + PER_CHECKPOINT
+    return found + n * (PER_SHARD * workers + PER_PARAMETER) + PER_CHECKPOINT
