@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 KINDS = ("worker", "driver", "save: folder", "save: file", "save: published", "start", "ray")
-WEIGHTS = (8, 5, 2, 2, 2, 1, 2)
+WEIGHTS = (10, 5, 1, 1, 1, 1, 1)  # of each kind among twenty
 MARK = "lowbit-ray-"
 
 
@@ -64,7 +64,7 @@ class Rain:
 
     def __init__(self, run_dir, plan, rng, every):
         self.run_dir, self.plan, self.rng, self.every = run_dir, plan, rng, every
-        self.done = []  # (kind, step, seconds until a worker trained again)
+        self.done = []  # (kind, step)
         self.driver = None
         self.over = threading.Event()
 
@@ -154,7 +154,7 @@ def mlflow_steps(uri, run_id):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="at most 20, unless --kinds are given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=12, help="steps between kills, at most")
     parser.add_argument("--kinds", nargs="*", choices=KINDS)
@@ -190,11 +190,8 @@ def main():
     calm_seconds = time.monotonic() - began
     expected = json.loads(calm.stdout)
 
-    plan = (
-        [options.kinds[i % len(options.kinds)] for i in range(options.kills)]
-        if options.kinds
-        else rng.choices(KINDS, WEIGHTS, k=options.kills)
-    )
+    kinds = options.kinds or [kind for kind, n in zip(KINDS, WEIGHTS, strict=True) for _ in range(n)]
+    plan = (kinds * options.kills)[: options.kills] if options.kinds else rng.sample(kinds, options.kills)
     rain = Rain(folder / "rain", plan, rng, options.every)
     thread = threading.Thread(target=rain.run, daemon=True)
     thread.start()

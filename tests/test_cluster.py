@@ -471,14 +471,19 @@ def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers
     assert told.attempts == 2
 
 
-def test_no_failure_is_retried_when_none_is_allowed(run, ray):
-    def work(settings):
-        import os
+def test_no_failure_is_retried_when_none_is_allowed_and_mlflow_says_failed(run, ray, tmp_path):
+    def kill(row):
+        if row["step"] == 2:
+            for pid, command in children(os.getpid()).items():
+                if "RayTrainWorker" in command:
+                    os.kill(pid, signal.SIGKILL)
 
-        os._exit(7)
-
-    config, told = configuration(run("fragile", cluster={"max_failures": 0})), Told()
-    config.run_dir.mkdir()
-    with pytest.raises(cluster.RunFailed, match="died"):
-        attempts.train_until_done(config, told, work)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = configuration(run("fragile", cluster={"max_failures": 0}, tracking={"mlflow": uri}))
+    told = Told(kill)
+    with pytest.raises(cluster.RunFailed, match=r"worker \d died"):
+        cluster.launch(config, progress=told)
     assert told.attempts == 1
+    status, steps = mlflow_run(uri, config.run_dir)
+    assert status == "FAILED"
+    assert steps == rows(config.run_dir), "what the workers could not send, the launcher sends"
