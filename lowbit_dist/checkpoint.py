@@ -491,7 +491,7 @@ class Checkpoint:
             tensor = self.tensor(name)
             parts = (tensor.levels(), tensor.scale) if isinstance(tensor, PackedTensor) else (tensor,)
             for part in parts:
-                sha.update(part.contiguous().view(-1).numpy().tobytes())
+                sha.update(part.contiguous().view(-1).numpy().data)
         return sha.hexdigest()
 
     def components(self) -> dict[str, int]:

@@ -406,6 +406,32 @@ def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_
     assert summary["digest"] == results["digest"]
 
 
+def wait_for_the_writer(content):
+    """Seconds that worker 0 waits before it may write."""
+    from lowbit_dist.cluster import worker
+
+    began = time.monotonic()
+    with worker._only_writer(configuration(content)):
+        return time.monotonic() - began
+
+
+def test_a_worker_that_outlived_its_launcher_is_waited_for(small, ranks):
+    content = small()
+    config = configuration(content)
+    config.run_dir.mkdir()
+    ranks(2).run(len, "")  # their start takes longer than the other process lives
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); "
+         "fcntl.flock(lock, fcntl.LOCK_EX); print(flush=True); time.sleep(2)", config.run_dir / ".writer"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    first, other = ranks(2).run(wait_for_the_writer, content)
+    assert first > 1.0 and other < 0.5
+    holder.wait()
+    assert ranks(2).run(wait_for_the_writer, content)[0] < 0.5
+
+
 def test_workers_get_their_folder_threads_and_interface(run, ray, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

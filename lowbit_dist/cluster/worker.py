@@ -1,12 +1,17 @@
 """What runs inside each worker process before the training loop does."""
 
+import contextlib
+import fcntl
 import logging
 import os
+import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from lowbit_dist.config import ConfigError, RunConfig
 
+OTHERS_END = 60.0  # seconds
 log = logging.getLogger(__name__)
 
 
@@ -18,12 +23,39 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     try:
         config = RunConfig.from_dict(settings["config"], METHODS)
-        return loop.run(config, restarts=settings["restarts"])
+        with _only_writer(config):
+            return loop.run(config, restarts=settings["restarts"])
     except ConfigError:
         raise
     except Exception:
         log.error("%s", traceback.format_exc())
         raise
+
+
+@contextlib.contextmanager
+def _only_writer(config: RunConfig) -> Iterator[None]:
+    """On worker 0, wait for one that has lost its launcher, and does not know it yet, to end."""
+    import torch.distributed as dist
+
+    if dist.get_rank() != 0:
+        yield
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / ".writer").open("w") as lock:
+        deadline = time.monotonic() + OTHERS_END
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"another process still trains {config.run.name} after {OTHERS_END:.0f} s; end it"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 def prepare(settings: dict[str, Any]) -> None:
