@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 PACKAGE = "lowbit-dist"
-MEMORY = 2 << 30  # bytes that the smallest run needs: Ray and two workers
+MEMORY = 4 << 30  # bytes that the smallest run needs: Ray and two workers, 3.9 GB when measured
 SHARED_MEMORY = 256 << 20  # bytes of /dev/shm, below which Ray's object store goes to disk
 DISK = 1 << 30  # bytes free, for data and checkpoints of a small run
 

@@ -139,7 +139,9 @@ def drafted(out: Path) -> Iterator[Draft]:
     except OSError as error:
         if is_full(error):
             raise RuntimeError(_full(draft)) from error
-        raise ConfigError(f"--out ({out}) cannot be written: {error.strerror or error}") from None
+        raise ConfigError(
+            f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
