@@ -316,15 +316,21 @@ def mlflow_run(uri, run_dir):
     return client.get_run(run_id).info.status, sorted(point.step for point in points)
 
 
-def test_sigterm_and_ctrl_c_end_with_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(
+def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left_alone(
     run, tmp_path, results
 ):
-    folder, uri = tmp_path / "stopped", f"sqlite:///{tmp_path}/mlflow.db"
-    content = run("stopped", tracking={"mlflow": uri})
+    folder, uri = tmp_path / "abused", f"sqlite:///{tmp_path}/mlflow.db"
+    content = run("abused", tracking={"mlflow": uri})
+
+    def started_and_beyond(step):
+        process = shell(content, tmp_path)
+        wait_for(lambda: rows(folder)[-1:] > [step], process)
+        return process
+
+    # A signal ends it after the step in hand, with a checkpoint of that step.
     step = 0
     for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = shell(content, tmp_path)
-        wait_for(lambda before=step: rows(folder)[-1:] > [before], process)
+        process = started_and_beyond(step)
         if not step:
             # Ray is there for this machine alone.  The store by which torch's workers meet is not.
             family = {pid for pid, line in children(process.pid).items() if "RayTrainWorker" not in line}
@@ -348,43 +354,29 @@ def test_sigterm_and_ctrl_c_end_with_a_checkpoint_of_the_last_step_and_the_same_
         assert mlflow_run(uri, folder) == ("KILLED", list(range(1, done + 1)))
         step = done
 
-    told = Told()
-    summary = cluster.launch(configuration(content), progress=told)
-    assert told.rows[0]["step"] == step + 1
-    assert summary["digest"] == results["digest"]
-    assert summary["restarts"] == 2
-    assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
-    assert not (folder / ".stop").exists()
-
-
-def test_a_driver_that_is_killed_leaves_nothing_behind_and_the_same_command_goes_on(run, tmp_path, results):
-    folder = tmp_path / "driver"
-    process = shell(run("driver"), tmp_path)
-    wait_for(lambda: (folder / "latest").exists(), process)
+    # The launcher dies: its processes do, too.
+    process = started_and_beyond(step)
     process.kill()
     process.communicate(timeout=60)
     assert left_behind(process.pid, with_folder=False) == []
-    told = Told()
-    summary = cluster.launch(configuration(run("driver")), progress=told)
-    assert left_behind(process.pid) == []
-    assert told.rows[0]["step"] > 4, "it must go on from a checkpoint"
-    assert summary["digest"] == results["digest"]
-    assert rows(folder) == list(range(1, STEPS + 1))
+    step = int((folder / "latest").read_text().removeprefix("step-"))
+    killed = process.pid
 
-
-def test_a_run_outlives_ray_itself(run, tmp_path, results):
-    folder = tmp_path / "rayless"
-    process = shell(run("rayless"), tmp_path)
-    wait_for(lambda: (folder / "latest").exists(), process)
+    # Ray dies: the launcher starts it anew.
+    process = started_and_beyond(step)
+    assert left_behind(killed) == []
     for pid, line in children(process.pid).items():
         if line.split(" ")[0].endswith(("raylet", "gcs_server")):
             os.kill(pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
+    assert left_behind(process.pid) == []
     summary = json.loads(stdout)
     assert summary["digest"] == results["digest"]
-    assert summary["restarts"] == 1
-    assert left_behind(process.pid) == []
+    assert summary["restarts"] == 4
+    assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
+    assert rows(folder) == list(range(1, STEPS + 1))
+    assert not (folder / ".stop").exists()
 
 
 def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_alone(run, results, ray):
