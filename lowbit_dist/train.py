@@ -293,7 +293,9 @@ def evaluate(engine: Engine, config: RunConfig, manifest: data.Manifest) -> floa
     return losses.mean().item()
 
 
-def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float]:
+def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None]:
+    if not math.isfinite(val_loss):  # JSON has no word for it
+        return {"val_loss": None, "perplexity": None, "bits_per_byte": None}
     bits = val_loss / math.log(2) / manifest.splits["val"].bytes_per_token
     return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
 

@@ -92,18 +92,36 @@ TWELVE = {
 SMALLER = {"layers": 1}
 
 
-@pytest.mark.parametrize("states", ["fp32", "int8"])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_reproducible_runs_are_equal_on_one_to_four_workers_and_in_both_residencies(
-    grid, states, ranks, small
-):
+def digests(ranks, small, grid, states, worlds, replicated_on):
     sections = {
         "method": {"grid": grid}, "optimizer": {"states": states}, "train": TWELVE, "model": SMALLER,
     }  # fmt: skip
-    found = {w: digest(ranks, w, small(run={"name": f"r{w}"}, **sections)) for w in (1, 2, 3, 4)}
-    for w in (2, 3):
+    found = {w: digest(ranks, w, small(run={"name": f"r{w}"}, **sections)) for w in worlds}
+    for w in replicated_on:
         replicated = small(run={"name": f"replicated-{w}"}, zero={"residency": "replicated"}, **sections)
         found[f"replicated on {w}"] = digest(ranks, w, replicated)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("grid", "states"),
+    [("ternary", "int8"), ("int2", "fp32"), ("int3", "int8"), ("int4", "fp32"), ("int8", "int8")],
+)
+def test_reproducible_runs_are_equal_on_any_number_of_workers_and_in_both_residencies(
+    grid, states, ranks, small
+):
+    worlds = (1, 2, 3, 4) if grid == "ternary" else (1, 3)
+    found = digests(ranks, small, grid, states, worlds, replicated_on=(2,))
+    assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_reproducible_runs_are_equal_on_one_to_four_workers_for_every_grid_and_state(
+    grid, states, ranks, small
+):
+    found = digests(ranks, small, grid, states, (1, 2, 3, 4), replicated_on=(2, 3))
     assert len(set(found.values())) == 1, found
 
 
