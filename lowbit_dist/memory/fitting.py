@@ -95,8 +95,10 @@ def _fit(config: RunConfig, vocab_size: int, room: Room, report: Mapping[str, An
     if room.on_gpu:
         parts["process"] = CUDA_CONTEXT
     else:
-        # While a checkpoint is written, training goes on beside a copy of the worker's part of it.
-        parts["checkpoint_copy"] = checkpoint_bytes(config, vocab_size) // workers
+        # While a checkpoint is written, training goes on beside a copy of the worker's part of it; under
+        # stage 0 worker 0 writes all.
+        writers = 1 if config.zero.stage == 0 else workers
+        parts["checkpoint_copy"] = checkpoint_bytes(config, vocab_size) // writers
         parts["process"] = PROCESS
     return Fit(parts, room.of_each(workers), is_complete)
 
