@@ -192,7 +192,10 @@ def saves_with_deaths(configuration):
             _, status = os.waitpid(child, 0)
             newest = checkpoint.latest(config.run_dir)
             opened = Checkpoint.open(newest)
-            found.append((replaces, number, newest.name, opened.digest() == digests[opened.step]))
+            # What bears its final name is whole, and right.
+            is_whole = all(Checkpoint.open(path).verify() == [] for path in folder.glob("step-*"))
+            is_right = is_whole and opened.digest() == digests[opened.step]
+            found.append((replaces, number, newest.name, is_right))
             checkpoint.clear_partial(config.run_dir)
             saver._write(part, position)
             assert checkpoint.latest(config.run_dir).name == "step-4"
