@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit_dist.cli import console
+from lowbit_dist.cli.arguments import Config, Inputs, Json, Overrides, RunOrCheckpoint, load, pairs
 from lowbit_dist.config import ConfigError, RunConfig
 
 app = typer.Typer(
@@ -27,30 +28,6 @@ bench_app = typer.Typer(no_args_is_help=True, help="The project's benchmarks, ea
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE...", help="Fields to set, by dotted name.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Inputs = Annotated[
-    list[str],
-    typer.Option(
-        "--input",
-        metavar="PATH...",
-        help="Text files and folders, .jsonl(.gz, .zst), .parquet, hf:NAME, or stdlib.",
-        show_default=False,
-    ),
-]
-RunOrCheckpoint = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN_OR_CHECKPOINT",
-        help="A run's name or folder, or a checkpoint's folder.",
-        show_default=False,
-    ),
-]
 
 
 @tokenizer_app.command("train")
@@ -69,7 +46,7 @@ def tokenizer_train(
 
         trained = tokenizer.train(inputs, vocab_size, out)
         found = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
-        answer(found, _pairs(found))
+        answer(found, pairs(found))
 
 
 @data_app.command("prepare")
@@ -103,7 +80,7 @@ def data_prepare(
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
         found = {"data": str(out), **manifest}
-        answer(found, _pairs({"data": out, **splits, "unigram entropy": entropy}))
+        answer(found, pairs({"data": out, **splits, "unigram entropy": entropy}))
 
 
 @app.command()
@@ -125,7 +102,7 @@ def plan(
         from lowbit_dist.cli import tables
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
-        loaded = _load(config, [*(overrides or []), *more])
+        loaded = load(config, [*(overrides or []), *more])
         n_pieces = _vocab_size(loaded, vocab_size)
         found = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(found, lambda terminal: tables.memory_table(terminal, found))
@@ -141,7 +118,7 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         from lowbit_dist import cluster
         from lowbit_dist.cli import tables
 
-        loaded = _load(config, overrides)
+        loaded = load(config, overrides)
         try:
             with console.following(loaded) as progress:
                 summary = cluster.launch(loaded, progress=progress)
@@ -182,7 +159,7 @@ def evaluate(
         from lowbit_dist.evaluate import evaluate
 
         found = evaluate(_checkpoint(run), data, forward=forward, n_samples=samples)
-        answer(found, _pairs(found))
+        answer(found, pairs(found))
 
 
 @app.command()
@@ -342,12 +319,6 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format="lowbit: %(message)s", stream=sys.stderr)
 
 
-def _load(config: Path, overrides: list[str] | None) -> RunConfig:
-    from lowbit_dist.methods import METHODS
-
-    return RunConfig.load(config, overrides or [], METHODS)
-
-
 def _checkpoint(run: str) -> Any:
     from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 
@@ -370,9 +341,3 @@ def _vocab_size(config: RunConfig, given: int | None) -> int:
         return data.read_manifest(config.data.path).vocab_size
     except ConfigError as error:
         raise ConfigError(f"{error}; or plan without data: --vocab-size 32000") from None
-
-
-def _pairs(rows: dict[str, Any]) -> Any:
-    from lowbit_dist.cli import tables
-
-    return lambda terminal: tables.pairs(terminal, rows)
