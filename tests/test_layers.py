@@ -11,7 +11,7 @@ PACKAGE = Path(lowbit_dist.__file__).parent
 
 # A module imports its own floor or lower.
 FLOOR = {
-    "grid": 0, "answers": 0, "yamlfile": 0, "config": 0, "schedule": 0, "guard": 0,
+    "grid": 0, "answers": 0, "files": 0, "yamlfile": 0, "config": 0, "schedule": 0, "guard": 0,
     "ops": 1,
     "packed": 2, "linear": 2, "charts": 2,
     "methods": 3, "model": 3, "tokenizer": 3, "data": 3, "zero": 3, "memory": 4, "tracking": 3,

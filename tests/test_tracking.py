@@ -9,6 +9,7 @@ import pytest
 from lowbit_dist import tracking
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.methods import METHODS
+from lowbit_dist.tracking import mlflow_run, record
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_torn_repeated_and_foreign_lines_are_no_rows(tmp_path):
         b'{"step": 2, "loss": 9}\n{"step": 1, "loss": 9}\n{"step": 3, "loss": 1}\n{"step": 4, "lo'
     )
     rows = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}]
-    assert tracking._cut(file, 2) == rows
+    assert record.cut(file, 2) == rows
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows
 
 
@@ -240,7 +241,7 @@ def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(c
     for step in (10, 20, 30):
         first.log(step, {"loss": 1.0, "tokens": step})
     first.finish("KILLED")
-    started = tracking._Mlflow._start
+    started = mlflow_run.MlflowRun._start
     failures = iter([OSError("the store is away")])
 
     def start(self, client):
@@ -248,7 +249,7 @@ def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(c
             raise failure
         started(self, client)
 
-    monkeypatch.setattr(tracking._Mlflow, "_start", start)
+    monkeypatch.setattr(mlflow_run.MlflowRun, "_start", start)
     second = tracking.Tracker(config(name="flaky"), step=20, run_id=first.run_id)
     for step in (30, 40):
         second.log(step, {"loss": 2.0, "tokens": step})

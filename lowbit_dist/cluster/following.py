@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from lowbit_dist.tracking import METRICS
+
 LOG = "log.txt"  # what the workers log
-METRICS = "metrics.jsonl"
 
 
 class Progress(Protocol):
@@ -28,9 +29,6 @@ class Follower:
         self.progress = progress
         self.metrics = _Tail(run_dir / METRICS)
         self.log = _Tail(run_dir / LOG)
-
-    def starting(self, workers: int) -> None:
-        self.progress.say(f"starting {workers} worker{'' if workers == 1 else 's'}")
 
     def read(self) -> None:
         for line in self.log.lines():

@@ -1,0 +1,124 @@
+"""Stores that MLflow writes to: which can be used, and how an SQLite one is made."""
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+from lowbit_dist.config import ConfigError, RunConfig
+
+DRIVERS = {  # database -> the Python package that SQLAlchemy reaches it through
+    "postgresql": "psycopg2",
+    "postgresql+psycopg2": "psycopg2",
+    "postgresql+psycopg": "psycopg",
+    "mysql": "MySQLdb",
+    "mysql+mysqldb": "MySQLdb",
+    "mysql+pymysql": "pymysql",
+    "mssql": "pyodbc",
+    "mssql+pyodbc": "pyodbc",
+    "mssql+pymssql": "pymssql",
+}
+
+
+def check(config: RunConfig) -> None:
+    """ConfigError unless `tracking.mlflow` names a store that can be used; quick, opens no database."""
+    uri = config.tracking.mlflow
+    if uri is None:
+        return
+    rule = "write sqlite:///FILE, a tracking server's http(s)://HOST:PORT, or null for files alone"
+    try:
+        parts = urlparse(uri)
+        parts.port  # noqa: B018 (read for its ValueError)
+    except ValueError as error:
+        raise ConfigError(f"tracking.mlflow ({uri}) is not a URI ({error}); {rule}") from None
+    if parts.scheme in ("sqlite", "sqlite+pysqlite"):
+        _check_sqlite(uri, rule)
+    elif parts.scheme in ("http", "https"):
+        if not parts.hostname:
+            raise ConfigError(f"tracking.mlflow ({uri}) names no host; {rule}")
+    elif parts.scheme in DRIVERS:
+        package = DRIVERS[parts.scheme]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"tracking.mlflow ({uri}) needs the Python package {package}, which is not installed; "
+                f"install it, or {rule}"
+            )
+    elif "databricks" not in (uri, parts.scheme):
+        raise ConfigError(f"tracking.mlflow ({uri}) is not a store that MLflow 3 writes to; {rule}")
+
+
+def _check_sqlite(uri: str, rule: str) -> None:
+    name = uri.removeprefix("sqlite:///")
+    if not uri.startswith("sqlite:///") or name in ("", ":memory:"):
+        raise ConfigError(f"tracking.mlflow ({uri}) names no file; {rule}")
+    file = sqlite_file(uri)
+    folder = file.parent
+    try:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"tracking.mlflow ({uri}): the folder {folder} does not exist; make it, or {rule}"
+            )
+        if file.is_dir():
+            raise ConfigError(f"tracking.mlflow ({uri}): {file} is a folder; {rule}")
+        if not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+            raise ConfigError(f"tracking.mlflow ({uri}): {file} cannot be written; {rule}")
+        if file.exists() and file.stat().st_size:
+            with file.open("rb") as opened:
+                if opened.read(16) != b"SQLite format 3\0":
+                    raise ConfigError(f"tracking.mlflow ({uri}): {file} is not an SQLite database; {rule}")
+    except OSError as error:
+        raise ConfigError(f"tracking.mlflow ({uri}) cannot be used: {error.strerror}; {rule}") from None
+
+
+def resolve(uri: str) -> str:
+    """`uri` with a relative SQLite file made absolute, so that it means the same in every process."""
+    if not uri.startswith("sqlite:///"):
+        return uri
+    _, question, query = uri.partition("?")
+    return f"sqlite:///{sqlite_file(uri)}{question}{query}"
+
+
+def sqlite_file(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+
+
+@contextlib.contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """While this runs, no other process of this machine opens the same SQLite store.
+
+    Two that make a new database at the same moment break each other's migrations.
+    """
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    file = sqlite_file(uri)
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def make_database(file: Path) -> None:
+    """A new store gets its name when it is complete.
+
+    MLflow cannot go on with one whose making was cut short by a full disk or a kill.
+    """
+    if file.exists() and file.stat().st_size:
+        return
+    from mlflow.store.db import utils
+
+    draft = file.with_name(f"{file.name}.draft")
+    leftovers = (draft, draft.with_name(f"{draft.name}-journal"))
+    for each in leftovers:
+        each.unlink(missing_ok=True)
+    engine = utils.create_sqlalchemy_engine(f"sqlite:///{draft}")
+    try:
+        utils._initialize_tables(engine)
+        engine.dispose()
+        draft.rename(file)
+    finally:
+        engine.dispose()
+        for each in leftovers:
+            each.unlink(missing_ok=True)
