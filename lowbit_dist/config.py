@@ -85,6 +85,21 @@ def _auto_or(least: float, unit: str) -> Callable[[Any], Any]:
     return check
 
 
+def _workers(value: Any) -> Any:
+    """A number, or {min: ..., max: ...}."""
+    if isinstance(value, WorkerRange) or not isinstance(value, Mapping):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, WorkerRange) or (whole and 1 <= value <= MOST_WORKERS):
+            return value
+        raise _rule(f"must be a whole number from 1 to {MOST_WORKERS}, or {{min: 2, max: 8}}")
+    numbers = [value.get(name) for name in ("min", "max")]
+    if set(value) != {"min", "max"} or not all(type(n) is int and 1 <= n <= MOST_WORKERS for n in numbers):
+        raise _rule(f"must have min and max, whole numbers from 1 to {MOST_WORKERS}, like {{min: 2, max: 8}}")
+    if value["min"] > value["max"]:
+        raise _rule(f"must have a min of at most its max; write {{min: {value['max']}, max: {value['min']}}}")
+    return WorkerRange(**value)
+
+
 def _number(value: Any) -> Any:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise _rule("must be a number")
@@ -119,6 +134,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+MOST_WORKERS = 65536
 
 
 class Run(Section):
@@ -286,18 +302,29 @@ class Train(Section):
     save_every: Count = 100
     keep_last: Count = 3
     keep_every: Count | None = None  # checkpoints of steps that this divides stay for good
-    max_skipped: Count = 20  # steps in a row whose loss or gradient is wrong; one more ends the run
+    max_skipped: Count = 20  # so many steps in a row whose loss or gradient is wrong end the run
     # A gradient norm of more than so many times the median of the last steps is an error, not a direction.
     max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = 1000.0
     on_spike: Literal["warn", "rollback"] = "warn"  # a loss 6 standard deviations above the last steps'
 
 
+class WorkerRange(Section):
+    """As many workers as there is room for, between these numbers; more and fewer while the run goes on."""
+
+    min: int
+    max: int
+
+
 class Cluster(Section):
-    workers: Annotated[int, Field(ge=1, le=65536)] = 2
+    workers: Annotated[int | WorkerRange, BeforeValidator(_workers)] = 2
     cpus_per_worker: Annotated[int | float, BeforeValidator(_number), Field(gt=0, le=4096)] = 1
     gpus_per_worker: Annotated[Literal["auto"] | int | float, BeforeValidator(_auto_or(0, "GPUs"))] = "auto"
     max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
+    # Seconds without progress after which the workers are restarted; auto is 20 median steps, at least 60 s.
     hang_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(_auto_or(1, "seconds"))] = "auto"
+    # Seconds that a start waits for machines. auto refuses at once what the cluster will never have room
+    # for, and waits 60 s for machines that are busy or coming back; one that grows on demand needs minutes.
+    start_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(_auto_or(1, "seconds"))] = "auto"
 
 
 class Tracking(Section):
@@ -383,7 +410,7 @@ class RunConfig(Section):
                 f"data.seq_len ({data.seq_len:,}) must be at most model.max_seq_len {model.max_seq_len:,}; "
                 f"write data.seq_len: {model.max_seq_len} or model.max_seq_len: {data.seq_len}"
             )
-        self.accumulation(self.cluster.workers)
+        self.worker_counts()
         if method.low_bit and zero.stage is not None:
             raise ConfigError(
                 f"zero.stage ({zero.stage}) must be left out for method {method.name}, whose packed codes "
@@ -424,6 +451,33 @@ class RunConfig(Section):
                 f"the nearest is {nearest_multiple(self.train.batch_tokens, per_pass):,}"
             )
         return self.train.batch_tokens // per_pass
+
+    def worker_counts(self) -> list[int]:
+        """The numbers of workers that the run may have, the largest first; each divides its micro-batches."""
+        asked = self.cluster.workers
+        if isinstance(asked, int):
+            self.accumulation(asked)
+            return [asked]
+        self.accumulation(1)
+        found = [n for n in range(asked.max, asked.min - 1, -1) if self.micro_batches % n == 0]
+        if not found:
+            raise ConfigError(
+                f"cluster.workers ({{min: {asked.min}, max: {asked.max}}}) must contain a divisor of "
+                f"{self.micro_batches} = batch_tokens {self.train.batch_tokens:,} / (micro_batch "
+                f"{self.train.micro_batch} x seq_len {self.data.seq_len}); the nearest is "
+                f"{nearest_divisor(self.micro_batches, asked.max)}"
+            )
+        return found
+
+    @property
+    def workers(self) -> int:
+        """The number of workers, the largest possible one if it may change."""
+        asked = self.cluster.workers
+        return asked if isinstance(asked, int) else self.worker_counts()[0]
+
+    def with_workers(self, n: int) -> Self:
+        """The same run on exactly `n` workers."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"workers": n})})
 
     @property
     def micro_batches(self) -> int:

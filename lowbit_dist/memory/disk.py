@@ -63,7 +63,7 @@ def _held(folder: Path) -> int:
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of one checkpoint of the run, all workers' files together."""
     model = shapes(config, vocab_size)
-    low_bit, workers = set(low_bit_names(config, model)), config.cluster.workers
+    low_bit, workers = set(low_bit_names(config, model)), config.workers
     stored = storage(config) if low_bit else None
     found = 0
     for name, p in model.named_parameters():

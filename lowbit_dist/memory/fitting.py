@@ -52,7 +52,7 @@ def check_memory(config: RunConfig, vocab_size: int, room: Room) -> None:
     found = fit(config, vocab_size, room)
     if found.fits:
         return
-    workers = config.cluster.workers
+    workers = config.workers
     n = room.workers_on_one(workers)
     least = "" if found.is_complete else "at least "
     part = max(found.parts.keys() - {"checkpoint_copy"}, key=lambda name: found.parts[name])
@@ -80,7 +80,7 @@ def fits_here(config: RunConfig, vocab_size: int) -> dict[str, Any]:
 
 def fit(config: RunConfig, vocab_size: int, room: Room, *, complete: bool = False) -> Fit:
     """Without `complete`, a step is rehearsed only if what is at rest fits."""
-    workers = config.cluster.workers
+    workers = config.workers
     found = _fit(config, vocab_size, room, at_rest(config, vocab_size, workers), is_complete=False)
     if complete or found.fits:
         report = planned(config, vocab_size, workers)
@@ -89,7 +89,7 @@ def fit(config: RunConfig, vocab_size: int, room: Room, *, complete: bool = Fals
 
 
 def _fit(config: RunConfig, vocab_size: int, room: Room, report: Mapping[str, Any], is_complete: bool) -> Fit:
-    workers = config.cluster.workers
+    workers = config.workers
     sizes = {name: part["bytes"] for name, part in report["components"].items()}
     parts = {name: size for name, size in sizes.items() if size is not None}
     if room.on_gpu:
@@ -114,7 +114,7 @@ def _is_small(config: RunConfig, vocab_size: int, room: Room) -> bool:
     tokens = config.train.micro_batch * config.data.seq_len
     # Weights, gradients and states whole on each worker, twice for what is copied inside a step.
     bound = 64 * n + 4 * tokens * (sizes.layers * per_layer + 10 * vocab_size) + (64 << 20)
-    return bound + max(PROCESS, CUDA_CONTEXT) <= room.of_each(config.cluster.workers)
+    return bound + max(PROCESS, CUDA_CONTEXT) <= room.of_each(config.workers)
 
 
 def _linear_parameters(sizes: Sizes) -> int:
@@ -186,7 +186,7 @@ class Way(NamedTuple):
 
 
 def _ways(config: RunConfig, room: Room) -> Iterator[Way]:
-    train, workers, stage = config.train, config.cluster.workers, config.zero.stage
+    train, workers, stage = config.train, config.workers, config.zero.stage
     if config.optimizer.states != "int8":
         needs = {"zero.stage": 3} if stage in (1, 2) else {}
         yield Way(("optimizer_states",), [{"optimizer.states": "int8", **needs}])
@@ -216,7 +216,7 @@ def _halved(size: int) -> list[int]:
 
 def _other_numbers(config: RunConfig, room: Room) -> list[int]:
     """More workers where there are places for them, for each has less; else fewer, for each has more."""
-    n = config.cluster.workers
+    n = config.workers
     numbers = range(n + 1, room.most_workers + 1)
     if not numbers and not room.on_gpu:
         numbers = range(n - 1, 0, -1)

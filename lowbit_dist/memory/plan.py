@@ -17,7 +17,7 @@ def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict
     All on the same number of workers. `vocab_size` is the tokenizer's. A ConfigError if the batch cannot be
     divided among `workers`.
     """
-    workers = config.cluster.workers if workers is None else workers
+    workers = config.workers if workers is None else workers
     config.accumulation(workers)
     found = planned(config, vocab_size, workers)
     dense = planned(adamw_fp32(config), vocab_size, workers)

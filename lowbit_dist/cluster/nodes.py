@@ -1,0 +1,133 @@
+"""The machines of a Ray cluster, and which of them a run's workers go to."""
+
+import socket
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lowbit_dist.cluster.checks import gpus_per_worker
+from lowbit_dist.config import RunConfig
+
+ANSWER = 3.0  # seconds that a machine has to take a connection
+SETTLE = 6.0  # seconds for which a smaller number of places must stay the same before it is taken
+RETURN = 60.0  # seconds that a start waits, for start_timeout: auto
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster."""
+
+    id: str
+    ip: str
+    name: str
+    port: int  # of its raylet
+    cpus: float  # free ones
+    gpus: float
+
+    def answers(self) -> bool:
+        """Whether it takes a connection; Ray learns only after a while that a machine is gone."""
+        try:
+            socket.create_connection((self.ip, self.port), timeout=ANSWER).close()
+        except OSError:
+            return False
+        return True
+
+
+def nodes(among: Iterable[str] | None = None) -> list[Node]:
+    """The living machines that Ray knows, or those of them `among` some, apart from those that will go."""
+    import ray
+    from ray._private import state  # the public state API needs the dashboard
+
+    free = state.available_resources_per_node()
+    leaving = leaving_nodes()
+    return [
+        Node(
+            each["NodeID"],
+            each["NodeManagerAddress"],
+            each["NodeManagerHostname"],
+            each["NodeManagerPort"],
+            free.get(each["NodeID"], {}).get("CPU", 0.0),
+            free.get(each["NodeID"], {}).get("GPU", 0.0),
+        )
+        for each in ray.nodes()
+        if each["Alive"] and each["NodeID"] not in leaving and (among is None or each["NodeID"] in among)
+    ]
+
+
+def leaving_nodes() -> set[str]:
+    """Machines that are about to be taken away: preempted, or drained by an autoscaler or a person."""
+    from ray._private import state
+
+    return set(state.state.get_draining_nodes() or ())
+
+
+def that_answer(found: list[Node]) -> list[Node]:
+    with ThreadPoolExecutor(min(32, len(found) or 1)) as pool:
+        return [node for node, answers in zip(found, pool.map(Node.answers, found), strict=True) if answers]
+
+
+def places(config: RunConfig, found: list[Node], gpus: float) -> list[str]:
+    """The machine of each place for a worker, fullest machines first; `gpus`: all of the cluster."""
+    cpu, gpu = config.cluster.cpus_per_worker, gpus_per_worker(config, gpus)
+    room = {node: _times(node.cpus, cpu) for node in found}
+    if gpu:
+        room = {node: min(n, _times(node.gpus, gpu)) for node, n in room.items()}
+    return [node.id for node in sorted(found, key=lambda node: (-room[node], node.id)) for _ in range(room[node])]
+
+
+def _times(have: float, each: float) -> int:
+    return int(have / each * (1 + 1e-9))
+
+
+def chosen(config: RunConfig, n_places: int) -> int:
+    """The largest number of workers for which there are places; 0 if there are too few."""
+    return next((n for n in config.worker_counts() if n <= n_places), 0)
+
+
+def await_places(config: RunConfig, say: Callable[[str], None]) -> list[str]:
+    """The machine of each worker, of as many workers as there is room for; none after `start_timeout`.
+
+    Fewer than the most are taken when their number has not changed for a while: machines of a run that has
+    just ended become free one after another.
+    """
+    timeout = RETURN if config.cluster.start_timeout == "auto" else config.cluster.start_timeout
+    began = settled = time.monotonic()
+    last, told = -1, False
+    try:
+        while True:
+            found = places(config, that_answer(nodes()), _gpus())
+            n = chosen(config, len(found))
+            now = time.monotonic()
+            if n != last:
+                last, settled = n, now
+            if n == config.workers or (n and now - settled >= SETTLE):
+                return found[:n]
+            if now - began > timeout:
+                return []
+            if not told and now - began > SETTLE:
+                told = True
+                say(f"waiting up to {timeout:.0f} s for machines: there is room for {len(found)} workers")
+                _request(config)
+            time.sleep(0.5)
+    finally:
+        if told:
+            _request(None)
+
+
+def _request(config: RunConfig | None) -> None:
+    """Ask the autoscaler, where there is one, for all that a run needs, or for nothing any more."""
+    from ray.autoscaler.sdk import request_resources
+
+    if config is None:
+        request_resources(bundles=[])
+        return
+    gpus = gpus_per_worker(config, _gpus())
+    each = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    request_resources(bundles=[each] * config.workers)
+
+
+def _gpus() -> float:
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))

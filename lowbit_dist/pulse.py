@@ -1,0 +1,106 @@
+"""A worker's sign of life: a file in the run's folder that says how far its training is.
+
+`Pulse.beat` is called by the training loop wherever it gets on; a thread writes the file, so one that grows
+old means a process that does not run, and one that stays the same means a loop that is stuck.  The thread
+also ends a worker that has been given up: a later start of the run leaves a line in the run's folder, which
+is seen even where Ray, cut off, is not.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
+STARTS = "starts.jsonl"  # in a run's folder: a line for each start
+EVERY = 1.0  # seconds between writes
+ROOM = 512  # bytes of the file, always: it is written over in place, for which a full disk has room
+SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a beat
+
+Beat = Callable[[str, int], None]
+
+
+def no_beat(phase: str, step: int) -> None:
+    """For training loops that nobody watches."""
+
+
+def count_starts(run_dir: Path) -> int:
+    """How often a run was started, by all launches together."""
+    try:
+        return (run_dir / STARTS).read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+class Pulse:
+    """Writes `.workers/RANK.json` of start number `start` until `close`."""
+
+    def __init__(self, run_dir: Path, *, rank: int, start: int, node: str = ""):
+        self._run_dir, self._start = run_dir, start
+        self._file = run_dir / FOLDER / f"{rank}.json"
+        self._fixed = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "node": node}
+        self._phase, self._step, self._beats = "start", 0, 0
+        self._seconds: deque[float] = deque(maxlen=64)  # of the last steps
+        self._step_began: float | None = None
+        self._is_over = threading.Event()
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    def beat(self, phase: str, step: int) -> None:
+        """The loop got on, in `phase` (start, step, eval, save, end) of `step`."""
+        now = time.monotonic()
+        if step != self._step:
+            if self._step_began is not None:
+                self._seconds.append(now - self._step_began)
+            self._step_began = now
+        self._phase, self._step = phase, step
+        self._beats += 1
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._file.unlink()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(EVERY):
+            if count_starts(self._run_dir) > self._start:
+                os._exit(1)  # given up: another process trains this part of the run
+            self._write()
+
+    def _write(self) -> None:
+        seconds = statistics.median(self._seconds) if self._seconds else None
+        content = {
+            **self._fixed, "start": self._start, "phase": self._phase, "step": self._step,
+            "beats": self._beats, "step_seconds": seconds, "time": time.time(),
+        }  # fmt: skip
+        text = json.dumps(content).encode().ljust(ROOM - 1) + b"\n"
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(descriptor, text, 0)
+            finally:
+                os.close(descriptor)
+
+
+def pulses(run_dir: Path, start: int | None = None) -> list[dict[str, Any]]:
+    """What the workers last wrote, by rank; only those of start number `start` if it is given."""
+    found = []
+    for file in (run_dir / FOLDER).glob("*.json"):
+        try:
+            content = json.loads(file.read_bytes())
+        except (OSError, ValueError):  # gone, or read while it is written
+            continue
+        if isinstance(content, dict) and (start is None or content.get("start") == start):
+            found.append(content)
+    return sorted(found, key=lambda each: each["rank"])
