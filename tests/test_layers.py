@@ -33,7 +33,7 @@ HOMES = {
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "safetensors": {"checkpoint", "model"},
-    "ray": {"cluster", "data"},  # cluster: Train and Jobs; data: Ray Data
+    "ray": {"cluster", "data", "tracking"},  # cluster: Train and Jobs; data: Ray Data; tracking: metrics
 }
 
 

@@ -108,3 +108,36 @@ def test_a_pretrained_folder_of_pickles_is_refused(tmp_path, small):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         model.InitialWeights(torch.nn.Linear(2, 2), 0, tmp_path)
+
+
+def flips_of_one_step(configuration):
+    """What a step says of its flips, and the codes of this rank's shards that it changed."""
+    from lowbit_dist import model, ops
+    from lowbit_dist.config import RunConfig
+    from lowbit_dist.methods import METHODS
+    from lowbit_dist.zero import Engine
+
+    config = RunConfig.from_dict(configuration, METHODS)
+    built = model.build(config.model, 512, config.method, torch.float32)
+    initial = model.InitialWeights(built, 0, None)
+    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
+    for _ in range(engine.micro_batches // engine.world):
+        engine.backward(tokens)
+    packed = [shard for shard in engine.shards if shard.codes is not None]
+    before = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
+    update = engine.update(step=1, lr=5e-3, weight_decay=0.0)
+    after = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
+    changed = {s.name: int((a != b).sum()) for s, a, b in zip(packed, after, before, strict=True)}
+    engine.close()
+    return update, changed
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_flips_of_each_parameter_are_counted_over_all_workers(world, ranks, small):
+    found = ranks(world).run(flips_of_one_step, small(method={"grid": "int4"}))
+    counted = {name: sum(changed[name] for _, changed in found) for name in found[0][1]}
+    assert len(counted) == 14 and all(counted.values()), "the case must move codes of every layer"
+    for update, _ in found:
+        assert update.flips_of == counted
+        assert update.flips == sum(counted.values())

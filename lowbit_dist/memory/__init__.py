@@ -13,12 +13,13 @@ from lowbit_dist.memory.disk import check_disk, checkpoint_bytes
 from lowbit_dist.memory.fitting import check_memory, fits_here
 from lowbit_dist.memory.live import measure, track_peak
 from lowbit_dist.memory.machine import Room, room_here
-from lowbit_dist.memory.plan import compare, plan
+from lowbit_dist.memory.plan import baselines, compare, plan
 from lowbit_dist.memory.report import COMPONENTS, largest, metrics
 
 __all__ = [
     "COMPONENTS",
     "Room",
+    "baselines",
     "check_disk",
     "check_memory",
     "checkpoint_bytes",

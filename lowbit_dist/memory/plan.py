@@ -35,16 +35,21 @@ def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict
 def compare(config: RunConfig, vocab_size: int, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The largest worker of `measured` (one report a worker), against the plans of the baselines."""
     found = largest(measured)
-    workers = found["workers"]
-    dense = at_rest(adamw_fp32(config), vocab_size, workers)
-    bitnet = at_rest(bitnet_ste(config), vocab_size, workers)
+    plans = baselines(config, vocab_size, found["workers"])
     return {
         **found,
-        "saved_vs_adamw_fp32": saved(found, dense),
-        "saved_vs_bitnet_ste": saved(found, bitnet),
+        "saved_vs_adamw_fp32": saved(found, plans["plan_dense"]),
+        "saved_vs_bitnet_ste": saved(found, plans["plan_bitnet"]),
         "saved_vs": "measured resident bytes of this run against the planned resident bytes of the baseline",
-        "plan_dense": dense,
-        "plan_bitnet": bitnet,
+        **plans,
+    }
+
+
+def baselines(config: RunConfig, vocab_size: int, workers: int) -> dict[str, dict[str, Any]]:
+    """What the baselines keep between steps, on as many workers."""
+    return {
+        "plan_dense": at_rest(adamw_fp32(config), vocab_size, workers),
+        "plan_bitnet": at_rest(bitnet_ste(config), vocab_size, workers),
     }
 
 

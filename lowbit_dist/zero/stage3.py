@@ -3,8 +3,8 @@ update in place.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Update:
     grad_norm: float  # before clipping, of the mean gradient; infinite or NaN if that is not finite
     flips: int  # codes that changed
     skipped: bool  # the norm was not finite or above the limit: nothing was changed
+    flips_of: Mapping[str, int] = field(default_factory=dict)  # the same of each low-bit parameter, by name
 
 
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
@@ -149,17 +150,19 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norm = global_norm(gradients).item() / self.micro_batches
         self.overflow = not (math.isfinite(norm) and norm <= self.max_norm)
         self._global_grad_norm = norm
-        flips = torch.zeros(1, dtype=torch.int64, device=self.device)
+        flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
         if not self.overflow:
             now = replace(self.now, grad_scale=clip_factor(norm, self.clip_norm) / self.micro_batches)
-            for shard, gradient in zip(self.shards, gradients, strict=True):
+            for i, (shard, gradient) in enumerate(zip(self.shards, gradients, strict=True)):
                 if shard.numel:
-                    flips += self._update_shard(shard, gradient, now)
+                    flips[i : i + 1] += self._update_shard(shard, gradient, now)
             self.refresh()
         dist.all_reduce(flips)
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
-        self.last_update = Update(norm, int(flips), self.overflow)
+        of_shards = zip(self.shards, flips.tolist(), strict=True)
+        flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
+        self.last_update = Update(norm, sum(flips_of.values()), self.overflow, flips_of)
 
     def _update_shard(self, shard: Shard, gradient: Tensor, now: ops.AdamWStep) -> Tensor | int:
         if gradient.dtype == torch.float64:
