@@ -1,10 +1,10 @@
-"""The pictures of a run: its loss curve, and the bytes that each parameter costs.
+"""The pictures of a run and of runs side by side: loss curves, and the bytes that each parameter costs.
 
 Every figure states its unit on its axis; colours are the Okabe-Ito palette, told apart by colour-blind
 readers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,12 @@ COMPONENTS = {
     "buffers": ("buffers", "#999999", "·"),
 }
 INK = "#222222"
+# Of runs side by side; the palette's yellow is not seen on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX"
 
+Colours = Mapping[str, int]  # group -> its number: the same look in every picture
 Memory = Mapping[str, Mapping[str, float]]  # run -> component -> bytes per parameter of the whole model
 
 
@@ -97,6 +102,97 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return _saved(figure, path)
+
+
+def colours(groups: Sequence[str]) -> Colours:
+    """Each group's number, by which `loss_curves` and `loss_against_bytes` give it one look."""
+    return {group: number for number, group in enumerate(groups)}
+
+
+def loss_curves(
+    groups: Mapping[str, Sequence[Sequence[tuple[float, float]]]],  # (tokens, loss) of each run
+    path: str | Path,
+    *,
+    colours: Colours,
+    title: str = "Training loss",
+) -> Path:
+    """Draw each run thin, and the mean of a group's runs thick wherever all of them have a point."""
+    figure, axes = _figure(7.6, 4.6)
+    runs = [curve for each in groups.values() for curve in each]
+    factor, unit = _tokens(max((x for curve in runs for x, _ in curve), default=0))
+    for group, curves in groups.items():
+        if not curves:
+            continue
+        colour, style, _ = _look(colours[group])
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(*_scaled(curve, factor), color=colour, ls=style, lw=0.8, alpha=0.45)
+        mean = _mean_curve(curves)
+        alone = "o" if len(mean) == 1 else ""
+        axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
+    axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
+    axes.set_ylabel("training loss (nats per token)")
+    several = any(len(each) > 1 for each in groups.values())
+    axes.set_title(
+        f"{title}: thick is the mean, thin is each seed" if several else title,
+        loc="left", fontsize=12, color=INK,
+    )  # fmt: skip
+    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    axes.margins(x=0.02)
+    _legend_beside(figure, axes)
+    return _saved(figure, path)
+
+
+def loss_against_bytes(
+    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> measure -> mean and spread
+    path: str | Path,
+    *,
+    colours: Colours,
+    title: str = "Validation loss against memory",
+) -> Path:
+    """Draw a point with its error bars for each group; lower and further left is better."""
+    figure, axes = _figure(7.6, 4.6)
+    has_bars = False
+    for group, measured in groups.items():
+        colour, _, marker = _look(colours[group])
+        x, y = measured["bytes_per_parameter"], measured["val_loss"]
+        has_bars = has_bars or y["spread"] is not None
+        axes.errorbar(
+            [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=[x["spread"] or 0.0], yerr=[y["spread"] or 0.0],
+            color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="", label=group,
+        )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.margins(0.12)
+    axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
+    axes.set_ylabel("validation loss (nats per token)")
+    words = f"{title}, ± one standard deviation over seeds" if has_bars else title
+    axes.set_title(words, loc="left", fontsize=12, color=INK)
+    axes.grid(color="#dddddd", lw=0.8)
+    _legend_beside(figure, axes)
+    return _saved(figure, path)
+
+
+def _look(number: int) -> tuple[str, str, str]:
+    """Colour, line style and marker; the styles change when the colours are used up."""
+    n = len(PALETTE)
+    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[number % n]
+
+
+def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> tuple[list[float], list[float]]:
+    return [x / factor for x, _ in curve], [y for _, y in curve]
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Where all have a point; the first curve if nowhere."""
+    values = [dict(curve) for curve in curves]
+    shared = [x for x, _ in curves[0] if all(x in each for each in values)]
+    return [(x, sum(each[x] for each in values) / len(values)) for x in shared] or list(curves[0])
+
+
+def _legend_beside(figure: "Figure", axes: "Axes") -> None:
+    """To the right of the axes, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
 
 
 def memory_bars_text(memory: Memory, *, width: int = 60) -> str:

@@ -15,9 +15,9 @@ FLOOR = {
     "ops": 1,
     "packed": 2, "linear": 2, "charts": 2,
     "methods": 3, "model": 3, "tokenizer": 3, "data": 3, "zero": 3, "memory": 4, "tracking": 3,
-    "checkpoint": 4,
+    "checkpoint": 4, "runs": 4,
     "train": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
-    "cluster": 6,
+    "cluster": 6, "compare": 6,
     "cli": 7,
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit_dist.cli import console
+from lowbit_dist.cli import comparing, console
 from lowbit_dist.cli.arguments import Config, Inputs, Json, Overrides, RunOrCheckpoint, load, pairs
 from lowbit_dist.config import ConfigError, RunConfig
 
@@ -28,6 +28,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="The project's benchmarks, ea
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(comparing.compare)
+app.command("runs")(comparing.list_runs)
 
 
 @tokenizer_app.command("train")

@@ -10,7 +10,7 @@ attempt that fails is simply followed by another one.
 
 from typing import Any
 
-from lowbit_dist import tracking
+from lowbit_dist import runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
 from lowbit_dist.cluster.checks import alone, check, finished
 from lowbit_dist.cluster.following import Progress
@@ -29,11 +29,13 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
         if (summary := finished(config)) is not None:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             return summary
+        runs.note_failure(config.run_dir, None)
         try:
             return train_until_done(config, progress, signals=signals)
         except Stopped:
             tracking.end(config, "KILLED")
             raise
-        except Exception:
+        except Exception as error:
+            runs.note_failure(config.run_dir, error)
             tracking.end(config, "FAILED")
             raise

@@ -1,0 +1,199 @@
+"""Runs side by side: mean and spread over seeds, as a table and as two pictures.
+
+Runs that differ in nothing but their seed and their name are one group.  A mean is over finished runs only;
+those that are not finished are counted and named beside it.  Everything is read from the runs' folders.
+"""
+
+import csv
+import io
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit_dist import charts
+from lowbit_dist.files import whole
+from lowbit_dist.runs import Run
+from lowbit_dist.tracking import bytes_per_parameter
+
+# Measure -> (its words, how its mean is written); the order is that of the table's columns.
+MEASURES = {
+    "val_loss": ("validation loss", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "bytes_per_parameter": ("bytes/parameter", ".3f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "flip_rate": ("flip rate", ".3%"),
+}
+# What does not tell two groups apart: the seed, and where a run keeps its files and sends its numbers.
+ASIDE = ("run.", "tracking.", "data.cache", "train.keep_")
+
+
+def compare(runs: Sequence[Run]) -> dict[str, Any]:
+    """Groups of runs, the best validation loss first, then those without one."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(_kind(run), []).append(run)
+    labels = _labels(list(members.values()))
+    groups = [_group(label, each) for label, each in zip(labels, members.values(), strict=True)]
+    return {"groups": sorted(groups, key=_rank)}
+
+
+def _kind(run: Run) -> str:
+    return repr({name: value for name, value in run.config.flat().items() if not name.startswith(ASIDE)})
+
+
+def _rank(group: Mapping[str, Any]) -> float:
+    mean: float | None = group["val_loss"]["mean"]
+    return float("inf") if mean is None else mean
+
+
+def _group(label: str, runs: list[Run]) -> dict[str, Any]:
+    finished = [run for run in runs if run.state == "finished"]
+    measured = [measures(run) for run in finished]
+    return {
+        "group": label,
+        "method": runs[0].method,
+        "finished": len(finished),
+        "runs": [
+            {
+                "run": run.config.run.name,
+                "folder": str(run.folder),
+                "seed": run.config.run.seed,
+                "state": run.state,
+                "at": run.described(),
+                "curve": _curve(run),
+                **(measures(run) if run.state == "finished" else {}),
+            }
+            for run in runs
+        ],
+        **{name: _spread([each[name] for each in measured]) for name in MEASURES},
+    }
+
+
+def measures(run: Run) -> dict[str, float | None]:
+    """What a finished run is compared by; None is what it does not have.
+
+    Speed is the median of the logged intervals, which a restart in between does not change; bytes are all
+    that stays allocated between steps, over all workers.
+    """
+    summary = run.summary or {}
+    memory = summary.get("memory")
+    speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second")]
+    flips = [row["flip_rate"] for row in run.rows if row.get("flip_rate") is not None]
+    return {
+        "val_loss": summary.get("val_loss"),
+        "perplexity": summary.get("perplexity"),
+        "bytes_per_parameter": sum(bytes_per_parameter(memory)["this run"].values()) if memory else None,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "flip_rate": statistics.fmean(flips) if flips else None,
+    }
+
+
+def _spread(values: list[float | None]) -> dict[str, Any]:
+    """The mean and the sample standard deviation of those there are; one value has no spread."""
+    found = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(found) if found else None,
+        "spread": statistics.stdev(found) if len(found) > 1 else None,
+        "n": len(found),
+    }
+
+
+def _curve(run: Run) -> list[tuple[float, float]]:
+    """Tokens and training loss."""
+    keys = ("tokens", "loss")
+    return [(row["tokens"], row["loss"]) for row in run.rows if all(row.get(key) is not None for key in keys)]
+
+
+def _labels(groups: list[list[Run]]) -> list[str]:
+    """A group is called what its first run is, without the seed; by its folder if that is not unique."""
+    labels = [re.sub(r"[-_.](s|seed)[-_.]?\d+$", "", runs[0].config.run.name) for runs in groups]
+    return [
+        str(runs[0].folder) if labels.count(label) > 1 else label
+        for label, runs in zip(labels, groups, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------ written down
+
+
+def cell(group: Mapping[str, Any], measure: str) -> str:
+    """A mean and its spread, in words."""
+    found, form = group[measure], MEASURES[measure][1]
+    if found["mean"] is None:
+        return "-"
+    text = format(found["mean"], form)
+    if found["spread"] is not None:
+        text += f" ± {format(found['spread'], form)}"
+    # A run that diverged is finished and has no loss: it is not in the mean, and that is said.
+    return text if found["n"] == group["finished"] else f"{text} (of {found['n']})"
+
+
+def count(group: Mapping[str, Any]) -> str:
+    """How many runs the means are of."""
+    n = len(group["runs"])
+    return str(n) if group["finished"] == n else f"{group['finished']} of {n}"
+
+
+def unfinished(found: Mapping[str, Any]) -> list[str]:
+    """A line for each run that is in no mean."""
+    return [
+        f"{run['run']}: {run['at']}"
+        for group in found["groups"]
+        for run in group["runs"]
+        if run["state"] != "finished"
+    ]
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table as a page of text."""
+    heads = ["", "runs", *(words for words, _ in MEASURES.values())]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    rows += [
+        [group["group"], count(group), *(cell(group, name) for name in MEASURES)] for group in found["groups"]
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", "Mean ± sample standard deviation over finished runs."]
+    lines += [f"* {line}" for line in unfinished(found)]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(found: Mapping[str, Any]) -> str:
+    """A row for each group, all digits kept."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}{end}" for name in MEASURES for end in ("", "_spread", "_n")]
+    writer.writerow(["group", "method", "runs", "finished", *columns])
+    for group in found["groups"]:
+        cells = [group[name][part] for name in MEASURES for part in ("mean", "spread", "n")]
+        writer.writerow([group["group"], group["method"], len(group["runs"]), group["finished"], *cells])
+    return text.getvalue()
+
+
+def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The table as `comparison.md` and `.csv`, and a picture of each kind for which there is a number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in (("comparison.md", markdown(found)), ("comparison.csv", as_csv(found))):
+        with whole(folder / name) as draft:
+            draft.write_text(text)
+        written.append(folder / name)
+    curves = {
+        group["group"]: [run["curve"] for run in group["runs"] if run["curve"]] for group in found["groups"]
+    }
+    points = {
+        group["group"]: {name: group[name] for name in ("bytes_per_parameter", "val_loss")}
+        for group in found["groups"]
+        if group["val_loss"]["mean"] is not None and group["bytes_per_parameter"]["mean"] is not None
+    }
+    colours = charts.colours(list(curves))
+    if any(curves.values()):
+        with whole(folder / "loss-against-tokens.png") as draft:
+            charts.loss_curves(curves, draft, colours=colours)
+        written.append(folder / "loss-against-tokens.png")
+    if points:
+        with whole(folder / "loss-against-bytes.png") as draft:
+            charts.loss_against_bytes(points, draft, colours=colours)
+        written.append(folder / "loss-against-bytes.png")
+    return written

@@ -1,0 +1,158 @@
+"""What a folder of runs holds: each run's configuration, numbers and state, read from its files alone.
+
+A run is *running* while a launcher holds its lock, *finished* when its summary is of its last step, *failed*
+when its last launch ended with an error, and *stopped* otherwise: by a signal, by a kill, or before it began.
+"""
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowbit_dist.answers import ConfigError, nearest
+from lowbit_dist.config import RunConfig
+from lowbit_dist.tracking import METRICS
+from lowbit_dist.tracking.record import rows_of
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+LOCK = ".lock"  # held by the run's launcher
+FAILURE = ".failure"  # why the last launch ended, if by an error
+RUNS = Path("runs")
+
+State = Literal["finished", "running", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder shows it."""
+
+    folder: Path
+    config: RunConfig
+    state: State
+    why: str | None  # of a failed run, one line
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any] | None  # of a finished run
+
+    @property
+    def step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def method(self) -> str:
+        """In a word or two."""
+        method = self.config.method
+        return " ".join(filter(None, (method.name, getattr(method, "grid", None))))
+
+    def last(self, key: str) -> Any:
+        """The newest value of a column, None if there is none."""
+        return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
+
+    def described(self) -> str:
+        """Where it stands, in words."""
+        at = f"{self.state} at step {self.step:,} of {self.config.train.steps:,}"
+        return f"{at}: {self.why}" if self.why else at
+
+
+def read(folder: Path) -> Run:
+    """ConfigError if `folder` holds no run."""
+    from lowbit_dist.methods import METHODS
+
+    config = RunConfig.load(folder / CONFIG, (), METHODS)
+    summary = _json(folder / SUMMARY)
+    state: State = "stopped"
+    failure = None
+    if is_running(folder):
+        state = "running"
+    elif summary.get("steps") == config.train.steps:
+        state = "finished"
+    elif (folder / FAILURE).exists():
+        state, failure = "failed", _json(folder / FAILURE).get("why")
+    return Run(
+        folder=folder,
+        config=config,
+        state=state,
+        why=failure,
+        rows=rows_of(folder / METRICS),
+        summary=summary if state == "finished" else None,
+    )
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process of this machine is launching or training the run."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never launched; or a file system without locks
+        return False
+    return False
+
+
+def note_failure(folder: Path, error: BaseException | None) -> None:
+    """Keep in the run's folder why its launch failed; None: it does not, or not yet."""
+    with contextlib.suppress(OSError):  # of a full disk, others speak
+        if error is None:
+            (folder / FAILURE).unlink(missing_ok=True)
+        else:
+            (folder / FAILURE).write_text(json.dumps({"why": " ".join(str(error).split())}) + "\n")
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def folders(folder: Path) -> list[Path]:
+    """The runs of a folder, and those of its sweeps, in the order of their names."""
+    found = []
+    for each in _inside(folder):
+        found += [each] if is_run(each) else [child for child in _inside(each) if is_run(child)]
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def named(words: Sequence[str]) -> list[Run]:
+    """The runs that are meant by folders or names, of runs or of whole sweeps; each of them once."""
+    found: dict[Path, Path] = {}
+    for word in words:
+        for folder in _meant(word):
+            found.setdefault(folder.resolve(), folder)
+    return [read(folder) for folder in found.values()]
+
+
+def _meant(word: str) -> list[Path]:
+    for folder in (Path(word), RUNS / word):
+        if is_run(folder):
+            return [folder]
+        if folder.is_dir() and (inside := folders(folder)):
+            return inside
+    known = [str(each.relative_to(RUNS)) for each in folders(RUNS)] if RUNS.is_dir() else []
+    known += sorted({name.partition("/")[0] for name in known if "/" in name})
+    meant = nearest(word, known)
+    raise ConfigError(
+        f"{word} is no run and no sweep, and neither is {RUNS / word}; "
+        + (f"did you mean {meant!r}?" if meant else "write a run's or a sweep's name, or its folder")
+    )
+
+
+def age(run: Run) -> float:
+    """Seconds since something was measured, or since the run began."""
+    newest = run.rows[-1].get("time") if run.rows else None
+    return max(0.0, time.time() - (newest or (run.folder / CONFIG).stat().st_mtime))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A mapping that a file holds, or an empty one."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
