@@ -43,6 +43,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
     if tracker is not None:
         position = replace(position, mlflow_run_id=tracker.run_id)
     saver = _saver(config, engine, manifest)
+    gauges = _start_gauges(config, engine, manifest, restarts)
     size, steps, first = config.train.micro_batch, config.train.steps, position.step + 1
     peak: dict[str, Any] = {}
     val_loss: float | None = None
@@ -51,7 +52,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
 
     try:
         while position.step < steps and not stop:
-            step = position.step + 1
+            step, began = position.step + 1, time.monotonic()
             lr_factor, decay_factor = schedule.rate(config.schedule, step, steps)
             lr, decay = config.optimizer.lr * lr_factor, config.optimizer.weight_decay * decay_factor
             logs = _is_due(step, config.train.log_every, steps)
@@ -69,12 +70,13 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
                 loss, stop = losses[:-1].mean().item(), bool(losses[-1] > 0)
                 spike = guard.is_spike(loss, position.losses)
                 goes_back = spike and config.train.on_spike == "rollback"
-                latent = _latent_levels(engine) if logs else []
+                latent = _latent_levels(engine) if logs else {}
                 # No norm is below 0: the step is left out.
                 trusted = math.isfinite(loss) and not goes_back
                 limit = guard.norm_limit(position.norms, config.train.max_grad_ratio) if trusted else -1.0
                 update = engine.update(step=step, lr=lr, weight_decay=decay, max_norm=limit)
             clock.count(engine.micro_batches * size * config.data.seq_len)
+            gauges.stepped(step, time.monotonic() - began)
 
             if spike:
                 log.warning("step %d: loss spike, %.4f after %.4f", step, loss, position.losses[-1])
@@ -106,8 +108,11 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
                 }
                 if n_low_bit:
                     metrics["flip_rate"] = position.flips / max(n_steps, 1) / n_low_bit
-                metrics |= _level_statistics(engine, latent)
-                metrics |= memory.metrics(memory.measure(engine))
+                statistics, flipped = _level_statistics(engine, latent)
+                measured = memory.measure(engine, peak)
+                metrics |= statistics | memory.metrics(measured)
+                gauges.memory(measured)
+                gauges.layers(_flip_rates(engine, update) | flipped)
                 position = replace(position, loss_sum=0.0, loss_count=0, flips=0)
             if _is_due(step, config.train.eval_every, steps):
                 with clock.paused():
@@ -115,6 +120,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
                 metrics |= _quality(val_loss, manifest)
             if tracker is not None and metrics:
                 tracker.log(step, metrics)
+                gauges.log(metrics)
             _check_recovers(config, position, loss, update, limit)
             if _is_due(step, config.train.save_every, steps):
                 with clock.paused():
@@ -151,6 +157,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
         ended = True
         return summary
     finally:
+        gauges.close()
         if tracker is not None:
             tracker.close()
         if ended:  # otherwise another worker may have gone, and would be waited for
@@ -197,6 +204,17 @@ def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker"
         _replace(file, text)
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
     return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
+
+
+def _start_gauges(
+    config: RunConfig, engine: Engine, manifest: data.Manifest, restarts: int
+) -> tracking.Gauges:
+    gauges = tracking.Gauges(config, rank=engine.rank, world=engine.world, restarts=restarts)
+    if gauges.are_read and engine.rank == 0:
+        plans = memory.baselines(config, manifest.vocab_size, engine.world)
+        gauges.baseline("AdamW fp32", plans["plan_dense"])
+        gauges.baseline("BitNet STE", plans["plan_bitnet"])
+    return gauges
 
 
 def _saver(config: RunConfig, engine: Engine, manifest: data.Manifest) -> checkpoint.Saver:
@@ -300,7 +318,7 @@ def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None
     return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
 
 
-def _latent_levels(engine: Engine) -> list[Tensor]:
+def _latent_levels(engine: Engine) -> dict[str, Tensor]:
     """The ternary levels that a latent-weight forward sees, of this worker's shards; nothing for other
     methods.
     """
@@ -309,42 +327,55 @@ def _latent_levels(engine: Engine) -> list[Tensor]:
         for name, module in engine.module.named_modules()
         if isinstance(module, Linear) and module.transform is not None
     }
-    shards = [shard for shard in engine.shards if shard.name in latent and shard.weight is not None]
+    weights = {s.name: s.weight for s in engine.shards if s.name in latent and s.weight is not None}
     if not latent:
-        return []
-    sums = torch.stack([shard.weight.double().abs().sum() for shard in shards if shard.weight is not None])
+        return {}
+    # With their numbers: under stage 0 every worker has all elements.
+    sums = torch.stack(
+        [torch.stack([w.double().abs().sum(), w.new_tensor(w.numel()).double()]) for w in weights.values()]
+    )
     dist.all_reduce(sums)
-    levels = []
-    for shard, total in zip(shards, sums.tolist(), strict=True):
-        gamma = max(total / engine.numels[shard.name], 1e-5)
-        assert shard.weight is not None, "latent shards have weights"
-        levels.append((shard.weight / gamma).round_().clamp_(-1, 1).to(torch.int8))
+    levels = {}
+    for (name, weight), (total, count) in zip(weights.items(), sums.tolist(), strict=True):
+        gamma = max(total / count, 1e-5)
+        levels[name] = (weight / gamma).round_().clamp_(-1, 1).to(torch.int8)
     return levels
 
 
-def _level_statistics(engine: Engine, latent_before: list[Tensor]) -> dict[str, float]:
+def _flip_rates(engine: Engine, update: Update) -> dict[str, float]:
+    """The share of each low-bit parameter's codes that one update changed."""
+    return {name: n / engine.numels[name] for name, n in update.flips_of.items()}
+
+
+def _level_statistics(
+    engine: Engine, latent_before: dict[str, Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of all low-bit weights: at zero, at an end of the grid; for latent methods also those that
-    flipped.
+    flipped, and for each of their parameters the same.
     """
-    counts = torch.zeros(4, dtype=torch.int64, device=engine.device)  # zero, saturated, flipped, all
+    # Zero, saturated, all; then flipped and all of each latent parameter.
+    counts = torch.zeros(3 + 2 * len(latent_before), dtype=torch.int64, device=engine.device)
     for shard in engine.shards:
         if shard.codes is not None and shard.grid is not None and shard.numel:
             of_level = shard.level_counts()
             shard.check_codes()
             counts[0] += of_level[-shard.grid.low]
             counts[1] += of_level[0] + of_level[-1]
-            counts[3] += shard.numel
-    for before, now in zip(latent_before, _latent_levels(engine) if latent_before else [], strict=True):
+            counts[2] += shard.numel
+    for i, (name, now) in enumerate(_latent_levels(engine).items() if latent_before else ()):
         zeros = (now == 0).sum()
-        counts += torch.stack(
-            [zeros, now.numel() - zeros, (now != before).sum(), zeros.new_tensor(now.numel())]
-        )
+        counts[:3] += torch.stack([zeros, now.numel() - zeros, zeros.new_tensor(now.numel())])
+        counts[3 + 2 * i] = (now != latent_before[name]).sum()
+        counts[4 + 2 * i] = now.numel()
     dist.all_reduce(counts)
-    zero, saturated, flipped, total = counts.tolist()
+    zero, saturated, total, *flips = counts.tolist()
     if not total:
-        return {}
-    statistics = {"zero_fraction": zero / total, "saturation": saturated / total}
-    return statistics | ({"flip_rate": flipped / total} if latent_before else {})
+        return {}, {}
+    shares = {"zero_fraction": zero / total, "saturation": saturated / total}
+    if latent_before:
+        shares["flip_rate"] = sum(flips[::2]) / total
+    rates = zip(latent_before, flips[::2], flips[1::2], strict=True)
+    return shares, {name: flipped / n for name, flipped, n in rates}
 
 
 def _memory(
