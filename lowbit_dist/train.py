@@ -9,9 +9,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ from torch import Tensor
 from lowbit_dist import checkpoint, data, guard, memory, model, schedule, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.files import whole
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods import method_of
+from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.zero import Engine, Update
 
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
+def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[str, Any] | None:
     """Train to the last step inside an initialised process group; every worker returns the run's summary.
 
     A run that has checkpoints goes on from the newest undamaged one.  None if it was asked to stop
-    (`config.stop_file`): then a checkpoint of its last step is there.
+    (`config.stop_file`): then a checkpoint of its last step is there.  `beat` is told
+    wherever training gets on.
     """
     manifest = data.check(config)
     engine = _build(config, manifest.vocab_size)
@@ -65,6 +69,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
                 for j in range(engine.rank, engine.micro_batches, engine.world):
                     tokens = batches.micro_batch(position.samples + j * size, size)
                     losses[j] = engine.backward(tokens.to(engine.device)).double()
+                    beat("step" if step > first else "start", step)
                 losses[-1] = float(engine.rank == 0 and config.stop_file.exists())
                 dist.all_reduce(losses)
                 loss, stop = losses[:-1].mean().item(), bool(losses[-1] > 0)
@@ -82,6 +87,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
                 log.warning("step %d: loss spike, %.4f after %.4f", step, loss, position.losses[-1])
             if goes_back:
                 saver.wait()
+                beat("start", step)
                 if (earlier := _rolled_back(config, engine, position)) is not None:
                     position = earlier
                     if tracker is not None:
@@ -116,16 +122,19 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
                 position = replace(position, loss_sum=0.0, loss_count=0, flips=0)
             if _is_due(step, config.train.eval_every, steps):
                 with clock.paused():
-                    val_loss = evaluate(engine, config, manifest)
+                    val_loss = evaluate(engine, config, manifest, beat=partial(beat, "eval", step))
                 metrics |= _quality(val_loss, manifest)
             if tracker is not None and metrics:
                 tracker.log(step, metrics)
                 gauges.log(metrics)
             _check_recovers(config, position, loss, update, limit)
             if _is_due(step, config.train.save_every, steps):
+                beat("save", step)
                 with clock.paused():
                     saver.save(engine.shards, position)
+                beat("step", step)
 
+        beat("end", position.step)
         if stop and position.step < steps:
             saver.finish(engine.shards, position)
             log.info("stopped at step %d: its checkpoint is saved", position.step)
@@ -144,7 +153,7 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
             **_quality(val_loss, manifest),
             "unigram_entropy": manifest.unigram_entropy,
             "tokens_per_second": clock.mean_rate(),
-            "checkpoint": str(config.run_dir / "checkpoints" / f"step-{position.step}"),
+            "checkpoint": str(saver.path(position.step)),
             "memory": _memory(config, engine, manifest, peak),
             "restarts": restarts,
             "skipped_steps": position.skipped_steps,
@@ -152,7 +161,8 @@ def run(config: RunConfig, *, restarts: int = 0) -> dict[str, Any] | None:
         }
         if tracker is not None:
             summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
-            _replace(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with whole(config.run_dir / "summary.json") as draft:
+                draft.write_text(json.dumps(summary, indent=2) + "\n")
             tracker.finish("FINISHED", summary)
         ended = True
         return summary
@@ -201,7 +211,8 @@ def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker"
     config.run_dir.mkdir(parents=True, exist_ok=True)
     file, text = config.run_dir / "config.yaml", config.to_yaml()
     if not file.exists() or file.read_text() != text:
-        _replace(file, text)
+        with whole(file) as draft:
+            draft.write_text(text)
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
     return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
 
@@ -220,13 +231,6 @@ def _start_gauges(
 def _saver(config: RunConfig, engine: Engine, manifest: data.Manifest) -> checkpoint.Saver:
     facts = {"vocab_size": manifest.vocab_size, "tokenizer_sha256": manifest.tokenizer_sha256}
     return checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole: what dies meanwhile leaves the one before."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text)
-    draft.rename(path)
 
 
 # ------------------------------------------------------------------ in the loop
@@ -290,7 +294,9 @@ def _rolled_back(config: RunConfig, engine: Engine, position: Position) -> Posit
     )
 
 
-def evaluate(engine: Engine, config: RunConfig, manifest: data.Manifest) -> float:
+def evaluate(
+    engine: Engine, config: RunConfig, manifest: data.Manifest, *, beat: Callable[[], None] = lambda: None
+) -> float:
     """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
     split.
     """
@@ -307,6 +313,7 @@ def evaluate(engine: Engine, config: RunConfig, manifest: data.Manifest) -> floa
         loss = engine.forward(tokens.to(engine.device))
         if mine < len(starts):
             losses[mine] = loss.double()
+        beat()
     dist.all_reduce(losses)
     return losses.mean().item()
 
@@ -358,7 +365,6 @@ def _level_statistics(
     for shard in engine.shards:
         if shard.codes is not None and shard.grid is not None and shard.numel:
             of_level = shard.level_counts()
-            shard.check_codes()
             counts[0] += of_level[-shard.grid.low]
             counts[1] += of_level[0] + of_level[-1]
             counts[2] += shard.numel

@@ -11,13 +11,13 @@ PACKAGE = Path(lowbit_dist.__file__).parent
 
 # A module imports its own floor or lower.
 FLOOR = {
-    "grid": 0, "answers": 0, "files": 0, "yamlfile": 0, "config": 0, "schedule": 0, "guard": 0,
+    "grid": 0, "answers": 0, "files": 0, "yamlfile": 0, "config": 0, "schedule": 0, "guard": 0, "pulse": 0,
     "ops": 1,
     "packed": 2, "linear": 2, "charts": 2,
     "methods": 3, "model": 3, "tokenizer": 3, "data": 3, "zero": 3, "memory": 4, "tracking": 3,
     "checkpoint": 4, "runs": 4,
     "train": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
-    "cluster": 6, "compare": 6,
+    "cluster": 6, "compare": 6, "sweep": 6,
     "cli": 7,
 }  # fmt: skip
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from lowbit_dist.cluster import worker
 from lowbit_dist.cluster.checks import newest_checkpoint
-from lowbit_dist.cluster.driver import Driver, Failure, Outcome, Work
+from lowbit_dist.cluster.driver import Change, Driver, Failure, Outcome, Work
 from lowbit_dist.cluster.following import LOG, Follower, Progress
 from lowbit_dist.cluster.session import Signals, Stopped
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.pulse import STARTS, count_starts
 
 POLL = 0.2  # seconds
-STARTS = "starts.jsonl"  # in a run's folder: a line for each attempt
 
 
 class RunFailed(RuntimeError):
@@ -51,7 +51,12 @@ def train_until_done(
                 raise outcome
             if signals.received is not None:
                 raise Stopped(signals.received)
+            if isinstance(outcome, Change):
+                config.stop_file.unlink(missing_ok=True)
+                progress.say(f"{outcome.text}: starting again from the checkpoint of this step")
+                continue
             failure = outcome or Failure("the workers stopped")
+            config.stop_file.unlink(missing_ok=True)
             now = (failure.error, newest_checkpoint(config.run_dir))
             # The same error at the same place would come again for ever.
             is_final = failure.is_final or (failure.error is not None and now == before)
@@ -73,10 +78,12 @@ def train_until_done(
 
 def _count_start(config: RunConfig) -> int:
     """How often the run was started before, by this launch and by all others."""
-    file = config.run_dir / STARTS
-    earlier = len(file.read_text().splitlines()) if file.exists() else 0
-    with contextlib.suppress(OSError), file.open("a") as opened:  # of a full disk, others speak
-        opened.write(json.dumps({"time": time.time(), "workers": config.cluster.workers}) + "\n")
+    earlier = count_starts(config.run_dir)
+    with (
+        contextlib.suppress(OSError),
+        (config.run_dir / STARTS).open("a") as file,
+    ):  # of a full disk, others speak
+        file.write(json.dumps({"time": time.time()}) + "\n")
     return earlier
 
 

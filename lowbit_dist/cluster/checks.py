@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from lowbit_dist.config import ConfigError, RunConfig
 
 def check(config: RunConfig) -> None:
     """ConfigError for everything that can be known to be wrong without starting Ray."""
+    n = config.workers
     if address := os.environ.get("RAY_ADDRESS"):
         check_answers(address)
     else:
-        check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
+        n = check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
     check_run(config)
     _check_prepared(config)
     from lowbit_dist import data
@@ -40,7 +40,7 @@ def check(config: RunConfig) -> None:
         from lowbit_dist import memory
 
         if not address:
-            memory.check_memory(config, manifest.vocab_size, memory.room_here(config))
+            memory.check_memory(config.with_workers(n), manifest.vocab_size, memory.room_here(config))
         memory.check_disk(config, manifest.vocab_size)
     check_folder(config)  # last: a refused launch leaves nothing behind
 
@@ -57,13 +57,14 @@ def _check_prepared(config: RunConfig) -> None:
         )
 
 
-def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) -> None:
-    """ConfigError unless `place` has the processors that the workers ask for."""
-    n = config.cluster.workers
-    for what, field, have, each in (
+def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) -> int:
+    """How many workers `place` has the processors for; ConfigError if these are too few."""
+    n = config.worker_counts()[-1]
+    asked = [
         ("CPUs", "cpus_per_worker", cpus, config.cluster.cpus_per_worker),
         ("GPUs", "gpus_per_worker", gpus, gpus_per_worker(config, gpus)),
-    ):
+    ]
+    for what, field, have, each in asked:
         if n * each <= have * (1 + 1e-9):
             continue
         fit = int(have / each * (1 + 1e-9))
@@ -77,6 +78,9 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             f"cluster.workers ({n}) x cluster.{field} ({each:g}) are {n * each:g} {what}, but {place} has "
             f"{have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; write {' or '.join(ways)}"
         )
+    return next(
+        m for m in config.worker_counts() if all(m * each <= have * (1 + 1e-9) for _, _, have, each in asked)
+    )
 
 
 def check_answers(address: str) -> None:
@@ -113,10 +117,10 @@ def check_run(config: RunConfig) -> None:
     if (folder / "config.yaml").exists():
         earlier = RunConfig.load(folder / "config.yaml", (), METHODS)
         _check_same(config, earlier, f"run.name ({config.run.name})")
-    paths = _checkpoints(folder)
-    for path in paths:
-        from lowbit_dist.checkpoint import Checkpoint
+    from lowbit_dist.checkpoint import Checkpoint, newest_first
 
+    paths = newest_first(folder)
+    for path in paths:
         try:
             earlier = Checkpoint.open(path).config
         except ConfigError:  # damaged: no reason to refuse, the workers name it and go back to the one before
@@ -136,8 +140,6 @@ def check_folder(config: RunConfig) -> None:
     folder = config.run_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
         raise _not_writable(config, error.strerror or str(error)) from None
 
@@ -160,13 +162,9 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Unverified: the workers verify it when they load it."""
-    return next(iter(_checkpoints(folder)), None)
+    from lowbit_dist.checkpoint import newest_first
 
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first, as the workers look for them: `latest` is for people, and may name what is gone."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return next(iter(newest_first(folder)), None)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:

@@ -36,7 +36,14 @@ class Failure:
     is_rays: bool = False  # Ray did not answer as it should: it is started anew
 
 
-Outcome = dict[str, Any] | Failure | ConfigError | None  # None: the workers were asked to stop, and did
+@dataclass(frozen=True)
+class Change:
+    """The workers stopped, with a checkpoint, for others to go on."""
+
+    text: str
+
+
+Outcome = dict[str, Any] | Failure | Change | ConfigError | None  # None: asked to stop, the workers did
 
 
 class Driver:

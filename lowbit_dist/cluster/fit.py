@@ -3,50 +3,64 @@
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
+from lowbit_dist import data, memory
 from lowbit_dist.cluster.checks import check_workers, gpus_per_worker
-from lowbit_dist.cluster.driver import Failure, Outcome, Work
+from lowbit_dist.cluster.driver import Change, Failure, Outcome, Work
+from lowbit_dist.cluster.failures import failure, last_line
 from lowbit_dist.cluster.following import LOG
+from lowbit_dist.cluster.nodes import await_places, nodes
+from lowbit_dist.cluster.probe import probe
 from lowbit_dist.cluster.session import ray_session
+from lowbit_dist.cluster.watch import Watch
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.guard import Diverged
+from lowbit_dist.memory import Room
 
-COLLECTIVE_TIMEOUT = 1800  # seconds, for hang_timeout: auto
+COLLECTIVE_TIMEOUT = 1800  # seconds
 HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on other machines get too
 
 
 def main() -> None:
     """One Ray session, in it an attempt for each number of restarts that comes through the socket."""
     pipe = Connection(int(sys.argv[1]))
+    # Whoever stops a job signals all of its processes; what becomes of this one is the launcher's to say.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     wishes: queue.SimpleQueue[Any] = queue.SimpleQueue()
     busy = threading.Event()
     threading.Thread(target=_listen, args=(pipe, wishes, busy), daemon=True).start()
     import cloudpickle
 
     job = cloudpickle.loads(wishes.get())
-    config, work = job["config"], job["work"]
-    # Ray Train's own, on a disk that all machines share, as the run's folder is.
-    storage = config.run_dir / ".ray"
-    shutil.rmtree(storage, ignore_errors=True)
+    config = job["config"]
 
     def say(text: str) -> None:
         pipe.send(("say", text))
 
-    n = config.cluster.workers
+    def end(failure: Failure) -> None:
+        """For attempts that Ray Train does not see the end of: Ray and the workers end with this process."""
+        pipe.send(("ended", failure))
+        os._exit(1)
+
     busy.set()
+    # Ray Train's own, on a disk that all machines share, as the run's folder is.
+    storage = config.run_dir / ".ray"
+    shutil.rmtree(storage, ignore_errors=True)
     try:
         with ray_session(job["launcher"], say):
+            fit = _Fit(config, job["work"], storage, say, end)
             busy.clear()
             while (restarts := wishes.get()) is not None:
                 busy.set()
-                say(f"starting {n} worker{'' if n == 1 else 's'}")
-                outcome = _attempt(config, work, storage, restarts)
+                outcome = fit.attempt(restarts)
                 busy.clear()
                 pipe.send(("ended", outcome))
     finally:
@@ -64,71 +78,121 @@ def _listen(pipe: Connection, wishes: "queue.SimpleQueue[Any]", busy: threading.
         wishes.put(None)
 
 
-def _attempt(config: RunConfig, work: Work, storage: Path, restarts: int) -> Outcome:
-    try:
-        return _fit(config, {**_settings(config), "restarts": restarts}, work, storage)
-    except ConfigError as mistake:
-        return mistake
-    except Exception as error:
-        return Failure(f"Ray failed ({type(error).__name__}: {_last_line(error)})", is_rays=True)
+class _Fit:
+    """Worker groups, one after another, in one Ray session."""
 
+    def __init__(
+        self,
+        config: RunConfig,
+        work: Work,
+        storage: Path,
+        say: Callable[[str], None],
+        end: Callable[[Failure], None],
+    ):
+        self.config, self.work, self.storage, self.say, self.end = config, work, storage, say, end
+        self.is_cluster = bool(os.environ.get("RAY_ADDRESS"))
+        self.probed: set[str] = set()  # machines that are known to be able to carry the run
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What every worker is told, once it is known that Ray has room for all of them."""
-    import ray
+    def attempt(self, restarts: int) -> Outcome:
+        try:
+            return self._attempt(restarts)
+        except ConfigError as mistake:
+            return mistake
+        except Exception as error:
+            return Failure(f"Ray failed ({type(error).__name__}: {last_line(error)})", is_rays=True)
 
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    place = "the Ray cluster" if os.environ.get("RAY_ADDRESS") else "this machine"
-    check_workers(config, cpus=cpus, gpus=gpus, place=place)
-    return {
-        "config": config.to_dict(),
-        "folder": os.getcwd(),
-        "gpus": gpus_per_worker(config, gpus),
-        "threads": max(1, int(config.cluster.cpus_per_worker)),
-        "log": str(config.run_dir / LOG),
-    }
+    def _attempt(self, restarts: int) -> Outcome:
+        import ray
 
+        resources = ray.cluster_resources()
+        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        machines: list[str] | None = None
+        if not self.is_cluster:
+            n = check_workers(self.config, cpus=cpus, gpus=gpus, place="this machine")
+        else:
+            if not self.probed and self.config.cluster.start_timeout == "auto":
+                check_workers(self.config, cpus=cpus, gpus=gpus, place="the Ray cluster")
+            machines = await_places(self.config, self.say)
+            if not machines:
+                least = self.config.worker_counts()[-1]
+                return Failure(f"the cluster has no room for {least} worker{'' if least == 1 else 's'}")
+            self._probe(machines)
+            n = len(machines)
+        each = gpus_per_worker(self.config, gpus)
+        settings = {
+            "config": self.config.to_dict(),
+            "folder": os.getcwd(),
+            "gpus": each,
+            "threads": max(1, int(self.config.cluster.cpus_per_worker)),
+            "log": str(self.config.run_dir / LOG),
+            "restarts": restarts,
+        }
+        self.say(f"starting {n} worker{'' if n == 1 else 's'}")
+        watch = Watch(self.config, restarts + 1, machines, gpus, self.end)
+        try:
+            outcome = self._fit(n, machines, settings)
+        finally:
+            watch.close()
+        if outcome is None and watch.wish is not None:
+            return Change(watch.wish)
+        return outcome
 
-def _fit(
-    config: RunConfig,
-    settings: dict[str, Any],
-    work: Work,
-    storage: Path,
-) -> dict[str, Any] | Failure | None:
-    """One worker group from its start to its end."""
-    from ray import train as ray_train
-    from ray.train.torch import TorchTrainer
+    def _probe(self, machines: list[str]) -> None:
+        """ConfigError unless each machine that is new to the run can carry it."""
+        new = [node for node in nodes(machines) if node.id not in self.probed]
+        if not new:
+            return
+        answers = probe(self.config, new)
+        self.probed |= {node.id for node in new}
+        if answers and not self.config.cluster.gpus_per_worker:
+            room = Room(
+                "the smallest machine", min(one["memory"] for one in answers), machines=len(set(machines))
+            )
+            vocab_size = data.read_manifest(self.config.data.path).vocab_size
+            memory.check_memory(self.config.with_workers(len(machines)), vocab_size, room)
 
-    train_config: Any = ray_train.RunConfig  # its stub is of Ray Train v1
-    gpus = settings["gpus"]
-    timeout = config.cluster.hang_timeout
-    trainer = TorchTrainer(
-        cast(Any, work),  # the stub has no result
-        train_loop_config=settings,
-        torch_config=_process_group(
-            # Two processes cannot share a GPU under NCCL.
-            backend="nccl" if gpus >= 1 else "gloo",
-            timeout=COLLECTIVE_TIMEOUT if timeout == "auto" else max(1, round(timeout)),
-        ),
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=train_config(
-            # A fresh name: Ray Train would go on with whatever it finds under an old one.
-            name=f"{config.run.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(storage.resolve()),
-            failure_config=ray_train.FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": _environment(settings)},
-        ),
-    )
-    try:
-        result: Any = trainer.fit()
-    except Exception as error:
-        return _failure(error)
-    return cast("dict[str, Any] | None", result.return_value)
+    def _fit(
+        self, n: int, machines: list[str] | None, settings: dict[str, Any]
+    ) -> dict[str, Any] | Failure | None:
+        """One worker group from its start to its end."""
+        from ray import train as ray_train
+        from ray.train.torch import TorchTrainer
+
+        train_config: Any = ray_train.RunConfig  # its stub is of Ray Train v1
+        gpus = settings["gpus"]
+        timeout = self.config.cluster.hang_timeout
+        trainer = TorchTrainer(
+            cast(Any, self.work),  # the stub has no result
+            train_loop_config=settings,
+            torch_config=_process_group(
+                # Two processes cannot share a GPU under NCCL.
+                backend="nccl" if gpus >= 1 else "gloo",
+                # `Watch` is to notice first.
+                timeout=COLLECTIVE_TIMEOUT if timeout == "auto" else round(2 * timeout + COLLECTIVE_TIMEOUT),
+            ),
+            scaling_config=cast(Any, ray_train.ScalingConfig)(  # its stub, too
+                num_workers=n,
+                use_gpu=gpus > 0,
+                resources_per_worker={
+                    "CPU": self.config.cluster.cpus_per_worker,
+                    **({"GPU": gpus} if gpus else {}),
+                },
+                # Ray takes a machine that is lost for alive for a while, and would wait for it.
+                label_selector=None if machines is None else [{"ray.io/node-id": id} for id in machines],
+            ),
+            run_config=train_config(
+                # A fresh name: Ray Train would go on with whatever it finds under an old one.
+                name=f"{self.config.run.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(self.storage.resolve()),
+                failure_config=ray_train.FailureConfig(max_failures=0),
+                worker_runtime_env={"env_vars": _environment(settings)},
+            ),
+        )
+        try:
+            result: Any = trainer.fit()
+        except Exception as error:
+            return failure(error)
+        return cast("dict[str, Any] | None", result.return_value)
 
 
 def _environment(settings: dict[str, Any]) -> dict[str, str]:
@@ -173,57 +237,6 @@ def _choose_interface() -> None:
         if any(each.address == ip for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-
-
-def _failure(error: BaseException) -> Failure:
-    """What went wrong first, in one line; a user's mistake is raised again as what it is."""
-    from ray.train import WorkerGroupError
-
-    if not isinstance(error, WorkerGroupError):
-        cause = getattr(error, "controller_failure", error)
-        return Failure(
-            f"the workers could not be started, or Ray was lost ({_last_line(cause)})", is_rays=True
-        )
-    failures = sorted(error.worker_failures.items())
-    for _, each in failures:
-        if isinstance(each, ConfigError):
-            raise ConfigError(str(each))
-    for _, each in failures:
-        if isinstance(each, Diverged):
-            return Failure(str(each), str(each), is_final=True)
-    for rank, each in failures:
-        if (how := _death(each)) is not None:
-            return Failure(f"worker {rank} died ({how})")
-    # When one worker fails, the others' collectives fail after it: those say nothing of the reason.
-    rank, each = min(failures, key=lambda item: (_is_collective(item[1]), item[0]))
-    what = f"{type(each).__name__}: {_last_line(each)}"
-    return Failure(f"worker {rank}: {what}", None if _is_collective(each) else what)
-
-
-def _death(error: BaseException) -> str | None:
-    """How a worker's process ended, in Ray's words; None if it lives."""
-    from ray.exceptions import RayError
-
-    cause = getattr(error, "health_check_failure", error)
-    if not isinstance(cause, RayError):
-        return None
-    text = " ".join(str(cause).split())
-    for start in ("Worker exit detail: ", "The actor died because ", "The actor is dead because "):
-        if start in text:
-            return text.split(start, 1)[1].split(". ")[0][:200]
-    return text[:200]
-
-
-def _is_collective(error: BaseException) -> bool:
-    text = str(error)
-    return type(error).__name__.startswith("Dist") or any(
-        word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset")
-    )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def places(config: RunConfig, found: list[Node], gpus: float) -> list[str]:
     room = {node: _times(node.cpus, cpu) for node in found}
     if gpu:
         room = {node: min(n, _times(node.gpus, gpu)) for node, n in room.items()}
-    return [node.id for node in sorted(found, key=lambda node: (-room[node], node.id)) for _ in range(room[node])]
+    return [
+        node.id for node in sorted(found, key=lambda node: (-room[node], node.id)) for _ in range(room[node])
+    ]
 
 
 def _times(have: float, each: float) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.pulse import Pulse
 
 OTHERS_END = 60.0  # seconds
 log = logging.getLogger(__name__)
@@ -23,13 +24,26 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     try:
         config = RunConfig.from_dict(settings["config"], METHODS)
-        with _only_writer(config):
-            return loop.run(config, restarts=settings["restarts"])
+        with _pulse(config, settings["restarts"]) as pulse, _only_writer(config):
+            return loop.run(config, restarts=settings["restarts"], beat=pulse.beat)
     except ConfigError:
         raise
     except Exception:
         log.error("%s", traceback.format_exc())
         raise
+
+
+@contextlib.contextmanager
+def _pulse(config: RunConfig, restarts: int) -> Iterator[Pulse]:
+    import ray
+    import torch.distributed as dist
+
+    node = ray.get_runtime_context().get_node_id()
+    pulse = Pulse(config.run_dir, rank=dist.get_rank(), start=restarts + 1, node=node)
+    try:
+        yield pulse
+    finally:
+        pulse.close()
 
 
 @contextlib.contextmanager

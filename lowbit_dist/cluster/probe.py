@@ -1,0 +1,117 @@
+"""Whether every machine of a cluster can carry a run: asked of each before a worker starts."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lowbit_dist.answers import why_not_writable
+from lowbit_dist.cluster.nodes import Node
+from lowbit_dist.config import ConfigError, RunConfig
+
+# What must be the same everywhere: these exchange tensors, pickles or messages with one another.
+PACKAGES = ("torch", "deepspeed", "ray", "mosaicml-streaming", "transformers", "numpy", "safetensors")
+MARK = ".reach"  # in the run's folder, while machines look for it
+SECONDS = 120
+
+
+def probe(config: RunConfig, machines: list[Node]) -> list[dict[str, Any]]:
+    """What each of `machines` said of itself; ConfigError, naming the machine, if it cannot carry the run.
+
+    A machine that does not answer in time is left to those who watch the workers.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    mark = config.run_dir / MARK
+    word = uuid.uuid4().hex
+    mark.write_text(word)
+    try:
+        ask = ray.remote(num_cpus=0, max_retries=0)(examine)
+        tasks = [
+            ask.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
+            ).remote(config.to_dict(), os.getcwd())
+            for node in machines
+        ]
+        done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=SECONDS)
+        here = packages()
+        answers = []
+        for node, task in zip(machines, tasks, strict=True):
+            if task in done:
+                answer = ray.get(task)
+                _check(config, f"machine {node.name} ({node.ip})", answer, here, word)
+                answers.append(answer)
+        return answers
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def packages() -> dict[str, str]:
+    """Versions of what must be the same on all machines; of this package, a hash of its source."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    root = Path(__file__).parent.parent
+    sha = hashlib.sha256()
+    for file in sorted(file for kind in ("*.py", "*.c") for file in root.rglob(kind)):
+        sha.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return found | {"lowbit-dist": sha.hexdigest()[:12]}
+
+
+def examine(content: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Run on a machine of the cluster: what it has, and sees of the run's folder and of its data."""
+    from lowbit_dist import data
+    from lowbit_dist.memory.machine import available_memory
+    from lowbit_dist.methods import METHODS
+
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    config = RunConfig.from_dict(content, METHODS)
+    found: dict[str, Any] = {"packages": packages(), "memory": available_memory(), "word": None, "data": None}
+    with contextlib.suppress(OSError):
+        found["word"] = (config.run_dir / MARK).read_text()
+    found["writable"] = why_not_writable(config.run_dir) if found["word"] else None
+    try:
+        data.read_manifest(config.data.path)
+    except Exception as error:  # in the words of whatever hinders it
+        found["data"] = str(error)
+    if (pretrained := config.model.pretrained) is not None and not Path(pretrained).exists():
+        found["pretrained"] = str(pretrained)
+    return found
+
+
+def _check(config: RunConfig, name: str, answer: dict[str, Any], here: dict[str, str], word: str) -> None:
+    for package, version in here.items():
+        if (theirs := answer["packages"].get(package)) != version:
+            raise ConfigError(
+                f"{name} has {package} {theirs}, but {version} is where the run was started: install "
+                "the same packages on all machines, with the versions of constraints.txt"
+            )
+    if answer["word"] != word:
+        raise ConfigError(
+            f"run.dir ({config.run.dir}): {name} does not see {config.run_dir}; write a folder that all "
+            "machines share"
+        )
+    if answer["writable"] is not None:
+        raise ConfigError(
+            f"run.dir ({config.run.dir}): {name} cannot write {config.run_dir} ({answer['writable']}); "
+            "write a folder that all machines can write"
+        )
+    if answer["data"] is not None:
+        raise ConfigError(
+            f"data.path ({config.data.path}): {name} cannot read it ({answer['data']}); write a folder that "
+            "all machines share, or a URL"
+        )
+    if "pretrained" in answer:
+        raise ConfigError(
+            f"model.pretrained ({answer['pretrained']}): {name} does not see it; write a folder that all "
+            "machines share"
+        )

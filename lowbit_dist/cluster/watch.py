@@ -1,0 +1,161 @@
+"""Watching the workers from outside: machines that are lost, training that hangs, room that grows.
+
+Ray notices a dead process at once, a lost machine after a while, and a stopped or stuck worker never; gloo
+and NCCL wait for half an hour.  So the workers' pulses and their machines are looked at here, each second.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lowbit_dist import pulse
+from lowbit_dist.cluster.driver import Failure
+from lowbit_dist.cluster.nodes import chosen, leaving_nodes, nodes, places, that_answer
+from lowbit_dist.cluster.stacks import stacks_of
+from lowbit_dist.config import RunConfig
+
+EVERY = 1.0  # seconds between looks
+SILENCE = 12.0  # seconds without an answer after which a machine is lost
+ROOM = 10.0  # seconds for which there must be room for more workers before they are started
+MEDIANS = 20  # of a step: without progress for so long, and at least LEAST, training hangs
+LEAST = 60.0  # seconds
+PATIENCE = 600.0  # seconds, for phases in which a worker may be busy for long
+
+
+class Watch:
+    """Looks after start number `start` of a run until `close`.
+
+    machines: ids of the workers' machines on a cluster, None on this machine alone
+    gpus: all of the cluster
+    end: told why the attempt is over, when Ray Train does not see it; does not return
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        start: int,
+        machines: list[str] | None,
+        gpus: float,
+        end: Callable[[Failure], None],
+    ):
+        self.wish: str | None = None  # why the workers were asked to stop, for others to go on
+        self._config, self._start, self._gpus, self._end = config, start, gpus, end
+        self._machines = None if machines is None else sorted(set(machines))
+        self._workers = 0 if machines is None else len(machines)
+        self._addresses = {} if machines is None else {node.id: node for node in nodes(machines)}
+        self._answered = dict.fromkeys(self._addresses, time.monotonic())
+        self._changes = _Changes()
+        self._roomy_since: float | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(EVERY):
+            failure = self._lost() or self._hang()
+            if failure is not None and not self._is_over.is_set():
+                self._end(failure)
+            if self.wish is None and self._machines is not None and (wish := self._change()) is not None:
+                self.wish = wish
+                self._config.stop_file.touch()
+
+    def _lost(self) -> Failure | None:
+        """A machine that has not answered for too long, as one without power or network."""
+        now = time.monotonic()
+        for node in that_answer(list(self._addresses.values())):
+            self._answered[node.id] = time.monotonic()
+        for id, answered in self._answered.items():
+            if now - answered > SILENCE:
+                node = self._addresses[id]
+                return Failure(
+                    f"machine {node.name} ({node.ip}) has not answered for {now - answered:.0f} s",
+                    is_rays=True,
+                )
+        return None
+
+    def _hang(self) -> Failure | None:
+        """Training that does not get on: the stacks of all workers go to the log, and they are ended."""
+        found = pulse.pulses(self._config.run_dir, self._start)
+        if not found:
+            return None
+        self._changes.note(found)
+        limit = hang_limit(self._config, found)
+        culprit = next((each for each in found if self._changes.age(each, "time") > limit), None)
+        if culprit is not None:
+            seconds = self._changes.age(culprit, "time")
+            what = "does not run"
+        else:
+            patience = max(limit, PATIENCE) if any(each["phase"] in pulse.SLOW for each in found) else limit
+            seconds = min(self._changes.age(each, "beats") for each in found)
+            if seconds <= patience:
+                return None
+            culprit = min(found, key=lambda each: each["beats"])
+            what = f"is stuck in {culprit['phase']}"
+        text = (
+            f"worker {culprit['rank']} (process {culprit['pid']} on {culprit['host']}) {what}: no progress "
+            f"after step {culprit['step']} for {seconds:.0f} s"
+        )
+        _log(f"{text}; the stacks of the workers:")
+        for line in stacks_of(found, and_kill=True):
+            print(line, file=sys.stderr)
+        sys.stderr.flush()
+        return Failure(text, is_rays=True)
+
+    def _change(self) -> str | None:
+        """Why other workers should go on: a machine is about to go, or there is room for more."""
+        assert self._machines is not None, "on a cluster"
+        if leaving := leaving_nodes() & set(self._machines):
+            names = ", ".join(sorted(self._addresses[id].name for id in leaving if id in self._addresses))
+            return f"{names or 'a machine'} is about to be taken away"
+        found = pulse.pulses(self._config.run_dir, self._start)
+        steps = bool(found) and all(each["phase"] == "step" for each in found)
+        if self._workers == self._config.workers or not steps:
+            self._roomy_since = None
+            return None
+        n = chosen(self._config, self._workers + len(places(self._config, that_answer(nodes()), self._gpus)))
+        now = time.monotonic()
+        if n <= self._workers:
+            self._roomy_since = None
+        elif self._roomy_since is None:
+            self._roomy_since = now
+        elif now - self._roomy_since > ROOM:
+            return f"there is room for {n} workers instead of {self._workers}"
+        return None
+
+
+def hang_limit(config: RunConfig, found: Iterable[dict[str, Any]]) -> float:
+    """Seconds without progress that are a hang: `cluster.hang_timeout`, or by the median step."""
+    timeout = config.cluster.hang_timeout
+    if timeout != "auto":
+        return timeout
+    return max(LEAST, MEDIANS * max(each["step_seconds"] or 0.0 for each in found))
+
+
+class _Changes:
+    """When each worker's pulse was last seen to change; clocks of other machines are not compared."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, str], tuple[Any, float]] = {}
+
+    def note(self, found: Iterable[dict[str, Any]]) -> None:
+        now = time.monotonic()
+        for each in found:
+            for key in ("time", "beats"):
+                value, _ = self._seen.get((each["rank"], key), (None, now))
+                if value != each[key]:
+                    self._seen[each["rank"], key] = (each[key], now)
+
+    def age(self, one: dict[str, Any], key: str) -> float:
+        """Seconds since `key` of a worker's pulse changed."""
+        return time.monotonic() - self._seen[one["rank"], key][1]
+
+
+def _log(text: str) -> None:
+    """A line of the run's log, where this process's stderr goes."""
+    print(f"{time.strftime('%H:%M:%S')} launcher: {text}", file=sys.stderr, flush=True)
