@@ -18,7 +18,7 @@ FLOOR = {
     "checkpoint": 4, "runs": 4,
     "train": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
     "cluster": 6, "compare": 6, "sweep": 6,
-    "cli": 7,
+    "cli": 7, "__main__": 7,
 }  # fmt: skip
 
 HOMES = {

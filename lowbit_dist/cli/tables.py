@@ -23,6 +23,19 @@ def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None
     console.print(table)
 
 
+def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each job of a cluster."""
+    if not rows:
+        console.print("no jobs yet")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("job", "run", "status", "started", "took"):
+        table.add_column(name, style="bold" if name == "job" else "")
+    for row in rows:
+        table.add_row(*(str(row.get(name) or "-") for name in ("job", "run", "status", "started", "took")))
+    console.print(table)
+
+
 def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
     """Bytes on the largest worker, and per parameter that the component serves, beside both baselines."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -18,7 +18,7 @@ from lowbit_dist.cluster.driver import Change, Failure, Outcome, Work
 from lowbit_dist.cluster.failures import failure, last_line
 from lowbit_dist.cluster.following import LOG
 from lowbit_dist.cluster.nodes import await_places, nodes
-from lowbit_dist.cluster.probe import probe
+from lowbit_dist.cluster.probe import CHECKED, probe
 from lowbit_dist.cluster.session import ray_session
 from lowbit_dist.cluster.watch import Watch
 from lowbit_dist.config import ConfigError, RunConfig
@@ -142,6 +142,7 @@ class _Fit:
         new = [node for node in nodes(machines) if node.id not in self.probed]
         if not new:
             return
+        self.say(f"asking {len(new)} machine{'' if len(new) == 1 else 's'} for packages, data and folders")
         answers = probe(self.config, new)
         self.probed |= {node.id for node in new}
         if answers and not self.config.cluster.gpus_per_worker:
@@ -150,6 +151,7 @@ class _Fit:
             )
             vocab_size = data.read_manifest(self.config.data.path).vocab_size
             memory.check_memory(self.config.with_workers(len(machines)), vocab_size, room)
+        self.say(f"{CHECKED}{', '.join(sorted(node.name for node in new))} can carry the run")
 
     def _fit(
         self, n: int, machines: list[str] | None, settings: dict[str, Any]

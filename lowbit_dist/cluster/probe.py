@@ -15,6 +15,7 @@ from lowbit_dist.config import ConfigError, RunConfig
 
 # What must be the same everywhere: these exchange tensors, pickles or messages with one another.
 PACKAGES = ("torch", "deepspeed", "ray", "mosaicml-streaming", "transformers", "numpy", "safetensors")
+CHECKED = "checked: "  # the beginning of what is said once nothing is missing
 MARK = ".reach"  # in the run's folder, while machines look for it
 SECONDS = 120
 

@@ -1,0 +1,128 @@
+"""Verbs for runs on a cluster: submit, status, logs, stop."""
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from lowbit_dist.cli import console
+from lowbit_dist.cli.arguments import Config, Json, Overrides, load, pairs
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The cluster's dashboard, http://HOST:8265; by default RAY_API_SERVER_ADDRESS or this machine.",
+        show_default=False,
+    ),
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="As `lowbit status` lists it.", show_default=False)]
+
+
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Print the job's progress until its end; its exit code is this one's."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train on a cluster, as a Ray job; a run of the same name goes on from its newest checkpoint.
+
+    Example: lowbit submit configs/dqt-ternary.yaml run.name=night --address http://10.0.0.1:8265 --follow
+    """
+    with console.answering(as_json) as answer:
+        loaded = load(config, overrides)
+        from lowbit_dist.cluster.jobs import Jobs
+
+        jobs = Jobs(address)
+        job = jobs.submit(loaded, say=_say)
+        if follow:
+            _follow(jobs, job)
+        found = {**jobs.status(job), "address": jobs.address}
+        answer(found, lambda terminal: pairs(_in_words(found))(terminal))
+    if follow and (code := jobs.exit_code(job)):
+        raise typer.Exit(code)
+
+
+def status(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="One of them; all if not given.", show_default=False)
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """The jobs of a cluster, or one of them with its progress.
+
+    Example: lowbit status night-1 --address http://10.0.0.1:8265
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist.cli import tables
+        from lowbit_dist.cluster.jobs import Jobs
+
+        jobs = Jobs(address)
+        if job is not None:
+            found = jobs.status(job)
+            answer(found, pairs(_in_words(found)))
+            return
+        everything = jobs.list()
+        answer(
+            {"jobs": everything},
+            lambda terminal: tables.jobs(terminal, [_in_words(one) for one in everything]),
+        )
+
+
+def logs(
+    job: Job,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+) -> None:
+    """What a job has printed.
+
+    Example: lowbit logs night-1 --follow
+    """
+    from lowbit_dist.cluster.jobs import Jobs
+
+    for piece in Jobs(address).logs(job, follow=follow):
+        print(piece, end="", flush=True)
+
+
+def stop(job: Job, address: Address = None, as_json: Json = False) -> None:
+    """Have a job save a checkpoint and end; submitting the run again goes on from there.
+
+    Example: lowbit stop night-1
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist.cluster.jobs import Jobs
+
+        found = Jobs(address).stop(job)
+        answer(found, pairs(_in_words(found)))
+
+
+def _follow(jobs: Any, job: str) -> None:
+    try:
+        for piece in jobs.logs(job, follow=True):
+            print(piece, end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(
+            f"\nlowbit: {job} goes on; `lowbit logs {job} --follow` follows it, `lowbit stop {job}` stops it",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+
+
+def _say(text: str) -> None:
+    print(f"lowbit: {text}", file=sys.stderr, flush=True)
+
+
+def _in_words(found: dict[str, Any]) -> dict[str, Any]:
+    """Times as people read them."""
+    words = dict(found)
+    if found["started"]:
+        words["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["started"]))
+        words["ended"] = None
+        words["took"] = console.duration((found["ended"] or time.time()) - found["started"])
+    return words

@@ -1,0 +1,281 @@
+"""Runs as jobs of a Ray cluster: submitted, watched and stopped over HTTP, from any machine.
+
+A job is `lowbit train` on the cluster's head, with this package's own source and the run's configuration.
+What the cluster has, and whether each machine can carry the run, is found out by the job itself before a
+worker starts; `submit` waits for the answer.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from lowbit_dist import tracking
+from lowbit_dist.cluster.probe import CHECKED
+from lowbit_dist.config import ConfigError, RunConfig
+
+LOCAL = "http://127.0.0.1:8265"
+GRACE = 120  # seconds that a job which is stopped has to save a checkpoint
+FILE = "job.yaml"
+ANSWER = 10  # seconds that the cluster has to answer a first request
+POLL = 1.0  # seconds
+_PROGRESS = re.compile(r"^step \d+/\d+.*", re.MULTILINE)
+
+
+class NoSuchJob(ConfigError):
+    """A job's name that the cluster does not know."""
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str | None = None):
+        """`address`: of Ray's dashboard; RAY_API_SERVER_ADDRESS, or this machine's, if None."""
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or LOCAL
+        if urlsplit(self.address).scheme not in ("http", "https"):
+            raise ConfigError(
+                f"--address ({self.address}) must be http://HOST:PORT of the cluster's dashboard; write "
+                f"{LOCAL}, for example"
+            )
+        os.environ["RAY_API_SERVER_ADDRESS"] = (
+            self.address
+        )  # Ray prefers what it finds there, or in RAY_ADDRESS
+        _check_answers(self.address)
+        self._client = _answered(self.address, lambda: JobSubmissionClient(self.address))
+
+    def submit(self, config: RunConfig, say: Callable[[str], None]) -> str:
+        """Submit a run and wait until the cluster has found that nothing is missing; the job's name.
+
+        ConfigError with the cluster's answer if something is.
+        """
+        config = absolute(config)
+        self._refuse_second(config.run.name)
+        job = self._next_name(config.run.name)
+        with tempfile.TemporaryDirectory(prefix="lowbit-job-") as folder:
+            package = Path(__file__).parent.parent
+            shutil.copytree(package, Path(folder, package.name), ignore=shutil.ignore_patterns("__pycache__"))
+            Path(folder, FILE).write_text(config.to_yaml())
+            _answered(
+                self.address,
+                lambda: self._client.submit_job(
+                    entrypoint=f"python -m {package.name} train {FILE}",
+                    submission_id=job,
+                    runtime_env={
+                        "working_dir": folder,
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE), "PYTHONUNBUFFERED": "1"},
+                    },
+                    metadata={
+                        "run": config.run.name,
+                        "folder": str(config.run_dir),
+                        "mlflow": _without_password(config.tracking.mlflow or "none"),
+                        "experiment": config.tracking.experiment,
+                    },
+                ),
+            )
+        say(f"submitted {job} to {self.address}")
+        self._await_checks(job, say)
+        return job
+
+    def list(self) -> list[dict[str, Any]]:
+        """What is known of each job of a run, the newest first."""
+        found = [each for each in _answered(self.address, self._client.list_jobs) if each.submission_id]
+        return [self._described(each) for each in sorted(found, key=lambda each: -(each.start_time or 0))]
+
+    def status(self, job: str) -> dict[str, Any]:
+        """What is known of one job, with its last line of progress."""
+        found = self._described(self._info(job))
+        lines = _PROGRESS.findall(self._logs(job))
+        return found | {"progress": lines[-1] if lines else None}
+
+    def logs(self, job: str, *, follow: bool = False) -> Iterator[str]:
+        """What a job has printed, piece by piece; with `follow`, until its end."""
+        self._info(job)
+        if not follow:
+            yield self._logs(job)
+            return
+        seen = 0
+        while True:
+            is_over = self._is_over(job)
+            text = self._logs(job)
+            if len(text) > seen:
+                yield text[seen:]
+                seen = len(text)
+            if is_over:
+                return
+            for piece in self._tail(job, seen):
+                yield piece
+                seen += len(piece)
+            time.sleep(POLL)
+
+    def stop(self, job: str) -> dict[str, Any]:
+        """Have a job save a checkpoint and end; returns when it has ended, after `GRACE` at the latest."""
+        self._info(job)
+        _answered(self.address, lambda: self._client.stop_job(job))
+        deadline = time.monotonic() + GRACE + 30
+        while not self._is_over(job) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        return self.status(job)
+
+    def exit_code(self, job: str) -> int:
+        """Of a job that is over: that of `lowbit train`; 1 if it died without one."""
+        info = self._info(job)
+        if info.status == "SUCCEEDED":
+            return 0
+        return info.driver_exit_code or 1
+
+    def _described(self, info: Any) -> dict[str, Any]:
+        metadata = info.metadata or {}
+        return {
+            "job": info.submission_id,
+            "run": metadata.get("run"),
+            "status": str(info.status.value if hasattr(info.status, "value") else info.status),
+            "started": info.start_time and info.start_time / 1000,
+            "ended": info.end_time and info.end_time / 1000,
+            "folder": metadata.get("folder"),
+            "mlflow": metadata.get("mlflow"),
+            "message": info.message,
+        }
+
+    def _info(self, job: str) -> Any:
+        try:
+            return _answered(self.address, lambda: self._client.get_job_info(job))
+        except _Refused as error:
+            if "404" not in str(error) and "does not exist" not in str(error):
+                raise
+            known = ", ".join(each["job"] for each in self.list()[:5]) or "none yet"
+            raise NoSuchJob(f"{self.address} has no job {job!r}; its newest are: {known}") from None
+
+    def _logs(self, job: str) -> str:
+        text: str = _answered(self.address, lambda: self._client.get_job_logs(job))
+        return text
+
+    def _is_over(self, job: str) -> bool:
+        over: bool = self._info(job).status.is_terminal()
+        return over
+
+    def _tail(self, job: str, seen: int) -> Iterator[str]:
+        """What comes after the first `seen` characters, until the connection or the job ends."""
+        pieces = self._client.tail_job_logs(job)
+        loop = asyncio.new_event_loop()
+        try:
+            while True:
+                piece = loop.run_until_complete(anext(pieces, None))
+                if piece is None:
+                    return
+                fresh, seen = piece[seen:], max(0, seen - len(piece))
+                if fresh:
+                    yield fresh
+        except Exception:  # a connection that was cut: the next one goes on where this ended
+            return
+        finally:
+            loop.run_until_complete(pieces.aclose())
+            loop.close()
+
+    def _refuse_second(self, run: str) -> None:
+        active = [
+            each["job"] for each in self.list() if each["run"] == run and not _has_ended(each["status"])
+        ]
+        if active:
+            raise ConfigError(
+                f"run.name ({run}) is being trained by job {active[0]}; follow it by `lowbit logs "
+                f"{active[0]} --follow`, stop it by `lowbit stop {active[0]}`, or write another name"
+            )
+
+    def _next_name(self, run: str) -> str:
+        """RUN-ATTEMPT: the cluster refuses a name that it has had."""
+        attempts = [
+            int(number)
+            for name, _, number in (each["job"].rpartition("-") for each in self.list())
+            if name == run and number.isdigit()
+        ]
+        return f"{run}-{max(attempts, default=0) + 1}"
+
+    def _await_checks(self, job: str, say: Callable[[str], None]) -> None:
+        told = 0
+        while True:
+            is_over = self._is_over(job)
+            lines = [line for line in self._logs(job).splitlines() if line.startswith("lowbit: ")]
+            for line in lines[told:]:
+                said = line.removeprefix("lowbit: ")
+                if is_over and line == lines[-1] and self.exit_code(job) == 2:
+                    raise ConfigError(said)
+                say(said)
+                if said.startswith(CHECKED):
+                    return
+            told = len(lines)
+            if is_over:
+                if self.exit_code(job):
+                    info = self._info(job)
+                    raise RuntimeError(f"job {job} ended before its workers started: {info.message}")
+                return
+            time.sleep(POLL)
+
+
+class _Refused(RuntimeError):
+    """What the cluster answered instead of what was asked for."""
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same run with the paths of this machine's folder written out: a job starts in another folder."""
+    changes: dict[str, Any] = {"run": {"dir": config.run.dir.absolute()}}
+    if "://" not in config.data.path:
+        changes["data"] = {"path": str(Path(config.data.path).absolute())}
+    if config.data.cache is not None:
+        changes.setdefault("data", {})["cache"] = config.data.cache.absolute()
+    if config.model.pretrained is not None:
+        changes["model"] = {"pretrained": config.model.pretrained.absolute()}
+    if config.tracking.mlflow is not None:
+        changes["tracking"] = {"mlflow": tracking.resolve(config.tracking.mlflow)}
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
+    )
+
+
+def _check_answers(address: str) -> None:
+    """ConfigError unless something listens there; Ray's client tries for long, and says little."""
+    import socket
+
+    parts = urlsplit(address)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--address ({address}) does not answer ({error}); write http://HOST:PORT of the cluster's "
+            "dashboard, whose port is 8265 unless told otherwise"
+        ) from None
+
+
+def _answered(address: str, ask: Callable[[], Any]) -> Any:
+    """What the cluster answers, its complaints in one line."""
+    try:
+        return ask()
+    except ConfigError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "AuthenticationError":
+            raise ConfigError(
+                f"--address ({address}) refuses the token (401); set RAY_AUTH_TOKEN to the cluster's, or put "
+                "it into ~/.ray/auth_token"
+            ) from None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _Refused(f"{address}: {lines[-1] if lines else type(error).__name__}") from error
+
+
+def _has_ended(status: str) -> bool:
+    return status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
