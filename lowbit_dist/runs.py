@@ -20,6 +20,7 @@ from lowbit_dist.tracking.record import rows_of
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+BASELINES = ".baselines.json"  # the planned memory of what the run is compared with
 LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
 RUNS = Path("runs")
@@ -63,7 +64,7 @@ def read(folder: Path) -> Run:
     from lowbit_dist.methods import METHODS
 
     config = RunConfig.load(folder / CONFIG, (), METHODS)
-    summary = _json(folder / SUMMARY)
+    summary = content(folder / SUMMARY)
     state: State = "stopped"
     failure = None
     if is_running(folder):
@@ -71,7 +72,7 @@ def read(folder: Path) -> Run:
     elif summary.get("steps") == config.train.steps:
         state = "finished"
     elif (folder / FAILURE).exists():
-        state, failure = "failed", _json(folder / FAILURE).get("why")
+        state, failure = "failed", content(folder / FAILURE).get("why")
     return Run(
         folder=folder,
         config=config,
@@ -149,7 +150,7 @@ def age(run: Run) -> float:
     return max(0.0, time.time() - (newest or (run.folder / CONFIG).stat().st_mtime))
 
 
-def _json(file: Path) -> dict[str, Any]:
+def content(file: Path) -> dict[str, Any]:
     """A mapping that a file holds, or an empty one."""
     try:
         found = json.loads(file.read_text())

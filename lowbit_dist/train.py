@@ -5,6 +5,7 @@ and j. Losses travel as vectors with a place for each micro-batch, so their mean
 computed which.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from lowbit_dist.files import whole
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods import method_of
 from lowbit_dist.pulse import Beat, no_beat
+from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update
 
 log = logging.getLogger(__name__)
@@ -210,21 +212,29 @@ def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker"
     """The run's folder with its configuration and tokenizer, and the tracker that writes into it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     file, text = config.run_dir / "config.yaml", config.to_yaml()
+    _keep(file, text)
+    data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
+    return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
+
+
+def _keep(file: Path, text: str) -> None:
+    """`file` with this content; written only if it has another."""
     if not file.exists() or file.read_text() != text:
         with whole(file) as draft:
             draft.write_text(text)
-    data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
-    return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
 
 
 def _start_gauges(
     config: RunConfig, engine: Engine, manifest: data.Manifest, restarts: int
 ) -> tracking.Gauges:
+    """They tell of the baselines too; their memory is also kept for those who watch the folder."""
     gauges = tracking.Gauges(config, rank=engine.rank, world=engine.world, restarts=restarts)
-    if gauges.are_read and engine.rank == 0:
+    if engine.rank == 0:
         plans = memory.baselines(config, manifest.vocab_size, engine.world)
         gauges.baseline("AdamW fp32", plans["plan_dense"])
         gauges.baseline("BitNet STE", plans["plan_bitnet"])
+        with contextlib.suppress(OSError):  # of a full disk, others speak
+            _keep(config.run_dir / BASELINES, json.dumps(plans) + "\n")
     return gauges
 
 

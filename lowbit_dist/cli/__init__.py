@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit_dist.cli import comparing, console
+from lowbit_dist.cli import comparing, console, watching
 from lowbit_dist.cli.arguments import Config, Inputs, Json, Overrides, RunOrCheckpoint, load, pairs
 from lowbit_dist.config import ConfigError, RunConfig
 
@@ -30,6 +30,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
+app.command()(watching.watch)
 
 
 @tokenizer_app.command("train")

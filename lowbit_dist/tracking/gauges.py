@@ -79,10 +79,6 @@ class Gauges:
             self._thread = threading.Thread(target=self._hand_on_until_closed, name="gauges", daemon=True)
             self._thread.start()
 
-    @property
-    def are_read(self) -> bool:
-        return self._thread is not None
-
     def set(self, name: str, value: float | None, **tags: str) -> None:
         """The newest value of a gauge; None leaves it as it is."""
         if value is not None:

@@ -1,0 +1,248 @@
+"""`lowbit watch`: a run as its folder shows it, again and again while it trains."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit_dist.answers import in_bytes
+from lowbit_dist.cli import console, plots
+from lowbit_dist.cli.arguments import Json
+from lowbit_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from lowbit_dist.runs import Run
+
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name or its folder.", show_default=False)
+]
+EVERY = 1.0  # seconds between looks
+SILENCE = 15.0  # seconds after which a worker that trains would have written its sign of life
+COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
+NUMBERS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_second", "lr", "grad_norm", "flip_rate")
+COUNTS = ("skipped_steps", "rollbacks", "restarts")
+
+
+def watch(
+    run: RunName,
+    once: Annotated[bool, typer.Option("--once", help="Show it once, as it is now.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a run: loss, speed, memory against the baselines, flips, checkpoint age, workers.
+
+    Live in a terminal until the run ends or Ctrl-C; once anywhere else, and with --json.
+
+    Example: lowbit watch quickstart
+    """
+    with console.answering(as_json) as answer:
+        folder = _folder(run)
+        found = snapshot(folder)
+
+        def draw(terminal: "Console") -> None:
+            if terminal.is_terminal and not once:
+                _live(terminal, folder)
+            else:
+                terminal.print(picture(found, terminal.width))
+
+        answer(found, draw)
+
+
+def _folder(word: str) -> Path:
+    from lowbit_dist.runs import named
+
+    found = named([word])
+    if len(found) > 1:
+        raise ConfigError(f"{word} has {len(found)} runs; name one of them, for example {found[0].folder}")
+    return found[0].folder
+
+
+def _live(terminal: "Console", folder: Path) -> None:
+    from rich.live import Live
+
+    with Live(console=terminal, auto_refresh=False) as live:
+        while True:
+            found = snapshot(folder)
+            live.update(picture(found, terminal.width), refresh=True)
+            if not found["is_alive"]:
+                return
+            time.sleep(EVERY)
+
+
+# ------------------------------------------------------------------ what is there
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """What the run's files say now."""
+    from lowbit_dist import pulse, runs
+
+    run = runs.read(folder)
+    now = time.time()
+    workers: list[dict[str, Any]] = [
+        {key: each.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
+        | {"age_seconds": max(0.0, now - each.get("time", 0.0))}
+        for each in pulse.pulses(folder)
+    ]
+    is_alive = run.state == "running" or any(each["age_seconds"] < SILENCE for each in workers)
+    step = max([run.step, *(each["step"] or 0 for each in workers)])
+    steps, rate = run.config.train.steps, run.last("tokens_per_second")
+    left = (steps - step) * run.config.train.batch_tokens / rate if rate and is_alive else None
+    newest = run.rows[-1] if run.rows else {}
+    return {
+        "run": run.config.run.name,
+        "folder": str(folder),
+        "method": run.method,
+        "state": "running" if is_alive else run.state,
+        "is_alive": is_alive,
+        "why": run.why,
+        "step": step,
+        "steps": steps,
+        "seconds_left": left,
+        "age_seconds": runs.age(run),
+        **{key: run.last(key) for key in NUMBERS},
+        **{key: newest.get(key, 0) for key in COUNTS},
+        "checkpoint": _checkpoint(folder, now),
+        "resident_bytes": run.last("resident_bytes"),
+        "components": _components(run),
+        "bytes_per_parameter": _memory(run),
+        "workers": workers,
+        "curves": {key: _curve(run, key) for key in ("loss", "tokens_per_second", "flip_rate")},
+    }
+
+
+def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
+    """The newest one: the file that names it is as old as that is."""
+    file = folder / "latest"
+    try:
+        step = int(file.read_text().removeprefix("step-"))
+        return {"step": step, "age_seconds": max(0.0, now - file.stat().st_mtime)}
+    except (OSError, ValueError):
+        return None
+
+
+def _curve(run: "Run", key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in run.rows if isinstance(row.get(key), int | float)]
+
+
+def _memory(run: "Run") -> dict[str, dict[str, float]] | None:
+    """Bytes per parameter of this run and of its baselines."""
+    from lowbit_dist import runs, tracking
+
+    plans = runs.content(run.folder / runs.BASELINES)
+    if run.last("resident_bytes") is None or not plans:
+        return None
+    dense = plans["plan_dense"]
+    measured = {
+        "components": {name: {"bytes": n} for name, n in _components(run).items()},
+        "workers": dense["workers"],
+        "parameters": dense["parameters"],
+    }
+    return tracking.bytes_per_parameter(measured | plans)
+
+
+def _components(run: "Run") -> dict[str, Any]:
+    names = [key for row in run.rows[-1:] for key in row if key.startswith("memory/")]
+    return {name.removeprefix("memory/"): run.last(name) for name in names}
+
+
+# ------------------------------------------------------------------ how it looks
+
+
+def picture(found: Mapping[str, Any], width: int) -> "RenderableType":
+    from rich.console import Group
+    from rich.text import Text
+
+    width = min(width, 100)
+    done = found["step"] / found["steps"]
+    bar = "━" * round(done * 24)
+    head = Text.assemble(
+        (found["run"], "bold"), f"  {found['method']}  ", (found["state"], COLOURS[found["state"]]),
+        f"  step {found['step']:,}/{found['steps']:,} ", (bar, "cyan"), ("━" * (24 - len(bar)), "dim"),
+        f" {done:.0%}",
+        "" if found["seconds_left"] is None else f"  {console.duration(found['seconds_left'])} left",
+    )  # fmt: skip
+    parts: list[RenderableType] = [head]
+    if found["why"]:
+        parts.append(Text(found["why"], "red"))
+    parts += [Text(), _numbers(found, width)]
+    if points := found["curves"]["loss"]:
+        parts += [Text(), _loss(points, width)]
+    if found["bytes_per_parameter"]:
+        from lowbit_dist.charts import memory_bars_text
+
+        parts += [
+            Text(),
+            Text(memory_bars_text(found["bytes_per_parameter"], width=min(60, max(20, width - 30)))),
+        ]
+    if found["workers"]:
+        parts += [Text(), _workers(found)]
+    return Group(*parts)
+
+
+def _numbers(found: Mapping[str, Any], width: int) -> "RenderableType":
+    from rich.table import Table
+
+    def number(key: str, form: str) -> str | None:
+        return None if found[key] is None else format(found[key], form)
+
+    def curve(key: str) -> str:
+        return "  " + plots.spark([y for _, y in found["curves"][key]], max(8, width // 5))
+
+    rate, flips = number("tokens_per_second", ",.0f"), number("flip_rate", ".3%")
+    checkpoint = found["checkpoint"]
+    rows = {
+        "loss": number("loss", ".4f"),
+        "validation loss": number("val_loss", ".4f"),
+        "tokens": number("tokens", ",d"),
+        "tokens/s": rate and rate + curve("tokens_per_second"),
+        "flip rate": flips and flips + curve("flip_rate"),
+        "learning rate": number("lr", ".3g"),
+        "gradient norm": number("grad_norm", ".3g"),
+        "memory": found["resident_bytes"] and f"{in_bytes(found['resident_bytes'])} on each worker",
+        "checkpoint": checkpoint
+        and f"step {checkpoint['step']:,}, {console.duration(checkpoint['age_seconds'])} ago",
+        "restarts": str(found["restarts"]),
+        "skipped steps": str(found["skipped_steps"]) if found["skipped_steps"] else None,
+        "rollbacks": str(found["rollbacks"]) if found["rollbacks"] else None,
+    }
+    table = Table.grid(padding=(0, 3))
+    shown = [(name, value) for name, value in rows.items() if value]
+    half = -(-len(shown) // 2)
+    for i in range(half):
+        left, right = shown[i], shown[half + i] if half + i < len(shown) else ("", "")
+        table.add_row(f"[dim]{left[0]}", left[1], f"[dim]{right[0]}", right[1])
+    return table
+
+
+def _loss(points: plots.Points, width: int) -> "RenderableType":
+    from rich.text import Text
+
+    lines = plots.curve(points, width=width - 8, height=8)
+    heights = [y for _, y in points]
+    labels = {0: f"{max(heights):.3f}", len(lines) - 1: f"{min(heights):.3f}"}
+    text = Text()
+    for i, line in enumerate(lines):
+        text.append(f"{labels.get(i, ''):>7} ", "dim").append(line, "cyan").append("\n")
+    first, last = f"step {points[0][0]:,}", f"{points[-1][0]:,}"
+    return text.append(f"{'':8}{first}{last:>{max(1, width - 8 - len(first))}}", "dim")
+
+
+def _workers(found: Mapping[str, Any]) -> "RenderableType":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("worker", "machine", "process", "phase", "step", "s/step", "last sign"):
+        table.add_column(name, justify="left" if name in ("machine", "phase") else "right")
+    for each in found["workers"]:
+        is_silent = each["age_seconds"] > SILENCE
+        seconds = each["step_seconds"]
+        table.add_row(
+            str(each["rank"]), str(each["host"]), str(each["pid"]), str(each["phase"]), str(each["step"]),
+            "-" if seconds is None else f"{seconds:.2f}", f"{console.duration(each['age_seconds'])} ago",
+            style="red" if is_silent else None,
+        )  # fmt: skip
+    return table

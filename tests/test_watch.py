@@ -1,0 +1,168 @@
+"""`lowbit watch` on folders as training writes them: what it says, and that it goes on until a run ends."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lowbit_dist.cli import plots
+from lowbit_dist.config import RunConfig
+from lowbit_dist.methods import METHODS
+
+COMPONENTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
+STEPS = 40
+
+
+def row(step):
+    return {
+        "step": step, "time": time.time(), "tokens": step * 256, "loss": 6.0 - step / 10, "lr": 1e-3,
+        "grad_norm": 1.5, "tokens_per_second": 128.0, "skipped_steps": 2, "rollbacks": 0, "restarts": 3,
+        "flip_rate": 0.0125, "resident_bytes": 600, **{f"memory/{name}": 100 for name in COMPONENTS},
+    }  # fmt: skip
+
+
+def report(n_bytes):
+    return {
+        "components": {name: {"bytes": n_bytes} for name in COMPONENTS},
+        "parameters": {"total": 400},
+        "workers": 2,
+    }
+
+
+@pytest.fixture
+def folder(small):
+    """A run in mid-training: 20 of 40 steps, a checkpoint of step 10 that is 100 seconds old, two workers of
+    which one is silent.
+    """
+    config = RunConfig.from_dict(small(train={"steps": STEPS}), METHODS)
+    run = config.run_dir
+    (run / ".workers").mkdir(parents=True)
+    (run / "config.yaml").write_text(config.to_yaml())
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in (5, 10, 15, 20)))
+    (run / "latest").write_text("step-10")
+    os.utime(run / "latest", (time.time() - 100,) * 2)
+    (run / ".baselines.json").write_text(
+        json.dumps({"plan_dense": report(400), "plan_bitnet": report(300)}) + "\n"
+    )
+    for rank, age in enumerate((0.0, 90.0)):
+        pulse = {
+            "rank": rank, "pid": 1000 + rank, "host": f"machine{rank}", "phase": "step", "step": 22,
+            "step_seconds": 0.5, "time": time.time() - age,
+        }  # fmt: skip
+        (run / ".workers" / f"{rank}.json").write_text(json.dumps(pulse))
+    return run
+
+
+def test_a_run_in_training_is_told_as_json(folder, lowbit):
+    done = lowbit("watch", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = {
+        "run": "small", "state": "running", "step": 22, "steps": STEPS, "loss": 4.0, "val_loss": None,
+        "tokens": 5120, "tokens_per_second": 128.0, "flip_rate": 0.0125, "restarts": 3, "skipped_steps": 2,
+        "resident_bytes": 600, "seconds_left": 18 * 256 / 128.0,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert found["checkpoint"]["step"] == 10
+    assert 99 < found["checkpoint"]["age_seconds"] < 130
+    assert [each["host"] for each in found["workers"]] == ["machine0", "machine1"]
+    assert found["workers"][1]["age_seconds"] > 80
+    sums = {name: sum(parts.values()) for name, parts in found["bytes_per_parameter"].items()}
+    assert list(sums.values()) == [600 * 2 / 400, 2400 * 2 / 400, 1800 * 2 / 400]
+
+
+def test_it_is_drawn_once_where_nobody_watches(folder, lowbit):
+    done = lowbit("watch", folder)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "small  dqt ternary  running", "step 22/40", "55%", "0:36 left", "4.0000", "1.250%", "step 10, 1:4",
+        "600 B on each worker", "dense, fp32 AdamW", "machine1", "1:3", "5.500", "step 5",
+    ):  # fmt: skip
+        assert words in done.stdout, f"{words!r} is missing in:\n{done.stdout}"
+
+
+def test_a_run_that_has_measured_nothing_yet_is_drawn_too(folder, lowbit):
+    for name in ("metrics.jsonl", "latest", ".baselines.json"):
+        (folder / name).unlink()
+    (folder / ".workers" / "0.json").write_text("{")  # read while it is written
+    done = lowbit("watch", folder)
+    assert done.returncode == 0, done.stderr
+    assert "small" in done.stdout and "stopped" in done.stdout
+    assert json.loads(lowbit("watch", folder, "--json").stdout)["loss"] is None
+
+
+def test_what_is_no_run_is_refused_in_one_line(folder, lowbit):
+    done = lowbit("watch", folder.parent / "smal")
+    assert done.returncode == 2
+    assert "is no run" in done.stderr
+    twin = folder.parent / "twin"
+    twin.mkdir()
+    (twin / "config.yaml").write_text((folder / "config.yaml").read_text())
+    done = lowbit("watch", folder.parent)
+    assert done.returncode == 2
+    assert "has 2 runs; name one of them" in done.stderr
+
+
+def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
+    """The run is alive as long as its launcher's lock is held; meanwhile it gets further."""
+    for file in (folder / ".workers").iterdir():
+        file.unlink()
+    near, far = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "LINES": "50"}
+    shown = b""
+
+    def read():
+        nonlocal shown
+        try:
+            while part := os.read(near, 1 << 16):
+                shown += part
+        except OSError:  # the other end is closed
+            pass
+
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from lowbit_dist.cli import main; main()", "watch", str(folder)],
+            stdin=subprocess.DEVNULL, stdout=far, stderr=far, env=environment,
+        )  # fmt: skip
+        os.close(far)
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+
+        def wait_for(words):
+            deadline = time.monotonic() + 90
+            while words not in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown):
+                assert time.monotonic() < deadline and process.poll() is None, shown[-2000:].decode()
+                time.sleep(0.1)
+
+        wait_for(b"step 20/40")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row(35)) + "\n")
+        wait_for(b"step 35/40")
+    assert process.wait(timeout=30) == 0
+    reader.join(timeout=10)
+    assert b"stopped" in shown
+
+
+def test_a_curve_goes_from_the_highest_line_to_the_lowest_without_gaps():
+    lines = plots.curve([(x, 100 - x) for x in range(0, 101, 20)], width=10, height=4)
+    assert [len(line) for line in lines] == [10] * 4
+    empty = chr(plots.BRAILLE)
+    assert lines[0][0] != empty and lines[-1][-1] != empty
+    assert lines[0][-1] == empty and lines[-1][0] == empty
+    for column in range(10):
+        assert any(line[column] != empty for line in lines), "a column without a dot"
+
+
+def test_a_line_of_bars_shows_the_lowest_and_the_highest():
+    bars = plots.spark([0, 1, 2, 3, 4, 5, 6, 7], 8)
+    assert bars == plots.BLOCKS
+    assert plots.spark([], 8) == "" and plots.spark([2.0, 2.0], 2) == "▁▁"
+    assert len(plots.spark(list(range(1000)), 30)) == 30
