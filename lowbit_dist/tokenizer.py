@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError
+from lowbit_dist.files import os_errors
 
 MODEL = "tokenizer.model"
 FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -205,10 +206,5 @@ def _write(model: bytes, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
-    try:
+    with os_errors():
         fast.save_pretrained(str(folder))
-    except Exception as error:
-        # The library under it, in Rust, tells of a full disk by a bare Exception.
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        raise

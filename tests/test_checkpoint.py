@@ -7,7 +7,7 @@ import torch
 from test_train import train
 
 from lowbit_dist import checkpoint
-from lowbit_dist.checkpoint import Checkpoint
+from lowbit_dist.checkpoint import Checkpoint, writing
 from lowbit_dist.config import ConfigError
 from lowbit_dist.packed import PackedTensor
 
@@ -134,7 +134,7 @@ def die_at(number, torn):
             count()
 
     sys.addaudithook(hook)
-    sync, save_file = os.fsync, checkpoint.save_file
+    sync, save_file = os.fsync, writing.save_file
 
     def counted_sync(descriptor):
         count()
@@ -148,7 +148,7 @@ def die_at(number, torn):
 
     os.fsync = counted_sync
     if torn:
-        checkpoint.save_file = torn_save
+        writing.save_file = torn_save
 
 
 def saves_with_deaths(configuration):
@@ -157,7 +157,8 @@ def saves_with_deaths(configuration):
     import shutil
 
     from lowbit_dist import model
-    from lowbit_dist.checkpoint import Position, Saver, _Part
+    from lowbit_dist.checkpoint import Position, Saver
+    from lowbit_dist.checkpoint.writing import Part
     from lowbit_dist.config import RunConfig
     from lowbit_dist.methods import METHODS
     from lowbit_dist.zero import Engine
@@ -178,7 +179,7 @@ def saves_with_deaths(configuration):
         saver.wait()
         digests[step] = Checkpoint.open(folder / f"step-{step}").digest()
     engine.close()
-    part = _Part.copied(engine.shards, 0)
+    part = Part.copied(engine.shards, 0)
     found = []
     for replaces in (False, True):
         for number in range(1000):

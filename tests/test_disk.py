@@ -524,14 +524,14 @@ def train_while_the_disk_is_full(configuration, folder, *, first, last):
             disk.free()
 
     checkpoint.Saver.save = save_on_full_disk
-    checkpoint.log.addHandler(handler)
+    logging.getLogger("lowbit_dist.checkpoint").addHandler(handler)
     try:
         return train(configuration), seen, warned
     except RuntimeError as error:
         return str(error), seen, warned
     finally:
         checkpoint.Saver.save = save
-        checkpoint.log.removeHandler(handler)
+        logging.getLogger("lowbit_dist.checkpoint").removeHandler(handler)
 
 
 def test_a_save_on_a_full_disk_costs_that_checkpoint_alone(ranks, small, disk):

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from lowbit_dist import tokenizer
 from lowbit_dist.answers import show
 from lowbit_dist.config import ConfigError, Data, RunConfig, Section
+from lowbit_dist.files import whole
 
 FORMAT = 1  # of the prepared folder
 MANIFEST = "manifest.json"
@@ -248,11 +249,10 @@ def copy_tokenizer(data: Data, folder: Path) -> None:
     """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in tokenizer.FILES:
-        source, copy, draft = f"{data.path}/tokenizer/{name}", folder / name, folder / f".{name}"
+        source, copy = f"{data.path}/tokenizer/{name}", folder / name
         if is_remote(data.path):
-            download(source, draft)
-        elif not Path(source).exists() or (copy.exists() and filecmp.cmp(source, copy, shallow=False)):
-            continue
-        else:
-            shutil.copyfile(source, draft)
-        draft.rename(copy)
+            with whole(copy) as draft:
+                download(source, draft)
+        elif Path(source).exists() and not (copy.exists() and filecmp.cmp(source, copy, shallow=False)):
+            with whole(copy) as draft:
+                shutil.copyfile(source, draft)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -28,6 +27,7 @@ from lowbit_dist.data.manifest import (
     parse_index,
     parse_manifest,
 )
+from lowbit_dist.files import is_full
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,7 +273,7 @@ class _Shards:
             except ConfigError:
                 raise
             except Exception as error:  # every storage client has its own
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, OSError) and is_full(error):
                     raise  # the cache is full; the data may be well
                 wrong = f"cannot be read ({type(error).__name__}: {error})"
                 continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +21,7 @@ from lowbit_dist import tokenizer
 from lowbit_dist.config import ConfigError
 from lowbit_dist.data import documents
 from lowbit_dist.data.manifest import FORMAT, HASH, MANIFEST, SPLITS, is_remote, read_manifest
+from lowbit_dist.files import is_full, sync, whole
 
 SHARD_BYTES = 1 << 24  # uncompressed
 TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
@@ -119,9 +119,9 @@ class Draft:
     def publish(self) -> None:
         for where, _, files in os.walk(self.folder):
             for name in (*files, "."):
-                _sync(Path(where, name))
+                sync(Path(where, name))
         os.rename(self.folder, self.out)  # an empty folder may stand there
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
 
 @contextlib.contextmanager
@@ -169,10 +169,6 @@ def drafted(out: Path) -> Iterator[Draft]:
         os.close(descriptor)
 
 
-def is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _full(draft: Draft) -> str:
     """What to do about a full disk, once what was written is removed."""
     size = "more space than there is"
@@ -196,17 +192,8 @@ def _copy_tokenizer(source: Path, words: tokenizer.Tokenizer, folder: Path) -> N
 
 def _write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
     """Last, whole, and after everything that it speaks of."""
-    draft = folder / f"{MANIFEST}.partial"
-    draft.write_text(json.dumps(manifest, indent=1) + "\n")
-    draft.rename(folder / MANIFEST)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole(folder / MANIFEST) as draft:
+        draft.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -51,18 +51,18 @@ class Shard:
         return prod(self.shape) // BLOCK // len(self.scale)
 
     def level_counts(self) -> Tensor:  # [grid.n_levels] int64, on the device
-        """How many elements are at each level, from the lowest up."""
-        assert self.codes is not None and self.grid is not None, f"{self.name} is not low-bit"
-        return ops.code_counts(self.codes, grid=self.grid)
+        """How many elements are at each level, from the lowest up.
 
-    def check_codes(self) -> None:
-        """RuntimeError if a code stands for no level, which no update makes."""
-        if (inside := int(self.level_counts().sum())) != self.numel:
-            assert self.grid is not None, f"{self.name} is not low-bit"
+        RuntimeError if a code stands for no level, which no update makes.
+        """
+        assert self.codes is not None and self.grid is not None, f"{self.name} is not low-bit"
+        counts = ops.code_counts(self.codes, grid=self.grid)
+        if (inside := int(counts.sum())) != self.numel:
             raise RuntimeError(
                 f"{self.numel - inside:,} codes of {self.name} are none of the grid {self.grid.name}: memory "
                 "or a file was damaged"
             )
+        return counts
 
 
 @dataclass

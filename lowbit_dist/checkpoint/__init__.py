@@ -1,0 +1,25 @@
+"""Checkpoints: packed codes, scales, moments and ordinary weights, published whole or not at all.
+
+A checkpoint is a folder `checkpoints/step-N` of
+* `shard-RRRRR.safetensors`: what worker R holds of every tensor, `NAME/codes` or `NAME/weight`, and the
+  moments `NAME/m` and `NAME/v` (8-bit ones with `NAME/m_scale`, `NAME/v_scale`).  Worker 0 adds `NAME/scale`
+  (float16).
+* `manifest.json`: the run's configuration and position, every tensor's shape and grid, and which elements
+  each file holds.
+* `SHA256SUMS`: of each of these files, as `sha256sum --check` reads it.
+
+Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each
+worker copies its part to host memory and writes it beside the training, into a folder of a temporary name;
+worker 0 collects what each says of its file, writes the manifest, flushes all to the disk and renames the
+folder last.  Loading executes nothing: safetensors and JSON.
+"""
+
+from lowbit_dist.checkpoint.finding import clear_partial, latest, newest_first, resolve
+from lowbit_dist.checkpoint.layout import FORMAT, MANIFEST, SUMS, Position
+from lowbit_dist.checkpoint.reading import Checkpoint
+from lowbit_dist.checkpoint.saver import Saver
+
+__all__ = [
+    "FORMAT", "MANIFEST", "SUMS", "Checkpoint", "Position", "Saver", "clear_partial", "latest",
+    "newest_first", "resolve",
+]  # fmt: skip

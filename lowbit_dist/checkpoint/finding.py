@@ -1,0 +1,80 @@
+"""Which checkpoint of a run to use: the newest that is whole."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from lowbit_dist.checkpoint.layout import MANIFEST
+from lowbit_dist.checkpoint.reading import Checkpoint
+from lowbit_dist.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """A run's published checkpoints, unverified; `latest` in its folder is for people, and may name what
+    is gone.
+    """
+    paths = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def latest(run_dir: Path | str) -> Path | None:
+    """The newest checkpoint of a run that is complete and undamaged; damaged ones are named in a warning.
+
+    None if the run has no checkpoint yet; ConfigError if all that it has are damaged.
+    """
+    found, damaged = _newest_whole(Path(run_dir))
+    for each in damaged:
+        log.warning("DAMAGED CHECKPOINT %s", each)
+    if damaged and found is None:
+        raise ConfigError(
+            f"{run_dir} has no checkpoint that is not damaged ({damaged[0]}); bring one back, or remove "
+            f"{Path(run_dir) / 'checkpoints'} to begin again"
+        )
+    return found
+
+
+def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and what is wrong with the newer ones."""
+    damaged: list[str] = []
+    for path in newest_first(run_dir):
+        try:
+            problems = Checkpoint.open(path).verify()
+        except ConfigError as error:
+            problems = [str(error)]
+        if not problems:
+            return path, damaged
+        damaged.append(f"{path} is not used: {'; '.join(problems)}")
+    return None, damaged
+
+
+def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = "runs") -> Path:
+    """The checkpoint folder meant by a run's name, a run's folder or a checkpoint's folder."""
+    for path in (Path(run_or_checkpoint), Path(runs_dir) / run_or_checkpoint):
+        if (path / MANIFEST).exists():
+            return path
+        if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+            found, damaged = _newest_whole(path)
+            if found is None:
+                why = f": {'; '.join(damaged)}" if damaged else " yet"
+                raise ConfigError(
+                    f"{path} has no usable checkpoint{why}; train it, or write another run's name"
+                )
+            for each in damaged:
+                log.warning("DAMAGED CHECKPOINT %s", each)
+            return found
+    raise ConfigError(
+        f"'{run_or_checkpoint}' is neither a run (in {runs_dir}/), a run's folder nor a checkpoint's folder; "
+        "write the name or folder of one"
+    )
+
+
+def clear_partial(run_dir: Path) -> None:
+    """Remove what a killed save left behind; call before training, while nobody writes."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path)

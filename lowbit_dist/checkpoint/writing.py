@@ -1,0 +1,87 @@
+"""One worker's part of a checkpoint, and how files get to the disk under their names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit_dist.checkpoint.finding import newest_first, step_of
+from lowbit_dist.checkpoint.layout import STATES, sha256
+from lowbit_dist.files import os_errors, sync
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and this needs none of it
+    from lowbit_dist.zero import Shard
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's share of a checkpoint, in host memory."""
+
+    file: str
+    held: dict[str, Tensor]  # NAME/codes, NAME/weight, NAME/scale and NAME/m ...
+    holds: dict[str, list[int]]  # NAME -> [start, numel] of the unsharded tensor
+    tensors: dict[str, dict[str, Any]]  # NAME -> shape and grid of the unsharded tensor
+
+    @classmethod
+    def copied(cls, shards: Sequence[Shard], rank: int) -> Part:
+        held: dict[str, Tensor] = {}
+        holds: dict[str, list[int]] = {}
+        for shard in shards:
+            if rank == 0 and shard.scale is not None:
+                held[f"{shard.name}/scale"] = shard.scale.to("cpu", torch.float16)
+            if not shard.numel:
+                continue
+            holds[shard.name] = [shard.start, shard.numel]
+            stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
+            stored |= {key: getattr(shard.moments, key) for key in STATES}
+            for key, value in stored.items():
+                if value is not None:
+                    held[f"{shard.name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+        tensors = {s.name: {"shape": list(s.shape), "grid": s.grid.name if s.grid else None} for s in shards}
+        return cls(f"shard-{rank:05}.safetensors", held, holds, tensors)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """What worker 0 must know of the file, which is on the disk when this returns."""
+        path = folder / self.file
+        with os_errors():
+            save_file(self.held, path)
+        sync(path)
+        return {
+            "file": self.file, "sha256": sha256(path), "bytes": path.stat().st_size, "holds": self.holds
+        }  # fmt: skip
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete checkpoint its name."""
+    sync(partial)
+    if final.exists():  # a run that went back to an older checkpoint writes this step again
+        stale = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(stale, ignore_errors=True)
+        final.rename(stale)
+        partial.rename(final)
+        shutil.rmtree(stale)
+    else:
+        partial.rename(final)
+    sync(final.parent)
+
+
+def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove the checkpoints that a run need not keep."""
+    for path in newest_first(run_dir)[keep_last:]:
+        if keep_every is None or step_of(path) % keep_every:
+            shutil.rmtree(path)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
