@@ -124,8 +124,8 @@ class NetCluster:
         with (self.folder / f"node{i}.log").open("a") as log:
             self.processes[i] = subprocess.Popen(
                 [
-                    "ip", "netns", "exec", self.ns(i), "unshare", "--mount", "--pid", "--uts", "--ipc", "--fork",
-                    "--mount-proc", "--kill-child=SIGKILL", "bash", "-c", script,
+                    "ip", "netns", "exec", self.ns(i), "unshare", "--mount", "--pid", "--uts", "--ipc",
+                    "--fork", "--mount-proc", "--kill-child=SIGKILL", "bash", "-c", script,
                 ],
                 stdout=log, stderr=log, env=self.env, start_new_session=True,
             )  # fmt: skip

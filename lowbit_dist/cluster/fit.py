@@ -31,9 +31,7 @@ HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on
 def main() -> None:
     """One Ray session, in it an attempt for each number of restarts that comes through the socket."""
     pipe = Connection(int(sys.argv[1]))
-    # Whoever stops a job signals all of its processes; what becomes of this one is the launcher's to say.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_signals()
     wishes: queue.SimpleQueue[Any] = queue.SimpleQueue()
     busy = threading.Event()
     threading.Thread(target=_listen, args=(pipe, wishes, busy), daemon=True).start()
@@ -56,6 +54,7 @@ def main() -> None:
     shutil.rmtree(storage, ignore_errors=True)
     try:
         with ray_session(job["launcher"], say):
+            _ignore_signals()  # Ray has handlers of its own
             fit = _Fit(config, job["work"], storage, say, end)
             busy.clear()
             while (restarts := wishes.get()) is not None:
@@ -65,6 +64,12 @@ def main() -> None:
                 pipe.send(("ended", outcome))
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _ignore_signals() -> None:
+    """Whoever stops a job signals all of its processes; what becomes of this one is the launcher's to say."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _listen(pipe: Connection, wishes: "queue.SimpleQueue[Any]", busy: threading.Event) -> None:

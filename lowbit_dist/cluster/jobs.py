@@ -6,6 +6,7 @@ worker starts; `submit` waits for the answer.
 """
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ GRACE = 120  # seconds that a job which is stopped has to save a checkpoint
 FILE = "job.yaml"
 ANSWER = 10  # seconds that the cluster has to answer a first request
 POLL = 1.0  # seconds
-_PROGRESS = re.compile(r"^step \d+/\d+.*", re.MULTILINE)
+_PROGRESS = re.compile(r"^lowbit: (step \d+/\d+.*)", re.MULTILINE)
 
 
 class NoSuchJob(ConfigError):
@@ -45,6 +46,7 @@ class Jobs:
                 f"--address ({self.address}) must be http://HOST:PORT of the cluster's dashboard; write "
                 f"{LOCAL}, for example"
             )
+        logging.getLogger("ray").setLevel(logging.WARNING)
         os.environ["RAY_API_SERVER_ADDRESS"] = (
             self.address
         )  # Ray prefers what it finds there, or in RAY_ADDRESS

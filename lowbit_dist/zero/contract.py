@@ -1,19 +1,38 @@
 """What of DeepSpeed's private interface packed ZeRO-3 depends on, checked when a run starts."""
 
+import contextlib
 import inspect
 import os
+import sys
+from collections.abc import Iterator
 
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
 
-import deepspeed
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import Init
-from deepspeed.runtime.zero.partitioned_param_coordinator import (
-    PartitionedParameterCoordinator as Coordinator,
-)
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Inside, importing `module` fails, as if it were not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+# Its autotuner imports all of MLflow if it can, which takes as long as DeepSpeed itself, at every restart.
+with _without("mlflow"):
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
 DEEPSPEED_VERSION = "0.19.8"
 # Private methods overridden or called below, with the parameters they must have ("args, kwargs": DeepSpeed's
