@@ -117,7 +117,7 @@ def loss_curves(
     title: str = "Training loss",
 ) -> Path:
     """Draw each run thin, and the mean of a group's runs thick wherever all of them have a point."""
-    figure, axes = _figure(7.6, 4.6)
+    figure, axes = _figure(7.2, 4.2)
     runs = [curve for each in groups.values() for curve in each]
     factor, unit = _tokens(max((x for curve in runs for x, _ in curve), default=0))
     for group, curves in groups.items():
@@ -138,7 +138,7 @@ def loss_curves(
     )  # fmt: skip
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     axes.margins(x=0.02)
-    _legend_beside(figure, axes)
+    _legend_below(figure, axes)
     return _saved(figure, path)
 
 
@@ -150,24 +150,24 @@ def loss_against_bytes(
     title: str = "Validation loss against memory",
 ) -> Path:
     """Draw a point with its error bars for each group; lower and further left is better."""
-    figure, axes = _figure(7.6, 4.6)
+    figure, axes = _figure(7.2, 4.2)
     has_bars = False
     for group, measured in groups.items():
         colour, _, marker = _look(colours[group])
         x, y = measured["bytes_per_parameter"], measured["val_loss"]
         has_bars = has_bars or y["spread"] is not None
         axes.errorbar(
-            [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=[x["spread"] or 0.0], yerr=[y["spread"] or 0.0],
+            [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
             color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="", label=group,
         )  # fmt: skip
-    axes.set_xlim(left=0)
     axes.margins(0.12)
+    axes.set_xlim(left=0)
     axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
     axes.set_ylabel("validation loss (nats per token)")
     words = f"{title}, ± one standard deviation over seeds" if has_bars else title
     axes.set_title(words, loc="left", fontsize=12, color=INK)
     axes.grid(color="#dddddd", lw=0.8)
-    _legend_beside(figure, axes)
+    _legend_below(figure, axes)
     return _saved(figure, path)
 
 
@@ -188,11 +188,23 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     return [(x, sum(each[x] for each in values) / len(values)) for x in shared] or list(curves[0])
 
 
-def _legend_beside(figure: "Figure", axes: "Axes") -> None:
-    """To the right of the axes, where it covers nothing."""
+def _legend_below(figure: "Figure", axes: "Axes") -> None:
+    """Outside the axes, where it covers nothing, in as many columns as its words leave room for."""
     handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    if not labels:
+        return
+    columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.22 * rows)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        handlelength=1.6,
+    )
 
 
 def memory_bars_text(memory: Memory, *, width: int = 60) -> str:

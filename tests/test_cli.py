@@ -11,7 +11,7 @@ import pytest
 
 VERBS = (
     "tokenizer train", "data prepare", "plan", "train", "eval", "generate", "inspect", "doctor",
-    "bench update", "compare", "runs",
+    "bench update", "sweep", "compare", "runs",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit_dist.cli import comparing, console, watching
+from lowbit_dist.cli import comparing, console, jobs, watching
 from lowbit_dist.cli.arguments import Config, Inputs, Json, Overrides, RunOrCheckpoint, load, pairs
 from lowbit_dist.config import ConfigError, RunConfig
 
@@ -28,6 +28,11 @@ bench_app = typer.Typer(no_args_is_help=True, help="The project's benchmarks, ea
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(jobs.submit)
+app.command()(jobs.status)
+app.command()(jobs.logs)
+app.command()(jobs.stop)
+app.command()(comparing.sweep)
 app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)

@@ -1,6 +1,8 @@
-"""The verbs about several runs: what is there, and how they compare."""
+"""The verbs about several runs: training a sweep of them, what is there, and how they compare."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,8 @@ from lowbit_dist.config import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lowbit_dist.sweep import Child, Outcome, Sweep
+
 Runs = Annotated[
     list[str],
     typer.Argument(
@@ -20,6 +24,53 @@ Runs = Annotated[
     ),
 ]
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
+
+
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Train a grid of runs, several at once, and compare them; the same command goes on after a stop.
+
+    The file names a base configuration, seeds, and what sets runs apart, as configs/sweep-methods.yaml does.
+
+    Example: lowbit sweep configs/sweep-methods.yaml
+    """
+    with console.answering(as_json) as answer:
+        from lowbit_dist import sweep as sweeping
+
+        loaded = sweeping.Sweep.load(config)
+        with _following(loaded) as progress:
+            outcome = sweeping.run(loaded, progress)
+        found = _outcome(loaded, outcome)
+        answer(found, lambda terminal: draw_sweep(terminal, found))
+    if outcome.signum is not None:
+        print(f"lowbit: stopped; the same command goes on with {loaded.name}", file=sys.stderr)
+        raise typer.Exit(128 + outcome.signum)
+    if any(state != "finished" for state in outcome.states.values()):
+        raise typer.Exit(1)
+
+
+def _outcome(loaded: "Sweep", outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "sweep": loaded.name,
+        "folder": str(loaded.folder),
+        "mlflow_run_id": outcome.mlflow_run_id,
+        "children": [
+            {
+                "run": child.name,
+                "label": child.label,
+                "seed": child.seed,
+                "state": outcome.states[child.name],
+                "why": outcome.why.get(child.name),
+            }
+            for child in loaded.children
+        ],
+        **outcome.comparison,
+        "files": [str(each) for each in outcome.files],
+    }
 
 
 def compare(
@@ -100,6 +151,87 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
         "age_seconds": runs.age(run),
         "why": run.why,
     }
+
+
+class Lines:
+    """A sweep's progress where nobody watches."""
+
+    def say(self, text: str) -> None:
+        print(f"lowbit: {text}", file=sys.stderr, flush=True)
+
+    def begins(self, child: "Child") -> None:
+        self.say(f"{child.name} starts")
+
+    def row(self, child: "Child", row: Mapping[str, Any]) -> None:
+        words = console.in_words(row, child.config).values()
+        self.say("  ".join([f"{child.name}: step {row.get('step')}/{child.config.train.steps}", *words]))
+
+    def ends(self, child: "Child", state: str, why: str) -> None:
+        self.say(f"{child.name} {state}{': ' if why else ''}{why}")
+
+
+class Bars:
+    """A sweep's progress in a terminal: a bar for each run that trains, and one for all."""
+
+    def __init__(self, loaded: "Sweep"):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[words]}"),
+            console=Console(stderr=True, highlight=False),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.whole = self.progress.add_task(loaded.name, total=len(loaded.children), words="")
+        self.tasks: dict[str, TaskID] = {}
+        self.known: dict[str, dict[str, str]] = {}
+        self.counts: dict[str, int] = {}
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(f"lowbit: {text}", markup=False, style="dim")
+
+    def begins(self, child: "Child") -> None:
+        self.known[child.name] = {}
+        self.tasks[child.name] = self.progress.add_task(
+            child.name, total=child.config.train.steps, words="starting"
+        )
+
+    def row(self, child: "Child", row: Mapping[str, Any]) -> None:
+        self.known[child.name] |= console.in_words(row, child.config)
+        words = "  ".join(self.known[child.name].values())
+        self.progress.update(self.tasks[child.name], completed=row.get("step", 0), words=words)
+
+    def ends(self, child: "Child", state: str, why: str) -> None:
+        self.progress.remove_task(self.tasks.pop(child.name))
+        self.say(f"{child.name} {state}{': ' if why else ''}{why}")
+        self.counts[state] = self.counts.get(state, 0) + 1
+        words = ", ".join(f"{n} {each}" for each, n in self.counts.items())
+        self.progress.update(self.whole, advance=state == "finished", words=words)
+
+
+@contextlib.contextmanager
+def _following(loaded: "Sweep") -> "Iterator[Lines | Bars]":
+    """Bars if stderr is a terminal, else lines."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    bars = Bars(loaded)
+    with bars.progress:
+        yield bars
+
+
+def draw_sweep(terminal: "Console", found: Mapping[str, Any]) -> None:
+    """The comparison, and which runs failed."""
+    if found["groups"]:
+        draw_comparison(terminal, found)
+    for child in found["children"]:
+        if child["state"] != "finished":
+            why = f": {child['why']}" if child["why"] else ""
+            terminal.print(f"{child['run']} {child['state']}{why}", markup=False, soft_wrap=True)
 
 
 def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:

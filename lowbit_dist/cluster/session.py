@@ -81,6 +81,15 @@ def ray_session(launcher: int, say: Callable[[str], None]) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def free_in_cluster(say: Callable[[str], None]) -> tuple[float, float]:
+    """CPUs and GPUs of the cluster at RAY_ADDRESS that nobody uses now."""
+    with ray_session(os.getpid(), say):
+        import ray
+
+        free = ray.available_resources()
+    return free.get("CPU", 0.0), free.get("GPU", 0.0)
+
+
 class Signals:
     """SIGINT and SIGTERM, which end a launch: politely while workers train, at once otherwise.
 

@@ -7,9 +7,21 @@ values from another thread (`gauges`).
 """
 
 from lowbit_dist.tracking.gauges import Gauges
-from lowbit_dist.tracking.mlflow_run import RUN_ID
+from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id
+from lowbit_dist.tracking.parent import Parent
 from lowbit_dist.tracking.record import METRICS
 from lowbit_dist.tracking.stores import check, resolve
 from lowbit_dist.tracking.tracker import Tracker, bytes_per_parameter, end
 
-__all__ = ["METRICS", "RUN_ID", "Gauges", "Tracker", "bytes_per_parameter", "check", "end", "resolve"]
+__all__ = [
+    "METRICS",
+    "RUN_ID",
+    "Gauges",
+    "Parent",
+    "Tracker",
+    "bytes_per_parameter",
+    "check",
+    "end",
+    "noted_run_id",
+    "resolve",
+]

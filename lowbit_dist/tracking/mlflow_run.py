@@ -26,13 +26,7 @@ class MlflowRun:
     """One MLflow run, fed by a thread."""
 
     def __init__(self, config: RunConfig, run_id: str | None, rows: list[dict[str, Any]]):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the thread below tries again itself
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        # It prints a traceback for every error that it also raises, and `_attempt` reports those.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        settle_mlflow()
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"
         self.config = config
         self.uri = resolve(config.tracking.mlflow)
@@ -55,8 +49,7 @@ class MlflowRun:
             from mlflow.tracking import MlflowClient
 
             with alone(self.uri):
-                if self.uri.startswith("sqlite:"):
-                    make_database(sqlite_file(self.uri))
+                prepare_store(self.uri)
                 client = MlflowClient(tracking_uri=self.uri)
                 self._start(client)
             self.client = client
@@ -70,9 +63,9 @@ class MlflowRun:
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
-        run = self._existing(client)
+        run = existing_run(client, self.run_id, self.uri)
         if run is None:
-            experiment = self._experiment(client, self.config.tracking.experiment)
+            experiment = experiment_id(client, self.config.tracking.experiment, self.uri)
             run = client.create_run(experiment, tags={MLFLOW_RUN_NAME: self.config.run.name})
         elif run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
@@ -102,40 +95,6 @@ class MlflowRun:
             if not self.note_failed:
                 log.warning("%s cannot be written yet (%s)", file, error.strerror or error)
             self.note_failed = True
-
-    def _existing(self, client: Any) -> Any:
-        """The run to go on with, if this store has it."""
-        from mlflow.exceptions import MlflowException
-        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-        if self.run_id is None:
-            return None
-        try:
-            run = client.get_run(self.run_id)
-        except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                raise
-            run = None
-        if run is None or run.info.lifecycle_stage != "active":
-            log.warning("MLflow at %s has no run %s; a new one gets every row", self.uri, self.run_id)
-            return None
-        return run
-
-    def _experiment(self, client: Any, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            beside = sqlite_file(self.uri).parent / "mlartifacts"  # not in whatever folder a worker runs in
-            location = beside.as_uri() if self.uri.startswith("sqlite:") else None
-            try:
-                return client.create_experiment(name, artifact_location=location)
-            except MlflowException:  # another run made it at the same moment
-                found = client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        experiment_id: str = found.experiment_id
-        return experiment_id
 
     def send(self, row: dict[str, Any]) -> None:
         with self.changed:
@@ -225,7 +184,7 @@ class MlflowRun:
             if not self.warned:
                 log.warning(
                     "MLflow at %s does not answer (%s: %s); training goes on, and rows wait until it does",
-                    self.uri, *_innermost(error),
+                    self.uri, *innermost(error),
                 )  # fmt: skip
             self.warned = True
             return False
@@ -233,7 +192,66 @@ class MlflowRun:
         return True
 
 
-def _innermost(error: BaseException) -> tuple[str, str]:
+def settle_mlflow() -> None:
+    """The library's settings for feeding it from a thread that itself tries again; the user's own stay."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It prints a traceback for every error that it also raises, and those are reported.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def prepare_store(uri: str) -> None:
+    """Make the database of a new SQLite store."""
+    if uri.startswith("sqlite:"):
+        make_database(sqlite_file(uri))
+
+
+def existing_run(client: Any, run_id: str | None, uri: str) -> Any:
+    """The run to go on with, if this store has it."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage != "active":
+        log.warning("MLflow at %s has no run %s; a new one gets every row", uri, run_id)
+        return None
+    return run
+
+
+def is_absent(error: Any) -> bool:
+    """Whether an MlflowException says that the store has no such thing."""
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
+
+
+def experiment_id(client: Any, name: str, uri: str) -> str:
+    """The experiment of a name, made if the store has none."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        beside = sqlite_file(uri).parent / "mlartifacts"  # not in whatever folder a worker runs in
+        location = beside.as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another run made it at the same moment
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def innermost(error: BaseException) -> tuple[str, str]:
     """The name and the first line of what an error began with: those around it only tell what was tried."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,0 +1,21 @@
+"""Sweeps: a grid of runs as children of one MLflow run, several at once, resumable.
+
+    sweep: {name: methods, dir: runs, at_once: auto}   # children are runs/methods/LABEL-seedN
+    base: quickstart.yaml                              # beside this file
+    set: {train.steps: 60, cluster.workers: 1}         # for every child, over what the base says
+    seeds: [0, 1]                                      # a child for each, of every label
+    runs:                                              # LABEL: what sets it apart
+      dense: {method: {name: dense}, optimizer.states: fp32}
+      ternary: [method.grid=ternary]                   # or as on the command line
+    grid:                                              # and every combination of these
+      optimizer.lr: [1.0e-3, 4.0e-3]
+
+`definition` reads that file into children, each an ordinary configuration; `running` trains them, each in a
+process of its own (`child`), and hands the comparison to MLflow.  The folder of a sweep holds its children's
+folders and nothing that they need, so whatever works on a run works on a child.
+"""
+
+from lowbit_dist.sweep.definition import Child, Sweep
+from lowbit_dist.sweep.running import Outcome, Progress, run
+
+__all__ = ["Child", "Outcome", "Progress", "Sweep", "run"]

@@ -1,0 +1,301 @@
+"""The children of a sweep, trained in processes of their own, as many at once as there is room for.
+
+What is finished is not run again, and what is half-done goes on from its checkpoint: so it is with each run,
+and a sweep has no state of its own.  Signals are handed on to the children, which save and end; one whose
+sweep is gone does so too, and is waited for when the sweep is started again.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+from lowbit_dist import cluster, compare, runs, tracking
+from lowbit_dist.cluster.checks import finished, gpus_per_worker
+from lowbit_dist.cluster.following import Follower
+from lowbit_dist.cluster.session import free_in_cluster
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.files import whole
+from lowbit_dist.sweep.definition import Child, Sweep
+
+POLL = 0.2  # seconds
+CHILDREN = ".children"  # in a sweep's folder: the configuration of each child, and what its process said
+
+State = Literal["finished", "failed", "stopped", "waiting"]
+
+
+class Progress(Protocol):
+    """Who is told how the sweep goes on."""
+
+    def say(self, text: str) -> None:
+        """An event, in one line."""
+
+    def begins(self, child: Child) -> None:
+        """A child's process is started."""
+
+    def row(self, child: Child, row: Mapping[str, Any]) -> None:
+        """A line of its `metrics.jsonl`, as it has just been written."""
+
+    def ends(self, child: Child, state: State, why: str) -> None:
+        """Its process has ended; `why` is empty for a finished one."""
+
+
+@dataclass
+class Outcome:
+    """How a sweep ended."""
+
+    states: dict[str, State]  # of each child, by its name
+    why: dict[str, str]  # of those that failed
+    signum: int | None  # that stopped the sweep
+    comparison: dict[str, Any]
+    files: list[Path]  # of the comparison
+    mlflow_run_id: str | None
+
+
+@dataclass
+class _Running:
+    child: Child
+    process: "subprocess.Popen[bytes]"
+    follower: Follower
+
+
+@dataclass
+class _Signals:
+    received: list[int] = field(default_factory=list)
+    passed_on: int = 0
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        self.received.append(signum)
+
+
+def run(sweep: Sweep, progress: Progress) -> Outcome:
+    """Train what is not finished, compare all, and hand it to MLflow.
+
+    Every child is checked before the first one starts.
+    """
+    _check(sweep)
+    with _alone(sweep), _noting_signals() as signals:
+        n = _at_once(sweep, progress)
+        parent = _parent(sweep)
+        states, why = _train_all(sweep, n, signals, parent, progress)
+        signum = signals.received[0] if signals.received else None
+        found = compare.compare(
+            [runs.read(child.config.run_dir) for child in sweep.children if _began(child)]
+        )
+        files = compare.write(found, sweep.folder / "comparison")
+        if parent is not None:
+            _adopt(sweep, parent)
+            is_done = all(state == "finished" for state in states.values())
+            status = "KILLED" if signum is not None else "FINISHED" if is_done else "FAILED"
+            parent.finish(status, [sweep.file, *files], compare.markdown(found))
+        run_id = None if parent is None else parent.run_id
+        return Outcome(states, why, signum, found, files, run_id)
+
+
+def _check(sweep: Sweep) -> None:
+    """ConfigError if one of the children cannot start; then nothing is left behind."""
+    for child in sweep.children:
+        try:
+            cluster.check(child.config)
+        except ConfigError as error:
+            for folder in (*(each.config.run_dir for each in sweep.children), sweep.folder):
+                with contextlib.suppress(OSError):  # all that is not empty stays
+                    folder.rmdir()
+            raise ConfigError(f"{child.name}: {error}") from None
+
+
+def _began(child: Child) -> bool:
+    return runs.is_run(child.config.run_dir)
+
+
+@contextlib.contextmanager
+def _alone(sweep: Sweep) -> Iterator[None]:
+    """ConfigError if this sweep is being run already."""
+    with (sweep.folder / runs.LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"sweep.name ({sweep.name}) is being run by another process; wait for it, "
+                "or write another name"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _noting_signals() -> Iterator[_Signals]:
+    """Inside, SIGINT and SIGTERM are only noted."""
+    signals = _Signals()
+    before = {each: signal.signal(each, signals.handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+# ------------------------------------------------------------------ how many at once
+
+
+def _at_once(sweep: Sweep, progress: Progress) -> int:
+    if sweep.options.at_once != "auto":
+        return sweep.options.at_once
+    waiting = [child.config for child in sweep.children if finished(child.config) is None]
+    if len(waiting) < 2:
+        return 1
+    if os.environ.get("RAY_ADDRESS"):
+        cpus, gpus = free_in_cluster(progress.say)
+        return max(1, min(_places(config, cpus, gpus) for config in waiting))
+    import torch
+
+    n = min(_places(config, os.cpu_count() or 1, torch.cuda.device_count()) for config in waiting)
+    return max(1, min(n, _in_memory(waiting)) if n > 1 else n)
+
+
+def _places(config: RunConfig, cpus: float, gpus: float) -> int:
+    """How many such runs find processors."""
+    needs = [(cpus, config.cluster.cpus_per_worker), (gpus, gpus_per_worker(config, gpus))]
+    return min(int(have / (config.workers * each) * (1 + 1e-9)) for have, each in needs if each)
+
+
+def _in_memory(configs: list[RunConfig]) -> int:
+    """How many of the largest of these runs find memory on this machine, each with a Ray of its own."""
+    from lowbit_dist import data, memory
+    from lowbit_dist.memory.machine import RAY
+
+    places = []
+    for config in {repr({**config.to_dict(), "run": None}): config for config in configs}.values():
+        fit = memory.fits_here(config, data.read_manifest(config.data.path).vocab_size)
+        need = fit["needed_bytes_per_worker"] * config.workers
+        spare = fit["available_bytes_per_worker"] * config.workers - need
+        places.append(1 + max(0, spare // (need + RAY)))
+    return min(places)
+
+
+# ------------------------------------------------------------------ the children
+
+
+def _train_all(
+    sweep: Sweep, n: int, signals: _Signals, parent: "tracking.Parent | None", progress: Progress
+) -> tuple[dict[str, State], dict[str, str]]:
+    """The state of each child once no process is left, and why some failed."""
+    states: dict[str, State] = {
+        child.name: "waiting" if finished(child.config) is None else "finished" for child in sweep.children
+    }
+    why: dict[str, str] = {}
+    waiting = [child for child in sweep.children if states[child.name] == "waiting"]
+    running: list[_Running] = []
+    n_done = len(sweep.children) - len(waiting)
+    progress.say(
+        f"{sweep.name}: {len(waiting)} runs to do, {n_done} finished, at most {n} at once, in {sweep.folder}"
+    )
+    told: set[str] = set()
+    try:
+        while running or (waiting and not signals.received):
+            for child in list(waiting):
+                if signals.received or len(running) >= n:
+                    break
+                if not runs.is_running(child.config.run_dir):
+                    waiting.remove(child)
+                    running.append(_start(sweep, child, progress))
+                elif child.name not in told:
+                    told.add(child.name)
+                    progress.say(f"{child.name} is still being trained by another process: it is waited for")
+            for each in list(running):
+                each.follower.read()
+                if (code := each.process.poll()) is not None:
+                    running.remove(each)
+                    state, reason = _ended(sweep, each.child, code)
+                    states[each.child.name] = state
+                    if state == "failed":
+                        why[each.child.name] = reason
+                    progress.ends(each.child, state, reason)
+            for signum in signals.received[signals.passed_on :]:
+                signals.passed_on += 1
+                progress.say(
+                    f"{signal.Signals(signum).name}: {len(running)} runs save and end; again ends at once"
+                )
+                for each in running:
+                    each.process.send_signal(signum)
+            if parent is not None:
+                _adopt(sweep, parent)
+            time.sleep(POLL)
+    finally:
+        for each in running:  # after an error of our own: their input ends, and they do
+            each.process.stdin.close()  # type: ignore[union-attr]
+    return states, why
+
+
+def _start(sweep: Sweep, child: Child, progress: Progress) -> _Running:
+    place = sweep.folder / CHILDREN
+    place.mkdir(exist_ok=True)
+    config = place / f"{child.name}.yaml"
+    with whole(config) as draft:
+        draft.write_text(child.config.to_yaml())
+    progress.begins(child)
+    follower = Follower(child.config.run_dir, _Rows(child, progress))
+    with _said(sweep, child).open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lowbit_dist.sweep.child", str(config)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C in a terminal is for the sweep, which hands it on
+        )
+    return _Running(child, process, follower)
+
+
+def _said(sweep: Sweep, child: Child) -> Path:
+    return sweep.folder / CHILDREN / f"{child.name}.txt"
+
+
+@dataclass
+class _Rows:
+    """Hands on a child's rows; its events are in its log."""
+
+    child: Child
+    progress: Progress
+
+    def say(self, text: str) -> None:
+        pass
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        self.progress.row(self.child, row)
+
+
+def _ended(sweep: Sweep, child: Child, code: int) -> tuple[State, str]:
+    if code == 0:
+        return "finished", ""
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGINT):
+        return "stopped", "stopped by a signal"
+    lines = _said(sweep, child).read_text(errors="replace").splitlines()
+    if code < 0:
+        return "failed", f"its process died ({signal.Signals(-code).name}); see {_said(sweep, child)}"
+    return "failed", lines[-1].partition(" ")[2] if lines else f"exit code {code}"
+
+
+# ------------------------------------------------------------------ MLflow
+
+
+def _parent(sweep: Sweep) -> "tracking.Parent | None":
+    """The sweep's own run, where its children's runs are; None if they are nowhere, or in several places."""
+    places = {(each.config.tracking.mlflow, each.config.tracking.experiment) for each in sweep.children}
+    if len(places) > 1:
+        return None
+    ((uri, experiment),) = places
+    return None if uri is None else tracking.Parent(uri, experiment, sweep.name, sweep.folder)
+
+
+def _adopt(sweep: Sweep, parent: "tracking.Parent") -> None:
+    for child in sweep.children:
+        if (run_id := tracking.noted_run_id(child.config.run_dir)) is not None:
+            tags = {"sweep": sweep.name, "label": child.label, "seed": str(child.seed)}
+            parent.adopt(run_id, tags)

@@ -1,0 +1,329 @@
+"""Sweeps: what a file defines, what is wrong with others, and one that is interrupted and goes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowbit_dist import runs
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.methods import METHODS
+from lowbit_dist.sweep import Sweep, running
+from lowbit_dist.tracking import Parent
+
+BASE = "data: {path: data}\nrun: {name: base}\ntrain: {steps: 10}\n"
+SMALL = "sweep: {name: s}\nbase: base.yaml\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def from_text(text, base=BASE):
+        (tmp_path / "base.yaml").write_text(base)
+        (tmp_path / "sweep.yaml").write_text(text)
+        return Sweep.load(tmp_path / "sweep.yaml")
+
+    return from_text
+
+
+# ------------------------------------------------------------------ what a file defines
+
+
+def test_each_label_has_a_child_for_each_seed(load):
+    sweep = load(
+        SMALL + "seeds: [3, 5]\nset: [train.steps=20]\nruns:\n"
+        "  dense: {method: {name: dense}, optimizer.states: fp32}\n"
+        "  fine: [method.grid=int8, optimizer.lr=2e-3, train.steps=30]\n"
+    )
+    assert sweep.folder == Path("runs/s")
+    assert [child.name for child in sweep.children] == [
+        "dense-seed3", "dense-seed5", "fine-seed3", "fine-seed5",
+    ]  # fmt: skip
+    expected = {
+        "run": {"name": "fine-seed5", "seed": 5, "dir": "runs/s"},
+        "data": {"path": "data"},
+        "method": {"name": "dqt", "grid": "int8"},
+        "optimizer": {"lr": 2e-3},
+        "train": {"steps": 30},
+    }
+    assert sweep.children[3].config == RunConfig.from_dict(expected, METHODS)
+    dense = sweep.children[0].config
+    assert (dense.method.name, dense.optimizer.states, dense.train.steps) == ("dense", "fp32", 20)
+
+
+def test_a_grid_is_every_combination_of_its_values_under_each_label(load):
+    grid = "grid: {optimizer.lr: [1.0e-3, 4.0e-3], method.grid: [ternary, int8]}\n"
+    names = ["lr-0.001-grid-ternary", "lr-0.001-grid-int8", "lr-0.004-grid-ternary", "lr-0.004-grid-int8"]
+    alone = load(SMALL + grid)
+    assert [child.label for child in alone.children] == names
+    lr_and_grid = [(each.config.optimizer.lr, each.config.method.grid) for each in alone.children]
+    assert lr_and_grid == [(1e-3, "ternary"), (1e-3, "int8"), (4e-3, "ternary"), (4e-3, "int8")]
+    both = load(SMALL + grid + "runs: {a: {precision: fp32}, b: {}}\n")
+    assert [each.label for each in both.children] == [f"{label}-{name}" for label in "ab" for name in names]
+    assert [each.config.precision for each in both.children] == ["fp32"] * 4 + ["bf16"] * 4
+
+
+@pytest.mark.parametrize(
+    ("grid", "labels"),
+    [
+        ("method: [{name: dense}, {name: dqt, grid: int8}]", ["method-dense", "method-dqt-int8"]),
+        ("train.clip_norm: [0, 0.5]", ["clip_norm-0", "clip_norm-0.5"]),
+        ("train.keep_every: [null, 100]", ["keep_every-null", "keep_every-100"]),
+        (
+            "{schedule.name: [linear], optimizer.name: [adamw]}",
+            ["schedule-name-linear-optimizer-name-adamw"],
+        ),
+        ("data.path: ['s3://a/b', data/c]", ["path-s3-a-b", "path-data-c"]),
+    ],
+)
+def test_labels_of_a_grid_are_made_of_its_values(grid, labels, load):
+    text = grid if grid.startswith("{") else f"{{{grid}}}"
+    assert [child.label for child in load(SMALL + f"grid: {text}\n").children] == labels
+
+
+def test_seeds_alone_repeat_the_base(load):
+    assert [child.name for child in load(SMALL + "seeds: [0, 1]\n").children] == ["base-seed0", "base-seed1"]
+    assert [child.name for child in load(SMALL).children] == ["base-seed0"]
+
+
+def test_the_example_is_a_sweep_of_eight_runs():
+    file = Path(__file__).parent.parent / "configs" / "sweep-methods.yaml"
+    children = Sweep.load(file).children
+    assert [child.name for child in children] == [
+        f"{label}-seed{seed}" for label in ("dense", "bitnet", "dqt-int8", "dqt-ternary") for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "sweep.name is required in"),
+        ("sweep: {name: s}", "base is required in"),
+        ("sweep: {name: s}\nbase: absent.yaml", "base (absent.yaml) does not exist beside"),
+        ("sweep: {name: 'a b'}\nbase: base.yaml", "sweep.name ('a b') must be at most 100 letters"),
+        ("sweep: {name: s, at_onec: 2}\nbase: base.yaml", "unknown name 'at_onec'; did you mean 'at_once'?"),
+        ("sweep: {name: s, at_once: 0}\nbase: base.yaml", "sweep.at_once (0) must be auto"),
+        (SMALL + "sedes: [1]", "unknown name 'sedes'; did you mean 'seeds'?"),
+        (SMALL + "seeds: 3", "seeds (3) must be different whole numbers from 0 up; write [0, 1]"),
+        (SMALL + "seeds: [1, 1]", "seeds ([1, 1]) must be different whole numbers"),
+        (SMALL + "seeds: [true]", "seeds ([True]) must be different whole numbers"),
+        (SMALL + "set: {run.seed: 4}", "must not set run: a child's name, seed and folder are the sweep's"),
+        (SMALL + "set: [train.steps]", "must be overrides; write {train.steps: 20}"),
+        (SMALL + "runs: [a, b]", "runs (['a', 'b']) must be labels with overrides"),
+        (SMALL + "runs: {a: 5}", "runs.a (5) must be overrides; write"),
+        (SMALL + "runs: {'a b': {}}", "runs.a b ('a b') must be at most 100 letters"),
+        (SMALL + "runs: {a: {train.stpes: 3}}", "a: train: unknown name 'stpes'; did you mean 'steps'?"),
+        (SMALL + "runs: {a: {optimizer.lr: big}}", "a: optimizer.lr ('big') must be a number"),
+        (SMALL + "runs: {a: {}, b: {train.steps: 10}}", "a and b are the same run; change one"),
+        (SMALL + "grid: {optimizer.lr: 0.1}", "must give optimizer.lr a list of values; write"),
+        (SMALL + "grid: {optimizer.lr: []}", "must give optimizer.lr a list of values"),
+        (SMALL + "grid: {optimizer.lr: [0.1, 0.1]}", "grid has lr-0.1 twice; leave out one"),
+        (SMALL + "grid: {run.seed: [0, 1]}", "must not set run: a child's name, seed"),
+        (SMALL + "grid: [1]", "grid ([1]) must be fields with lists of values"),
+        (SMALL + "grid: {method.grid: [ternary, int9]}", "grid-int9: method.grid ('int9') must be one of"),
+    ],
+)  # fmt: skip
+def test_a_wrong_sweep_is_answered_in_one_line(text, words, load):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_child_starts_if_one_cannot(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(json.dumps(small(cluster={"workers": 1})))
+    (tmp_path / "sweep.yaml").write_text(SMALL + "runs: {a: {}, b: {data.path: absent}}")
+    with pytest.raises(ConfigError, match=r"b-seed0: data.path \(absent\) does not exist"):
+        running.run(Sweep.load(tmp_path / "sweep.yaml"), Told())
+    assert not (tmp_path / "runs" / "s").exists(), "nothing is left behind"
+
+
+# ------------------------------------------------------------------ how many at once
+
+
+@pytest.mark.parametrize(
+    ("cluster", "cpus", "gpus", "n"),
+    [
+        ({"workers": 2}, 8, 0, 4),
+        ({"workers": 2}, 7, 0, 3),
+        ({"workers": 4}, 2, 0, 0),
+        ({"workers": 2, "cpus_per_worker": 0.1}, 0.6, 0, 3),
+        ({"workers": 2}, 64, 4, 2),
+        ({"workers": 2, "gpus_per_worker": 0.5}, 64, 4, 4),
+        ({"workers": 2, "gpus_per_worker": 0}, 8, 4, 4),
+    ],
+)
+def test_as_many_children_run_at_once_as_find_processors(cluster, cpus, gpus, n, small):
+    config = RunConfig.from_dict(small(cluster=cluster, train={"batch_tokens": 512}), METHODS)
+    assert running._places(config, cpus, gpus) == n
+
+
+# ------------------------------------------------------------------ MLflow
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+
+
+def client(store):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{store}")
+
+
+def test_a_parent_adopts_its_children_and_carries_the_comparison(store, tmp_path):
+    parent = Parent(f"sqlite:///{store}", "sweeps", "methods", tmp_path)
+    (tmp_path / "comparison.md").write_text("| a |")
+    assert parent.finish("KILLED", [], "half of it")
+    experiment = client(store).get_experiment_by_name("sweeps").experiment_id
+    child = client(store).create_run(experiment)
+
+    again = Parent(f"sqlite:///{store}", "sweeps", "methods", tmp_path)
+    again.adopt(child.info.run_id, {"label": "dense", "seed": "1"})
+    again.adopt("f" * 32, {})  # of a store that was deleted: nothing waits for it
+    assert again.finish("FINISHED", [tmp_path / "comparison.md"], "all of it")
+    assert again.run_id == parent.run_id
+    run = client(store).get_run(parent.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "methods"
+    assert run.data.tags["mlflow.note.content"] == "all of it"
+    assert [each.path for each in client(store).list_artifacts(parent.run_id)] == ["comparison.md"]
+    tags = client(store).get_run(child.info.run_id).data.tags
+    assert tags.items() >= {"mlflow.parentRunId": parent.run_id, "label": "dense", "seed": "1"}.items()
+
+
+def test_a_parent_whose_server_is_down_keeps_nobody_waiting_and_comes_later(store, tmp_path):
+    begun = time.monotonic()
+    parent = Parent("http://127.0.0.1:9", "sweeps", "late", tmp_path)
+    parent.adopt("f" * 32, {})
+    assert time.monotonic() - begun < 1
+    assert not parent.finish("FINISHED", [], "")
+    assert parent.run_id is None
+    assert not (tmp_path / ".mlflow_run_id").exists()
+    again = Parent(f"sqlite:///{store}", "sweeps", "late", tmp_path)
+    assert again.finish("FINISHED", [], "")
+    assert (tmp_path / ".mlflow_run_id").read_text() == again.run_id
+    assert client(store).get_run(again.run_id).info.status == "FINISHED"
+
+
+# ------------------------------------------------------------------ a sweep, interrupted
+
+
+class Told:
+    """Remembers what it is told; `at(child, row)` is called with each row."""
+
+    def __init__(self, at=lambda child, row: None):
+        self.said, self.begun, self.ended, self.at = [], [], {}, at
+
+    def say(self, text):
+        self.said.append(text)
+
+    def begins(self, child):
+        self.begun.append(child.name)
+
+    def row(self, child, row):
+        self.at(child, row)
+
+    def ends(self, child, state, why):
+        self.ended[child.name] = (state, why)
+
+
+def test_a_child_ends_when_its_sweep_has_gone(small, tmp_path):
+    config = tmp_path / "child.yaml"
+    config.write_text(json.dumps(small(cluster={"workers": 1})))
+    command = [sys.executable, "-m", "lowbit_dist.sweep.child", str(config)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), done.stdout
+    assert not (tmp_path / "small" / "summary.json").exists()
+
+
+def test_a_sweep_runs_once_at_a_time(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(json.dumps(small(cluster={"workers": 1})))
+    (tmp_path / "sweep.yaml").write_text(SMALL)
+    sweep = Sweep.load(tmp_path / "sweep.yaml")
+    sweep.folder.mkdir(parents=True)
+    with running._alone(sweep), pytest.raises(ConfigError, match=r"sweep.name \(s\) is being run by another"):
+        running.run(sweep, Told())
+
+
+@pytest.mark.timeout(900)
+def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
+    small, store, corpus, tmp_path, monkeypatch, lowbit
+):
+    monkeypatch.chdir(tmp_path)
+    train = {"steps": 12, "batch_tokens": 256, "log_every": 2, "eval_every": 12, "save_every": 12}
+    tracking = {"mlflow": f"sqlite:///{store}", "experiment": "sweeps"}
+    base = small(train=train, cluster={"workers": 1}, tracking=tracking)
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    file = tmp_path / "sweep.yaml"
+    start = "sweep: {name: s, at_once: 1}\nbase: base.yaml\nruns:\n"
+    kept = "  first: {}\n  last: {method.grid: int8, train.steps: 400, train.eval_every: 400}\n"
+    shutil.copytree(corpus, tmp_path / "gone")
+    file.write_text(start + "  lost: {data.path: gone}\n" + kept)
+
+    class Interrupting(Told):
+        def begins(self, child):
+            super().begins(child)
+            if child.label == "lost":  # it was there when the children were checked
+                shutil.rmtree(tmp_path / "gone")
+
+        def row(self, child, row):
+            if child.label == "last" and row["step"] == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    told = Interrupting()
+    outcome = running.run(Sweep.load(file), told)
+    assert told.begun == ["lost-seed0", "first-seed0", "last-seed0"]
+    assert outcome.signum == signal.SIGTERM
+    assert outcome.states == {"lost-seed0": "failed", "first-seed0": "finished", "last-seed0": "stopped"}
+    assert list(outcome.why) == ["lost-seed0"]
+    assert "data.path (gone) does not exist" in outcome.why["lost-seed0"]
+    assert [group["group"] for group in outcome.comparison["groups"]] == ["first", "last"]
+    assert client(store).get_run(outcome.mlflow_run_id).info.status == "KILLED"
+    folder = tmp_path / "runs" / "s"
+    stopped = runs.read(folder / "last-seed0")
+    assert stopped.state == "stopped"
+    assert 4 <= stopped.step < 400
+    before = (folder / "first-seed0" / "summary.json").stat()
+
+    file.write_text(start + kept.replace("400", "60"))  # another number of steps is another run
+    wrong = lowbit("sweep", file)
+    assert wrong.returncode == 2
+    assert "last-seed0" in wrong.stderr
+    assert "train.steps: 400 -> 60" in wrong.stderr
+
+    file.write_text(start + kept)
+    done = lowbit("sweep", file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "first-seed0 starts" not in done.stderr
+    assert "last-seed0 starts" in done.stderr
+    found = json.loads(done.stdout)
+    assert [child["state"] for child in found["children"]] == ["finished", "finished"]
+    assert [group["finished"] for group in found["groups"]] == [1, 1]
+    after = (folder / "first-seed0" / "summary.json").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino), "it was not run again"
+    rows = runs.read(folder / "last-seed0").rows
+    assert [row["step"] for row in rows] == list(range(2, 401, 2))
+
+    assert found["mlflow_run_id"] == outcome.mlflow_run_id
+    parent = client(store).get_run(found["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    assert "| first | 1 |" in parent.data.tags["mlflow.note.content"]
+    assert {each.path for each in client(store).list_artifacts(parent.info.run_id)} == {
+        "sweep.yaml", "comparison.md", "comparison.csv", "loss-against-tokens.png", "loss-against-bytes.png",
+    }  # fmt: skip
+    children = client(store).search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    assert {(each.data.tags["label"], each.data.tags["seed"], each.info.status) for each in children} == {
+        ("first", "0", "FINISHED"),
+        ("last", "0", "FINISHED"),
+    }
