@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster
+from lowbit_dist import cluster, pulse
 from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, session
 from lowbit_dist.config import ConfigError, RunConfig
@@ -396,6 +396,40 @@ def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_
     assert any(" died (" in text and "restart 1 of at most 10" in text for text in told.said), told.said
     assert summary["restarts"] == 1
     assert summary["digest"] == results["digest"]
+
+
+def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(run, results, ray):
+    stopped, found = [], []
+
+    def stop(row):
+        if row["step"] >= 6 and not stopped:
+            worker = pulse.pulses(config.run_dir)[1]
+            os.kill(worker["pid"], signal.SIGSTOP)
+            stopped.append((worker["pid"], time.monotonic()))
+
+    def note(text):
+        if "does not run" in text and not found:
+            found.append(time.monotonic())
+
+    config = configuration(run("stopped", cluster={"hang_timeout": 8}))
+    told = Told(stop)
+    told.say = lambda text: (told.said.append(text), note(text))
+    summary = cluster.launch(config, progress=told)
+    (pid, began), (noticed,) = stopped[0], found
+    assert 8 <= noticed - began <= 8 + 30
+    assert summary["restarts"] == 1
+    assert summary["digest"] == results["digest"]
+    log = (config.run_dir / "log.txt").read_text()
+    assert f"launcher: worker 1 (process {pid} on " in log
+    assert "does not run: no progress after step" in log
+    of_0, of_1 = log.split("stacks of the workers:")[1].split("  worker 1 (process")
+    assert "worker 0 (process" in of_0
+    assert "State: T (stopped)" in of_1
+    for stack in (of_0, of_1):
+        assert '"TrainingThread' in stack
+        assert "run (lowbit_dist/train.py:" in stack
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def wait_for_the_writer(content):
