@@ -113,12 +113,20 @@ def session_folder(launcher: int) -> str:
 
     Short, for the names of sockets may have 107 characters.
     """
-    return f"lowbit-ray-{launcher}-"
+    return f"lowbit-ray-{launcher}-{_numbering()}-"
 
 
 def remove_left_sessions(launcher: int) -> None:
     """Folders of this launcher, and of those that were killed; their processes died with them."""
-    for folder in Path("/tmp").glob("lowbit-ray-*-*"):
+    for folder in Path("/tmp").glob(f"lowbit-ray-*-{_numbering()}-*"):
         pid = folder.name.split("-")[2]
         if pid == str(launcher) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _numbering() -> str:
+    """Where a process's number means that process: a container that shares /tmp has its own numbers."""
+    try:
+        return f"{os.stat('/proc/self/ns/pid').st_ino & 0xFFFFF:x}"
+    except OSError:  # another system than Linux
+        return "0"
