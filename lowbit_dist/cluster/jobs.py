@@ -46,7 +46,8 @@ class Jobs:
                 f"--address ({self.address}) must be http://HOST:PORT of the cluster's dashboard; write "
                 f"{LOCAL}, for example"
             )
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for noisy in ("ray", "ray.dashboard"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         os.environ["RAY_API_SERVER_ADDRESS"] = (
             self.address
         )  # Ray prefers what it finds there, or in RAY_ADDRESS
@@ -201,22 +202,28 @@ class Jobs:
         return f"{run}-{max(attempts, default=0) + 1}"
 
     def _await_checks(self, job: str, say: Callable[[str], None]) -> None:
+        """Hand on what the job says; its last line, if it ends with exit code 2, is the user's mistake."""
         told = 0
         while True:
             is_over = self._is_over(job)
             lines = [line for line in self._logs(job).splitlines() if line.startswith("lowbit: ")]
-            for line in lines[told:]:
-                said = line.removeprefix("lowbit: ")
-                if is_over and line == lines[-1] and self.exit_code(job) == 2:
-                    raise ConfigError(said)
-                say(said)
-                if said.startswith(CHECKED):
-                    return
-            told = len(lines)
-            if is_over:
-                if self.exit_code(job):
-                    info = self._info(job)
-                    raise RuntimeError(f"job {job} ended before its workers started: {info.message}")
+            lines = [line.removeprefix("lowbit: ") for line in lines]
+            is_checked = any(line.startswith(CHECKED) for line in lines)
+            last = len(lines) if is_over or is_checked else len(lines) - 1
+            code = self.exit_code(job) if is_over else 0
+            if code == 2 and lines:
+                raise ConfigError(lines[-1])
+            for line in lines[told:last]:
+                say(line)
+            told = max(told, last)
+            if code:
+                why = (
+                    lines[-1]
+                    if lines
+                    else next(iter(self._info(job).message.splitlines()), "no reason given")
+                )
+                raise RuntimeError(f"job {job} ended before its workers started: {why}")
+            if is_over or is_checked:
                 return
             time.sleep(POLL)
 
