@@ -56,6 +56,8 @@ def _clean_path(value: Any) -> Any:
 def _path_type(value: Any) -> Any:
     if not isinstance(value, str | Path | None):
         raise _rule(f"must be the path of a file or folder; {quoted(value)}")
+    if isinstance(value, str) and "://" in value:
+        raise _rule("must be a folder, no URL; mount the store as a folder that all machines share")
     return _clean_path(value)
 
 
@@ -87,11 +89,16 @@ def _auto_or(least: float, unit: str) -> Callable[[Any], Any]:
 
 def _workers(value: Any) -> Any:
     """A number, or {min: ..., max: ...}."""
-    if isinstance(value, WorkerRange) or not isinstance(value, Mapping):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if isinstance(value, WorkerRange) or (whole and 1 <= value <= MOST_WORKERS):
-            return value
-        raise _rule(f"must be a whole number from 1 to {MOST_WORKERS}, or {{min: 2, max: 8}}")
+    if isinstance(value, WorkerRange):
+        return value
+    if type(value) is int:
+        if value < 1:
+            raise _rule("must be at least 1; write 1 or more")
+        if value > MOST_WORKERS:
+            raise _rule(f"must be at most {MOST_WORKERS}; write {MOST_WORKERS} or less")
+        return value
+    if not isinstance(value, Mapping):
+        raise _rule("must be a whole number, or a range like {min: 2, max: 8}")
     numbers = [value.get(name) for name in ("min", "max")]
     if set(value) != {"min", "max"} or not all(type(n) is int and 1 <= n <= MOST_WORKERS for n in numbers):
         raise _rule(f"must have min and max, whole numbers from 1 to {MOST_WORKERS}, like {{min: 2, max: 8}}")

@@ -551,6 +551,15 @@ CASES = {
     "a run's folder that cannot be written": (
         NOTHING, "train run.yaml run.dir=/proc",
         ("run.dir (/proc)", "/proc/small cannot be written", "write a folder")),
+    "a run's folder that is a URL": (
+        NOTHING, "train run.yaml run.dir=s3://bucket/runs",
+        ("run.dir ('s3://bucket/runs')", "must be a folder, no URL", "mount the store")),
+    "a range of workers upside down": (
+        NOTHING, "train run.yaml 'cluster.workers={min: 4, max: 2}'",
+        ("cluster.workers (", "must have a min of at most its max", "write {min: 2, max: 4}")),
+    "a range of workers without a divisor": (
+        NOTHING, "train run.yaml 'cluster.workers={min: 3, max: 3}'",
+        ("cluster.workers ({min: 3, max: 3})", "must contain a divisor of", "the nearest is")),
     "a run's folder in a file": (
         NOTHING, "train run.yaml run.dir=words.txt",
         ("run.dir (words.txt)", "cannot be written", "write a folder")),

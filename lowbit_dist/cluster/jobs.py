@@ -46,8 +46,8 @@ class Jobs:
                 f"--address ({self.address}) must be http://HOST:PORT of the cluster's dashboard; write "
                 f"{LOCAL}, for example"
             )
-        for noisy in ("ray", "ray.dashboard"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        for noisy in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{noisy}").setLevel(logging.WARNING)
         os.environ["RAY_API_SERVER_ADDRESS"] = (
             self.address
         )  # Ray prefers what it finds there, or in RAY_ADDRESS
