@@ -6,23 +6,27 @@ command -v prometheus >/dev/null || { echo "install Prometheus first: apt-get in
 here=$(cd "$(dirname "$0")" && pwd)
 port=${PORT:-9090}
 data=${DATA:-$HOME/.cache/lowbit/prometheus}
-links=/tmp/lowbit-ray
-mkdir -p "$data" "$links"
+targets=/tmp/lowbit-ray
+mkdir -p "$data" "$targets"
 
-# A run without a cluster has a Ray of its own, in a folder of its own, and Prometheus looks for names that vary in one
-# folder alone: there each session gets a link, for as long as it lives.
-link_sessions() {
+# A run without a cluster has a Ray of its own in a folder of its own, and Prometheus looks for names that vary in one
+# folder alone: there goes each session's list of targets, for as long as the session lives.
+collect_targets() {
     while true; do
-        find "$links" -xtype l -delete
-        for file in /tmp/lowbit-ray-*/prom_metrics_service_discovery.json; do
-            if [ -e "$file" ]; then ln -sfn "$file" "$links/$(basename "$(dirname "$file")").json"; fi
+        for list in "$targets"/*.json; do
+            [ -e "/tmp/$(basename "$list" .json)" ] || rm -f "$list"
+        done
+        for session in /tmp/lowbit-ray-*; do
+            list="$targets/$(basename "$session").json"
+            cp "$session/prom_metrics_service_discovery.json" "$list.new" 2>/dev/null && mv "$list.new" "$list"
         done
         sleep 5
     done
 }
-link_sessions &
-trap 'kill $!' EXIT
-
-echo "Prometheus: http://127.0.0.1:$port, data in $data"
+collect_targets &
 prometheus --config.file="$here/prometheus.yml" --web.listen-address="127.0.0.1:$port" \
-    --storage.tsdb.path="$data" --log.level=warn
+    --storage.tsdb.path="$data" --log.level=warn &
+trap 'kill $(jobs -p) 2>/dev/null' EXIT
+trap exit INT TERM
+echo "Prometheus: http://127.0.0.1:$port, data in $data"
+wait -n  # Prometheus ends by itself only when it cannot start
