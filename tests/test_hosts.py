@@ -162,7 +162,7 @@ def test_what_the_cluster_lacks_is_answered_in_one_line_before_a_worker_starts(c
     for change, answer in (
         ("cluster.workers=4", "(4) x cluster.cpus_per_worker (1) are 4 CPUs, but the Ray cluster has 2"),
         (f"data.path={tmp_path}/absent", "does not exist"),
-        ("run.dir=/tmp/ray/mine", "node1 (10.231.7.2) does not see /tmp/ray/mine/lacking"),
+        ("run.dir=/tmp/ray/mine", "does not see /tmp/ray/mine/lacking; write a folder that all"),
     ):  # fmt: skip
         code, stdout, stderr = cluster.lowbit("submit", file, change)
         assert (code, stdout) == (2, ""), stderr

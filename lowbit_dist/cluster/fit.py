@@ -22,7 +22,6 @@ from lowbit_dist.cluster.probe import CHECKED, probe
 from lowbit_dist.cluster.session import ray_session
 from lowbit_dist.cluster.watch import Watch
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.memory import Room
 
 COLLECTIVE_TIMEOUT = 1800  # seconds
 HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on other machines get too
@@ -121,7 +120,7 @@ class _Fit:
             if not machines:
                 least = self.config.worker_counts()[-1]
                 return Failure(f"the cluster has no room for {least} worker{'' if least == 1 else 's'}")
-            self._probe(machines)
+            self._probe(machines, gpus_per_worker(self.config, gpus))
             n = len(machines)
         each = gpus_per_worker(self.config, gpus)
         settings = {
@@ -142,18 +141,16 @@ class _Fit:
             return Change(watch.wish)
         return outcome
 
-    def _probe(self, machines: list[str]) -> None:
+    def _probe(self, machines: list[str], gpus: float) -> None:
         """ConfigError unless each machine that is new to the run can carry it."""
         new = [node for node in nodes(machines) if node.id not in self.probed]
         if not new:
             return
         self.say(f"asking {len(new)} machine{'' if len(new) == 1 else 's'} for packages, data and folders")
-        answers = probe(self.config, new)
+        room = probe(self.config, new, gpus=gpus)
         self.probed |= {node.id for node in new}
-        if answers and not self.config.cluster.gpus_per_worker:
-            room = Room(
-                "the smallest machine", min(one["memory"] for one in answers), machines=len(set(machines))
-            )
+        if room is not None:
+            room = room._replace(machines=len(set(machines)))
             vocab_size = data.read_manifest(self.config.data.path).vocab_size
             memory.check_memory(self.config.with_workers(len(machines)), vocab_size, room)
         self.say(f"{CHECKED}{', '.join(sorted(node.name for node in new))} can carry the run")

@@ -7,11 +7,14 @@ import platform
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit_dist.answers import why_not_writable
 from lowbit_dist.cluster.nodes import Node
 from lowbit_dist.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:  # it imports torch, and others here want to be quick
+    from lowbit_dist.memory import Room
 
 # What must be the same everywhere: these exchange tensors, pickles or messages with one another.
 PACKAGES = ("torch", "deepspeed", "ray", "mosaicml-streaming", "transformers", "numpy", "safetensors")
@@ -20,9 +23,10 @@ MARK = ".reach"  # in the run's folder, while machines look for it
 SECONDS = 120
 
 
-def probe(config: RunConfig, machines: list[Node]) -> list[dict[str, Any]]:
-    """What each of `machines` said of itself; ConfigError, naming the machine, if it cannot carry the run.
+def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> Room | None:
+    """The memory of the smallest of `machines`, if known; ConfigError if one cannot carry the run.
 
+    gpus: of each worker
     A machine that does not answer in time is left to those who watch the workers.
     """
     import ray
@@ -36,7 +40,7 @@ def probe(config: RunConfig, machines: list[Node]) -> list[dict[str, Any]]:
         tasks = [
             ask.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-            ).remote(config.to_dict(), os.getcwd())
+            ).remote(config.to_dict(), os.getcwd(), bool(gpus))
             for node in machines
         ]
         done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=SECONDS)
@@ -47,9 +51,16 @@ def probe(config: RunConfig, machines: list[Node]) -> list[dict[str, Any]]:
                 answer = ray.get(task)
                 _check(config, f"machine {node.name} ({node.ip})", answer, here, word)
                 answers.append(answer)
-        return answers
     finally:
         mark.unlink(missing_ok=True)
+    from lowbit_dist.memory import Room
+
+    least = min((answer["memory"] for answer in answers), default=0)
+    if not least:  # a GPU that a task without one is not shown
+        return None
+    if gpus:
+        return Room("the smallest GPU of the cluster", int(least * min(1, gpus)), on_gpu=True)
+    return Room("the smallest machine", least)
 
 
 def packages() -> dict[str, str]:
@@ -67,16 +78,24 @@ def packages() -> dict[str, str]:
     return found | {"lowbit-dist": sha.hexdigest()[:12]}
 
 
-def examine(content: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Run on a machine of the cluster: what it has, and sees of the run's folder and of its data."""
+def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any]:
+    """Run on a machine of the cluster: what it has, and sees of the run's folder and of its data.
+
+    `memory`: bytes that are free, or on GPUs those of the smallest one
+    """
     from lowbit_dist import data
-    from lowbit_dist.memory.machine import available_memory
+    from lowbit_dist.memory.machine import available_memory, smallest_gpu
     from lowbit_dist.methods import METHODS
 
     if os.path.isdir(folder):
         os.chdir(folder)
     config = RunConfig.from_dict(content, METHODS)
-    found: dict[str, Any] = {"packages": packages(), "memory": available_memory(), "word": None, "data": None}
+    found: dict[str, Any] = {
+        "packages": packages(),
+        "memory": smallest_gpu() if on_gpu else available_memory(),
+        "word": None,
+        "data": None,
+    }
     with contextlib.suppress(OSError):
         found["word"] = (config.run_dir / MARK).read_text()
     found["writable"] = why_not_writable(config.run_dir) if found["word"] else None

@@ -42,10 +42,18 @@ def room_here(config: RunConfig) -> Room:
     if not gpus or asked == 0:
         return Room("this machine", max(0, available_memory() - RAY))
     each = 1 if asked == "auto" else asked
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
     return Room(
-        "a GPU of this machine", int(smallest * min(1, each)), on_gpu=True, most_workers=int(gpus / each)
+        "a GPU of this machine",
+        int(smallest_gpu() * min(1, each)),
+        on_gpu=True,
+        most_workers=int(gpus / each),
     )
+
+
+def smallest_gpu() -> int:
+    """Bytes of the smallest of this machine's GPUs; 0 without one."""
+    gpus = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(i).total_memory for i in gpus), default=0)
 
 
 def available_memory() -> int:
