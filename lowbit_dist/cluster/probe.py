@@ -1,5 +1,7 @@
 """Whether every machine of a cluster can carry a run: asked of each before a worker starts."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os
