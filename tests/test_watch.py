@@ -166,3 +166,24 @@ def test_a_line_of_bars_shows_the_lowest_and_the_highest():
     assert bars == plots.BLOCKS
     assert plots.spark([], 8) == "" and plots.spark([2.0, 2.0], 2) == "▁▁"
     assert len(plots.spark(list(range(1000)), 30)) == 30
+
+
+def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, monkeypatch):
+    """Steps of 3 seconds: the first, every fourth, and whatever is no ordinary row."""
+    from lowbit_dist.cli import console
+
+    seconds = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: seconds)
+    lines = console.Lines(RunConfig.from_dict(small(train={"steps": STEPS}), METHODS))
+    news = {14: {"val_loss": 3.5}, 19: {"skipped_steps": 3}, 20: {"skipped_steps": 3}}
+    for step in (*range(1, 21), STEPS):
+        lines.row(row(step) | news.get(step, {}))
+        seconds += 3.0
+    printed = capsys.readouterr().err.splitlines()
+    steps = [int(re.match(r"lowbit: step (\d+)/40  ", line)[1]) for line in printed]
+    assert steps == [1, 5, 9, 13, 14, 18, 19, STEPS]
+    assert printed[4] == (
+        "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  flips 1.25%  600 B/worker  "
+        "2 skipped  3 restarts"
+    )
+    assert max(map(len, printed)) < 120

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from lowbit_dist.config import RunConfig
 
+QUIET = 10.0  # seconds between two lines about the same thing
 Answer = Callable[[Mapping[str, Any], Callable[["Console"], None]], None]
 
 
@@ -58,17 +60,25 @@ def finite(value: Any) -> Any:
 
 
 class Lines:
-    """Progress where nobody watches: a line for each event and for each row of the log."""
+    """Progress where nobody watches, as in the log of a job that runs for days: a line for each event, and
+    for rows one in ten seconds; one with a validation loss, a skipped step, a return or a restart always.
+    """
 
     def __init__(self, config: "RunConfig"):
         self.config = config
+        self._next = 0.0  # when an ordinary row is due
+        self._counts: list[Any] = []
 
     def say(self, text: str) -> None:
         print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        words = [f"step {row.get('step')}/{self.config.train.steps}", *in_words(row, self.config).values()]
-        self.say("  ".join(words))
+        now, step, steps = time.monotonic(), row.get("step"), self.config.train.steps
+        counts = [row.get(name) for name in ("skipped_steps", "rollbacks", "restarts")]
+        is_new = "val_loss" in row or counts != self._counts or step == steps
+        if is_new or now >= self._next:
+            self._next, self._counts = now + QUIET, counts
+            self.say("  ".join([f"step {step}/{steps}", *in_words(row, self.config).values()]))
 
 
 class Bar:
@@ -113,7 +123,7 @@ def following(config: "RunConfig") -> Iterator[Lines | Bar]:
 
 
 def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
-    """A row of `metrics.jsonl` as it is read: loss, speed, time left, memory."""
+    """A row of `metrics.jsonl` as it is read: loss, speed, time left, flips, memory, and what went wrong."""
     words = {}
     for key, name in (("loss", "loss"), ("val_loss", "val")):
         if isinstance(row.get(key), int | float):
@@ -123,10 +133,13 @@ def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
         words["rate"] = f"{rate:,.0f} tokens/s"
         left = (config.train.steps - row.get("step", 0)) * config.train.batch_tokens / rate
         words["left"] = f"{duration(left)} left"
+    if isinstance(row.get("flip_rate"), int | float):
+        words["flips"] = f"flips {row['flip_rate']:.2%}"
     if isinstance(row.get("resident_bytes"), int | float):
         words["memory"] = f"{in_bytes(row['resident_bytes'])}/worker"
-    if row.get("skipped_steps"):
-        words["skipped"] = f"{row['skipped_steps']} skipped"
+    for key, name in (("skipped_steps", "skipped"), ("rollbacks", "rollbacks"), ("restarts", "restarts")):
+        if row.get(key):
+            words[name] = f"{row[key]} {name}"
     return words
 
 
