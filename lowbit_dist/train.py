@@ -148,7 +148,7 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
             val_loss = evaluate(engine, config, manifest)
         summary: dict[str, Any] = {
             "run": config.run.name,
-            "mlflow_run_id": position.mlflow_run_id,
+            "mlflow_run_id": position.mlflow_run_id if tracker is None else tracker.run_id,
             "steps": position.step,
             "tokens": position.tokens,
             "train_loss": position.train_loss,

@@ -1,8 +1,15 @@
-"""Tracking against real MLflow on SQLite, and against a server that is not there."""
+"""Tracking against real MLflow on SQLite, and against a server that is not there, hangs or dies."""
 
+import contextlib
 import json
 import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -358,3 +365,96 @@ def test_bars_in_a_terminal_are_as_long_as_their_numbers():
         "dense     " + "▓" * 40 + " 4.00",
         "          bytes per parameter: █ low-bit weights (codes)   ▓ other weights   ░ optimizer states",
     ]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A tracking server; `server.start()` also after it was killed."""
+    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", "2")):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    made = Server(tmp_path)
+    made.start()
+    yield made
+    made.signal(signal.SIGKILL)
+
+
+class Server:
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1",
+                "--port", self.uri.rpartition(":")[2],
+                "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
+                "--artifacts-destination", str(self.folder / "artifacts"),
+            ],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 240
+        while True:
+            with contextlib.suppress(OSError):
+                return urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+            assert time.monotonic() < deadline, "the server never answered"
+            time.sleep(0.2)
+
+    def signal(self, signum):
+        os.killpg(self.process.pid, signum)
+        if signum == signal.SIGKILL:
+            self.process.wait()
+
+    def steps(self, run_id):
+        from mlflow.tracking import MlflowClient
+
+        return [point.step for point in MlflowClient(self.uri).get_metric_history(run_id, "loss")]
+
+
+def arrive(server, run_id, expected):
+    deadline = time.monotonic() + 120
+    while (found := server.steps(run_id)) != expected:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(900)
+def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_back(config, server):
+    tracker = tracking.Tracker(config(server.uri, name="outage"), step=0, run_id=None)
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0, "tokens": step})
+    arrive(server, tracker.run_id, [1, 2])
+
+    server.signal(signal.SIGSTOP)  # it takes connections, and never answers
+    for step in (3, 4):
+        tracker.log(step, {"loss": 1.0, "tokens": step})
+    while not tracker._mlflow.warned:
+        time.sleep(0.1)
+    tracker.log(5, {"loss": 1.0, "tokens": 5})
+    server.signal(signal.SIGCONT)
+    arrive(server, tracker.run_id, [1, 2, 3, 4, 5])
+
+    server.signal(signal.SIGKILL)
+    for step in (6, 7):
+        tracker.log(step, {"loss": 1.0, "tokens": step})
+    while not tracker._mlflow.warned:
+        time.sleep(0.1)
+    server.start()
+    tracker.log(8, {"loss": 1.0, "tokens": 8})
+    tracker.finish("FINISHED", SUMMARY)
+    assert server.steps(tracker.run_id) == list(range(1, 9))
+
+
+def test_a_server_that_takes_connections_and_never_answers_delays_no_start(config, monkeypatch):
+    monkeypatch.setattr(mlflow_run, "START_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begun = time.monotonic()
+        tracker = tracking.Tracker(
+            config(f"http://127.0.0.1:{silent.getsockname()[1]}", name="silent"), step=0, run_id=None
+        )
+        assert time.monotonic() - begun < 10, "MLflow's own patience is 20 s, twice"
+        tracker.log(1, {"loss": 1.0, "tokens": 1})
+    assert tracker.run_id is None
+    assert [row["step"] for row in record.rows_of(tracker.folder / tracking.METRICS)] == [1]

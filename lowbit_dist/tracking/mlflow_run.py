@@ -18,6 +18,7 @@ RUN_ID = ".mlflow_run_id"
 PARAM_LIMIT = 6000  # characters, MLflow's own
 BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
 METRIC_LIMIT = 1000  # of one request, MLflow's own
+START_SECONDS = 10.0  # that training waits for a server
 FLUSH_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,11 @@ class MlflowRun:
         self.warned = False
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
-        self._attempt(self._connected)
+        self.has_tried = threading.Event()
         self.thread = threading.Thread(target=self._feed, name="mlflow", daemon=True)
         self.thread.start()
+        # A database takes the time that it takes; a server may take a connection and never answer.
+        self.has_tried.wait(START_SECONDS if self.uri.startswith("http") else None)
 
     def _connected(self) -> Any:
         """A client whose run is there and running; after an error, found or made again."""
@@ -138,6 +141,8 @@ class MlflowRun:
         client.set_terminated(self.run_id, status)
 
     def _feed(self) -> None:
+        self._attempt(self._connected)
+        self.has_tried.set()
         pause = 1.0
         while True:
             with self.changed:
