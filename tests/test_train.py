@@ -207,3 +207,20 @@ def step_with_infinite_gradient(configuration):
     ]
     engine.close()
     return update.skipped, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_levels_of_latent_weights_do_not_depend_on_the_number_of_workers(stage, ranks, small):
+    found = []
+    for world in (1, 2):
+        content = small(
+            run={"name": f"latent{world}"}, method={"name": "bitnet"}, zero={"stage": stage},
+            optimizer={"states": "fp32"}, train={"steps": 2, "log_every": 1},
+        )  # fmt: skip
+        ranks(world).run(train, content)
+        lines = Path(content["run"]["dir"], f"latent{world}", "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+    for one, two in zip(*found, strict=True):
+        assert one["zero_fraction"] == pytest.approx(two["zero_fraction"], abs=1e-3)
+        assert one["flip_rate"] == pytest.approx(two["flip_rate"], abs=1e-3)
+    assert 0.2 < found[0][0]["zero_fraction"] < 0.5 and found[0][1]["flip_rate"] > 0
