@@ -46,8 +46,6 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
     batches = data.Batches(config.data, "train", config.run.seed)
     position = _resume(config, engine)
     tracker = _start_tracking(config, position) if engine.rank == 0 else None
-    if tracker is not None:
-        position = replace(position, mlflow_run_id=tracker.run_id)
     saver = _saver(config, engine, manifest)
     gauges = _start_gauges(config, engine, manifest, restarts)
     size, steps, first = config.train.micro_batch, config.train.steps, position.step + 1
@@ -126,12 +124,16 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
                 with clock.paused():
                     val_loss = evaluate(engine, config, manifest, beat=partial(beat, "eval", step))
                 metrics |= _quality(val_loss, manifest)
-            if tracker is not None and metrics:
-                tracker.log(step, metrics)
-                gauges.log(metrics)
+            if tracker is not None:
+                tracker.begin()  # not before the first step, for which all workers wait
+                if metrics:
+                    tracker.log(step, metrics)
+                    gauges.log(metrics)
             _check_recovers(config, position, loss, update, limit)
             if _is_due(step, config.train.save_every, steps):
                 beat("save", step)
+                if tracker is not None:
+                    position = replace(position, mlflow_run_id=tracker.run_id_so_far)
                 with clock.paused():
                     saver.save(engine.shards, position)
                 beat("step", step)

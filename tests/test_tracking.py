@@ -96,6 +96,7 @@ def test_a_resumed_run_is_the_same_run_and_no_step_stands_twice(config, store):
 
     # the newest checkpoint is of step 20: step 30 is measured again
     second = tracking.Tracker(config(), step=20, run_id=first.run_id)
+    assert second.run_id == first.run_id
     assert client(store).get_run(first.run_id).info.status == "RUNNING"
     for step in (30, 40):
         second.log(step, {"loss": 2.0, "tokens": step})
@@ -108,8 +109,9 @@ def test_a_resumed_run_is_the_same_run_and_no_step_stands_twice(config, store):
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_mlflow_run(config, store):
     first = tracking.Tracker(config(name="early"), step=0, run_id=None)
+    known = first.run_id
     again = tracking.Tracker(config(name="early"), step=0, run_id=None)
-    assert again.run_id == first.run_id
+    assert again.run_id == known is not None
     again.finish("FINISHED", SUMMARY)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import whole
@@ -18,7 +19,7 @@ RUN_ID = ".mlflow_run_id"
 PARAM_LIMIT = 6000  # characters, MLflow's own
 BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
 METRIC_LIMIT = 1000  # of one request, MLflow's own
-START_SECONDS = 10.0  # that training waits for a server
+START_SECONDS = 10.0  # that whoever asks for the run's number waits for a server
 FLUSH_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,20 @@ class MlflowRun:
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
         self.has_tried = threading.Event()
-        self.thread = threading.Thread(target=self._feed, name="mlflow", daemon=True)
-        self.thread.start()
-        # A database takes the time that it takes; a server may take a connection and never answer.
+        self.told = False
+        self.thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Look for the store, beside whatever goes on here; the first row does so, too."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._feed, name="mlflow", daemon=True)
+            self.thread.start()
+
+    def await_try(self) -> None:
+        """Wait until the store was looked for once: a database takes the time that it takes, but a server may
+        take a connection and never answer.
+        """
+        self.begin()
         self.has_tried.wait(START_SECONDS if self.uri.startswith("http") else None)
 
     def _connected(self) -> Any:
@@ -84,6 +96,9 @@ class MlflowRun:
             client.log_batch(self.run_id, params=params[first : first + BATCH])
         histories = (client.get_metric_history(self.run_id, key) for key in ("tokens", "loss", "val_loss"))
         self.last = max((point.step for history in histories for point in history), default=0)
+        if not self.told:
+            self.told = True
+            log.info("MLflow: %s", link(self.uri, run.info.experiment_id, run.info.run_id))
 
     def _note(self) -> None:
         """Keep the run's number in the folder, where a run without a checkpoint finds it."""
@@ -100,6 +115,7 @@ class MlflowRun:
             self.note_failed = True
 
     def send(self, row: dict[str, Any]) -> None:
+        self.begin()
         with self.changed:
             self.waiting.append(row)
             self.changed.notify_all()
@@ -112,10 +128,12 @@ class MlflowRun:
 
     def close(self) -> bool:
         """Send what waits and end the thread; whether all is sent."""
+        self.begin()
         self.flush(FLUSH_SECONDS)
         with self.changed:
             self.closing = True
             self.changed.notify_all()
+        assert self.thread is not None, "it has begun"
         self.thread.join(timeout=FLUSH_SECONDS)
         return not self.waiting and not self.thread.is_alive()
 
@@ -195,6 +213,15 @@ class MlflowRun:
             return False
         self.warned = False
         return True
+
+
+def link(uri: str, experiment: str, run_id: str) -> str:
+    """Where a person finds a run, without a password that the URI may have."""
+    parts = urlsplit(uri)
+    parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    if parts.scheme in ("http", "https"):
+        return f"{urlunsplit(parts).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return f"run {run_id} in {parts.scheme}://{parts.netloc}{parts.path}"
 
 
 def settle_mlflow() -> None:

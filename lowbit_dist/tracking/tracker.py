@@ -33,7 +33,20 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
+        """Of the MLflow run; waits until its store was looked for. None without one, or while it is down."""
+        if self._mlflow is not None:
+            self._mlflow.await_try()
+        return self.run_id_so_far
+
+    @property
+    def run_id_so_far(self) -> str | None:
+        """The same without waiting."""
         return None if self._mlflow is None else self._mlflow.run_id
+
+    def begin(self) -> None:
+        """Look for MLflow's store, which takes seconds that training need not wait for."""
+        if self._mlflow is not None:
+            self._mlflow.begin()
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One row, in the file when this returns if there is room; values that are missing are left out."""
