@@ -118,6 +118,10 @@ down() {
         rm -f "$file"
     done
     rm -rf "$folders"
+    # Where Ray notes the last cluster: a client without an address would look for this one.
+    if [ "$(cat /tmp/ray/ray_current_cluster 2>/dev/null)" = "$address" ]; then
+        rm -f /tmp/ray/ray_current_cluster
+    fi
 }
 
 case ${1:-} in

@@ -9,6 +9,8 @@ export RAY_health_check_initial_delay_ms=5000 RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=5
 # Ray's workers have a niceness of 15 otherwise, and starve beside anything else that computes.
 export RAY_worker_niceness=${RAY_worker_niceness:-0}
+# Seconds that a node which is told to end waits for its work; a run has then saved its checkpoint already.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-5}
 
 ray=
 stop() {
