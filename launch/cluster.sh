@@ -83,7 +83,7 @@ up() {
 The cluster is up: $nodes nodes with $cpus processors each, logs in .cluster/.
 Its dashboard is http://127.0.0.1:$dashboard, and asks for the token in ~/.ray/auth_token.
 
-    source .venv/bin/activate; export RAY_AUTH_MODE=token
+    source .venv/bin/activate
     lowbit submit configs/quickstart.yaml --address http://127.0.0.1:$dashboard --follow
 
 It ends with: bash launch/cluster.sh down

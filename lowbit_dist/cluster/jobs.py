@@ -38,6 +38,7 @@ class Jobs:
 
     def __init__(self, address: str | None = None):
         """`address`: of Ray's dashboard; RAY_API_SERVER_ADDRESS, or this machine's, if None."""
+        _show_token()
         from ray.job_submission import JobSubmissionClient
 
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or LOCAL
@@ -246,6 +247,13 @@ def absolute(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
     )
+
+
+def _show_token() -> None:
+    """Ray's client keeps its token to itself unless it is told otherwise before it is imported."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if os.environ.get("RAY_AUTH_TOKEN") or file.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _check_answers(address: str) -> None:
