@@ -45,10 +45,14 @@ def sh(*commands):
 
 
 class NetCluster:
-    """A head without processors for workers (host 0), and `hosts` others with `cpus` each."""
+    """A head without processors for workers (host 0), and `hosts` others with `cpus` each.
 
-    def __init__(self, folder, *, hosts=2, cpus=1, token):
-        self.folder, self.hosts, self.cpus, self.token = Path(folder), hosts, cpus, token
+    mbit: what each host may send, in Mbit/s; without it nothing but the processors sets the pace
+    """
+
+    def __init__(self, folder, *, hosts=2, cpus=1, mbit=None, token):
+        self.folder, self.hosts, self.cpus, self.mbit = Path(folder), hosts, cpus, mbit
+        self.token = token
         self.processes = {}
         here = Path(sys.executable).parent
         self.env = {
@@ -87,6 +91,8 @@ class NetCluster:
                     f"ip -n {n} link set eth0 up",
                     f"ip -n {n} link set lo up",
                 )
+                if self.mbit is not None:
+                    sh(f"tc -n {n} qdisc add dev eth0 root tbf rate {self.mbit}mbit burst 64k latency 400ms")
             self.start(0)
             self.wait_for(1)
             for i in range(1, self.hosts + 1):

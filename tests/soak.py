@@ -213,6 +213,7 @@ def main():
     parser.add_argument("--gap", type=float, default=95, help="seconds of training before each, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--mbit", type=float, help="what each host may send, in Mbit/s: steps take longer")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--kinds", nargs="*", choices=KINDS)
     options = parser.parse_args()
@@ -243,7 +244,7 @@ def main():
     expected = alone(configuration("calm"), folder)
     kinds = options.kinds or [kind for kind, n in KINDS.items() for _ in range(n)]
     plan = (kinds * options.kills)[: options.kills] if options.kinds else rng.sample(kinds, options.kills)
-    with NetCluster(folder / "hosts", token=secrets.token_hex(32)) as cluster:
+    with NetCluster(folder / "hosts", mbit=options.mbit, token=secrets.token_hex(32)) as cluster:
         shared = shared_memory(cluster)
         rain = Rain(cluster, folder / "rain", plan, rng, options.gap)
         thread = threading.Thread(target=rain.run, daemon=True)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from lowbit_dist.tracking import METRICS
 
 LOG = "log.txt"  # what the workers log
+TRACEBACK = "Traceback (most recent call last):"
 
 
 class Progress(Protocol):
@@ -33,7 +34,7 @@ class Follower:
     def read(self) -> None:
         for line in self.log.lines():
             # A traceback stays in the file: its last line comes with the failure.
-            if line[:2].isdigit():
+            if line[:2].isdigit() and not line.endswith(TRACEBACK):
                 self.progress.say(line.partition(" ")[2])
         for line in self.metrics.lines():
             with contextlib.suppress(ValueError):
