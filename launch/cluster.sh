@@ -7,6 +7,9 @@
 # of the processors; NODE_OPTIONS go to `ray start` of each node.
 source "$(dirname "$0")/setup.sh"
 
+# Its nodes end themselves soon after the head has: it cannot come back while there are any of the one before.
+export RAY_gcs_rpc_server_reconnect_timeout_s=10
+
 state=$PWD/.cluster      # process numbers and logs
 folders=/tmp/ray-$UID    # of Ray, for sockets: their names must be short
 port=${PORT:-6379} dashboard=${DASHBOARD:-8265}

@@ -39,7 +39,23 @@ watch() {
     done
 }
 
+# Ray starts a head without its dashboard, and so without jobs, where the port is not free yet, as it is for a minute
+# after a head has died.
+await_dashboard_port() {
+    local option waited
+    for option in "$@"; do
+        [[ $option == --dashboard-port=* ]] || continue
+        for ((waited = 0; waited < 90; waited++)); do
+            python -c 'import socket, sys; socket.socket().bind(("127.0.0.1", int(sys.argv[1])))' \
+                "${option#*=}" 2>/dev/null && break
+            sleep 1 &
+            wait $!
+        done
+    done
+}
+
 while true; do
+    await_dashboard_port "$@"
     ${RAY_COMMAND:-ray} start "$@" --disable-usage-stats --block &
     ray=$!
     watch
