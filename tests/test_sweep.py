@@ -186,6 +186,10 @@ def test_a_parent_adopts_its_children_and_carries_the_comparison(store, tmp_path
     child = client(store).create_run(experiment)
 
     again = Parent(f"sqlite:///{store}", "sweeps", "methods", tmp_path)
+    deadline = time.monotonic() + 30
+    while client(store).get_run(parent.run_id).info.status != "RUNNING":
+        assert time.monotonic() < deadline, "the sweep goes on, and its run does not say so"
+        time.sleep(0.1)
     again.adopt(child.info.run_id, {"label": "dense", "seed": "1"})
     again.adopt("f" * 32, {})  # of a store that was deleted: nothing waits for it
     assert again.finish("FINISHED", [tmp_path / "comparison.md"], "all of it")
