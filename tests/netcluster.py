@@ -16,14 +16,6 @@ import time
 from pathlib import Path
 
 SUBNET = "10.231.7"
-# So that a lost host is known after some five seconds.
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "3000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "4",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-}
 
 
 def why_not():
@@ -57,7 +49,6 @@ class NetCluster:
         here = Path(sys.executable).parent
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-            **HEALTH,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",

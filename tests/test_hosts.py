@@ -204,6 +204,7 @@ def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks
     assert after_power_cut < CONTINUES
     assert after_partition < CONTINUES
     log = cluster.lowbit("logs", "storm-1")[1]
+    # By default Ray takes a minute to believe that a host without network is lost.
     assert "machine node1 (10.231.7.2) has not answered for" in log
     assert log.count("there is room for 2 workers instead of 1") == 2
     print(f"went on after {after_power_cut:.0f} s without power, {after_partition:.0f} s without network")
