@@ -139,7 +139,7 @@ def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
         words["memory"] = f"{in_bytes(row['resident_bytes'])}/worker"
     for key, name in (("skipped_steps", "skipped"), ("rollbacks", "rollbacks"), ("restarts", "restarts")):
         if row.get(key):
-            words[name] = f"{row[key]} {name}"
+            words[name] = f"{row[key]} {name if row[key] != 1 else name.removesuffix('s')}"
     return words
 
 

@@ -105,10 +105,17 @@ class Jobs:
         if not follow:
             yield self._logs(job)
             return
-        seen = 0
+        seen, answered = 0, time.monotonic()
         while True:
-            is_over = self._is_over(job)
-            text = self._logs(job)
+            try:
+                is_over = self._is_over(job)
+                text = self._logs(job)
+            except _Refused:  # the dashboard may be back in a moment, and the job does not need it
+                if time.monotonic() - answered > GRACE:
+                    raise
+                time.sleep(POLL)
+                continue
+            answered = time.monotonic()
             if len(text) > seen:
                 yield text[seen:]
                 seen = len(text)
@@ -283,6 +290,8 @@ def _answered(address: str, ask: Callable[[], Any]) -> Any:
                 f"--address ({address}) refuses the token (401); set RAY_AUTH_TOKEN to the cluster's, or put "
                 "it into ~/.ray/auth_token"
             ) from None
+        if isinstance(error, OSError):  # of the connection: requests' own are among them
+            raise _Refused(f"{address} does not answer any more ({type(error).__name__})") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise _Refused(f"{address}: {lines[-1] if lines else type(error).__name__}") from error
 
