@@ -234,14 +234,13 @@ def main():
             "precision": "fp32",
             "train": {
                 "steps": options.steps, "batch_tokens": 2048, "micro_batch": 2, "reproducible": True,
-                "log_every": 1, "eval_every": options.steps, "eval_samples": 4, "save_every": 5,
+                "log_every": 1, "eval_every": options.steps, "eval_samples": 4, "save_every": 3,
                 "keep_last": 2,
             },
             "cluster": {"workers": {"min": 1, "max": 2}, "max_failures": 1000, "hang_timeout": 20},
             "tracking": {"mlflow": uri},
         }  # fmt: skip
 
-    expected = alone(configuration("calm"), folder)
     kinds = options.kinds or [kind for kind, n in KINDS.items() for _ in range(n)]
     plan = (kinds * options.kills)[: options.kills] if options.kinds else rng.sample(kinds, options.kills)
     with NetCluster(folder / "hosts", mbit=options.mbit, token=secrets.token_hex(32)) as cluster:
@@ -258,6 +257,7 @@ def main():
         left = {i: sorted(files - shared.get(i, set())) for i, files in shared_memory(cluster).items()}
         left_workers = workers()
     found = json.loads((folder / "rain" / "summary.json").read_text())
+    expected = alone(configuration("calm"), folder)
     kept = rows(folder / "rain")
     useful = sum(
         after["time"] - before["time"]

@@ -170,7 +170,7 @@ def test_what_the_cluster_lacks_is_answered_in_one_line_before_a_worker_starts(c
 
 
 def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks):
-    content, file = run("storm", 110)
+    content, file = run("storm", 260)
     undisturbed = ranks(2).run(train, {**content, "run": {**content["run"], "name": "alone"}})[0]["digest"]
     code, _, stderr = cluster.lowbit("submit", file)
     assert code == 0, stderr
@@ -197,9 +197,9 @@ def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks
     code, stdout, stderr = cluster.lowbit("submit", file, "--follow", "--json", timeout=600)
     assert code == 0, stderr
     assert json.loads(stdout)["job"] == "storm-2"
-    assert f"lowbit: step {before + 1}/110" in stderr
+    assert f"lowbit: step {before + 1}/260" in stderr
 
-    assert seen.steps() == list(range(1, 111))
+    assert seen.steps() == list(range(1, 261))
     assert Checkpoint.open(resolve(seen.folder)).digest() == undisturbed
     assert after_power_cut < CONTINUES
     assert after_partition < CONTINUES

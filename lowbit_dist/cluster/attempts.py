@@ -40,11 +40,12 @@ def train_until_done(
     restarts = 0  # of this launch
     before: tuple[str | None, Path | None] | None = None
     driver: Driver | None = None
+    probed: set[str] = set()
     try:
         while True:
-            driver = driver or Driver(config, work)
+            driver = driver or Driver(config, work, probed)
             driver.fit(_count_start(config))
-            outcome = _followed(driver, follower, config, signals)
+            outcome = _followed(driver, follower, config, signals, probed)
             if isinstance(outcome, dict):
                 return outcome
             if isinstance(outcome, ConfigError):
@@ -87,7 +88,9 @@ def _count_start(config: RunConfig) -> int:
     return earlier
 
 
-def _followed(driver: Driver, follower: Follower, config: RunConfig, signals: Signals) -> Outcome:
+def _followed(
+    driver: Driver, follower: Follower, config: RunConfig, signals: Signals, probed: set[str]
+) -> Outcome:
     """One attempt, to its end."""
     signals.are_noted = True
     asked = False
@@ -97,7 +100,10 @@ def _followed(driver: Driver, follower: Follower, config: RunConfig, signals: Si
                 if kind == "ended":
                     follower.read()
                     return content  # type: ignore[no-any-return]
-                follower.progress.say(content)
+                if kind == "probed":
+                    probed |= content
+                else:
+                    follower.progress.say(content)
             follower.read()
             if signals.received is not None and not asked:
                 asked = True

@@ -49,7 +49,8 @@ Outcome = dict[str, Any] | Failure | Change | ConfigError | None  # None: asked 
 class Driver:
     """The process, with Ray and the workers on this machine."""
 
-    def __init__(self, config: RunConfig, work: Work):
+    def __init__(self, config: RunConfig, work: Work, probed: set[str]):
+        """probed: machines that are known to be able to carry the run"""
         import cloudpickle
 
         ours, theirs = socket.socketpair()
@@ -65,7 +66,9 @@ class Driver:
                 start_new_session=True,
             )
         self._pipe = Connection(ours.detach())
-        self._send(cloudpickle.dumps({"config": config, "launcher": os.getpid(), "work": work}))
+        self._send(
+            cloudpickle.dumps({"config": config, "launcher": os.getpid(), "work": work, "probed": probed})
+        )
 
     def fit(self, restarts: int) -> None:
         """Begin an attempt."""
@@ -76,7 +79,9 @@ class Driver:
             self._pipe.send(message)
 
     def messages(self, seconds: float) -> Iterator[tuple[str, Any]]:
-        """What it says: ("say", an event's text) and at the end of an attempt ("ended", its Outcome)."""
+        """What it says: ("say", an event's text), ("probed", machines), and in the end
+        ("ended", an Outcome).
+        """
         try:
             while self._pipe.poll(seconds):
                 yield self._pipe.recv()

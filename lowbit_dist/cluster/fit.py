@@ -54,7 +54,7 @@ def main() -> None:
     try:
         with ray_session(job["launcher"], say):
             _ignore_signals()  # Ray has handlers of its own
-            fit = _Fit(config, job["work"], storage, say, end)
+            fit = _Fit(config, job["work"], storage, job["probed"], pipe.send, end)
             busy.clear()
             while (restarts := wishes.get()) is not None:
                 busy.set()
@@ -90,12 +90,16 @@ class _Fit:
         config: RunConfig,
         work: Work,
         storage: Path,
-        say: Callable[[str], None],
+        probed: set[str],
+        tell: Callable[[tuple[str, Any]], None],
         end: Callable[[Failure], None],
     ):
-        self.config, self.work, self.storage, self.say, self.end = config, work, storage, say, end
+        self.config, self.work, self.storage, self.probed = config, work, storage, probed
+        self.tell, self.end = tell, end
         self.is_cluster = bool(os.environ.get("RAY_ADDRESS"))
-        self.probed: set[str] = set()  # machines that are known to be able to carry the run
+
+    def say(self, text: str) -> None:
+        self.tell(("say", text))
 
     def attempt(self, restarts: int) -> Outcome:
         try:
@@ -149,6 +153,7 @@ class _Fit:
         self.say(f"asking {len(new)} machine{'' if len(new) == 1 else 's'} for packages, data and folders")
         room = probe(self.config, new, gpus=gpus)
         self.probed |= {node.id for node in new}
+        self.tell(("probed", self.probed))
         if room is not None:
             room = room._replace(machines=len(set(machines)))
             vocab_size = data.read_manifest(self.config.data.path).vocab_size

@@ -10,7 +10,7 @@ from lowbit_dist.cluster.checks import gpus_per_worker
 from lowbit_dist.config import RunConfig
 
 ANSWER = 3.0  # seconds that a machine has to take a connection
-SETTLE = 6.0  # seconds for which a smaller number of places must stay the same before it is taken
+SETTLE = 3.0  # seconds for which a smaller number of places must stay the same before it is taken
 RETURN = 60.0  # seconds that a start waits, for start_timeout: auto
 
 
@@ -109,7 +109,10 @@ def await_places(config: RunConfig, say: Callable[[str], None]) -> list[str]:
                 return []
             if not told and now - began > SETTLE:
                 told = True
-                say(f"waiting up to {timeout:.0f} s for machines: there is room for {len(found)} workers")
+                say(
+                    f"waiting up to {timeout:.0f} s for machines: there is room for {len(found)} of "
+                    f"{config.workers} workers"
+                )
                 _request(config)
             time.sleep(0.5)
     finally:

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from lowbit_dist import tokenizer
 from lowbit_dist.answers import show
 from lowbit_dist.config import ConfigError, Data, RunConfig, Section
+from lowbit_dist.data.library import import_streaming
 from lowbit_dist.files import whole
 
 FORMAT = 1  # of the prepared folder
@@ -69,6 +70,7 @@ def is_remote(path: str) -> bool:
 
 def download(url: str, file: Path) -> None:
     """Copy one file here.  `file://` is a folder that is slow or shared: it is read once, into the cache."""
+    import_streaming()
     from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 
     source = url.removeprefix("file://")

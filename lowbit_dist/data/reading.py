@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, Data
+from lowbit_dist.data.library import import_streaming
 from lowbit_dist.data.manifest import (
     HASH,
     Manifest,
@@ -168,6 +169,7 @@ class _Shards:
     """
 
     def __init__(self, path: str, split: str, folder: Path, manifest: Manifest):
+        import_streaming()
         from streaming.base.format.mds.reader import MDSReader
 
         self.path, self.split, self.folder = path.rstrip("/") or path, split, folder
@@ -240,6 +242,7 @@ class _Shards:
                 info = zipped or raw
                 data = self._checked_read(info.basename, info.hashes[HASH])
                 if zipped is not None:
+                    import_streaming()
                     from streaming.base.compression import decompress
 
                     data = decompress(reader.compression, data)
@@ -305,6 +308,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _hash(data: bytes) -> str:
+    import_streaming()
     from streaming.base.hashing import get_hash
 
     return get_hash(HASH, data)

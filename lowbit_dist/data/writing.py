@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lowbit_dist import tokenizer
 from lowbit_dist.config import ConfigError
 from lowbit_dist.data import documents
+from lowbit_dist.data.library import import_streaming
 from lowbit_dist.data.manifest import FORMAT, HASH, MANIFEST, SPLITS, is_remote, read_manifest
 from lowbit_dist.files import is_full, sync, whole
 
@@ -440,6 +441,7 @@ class _Writer:
 
 class _SplitWriter:
     def __init__(self, folder: Path, settings: _Writer):
+        import_streaming()
         from streaming import MDSWriter
 
         self.folder = folder
