@@ -1,6 +1,6 @@
 """A soak run: a job on a cluster of hosts under a rain of failures, against the same run left alone.
 
-    python tests/soak.py --kills 20 --gap 95 --steps 2800 --seed 1
+    python tests/soak.py --kills 20 --gap 75 --steps 2000 --mbit 600 --seed 1
 
 Kills workers, a job's own processes, workers in each phase of a save, while they load and while they start;
 cuts a host's power or pulls its cable, and brings it back; stops a worker's process.  A job that has died is
@@ -210,9 +210,9 @@ def mlflow_steps(uri, run_id):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--gap", type=float, default=95, help="seconds of training before each, on average")
+    parser.add_argument("--gap", type=float, default=75, help="seconds of training before each, on average")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--mbit", type=float, help="what each host may send, in Mbit/s: steps take longer")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--kinds", nargs="*", choices=KINDS)
@@ -233,7 +233,7 @@ def main():
             "data": {"path": str(folder / "data"), "seq_len": 64},
             "precision": "fp32",
             "train": {
-                "steps": options.steps, "batch_tokens": 2048, "micro_batch": 2, "reproducible": True,
+                "steps": options.steps, "batch_tokens": 1024, "micro_batch": 2, "reproducible": True,
                 "log_every": 1, "eval_every": options.steps, "eval_samples": 4, "save_every": 3,
                 "keep_last": 2,
             },
