@@ -8,4 +8,5 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff format --check lowbit_dist tests
 ruff check lowbit_dist tests
 mypy
-pytest "$@"
+# Two files of tests at a time: half of what they do is to wait for processes that start.
+pytest --numprocesses 2 --dist loadfile "$@"
