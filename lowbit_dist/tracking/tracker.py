@@ -97,9 +97,9 @@ class Tracker:
 
 def end(config: RunConfig, status: str) -> None:
     """The MLflow run of workers that are gone: the rows that it has not got, the chart and its status."""
-    noted = noted_run_id(config.run_dir)
-    if config.tracking.mlflow is not None and noted is not None:
-        rows = rows_of(config.run_dir / METRICS)
+    noted, rows = noted_run_id(config.run_dir), rows_of(config.run_dir / METRICS)
+    # Workers that died early have not looked for the store yet; their rows are here.
+    if config.tracking.mlflow is not None and (noted is not None or rows):
         Tracker(config, step=rows[-1]["step"] if rows else 0, run_id=noted).finish(status)
 
 
