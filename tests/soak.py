@@ -39,7 +39,7 @@ KINDS = {
     "worker": 6, "power": 3, "network": 2, "driver": 3, "stopped": 1,
     "save: folder": 1, "save: file": 1, "save: published": 1, "load": 1, "start": 1,
 }  # fmt: skip
-BACK = (5, 40)  # seconds after which a host is back
+BACK = (5, 25)  # seconds after which a host is back
 
 
 def workers():
