@@ -39,7 +39,8 @@ KINDS = {
     "worker": 6, "power": 3, "network": 2, "driver": 3, "stopped": 1,
     "save: folder": 1, "save: file": 1, "save: published": 1, "load": 1, "start": 1,
 }  # fmt: skip
-BACK = (5, 25)  # seconds after which a host is back
+# Seconds after which a host is back; a network that is away for less than 12 s costs no restart.
+BACK = {"power": (5, 25), "network": (18, 35)}
 
 
 def workers():
@@ -105,7 +106,7 @@ class Rain:
                 self.cluster.power_off(i)
             else:
                 self.cluster.link(i, "down")
-            threading.Timer(self.rng.uniform(*BACK), self._bring_back, (kind, i)).start()
+            threading.Timer(self.rng.uniform(*BACK[kind]), self._bring_back, (kind, i)).start()
             return True
         if kind == "start":  # the workers of the start that follows one more death
             starts = pulse.count_starts(self.run_dir)
