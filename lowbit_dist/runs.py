@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,20 @@ def is_running(folder: Path) -> bool:
     except OSError:  # never launched; or a file system without locks
         return False
     return False
+
+
+@contextlib.contextmanager
+def locked(folder: Path, complaint: str) -> Iterator[None]:
+    """ConfigError with `complaint` while another process holds the lock of a run's or a sweep's folder.
+
+    The lock ends with its process, whatever ends it.
+    """
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(complaint) from None
+        yield
 
 
 def note_failure(folder: Path, error: BaseException | None) -> None:

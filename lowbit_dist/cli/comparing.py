@@ -174,18 +174,9 @@ class Bars:
     """A sweep's progress in a terminal: a bar for each run that trains, and one for all."""
 
     def __init__(self, loaded: "Sweep"):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn
+        from rich.progress import TaskID
 
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[words]}"),
-            console=Console(stderr=True, highlight=False),
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        self.progress = console.bars()
         self.whole = self.progress.add_task(loaded.name, total=len(loaded.children), words="")
         self.tasks: dict[str, TaskID] = {}
         self.known: dict[str, dict[str, str]] = {}

@@ -13,6 +13,7 @@ from lowbit_dist.answers import in_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
     from lowbit_dist.config import RunConfig
 
@@ -85,19 +86,8 @@ class Bar:
     """Progress in a terminal: events scroll by above one bar."""
 
     def __init__(self, config: "RunConfig"):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
         self.config = config
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[words]}"),
-            console=Console(stderr=True, highlight=False),
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        self.progress = bars()
         self.task = self.progress.add_task(config.run.name, total=config.train.steps, words="")
         self.known: dict[str, str] = {}
 
@@ -109,6 +99,22 @@ class Bar:
     def row(self, row: Mapping[str, Any]) -> None:
         self.known |= in_words(row, self.config)
         self.progress.update(self.task, completed=row.get("step", 0), words="  ".join(self.known.values()))
+
+
+def bars() -> "Progress":
+    """Bars on stderr, each with `words` behind it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[words]}"),
+        console=Console(stderr=True, highlight=False),
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
 
 
 @contextlib.contextmanager

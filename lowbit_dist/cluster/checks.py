@@ -1,11 +1,9 @@
 """What can be known to be wrong with a launch before any worker starts."""
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -179,18 +177,15 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     return summary if summary.get("steps") == config.train.steps else None
 
 
-@contextlib.contextmanager
-def alone(config: RunConfig) -> Iterator[None]:
-    """ConfigError if this run is being launched already; the lock ends with its process, whatever ends it."""
-    with (config.run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"run.name ({config.run.name}) is being trained by another process; wait for it, "
-                "or write another name"
-            ) from None
-        yield
+def alone(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """ConfigError if this run is being launched already."""
+    from lowbit_dist import runs
+
+    return runs.locked(
+        config.run_dir,
+        f"run.name ({config.run.name}) is being trained by another process; wait for it, "
+        "or write another name",
+    )
 
 
 def _divides(config: RunConfig, workers: int) -> bool:

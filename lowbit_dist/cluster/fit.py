@@ -114,6 +114,7 @@ class _Fit:
 
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        each = gpus_per_worker(self.config, gpus)
         machines: list[str] | None = None
         if not self.is_cluster:
             n = check_workers(self.config, cpus=cpus, gpus=gpus, place="this machine")
@@ -124,9 +125,8 @@ class _Fit:
             if not machines:
                 least = self.config.worker_counts()[-1]
                 return Failure(f"the cluster has no room for {least} worker{'' if least == 1 else 's'}")
-            self._probe(machines, gpus_per_worker(self.config, gpus))
+            self._probe(machines, each)
             n = len(machines)
-        each = gpus_per_worker(self.config, gpus)
         settings = {
             "config": self.config.to_dict(),
             "folder": os.getcwd(),

@@ -61,7 +61,6 @@ class Jobs:
         ConfigError with the cluster's answer if something is.
         """
         config = absolute(config)
-        self._refuse_second(config.run.name)
         job = self._next_name(config.run.name)
         with tempfile.TemporaryDirectory(prefix="lowbit-job-") as folder:
             package = Path(__file__).parent.parent
@@ -190,21 +189,18 @@ class Jobs:
             loop.run_until_complete(pieces.aclose())
             loop.close()
 
-    def _refuse_second(self, run: str) -> None:
-        active = [
-            each["job"] for each in self.list() if each["run"] == run and not _has_ended(each["status"])
-        ]
+    def _next_name(self, run: str) -> str:
+        """RUN-ATTEMPT: the cluster refuses a name that it has had; ConfigError while a job trains the run."""
+        known = self.list()
+        active = [each["job"] for each in known if each["run"] == run and not _has_ended(each["status"])]
         if active:
             raise ConfigError(
                 f"run.name ({run}) is being trained by job {active[0]}; follow it by `lowbit logs "
                 f"{active[0]} --follow`, stop it by `lowbit stop {active[0]}`, or write another name"
             )
-
-    def _next_name(self, run: str) -> str:
-        """RUN-ATTEMPT: the cluster refuses a name that it has had."""
         attempts = [
             int(number)
-            for name, _, number in (each["job"].rpartition("-") for each in self.list())
+            for name, _, number in (each["job"].rpartition("-") for each in known)
             if name == run and number.isdigit()
         ]
         return f"{run}-{max(attempts, default=0) + 1}"

@@ -6,7 +6,6 @@ sweep is gone does so too, and is waited for when the sweep is started again.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -116,18 +115,12 @@ def _began(child: Child) -> bool:
     return runs.is_run(child.config.run_dir)
 
 
-@contextlib.contextmanager
-def _alone(sweep: Sweep) -> Iterator[None]:
+def _alone(sweep: Sweep) -> contextlib.AbstractContextManager[None]:
     """ConfigError if this sweep is being run already."""
-    with (sweep.folder / runs.LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"sweep.name ({sweep.name}) is being run by another process; wait for it, "
-                "or write another name"
-            ) from None
-        yield
+    return runs.locked(
+        sweep.folder,
+        f"sweep.name ({sweep.name}) is being run by another process; wait for it, or write another name",
+    )
 
 
 @contextlib.contextmanager
