@@ -24,6 +24,7 @@ BASELINES = ".baselines.json"  # the planned memory of what the run is compared 
 LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
 RUNS = Path("runs")
+TRIES, PAUSE = 5, 0.05  # seconds: who only looks whether a run is running has its lock for a moment
 
 State = Literal["finished", "running", "stopped", "failed"]
 
@@ -102,10 +103,14 @@ def locked(folder: Path, complaint: str) -> Iterator[None]:
     The lock ends with its process, whatever ends it.
     """
     with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(complaint) from None
+        for tries_left in reversed(range(TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise ConfigError(complaint) from None
+                time.sleep(PAUSE)
         yield
 
 

@@ -136,6 +136,22 @@ class NetCluster:
         """Put a host's cable in ("up") or pull it ("down")."""
         sh(f"ip -n lbbr link set {self.ns(i)}b {state}")
 
+    def drain(self, i, seconds=120):
+        """Announce that a host will be taken away, as a provider of preemptible machines does."""
+        summary = json.loads(self.get("/nodes?view=summary")[1])["data"]["summary"]
+        (node,) = [
+            each["raylet"]["nodeId"]
+            for each in summary
+            if each["ip"] == self.ip(i) and each["raylet"]["state"] == "ALIVE"
+        ]
+        process = self.run(
+            "ray", "drain-node", "--address", f"{self.ip(0)}:6379", "--node-id", node,
+            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the test takes it",
+            "--deadline-remaining-seconds", str(seconds), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+
     def run(self, *command, i=0, token=True, **kwargs):
         """A command on the network of a host, with the cluster's token or without one."""
         env = {**self.env, "RAY_API_SERVER_ADDRESS": self.address}

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import threading
 import time
 
 import pytest
@@ -81,6 +82,14 @@ def test_a_run_is_running_while_its_launcher_holds_the_lock(make):
         assert runs.read(folder).state == "running"
         assert runs.read(folder).summary is None, "what runs is not compared"
     assert runs.read(folder).state == "finished"
+
+
+def test_who_looks_whether_a_run_is_running_does_not_keep_it_from_starting(tmp_path):
+    with (tmp_path / runs.LOCK).open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with runs.locked(tmp_path, "taken"), pytest.raises(ConfigError, match="taken"):
+            runs.locked(tmp_path, "taken").__enter__()
 
 
 def test_names_mean_runs_and_sweeps_and_each_run_counts_once(make, place):

@@ -210,6 +210,32 @@ def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks
     print(f"went on after {after_power_cut:.0f} s without power, {after_partition:.0f} s without network")
 
 
+def test_a_host_that_will_be_taken_away_is_left_with_a_checkpoint(cluster, run, ranks):
+    content, file = run("preempted", 120)
+    undisturbed = ranks(2).run(train, {**content, "run": {**content["run"], "name": "alone"}})[0]["digest"]
+    code, _, stderr = cluster.lowbit("submit", file, "train.save_every=120")
+    assert code == 0, stderr
+    seen = Seen(content)
+    seen.wait_for_steps(3, workers=2)
+
+    cluster.drain(2)
+    seen.wait_for_steps(1, workers=1)
+    assert {each["host"] for each in seen.workers()} == {"node1"}
+    cluster.power_off(2)  # as whoever announced it does
+    code, log, stderr = cluster.lowbit("logs", "preempted-1", "--follow")
+    assert code == 0, stderr
+    cluster.start(2)
+    cluster.wait_for(3)
+
+    assert "node2 is about to be taken away" in log
+    assert seen.steps() == list(range(1, 121))
+    rows = [json.loads(line) for line in (seen.folder / "metrics.jsonl").read_text().splitlines()]
+    first = next(row["step"] for row in rows if row["restarts"])
+    assert first > 3, "no other checkpoint than that of leaving, and it was found"
+    summary = json.loads((seen.folder / "summary.json").read_text())
+    assert (summary["restarts"], summary["digest"]) == (1, undisturbed)
+
+
 def test_the_token_is_nowhere_to_be_read(cluster, tmp_path):
     """After the jobs above: not in the runs' folders, the cluster's logs, or any command line."""
     found = [

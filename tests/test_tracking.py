@@ -87,6 +87,43 @@ def test_a_run_has_its_parameters_metrics_charts_and_status(config, store):
     assert files == {"config.yaml", "loss.png", "memory.png"}
 
 
+def test_a_password_in_a_uri_is_not_in_mlflow(config, store):
+    made = config(name="secret")
+    made = made.model_copy(update={"data": made.data.model_copy(update={"path": "s3://me:xyzzy@bucket/set"})})
+    (made.run_dir / "config.yaml").write_text(made.to_yaml())
+    tracker = tracking.Tracker(made, step=0, run_id=None)
+    tracker.log(10, {"loss": 0.5})
+    tracker.finish("FINISHED", SUMMARY)
+    run = client(store).get_run(tracker.run_id)
+    assert run.data.params["data.path"] == "s3://bucket/set"
+    from mlflow.artifacts import load_text
+
+    text = load_text(f"{run.info.artifact_uri}/config.yaml")
+    assert "s3://bucket/set" in text
+    assert "xyzzy" not in text
+    assert "xyzzy" in (made.run_dir / "config.yaml").read_text(), "the run itself needs it"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://me:a@b@host:80/x?y=1", "https://host:80/x?y=1"),
+        ("postgresql://me:pass@db/mlflow", "postgresql://db/mlflow"),
+        ("sqlite:////folder/me@host.db", "sqlite:////folder/me@host.db"),
+        ("http://host:5000\nexperiment: me@home", "http://host:5000\nexperiment: me@home"),
+        ("none", "none"),
+    ],
+)
+def test_a_uri_is_shown_without_its_password(uri, shown):
+    assert tracking.without_password(uri) == shown
+
+
+def test_an_unusable_store_is_refused_without_its_password(config):
+    with pytest.raises(ConfigError) as refused:
+        tracking.check(config("oracle://me:xyzzy@db/mlflow"))
+    assert "(oracle://db/mlflow)" in str(refused.value)
+
+
 def test_a_resumed_run_is_the_same_run_and_no_step_stands_twice(config, store):
     first = tracking.Tracker(config(), step=0, run_id=None)
     for step in (10, 20, 30):

@@ -63,10 +63,9 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
         ("GPUs", "gpus_per_worker", gpus, gpus_per_worker(config, gpus)),
     ]
     for what, field, have, each in asked:
-        if n * each <= have * (1 + 1e-9):
+        if n <= (fit := times(have, each)):
             continue
-        fit = int(have / each * (1 + 1e-9))
-        suggested = max((m for m in range(1, fit + 1) if _divides(config, m)), default=None)
+        suggested = max((m for m in range(1, int(fit) + 1) if _divides(config, m)), default=None)
         ways = [] if suggested is None else [f"cluster.workers={suggested}"]
         if share := _share(have / n):
             ways.append(f"cluster.{field}={share:g}")
@@ -77,8 +76,13 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             f"{have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; write {' or '.join(ways)}"
         )
     return next(
-        m for m in config.worker_counts() if all(m * each <= have * (1 + 1e-9) for _, _, have, each in asked)
+        m for m in config.worker_counts() if all(m <= times(have, each) for _, _, have, each in asked)
     )
+
+
+def times(have: float, each: float) -> float:
+    """How often `each` is in `have`, though fractions are not exact; without end if nothing is asked."""
+    return int(have / each * (1 + 1e-9)) if each else float("inf")
 
 
 def check_answers(address: str) -> None:

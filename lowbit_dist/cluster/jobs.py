@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from lowbit_dist import tracking
 from lowbit_dist.cluster.probe import CHECKED
@@ -49,9 +49,8 @@ class Jobs:
             )
         for noisy in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{noisy}").setLevel(logging.WARNING)
-        os.environ["RAY_API_SERVER_ADDRESS"] = (
-            self.address
-        )  # Ray prefers what it finds there, or in RAY_ADDRESS
+        # Ray prefers what it finds there, or in RAY_ADDRESS, to what it is given.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         _check_answers(self.address)
         self._client = _answered(self.address, lambda: JobSubmissionClient(self.address))
 
@@ -78,7 +77,7 @@ class Jobs:
                     metadata={
                         "run": config.run.name,
                         "folder": str(config.run_dir),
-                        "mlflow": _without_password(config.tracking.mlflow or "none"),
+                        "mlflow": tracking.without_password(config.tracking.mlflow or "none"),
                         "experiment": config.tracking.experiment,
                     },
                 ),
@@ -294,10 +293,3 @@ def _answered(address: str, ask: Callable[[], Any]) -> Any:
 
 def _has_ended(status: str) -> bool:
     return status in ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

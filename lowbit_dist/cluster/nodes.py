@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lowbit_dist.cluster.checks import gpus_per_worker
+from lowbit_dist.cluster.checks import gpus_per_worker, times
 from lowbit_dist.config import RunConfig
 
 ANSWER = 3.0  # seconds that a machine has to take a connection
@@ -70,16 +70,10 @@ def that_answer(found: list[Node]) -> list[Node]:
 def places(config: RunConfig, found: list[Node], gpus: float) -> list[str]:
     """The machine of each place for a worker, fullest machines first; `gpus`: all of the cluster."""
     cpu, gpu = config.cluster.cpus_per_worker, gpus_per_worker(config, gpus)
-    room = {node: _times(node.cpus, cpu) for node in found}
-    if gpu:
-        room = {node: min(n, _times(node.gpus, gpu)) for node, n in room.items()}
+    room = {node: int(min(times(node.cpus, cpu), times(node.gpus, gpu))) for node in found}
     return [
         node.id for node in sorted(found, key=lambda node: (-room[node], node.id)) for _ in range(room[node])
     ]
-
-
-def _times(have: float, each: float) -> int:
-    return int(have / each * (1 + 1e-9))
 
 
 def chosen(config: RunConfig, n_places: int) -> int:

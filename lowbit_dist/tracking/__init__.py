@@ -10,7 +10,7 @@ from lowbit_dist.tracking.gauges import Gauges
 from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id
 from lowbit_dist.tracking.parent import Parent
 from lowbit_dist.tracking.record import METRICS
-from lowbit_dist.tracking.stores import check, resolve
+from lowbit_dist.tracking.stores import check, resolve, without_password
 from lowbit_dist.tracking.tracker import Tracker, bytes_per_parameter, end
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "end",
     "noted_run_id",
     "resolve",
+    "without_password",
 ]

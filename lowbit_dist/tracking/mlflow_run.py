@@ -8,12 +8,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import whole
 from lowbit_dist.tracking.record import METRICS
-from lowbit_dist.tracking.stores import alone, make_database, resolve, sqlite_file
+from lowbit_dist.tracking.stores import (
+    alone,
+    make_database,
+    resolve,
+    sqlite_file,
+    without_password,
+)
 
 RUN_ID = ".mlflow_run_id"
 PARAM_LIMIT = 6000  # characters, MLflow's own
@@ -88,7 +94,7 @@ class MlflowRun:
         self._note()
         # A parameter keeps its first value: MLflow refuses another, as after a restart with more workers.
         params = [
-            Param(key, str(value)[:PARAM_LIMIT])
+            Param(key, without_password(str(value))[:PARAM_LIMIT])
             for key, value in self.config.flat().items()
             if key not in run.data.params
         ]
@@ -141,7 +147,7 @@ class MlflowRun:
         if not self.close():
             log.warning(
                 "MLflow at %s did not get all of the run; when the run is started again, it gets the rest "
-                "of %s", self.uri, self.config.run_dir / METRICS,
+                "of %s", without_password(self.uri), self.config.run_dir / METRICS,
             )  # fmt: skip
             return
         for file in files:
@@ -149,7 +155,7 @@ class MlflowRun:
         self._attempt(partial(self._end, status, summary))
 
     def _upload(self, file: Path) -> None:
-        self._connected().log_artifact(self.run_id, str(file))
+        upload(self._connected(), self.run_id, file)
 
     def _end(self, status: str, summary: Mapping[str, Any]) -> None:
         client = self._connected()
@@ -207,7 +213,7 @@ class MlflowRun:
             if not self.warned:
                 log.warning(
                     "MLflow at %s does not answer (%s: %s); training goes on, and rows wait until it does",
-                    self.uri, *innermost(error),
+                    without_password(self.uri), *innermost(error),
                 )  # fmt: skip
             self.warned = True
             return False
@@ -217,11 +223,18 @@ class MlflowRun:
 
 def link(uri: str, experiment: str, run_id: str) -> str:
     """Where a person finds a run, without a password that the URI may have."""
-    parts = urlsplit(uri)
-    parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    parts = urlsplit(without_password(uri))
     if parts.scheme in ("http", "https"):
-        return f"{urlunsplit(parts).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        return f"{parts.geturl().rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
     return f"run {run_id} in {parts.scheme}://{parts.netloc}{parts.path}"
+
+
+def upload(client: Any, run_id: str | None, file: Path) -> None:
+    """Make a file one of the run's; the passwords in a configuration's URIs stay here."""
+    if file.suffix == ".yaml":
+        client.log_text(run_id, without_password(file.read_text()), file.name)
+    else:
+        client.log_artifact(run_id, str(file))
 
 
 def settle_mlflow() -> None:
@@ -254,7 +267,7 @@ def existing_run(client: Any, run_id: str | None, uri: str) -> Any:
             raise
         run = None
     if run is None or run.info.lifecycle_stage != "active":
-        log.warning("MLflow at %s has no run %s; a new one gets every row", uri, run_id)
+        log.warning("MLflow at %s has no run %s; a new one gets every row", without_password(uri), run_id)
         return None
     return run
 

@@ -21,8 +21,9 @@ from lowbit_dist.tracking.mlflow_run import (
     noted_run_id,
     prepare_store,
     settle_mlflow,
+    upload,
 )
-from lowbit_dist.tracking.stores import alone, resolve
+from lowbit_dist.tracking.stores import alone, resolve, without_password
 
 NOTE_LIMIT = 5000  # characters of a tag, in every version of the server
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Parent:
         if not self.has_ended:
             log.warning(
                 "MLflow at %s did not get all of the sweep; when it is started again, it gets the rest",
-                self.uri,
+                without_password(self.uri),
             )
         return self.has_ended
 
@@ -105,7 +106,9 @@ class Parent:
             self.client = None
             if not self.failed:
                 log.warning(
-                    "MLflow at %s does not answer (%s: %s); the sweep goes on", self.uri, *innermost(error)
+                    "MLflow at %s does not answer (%s: %s); the sweep goes on",
+                    without_password(self.uri),
+                    *innermost(error),
                 )
             self.failed = True
             return False
@@ -121,7 +124,7 @@ class Parent:
             return
         status, files, description = self.ending
         for file in files:
-            client.log_artifact(self.run_id, str(file))
+            upload(client, self.run_id, file)
         client.set_tag(self.run_id, "mlflow.note.content", description[:NOTE_LIMIT])
         client.set_terminated(self.run_id, status)
         self.has_ended = True
@@ -158,5 +161,7 @@ class Parent:
         except MlflowException as error:
             if not is_absent(error):
                 raise
-            log.warning("MLflow at %s has no run %s, a child of %s", self.uri, run_id, self.name)
+            log.warning(
+                "MLflow at %s has no run %s, a child of %s", without_password(self.uri), run_id, self.name
+            )
         self.adopted[run_id] = self.run_id

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from lowbit_dist.config import ConfigError, RunConfig
 
@@ -28,26 +29,27 @@ def check(config: RunConfig) -> None:
     uri = config.tracking.mlflow
     if uri is None:
         return
+    shown = without_password(uri)
     rule = "write sqlite:///FILE, a tracking server's http(s)://HOST:PORT, or null for files alone"
     try:
-        parts = urlparse(uri)
+        parts = urlsplit(uri)
         parts.port  # noqa: B018 (read for its ValueError)
     except ValueError as error:
-        raise ConfigError(f"tracking.mlflow ({uri}) is not a URI ({error}); {rule}") from None
+        raise ConfigError(f"tracking.mlflow ({shown}) is not a URI ({error}); {rule}") from None
     if parts.scheme in ("sqlite", "sqlite+pysqlite"):
         _check_sqlite(uri, rule)
     elif parts.scheme in ("http", "https"):
         if not parts.hostname:
-            raise ConfigError(f"tracking.mlflow ({uri}) names no host; {rule}")
+            raise ConfigError(f"tracking.mlflow ({shown}) names no host; {rule}")
     elif parts.scheme in DRIVERS:
         package = DRIVERS[parts.scheme]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"tracking.mlflow ({uri}) needs the Python package {package}, which is not installed; "
+                f"tracking.mlflow ({shown}) needs the Python package {package}, which is not installed; "
                 f"install it, or {rule}"
             )
     elif "databricks" not in (uri, parts.scheme):
-        raise ConfigError(f"tracking.mlflow ({uri}) is not a store that MLflow 3 writes to; {rule}")
+        raise ConfigError(f"tracking.mlflow ({shown}) is not a store that MLflow 3 writes to; {rule}")
 
 
 def _check_sqlite(uri: str, rule: str) -> None:
@@ -122,3 +124,8 @@ def make_database(file: Path) -> None:
         engine.dispose()
         for each in leftovers:
             each.unlink(missing_ok=True)
+
+
+def without_password(uri: str) -> str:
+    """Text as it may be shown: of a URI, without the user and the password that it may have."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", uri)
