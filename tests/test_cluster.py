@@ -290,6 +290,13 @@ def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run
     told = Told()
     assert cluster.launch(configuration(run("undisturbed")), progress=told) == summary
     assert told.attempts == 0
+    # Nor has it with a store that does not know the run yet, which then gets all of it.
+    uri = f"sqlite:///{tmp_path}/later.db"
+    assert (
+        cluster.launch(configuration(run("undisturbed", tracking={"mlflow": uri})), progress=told) == summary
+    )
+    assert told.attempts == 0
+    assert mlflow_run(uri, tmp_path / "undisturbed") == ("FINISHED", list(range(1, STEPS + 1)))
 
 
 def wait_for(condition, process, seconds=300):

@@ -282,6 +282,28 @@ def test_a_store_that_was_down_at_the_start_gets_every_row_when_it_is_back(confi
     again.finish("FINISHED", SUMMARY)
 
 
+def test_a_run_that_ended_while_its_store_was_down_brings_it_the_rest_when_it_is_started_again(config, store):
+    away = store.parent / "away"
+    made = config(f"sqlite:///{away}/mlflow.db", name="ended")
+    tracker = tracking.Tracker(made, step=0, run_id=None)
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 1.0, "tokens": step})
+    tracker.finish("FINISHED", SUMMARY)
+    summary = {**SUMMARY, "steps": 3, "mlflow_run_id": tracker.run_id}
+    assert not tracking.catch_up(made, summary)
+
+    away.symlink_to(store.parent)
+    assert tracking.catch_up(made, summary)
+    run = client(store).get_run(tracking.noted_run_id(made.run_dir))
+    assert steps(store, run.info.run_id) == [1, 2, 3]
+    assert (run.info.status, run.data.tags["digest"]) == ("FINISHED", "abc")
+    away.unlink()
+    assert tracking.catch_up(made, summary), "there is nothing left to bring"
+
+    tracking.Tracker(made, step=3, run_id=None)  # the run goes on, with more steps
+    assert not tracking.catch_up(made, summary)
+
+
 def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(config, store, monkeypatch):
     first = tracking.Tracker(config(name="flaky"), step=0, run_id=None)
     for step in (10, 20, 30):

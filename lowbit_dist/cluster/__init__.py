@@ -28,6 +28,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
     with alone(config), signals_stop() as signals:
         if (summary := finished(config)) is not None:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
+            tracking.catch_up(config, summary)
             return summary
         runs.note_failure(config.run_dir, None)
         try:

@@ -84,6 +84,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     with _alone(sweep), _noting_signals() as signals:
         n = _at_once(sweep, progress)
         parent = _parent(sweep)
+        _catch_up(sweep)
         states, why = _train_all(sweep, n, signals, parent, progress)
         signum = signals.received[0] if signals.received else None
         found = compare.compare(
@@ -285,6 +286,14 @@ def _parent(sweep: Sweep) -> "tracking.Parent | None":
         return None
     ((uri, experiment),) = places
     return None if uri is None else tracking.Parent(uri, experiment, sweep.name, sweep.folder)
+
+
+def _catch_up(sweep: Sweep) -> None:
+    """What MLflow did not get of children that are finished; a store that does not answer is asked once."""
+    for child in sweep.children:
+        summary = finished(child.config)
+        if summary is not None and not tracking.catch_up(child.config, summary):
+            return
 
 
 def _adopt(sweep: Sweep, parent: "tracking.Parent") -> None:

@@ -11,7 +11,7 @@ from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id
 from lowbit_dist.tracking.parent import Parent
 from lowbit_dist.tracking.record import METRICS
 from lowbit_dist.tracking.stores import check, resolve, without_password
-from lowbit_dist.tracking.tracker import Tracker, bytes_per_parameter, end
+from lowbit_dist.tracking.tracker import Tracker, bytes_per_parameter, catch_up, end
 
 __all__ = [
     "METRICS",
@@ -20,6 +20,7 @@ __all__ = [
     "Parent",
     "Tracker",
     "bytes_per_parameter",
+    "catch_up",
     "check",
     "end",
     "noted_run_id",

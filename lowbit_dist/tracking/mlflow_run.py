@@ -1,5 +1,6 @@
 """The run in MLflow: made or found again, and fed by a thread that tries until the store answers."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -22,6 +23,7 @@ from lowbit_dist.tracking.stores import (
 )
 
 RUN_ID = ".mlflow_run_id"
+COMPLETE = ".mlflow_complete"  # in a finished run's folder, once MLflow has all of it
 PARAM_LIMIT = 6000  # characters, MLflow's own
 BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
 METRIC_LIMIT = 1000  # of one request, MLflow's own
@@ -50,6 +52,8 @@ class MlflowRun:
         self.has_tried = threading.Event()
         self.told = False
         self.thread: threading.Thread | None = None
+        with contextlib.suppress(OSError):
+            (config.run_dir / COMPLETE).unlink(missing_ok=True)
 
     def begin(self) -> None:
         """Look for the store, beside whatever goes on here; the first row does so, too."""
@@ -144,15 +148,19 @@ class MlflowRun:
         return not self.waiting and not self.thread.is_alive()
 
     def finish(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
-        if not self.close():
+        is_complete = self.close()
+        if is_complete:
+            actions = [*(partial(self._upload, file) for file in files), partial(self._end, status, summary)]
+            taken = [self._attempt(action) for action in actions]  # each of them, whatever becomes of others
+            is_complete = all(taken)
+        if not is_complete:
             log.warning(
                 "MLflow at %s did not get all of the run; when the run is started again, it gets the rest "
                 "of %s", without_password(self.uri), self.config.run_dir / METRICS,
             )  # fmt: skip
-            return
-        for file in files:
-            self._attempt(partial(self._upload, file))
-        self._attempt(partial(self._end, status, summary))
+        elif status == "FINISHED":
+            with contextlib.suppress(OSError):  # of a full disk, others speak
+                (self.config.run_dir / COMPLETE).touch()
 
     def _upload(self, file: Path) -> None:
         upload(self._connected(), self.run_id, file)

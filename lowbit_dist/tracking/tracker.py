@@ -10,7 +10,7 @@ from typing import Any
 from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import whole
-from lowbit_dist.tracking.mlflow_run import MlflowRun, noted_run_id
+from lowbit_dist.tracking.mlflow_run import COMPLETE, MlflowRun, noted_run_id
 from lowbit_dist.tracking.record import METRICS, Record, rows_of
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,14 @@ def end(config: RunConfig, status: str) -> None:
     # Workers that died early have not looked for the store yet; their rows are here.
     if config.tracking.mlflow is not None and (noted is not None or rows):
         Tracker(config, step=rows[-1]["step"] if rows else 0, run_id=noted).finish(status)
+
+
+def catch_up(config: RunConfig, summary: Mapping[str, Any]) -> bool:
+    """Bring MLflow what it did not get of a finished run, as while it was down; whether it has all of it."""
+    complete = config.run_dir / COMPLETE
+    if config.tracking.mlflow is not None and not complete.exists():
+        Tracker(config, step=summary["steps"], run_id=summary["mlflow_run_id"]).finish("FINISHED", summary)
+    return config.tracking.mlflow is None or complete.exists()
 
 
 def bytes_per_parameter(memory: Mapping[str, Any]) -> dict[str, dict[str, float]]:
