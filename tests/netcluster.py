@@ -136,14 +136,11 @@ class NetCluster:
         """Put a host's cable in ("up") or pull it ("down")."""
         sh(f"ip -n lbbr link set {self.ns(i)}b {state}")
 
-    def drain(self, i, seconds=120):
-        """Announce that a host will be taken away, as a provider of preemptible machines does."""
-        summary = json.loads(self.get("/nodes?view=summary")[1])["data"]["summary"]
-        (node,) = [
-            each["raylet"]["nodeId"]
-            for each in summary
-            if each["ip"] == self.ip(i) and each["raylet"]["state"] == "ALIVE"
-        ]
+    def drain(self, node, seconds=120):
+        """Announce that a host will be taken away, as a provider of preemptible machines does.
+
+        node: Ray's id of it; the dashboard's list has hosts that died long ago, too
+        """
         process = self.run(
             "ray", "drain-node", "--address", f"{self.ip(0)}:6379", "--node-id", node,
             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the test takes it",

@@ -330,8 +330,16 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     content = run("abused", tracking={"mlflow": uri})
 
     def started_and_beyond(step):
+        """Until workers of this start have made a further step: one that was killed may have left its row."""
+        start = pulse.count_starts(folder) + 1
         process = shell(content, tmp_path)
-        wait_for(lambda: rows(folder)[-1:] > [step], process)
+        wait_for(
+            lambda: (
+                any(each["phase"] == "step" for each in pulse.pulses(folder, start))
+                and rows(folder)[-1:] > [step]
+            ),
+            process,
+        )
         return process
 
     # A signal ends it after the step in hand, with a checkpoint of that step.

@@ -211,14 +211,15 @@ def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks
 
 
 def test_a_host_that_will_be_taken_away_is_left_with_a_checkpoint(cluster, run, ranks):
-    content, file = run("preempted", 120)
+    content, file = run("preempted", 200)
     undisturbed = ranks(2).run(train, {**content, "run": {**content["run"], "name": "alone"}})[0]["digest"]
-    code, _, stderr = cluster.lowbit("submit", file, "train.save_every=120")
+    code, _, stderr = cluster.lowbit("submit", file, "train.save_every=200")
     assert code == 0, stderr
     seen = Seen(content)
     seen.wait_for_steps(3, workers=2)
 
-    cluster.drain(2)
+    (node,) = [each["node"] for each in seen.workers() if each["host"] == "node2"]
+    cluster.drain(node)
     seen.wait_for_steps(1, workers=1)
     assert {each["host"] for each in seen.workers()} == {"node1"}
     cluster.power_off(2)  # as whoever announced it does
@@ -228,7 +229,7 @@ def test_a_host_that_will_be_taken_away_is_left_with_a_checkpoint(cluster, run, 
     cluster.wait_for(3)
 
     assert "node2 is about to be taken away" in log
-    assert seen.steps() == list(range(1, 121))
+    assert seen.steps() == list(range(1, 201))
     rows = [json.loads(line) for line in (seen.folder / "metrics.jsonl").read_text().splitlines()]
     first = next(row["step"] for row in rows if row["restarts"])
     assert first > 3, "no other checkpoint than that of leaving, and it was found"
