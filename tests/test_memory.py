@@ -286,9 +286,7 @@ def test_gathers_move_packed_bytes(residency, grid, ranks):
         assert found["gathered_bytes"] == sum(packed) // 2
         padded = {-(-n // 512) * 512 for n in found["ordinary"]}
         assert {n for dtype, n in gathers if dtype != torch.uint8} == padded
-        few = len(found["low_bit"]) + len(
-            found["ordinary"]
-        )  # a number for each parameter: those that flipped
+        few = len(found["low_bit"]) + len(found["ordinary"])  # how many flipped, of each parameter
         others = {name for name, _, n in found["calls"] if n > few and not name.startswith("_allgather")}
         assert others == {"_reduce_scatter_base_"}
 

@@ -84,9 +84,10 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     with _alone(sweep), _noting_signals() as signals:
         n = _at_once(sweep, progress)
         parent = _parent(sweep)
-        _catch_up(sweep)
         states, why = _train_all(sweep, n, signals, parent, progress)
         signum = signals.received[0] if signals.received else None
+        if signum is None:
+            _catch_up(sweep)  # not before training, which a store that hangs would hold up
         found = compare.compare(
             [runs.read(child.config.run_dir) for child in sweep.children if _began(child)]
         )

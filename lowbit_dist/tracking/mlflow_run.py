@@ -14,13 +14,7 @@ from urllib.parse import urlsplit
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import whole
 from lowbit_dist.tracking.record import METRICS
-from lowbit_dist.tracking.stores import (
-    alone,
-    make_database,
-    resolve,
-    sqlite_file,
-    without_password,
-)
+from lowbit_dist.tracking.stores import alone, make_database, resolve, sqlite_file, without_password
 
 RUN_ID = ".mlflow_run_id"
 COMPLETE = ".mlflow_complete"  # in a finished run's folder, once MLflow has all of it
@@ -40,6 +34,7 @@ class MlflowRun:
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"
         self.config = config
         self.uri = resolve(config.tracking.mlflow)
+        self.shown = without_password(self.uri)
         self.client: Any = None  # an MlflowClient while the store answers
         self.run_id = run_id
         self.last = 0  # the newest step that MLflow has
@@ -88,7 +83,7 @@ class MlflowRun:
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
-        run = existing_run(client, self.run_id, self.uri)
+        run = existing_run(client, self.run_id, self.shown)
         if run is None:
             experiment = experiment_id(client, self.config.tracking.experiment, self.uri)
             run = client.create_run(experiment, tags={MLFLOW_RUN_NAME: self.config.run.name})
@@ -156,7 +151,7 @@ class MlflowRun:
         if not is_complete:
             log.warning(
                 "MLflow at %s did not get all of the run; when the run is started again, it gets the rest "
-                "of %s", without_password(self.uri), self.config.run_dir / METRICS,
+                "of %s", self.shown, self.config.run_dir / METRICS,
             )  # fmt: skip
         elif status == "FINISHED":
             with contextlib.suppress(OSError):  # of a full disk, others speak
@@ -221,7 +216,7 @@ class MlflowRun:
             if not self.warned:
                 log.warning(
                     "MLflow at %s does not answer (%s: %s); training goes on, and rows wait until it does",
-                    without_password(self.uri), *innermost(error),
+                    self.shown, *innermost(error),
                 )  # fmt: skip
             self.warned = True
             return False
@@ -262,8 +257,8 @@ def prepare_store(uri: str) -> None:
         make_database(sqlite_file(uri))
 
 
-def existing_run(client: Any, run_id: str | None, uri: str) -> Any:
-    """The run to go on with, if this store has it."""
+def existing_run(client: Any, run_id: str | None, shown: str) -> Any:
+    """The run to go on with, if this store has it; `shown`: the store's URI for people."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:
@@ -275,7 +270,7 @@ def existing_run(client: Any, run_id: str | None, uri: str) -> Any:
             raise
         run = None
     if run is None or run.info.lifecycle_stage != "active":
-        log.warning("MLflow at %s has no run %s; a new one gets every row", without_password(uri), run_id)
+        log.warning("MLflow at %s has no run %s; a new one gets every row", shown, run_id)
         return None
     return run
 

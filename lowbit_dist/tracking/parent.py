@@ -36,6 +36,7 @@ class Parent:
         """The run that is noted in `folder`, or a new one."""
         settle_mlflow()
         self.uri, self.experiment, self.name, self.folder = resolve(uri), experiment, name, folder
+        self.shown = without_password(self.uri)
         self.run_id = noted_run_id(folder)
         self.client: Any = None  # an MlflowClient while the store answers
         self.children: dict[str, Mapping[str, str]] = {}  # run -> its tags
@@ -71,7 +72,7 @@ class Parent:
         if not self.has_ended:
             log.warning(
                 "MLflow at %s did not get all of the sweep; when it is started again, it gets the rest",
-                without_password(self.uri),
+                self.shown,
             )
         return self.has_ended
 
@@ -106,9 +107,7 @@ class Parent:
             self.client = None
             if not self.failed:
                 log.warning(
-                    "MLflow at %s does not answer (%s: %s); the sweep goes on",
-                    without_password(self.uri),
-                    *innermost(error),
+                    "MLflow at %s does not answer (%s: %s); the sweep goes on", self.shown, *innermost(error)
                 )
             self.failed = True
             return False
@@ -138,7 +137,7 @@ class Parent:
             with alone(self.uri):
                 prepare_store(self.uri)
                 client = MlflowClient(tracking_uri=self.uri)
-                run = existing_run(client, self.run_id, self.uri)
+                run = existing_run(client, self.run_id, self.shown)
                 if run is None:
                     experiment = experiment_id(client, self.experiment, self.uri)
                     run = client.create_run(experiment, tags={MLFLOW_RUN_NAME: self.name})
@@ -161,7 +160,5 @@ class Parent:
         except MlflowException as error:
             if not is_absent(error):
                 raise
-            log.warning(
-                "MLflow at %s has no run %s, a child of %s", without_password(self.uri), run_id, self.name
-            )
+            log.warning("MLflow at %s has no run %s, a child of %s", self.shown, run_id, self.name)
         self.adopted[run_id] = self.run_id

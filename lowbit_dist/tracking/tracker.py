@@ -106,9 +106,10 @@ def end(config: RunConfig, status: str) -> None:
 def catch_up(config: RunConfig, summary: Mapping[str, Any]) -> bool:
     """Bring MLflow what it did not get of a finished run, as while it was down; whether it has all of it."""
     complete = config.run_dir / COMPLETE
-    if config.tracking.mlflow is not None and not complete.exists():
-        Tracker(config, step=summary["steps"], run_id=summary["mlflow_run_id"]).finish("FINISHED", summary)
-    return config.tracking.mlflow is None or complete.exists()
+    if config.tracking.mlflow is None or complete.exists():
+        return True
+    Tracker(config, step=summary["steps"], run_id=summary["mlflow_run_id"]).finish("FINISHED", summary)
+    return complete.exists()
 
 
 def bytes_per_parameter(memory: Mapping[str, Any]) -> dict[str, dict[str, float]]:
