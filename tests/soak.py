@@ -168,11 +168,10 @@ class Rain:
             self.cluster.link(i, "up")
 
 
-def prepared(folder):
+def prepared(folder, source=str(Path(json.__file__).parent), vocabulary=512):
     from lowbit_dist import data, tokenizer
 
-    source = str(Path(json.__file__).parent)
-    tokenizer.train([source], 512, folder / "tokenizer")
+    tokenizer.train([source], vocabulary, folder / "tokenizer")
     data.prepare([source], folder / "tokenizer", folder / "data", seq_len=64, workers=1, val_fraction=0.1)
 
 

@@ -1,17 +1,13 @@
 """Tracking against real MLflow on SQLite, and against a server that is not there, hangs or dies."""
 
-import contextlib
 import json
 import logging
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
+from mlflow_server import Server
 
 from lowbit_dist import tracking
 from lowbit_dist.config import ConfigError, RunConfig
@@ -437,41 +433,6 @@ def server(tmp_path, monkeypatch):
     made.start()
     yield made
     made.signal(signal.SIGKILL)
-
-
-class Server:
-    def __init__(self, folder):
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.uri = f"http://127.0.0.1:{free.getsockname()[1]}"
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [
-                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1",
-                "--port", self.uri.rpartition(":")[2],
-                "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
-                "--artifacts-destination", str(self.folder / "artifacts"),
-            ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 240
-        while True:
-            with contextlib.suppress(OSError):
-                return urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-            assert time.monotonic() < deadline, "the server never answered"
-            time.sleep(0.2)
-
-    def signal(self, signum):
-        os.killpg(self.process.pid, signum)
-        if signum == signal.SIGKILL:
-            self.process.wait()
-
-    def steps(self, run_id):
-        from mlflow.tracking import MlflowClient
-
-        return [point.step for point in MlflowClient(self.uri).get_metric_history(run_id, "loss")]
 
 
 def arrive(server, run_id, expected):
