@@ -1,15 +1,15 @@
-"""What an MLflow server that goes away for a minute costs, in a run beside a twin without MLflow.
+"""What an MLflow server that goes away for a minute costs: one run with many outages.
 
-    sysctl kernel.sched_autogroup_enabled=1      # as root: each run has the same share of the processors
-    python tests/outage.py --steps 900 --how stop
+    python tests/outage.py --steps 1500 --how stop
 
-The speed of a machine drifts by more than an outage costs.  So two runs share all processors, one with the
-server and one without, and a speed is the first one's in steps of the second: what befalls the machine, or
-what the server itself takes (it would be another machine's), falls on both.  Each outage is compared with the
-calm minutes right before and after it, by the clocks of metrics.jsonl: `away` is the minute without an answer
-(the server is stopped, so that it takes connections and never answers, or it is killed), `start` the time
-that a killed one needs until it answers again, `back` the half-minute in which it gets the rows that waited,
-`whole` all of them.
+Each outage is compared with the calm minutes right before and after it, by the clock of metrics.jsonl: `away`
+is the minute without an answer (the server is stopped, so that it takes connections and never answers, or
+it is killed), `start` the time that a killed one needs until it answers again, `back` the half-minute in
+which it gets the rows that waited, `whole` all of them.
+
+A shared machine's processors may be a third slower in one minute than in the next, more than an outage costs.
+So a piece of work that is always the same is done on each of them four times a second, and its processor time
+is the unit of time in which steps are counted; the speeds by the clock are reported beside it.
 
 Exit code 1 if MLflow does not have each row once in the end, the run is not FINISHED, or `whole` is on
 average more than 5 % slower than the calm minutes.
@@ -18,14 +18,17 @@ average more than 5 % slower than the calm minutes.
 import argparse
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import torch
 from mlflow_server import Server
 from soak import prepared, written
 
@@ -36,10 +39,10 @@ LEAST = 0.95
 KEYS = ("lr", "loss", "tokens_per_second")
 
 
-def training(folder, name, uri, steps):
-    """Start a run."""
+def training(folder, uri, steps):
+    """Start the run."""
     configuration = {
-        "run": {"name": name, "dir": str(folder)},
+        "run": {"name": "outage", "dir": str(folder)},
         "model": {"preset": "tiny"},
         "data": {"path": str(folder / "data"), "seq_len": 64},
         "train": {
@@ -50,13 +53,39 @@ def training(folder, name, uri, steps):
         "tracking": {"mlflow": uri},
     }  # fmt: skip
     command = [sys.executable, "-m", "lowbit_dist", "train", written(configuration, folder), "--json"]
-    with (folder / f"{name}.json").open("w") as summary, (folder / f"{name}.txt").open("w") as log:
+    with (folder / "outage.json").open("w") as summary, (folder / "outage.txt").open("w") as log:
         return subprocess.Popen(command, stdout=summary, stderr=log, start_new_session=True)
 
 
-def times_of(folder, name):
-    """When each step of a run ended."""
-    return [row["time"] for row in rows_of(folder / name / METRICS)]
+def times_of(folder):
+    """When each step of the run ended."""
+    return [row["time"] for row in rows_of(folder / "outage" / METRICS)]
+
+
+class Pace(threading.Thread):
+    """How fast the processors are from moment to moment."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.samples = []  # (moment, seconds that the work took)
+
+    def run(self):
+        torch.set_num_threads(1)
+        matrix, vector = torch.randn(192, 192), torch.randn(2_000_000)
+        processors = sorted(os.sched_getaffinity(0))
+        while True:
+            for each in processors:
+                os.sched_setaffinity(0, {each})  # of this thread
+                began = time.thread_time()
+                for _ in range(6):
+                    matrix @ matrix
+                vector.sum()
+                self.samples.append((time.time(), time.thread_time() - began))
+            time.sleep(0.25)
+
+    def mean(self, since, until):
+        """Seconds that the work took on average between two moments."""
+        return statistics.mean(seconds for moment, seconds in self.samples if since <= moment < until)
 
 
 def outage(server, how):
@@ -77,7 +106,7 @@ def outage(server, how):
 
 def watched(folder, server, train, options):
     """Calm stretches, as moments of their beginning and end, and between them the outages."""
-    while train.poll() is None and min(len(times_of(folder, name)) for name in ("outage", "twin")) < 20:
+    while train.poll() is None and len(times_of(folder)) < 20:
         time.sleep(0.5)  # the first steps are slower
     stretches = []
     while True:
@@ -86,7 +115,7 @@ def watched(folder, server, train, options):
         if train.poll() is not None:
             return stretches  # the last outage has no calm minute after it, and does not count
         stretches.append((since, time.time()))
-        times = times_of(folder, "outage")
+        times = times_of(folder)
         left = (options.steps - len(times)) * (times[-1] - times[19]) / (len(times) - 20)
         if left < 1.2 * (AWAY + BACK + CALM) + (60 if options.how == "kill" else 0):
             return stretches
@@ -126,23 +155,27 @@ def summary_of(shares):
     return found
 
 
-def report_of(folder, server, stretches, options):
+def report_of(folder, server, pace, stretches, options):
     from mlflow.tracking import MlflowClient
 
     run_id = json.loads((folder / "outage.json").read_text())["mlflow_run_id"]
     every = list(range(1, options.steps + 1))
-    ours, twins = times_of(folder, "outage"), times_of(folder, "twin")
+    times = times_of(folder)
 
-    def share(since, until):
-        return speed(ours, since, until) / speed(twins, since, until)
+    def by_clock(since, until):
+        return speed(times, since, until)
 
-    found = costs(share, stretches)
+    def by_work(since, until):
+        return speed(times, since, until) * pace.mean(since, until)
+
+    found = costs(by_work, stretches)
     return {
         "how": options.how,
         "outages": len(found["whole"]),
-        "calm steps per second": [round(speed(ours, *stretch), 3) for stretch in stretches[::2]],
-        "calm steps in steps of the twin": [round(share(*stretch), 3) for stretch in stretches[::2]],
-        "speed, as a share of the calm minutes'": {name: summary_of(each) for name, each in found.items()},
+        "calm steps per second": [round(by_clock(*stretch), 3) for stretch in stretches[::2]],
+        "calm steps per unit of work": [round(by_work(*stretch), 6) for stretch in stretches[::2]],
+        "share of the calm speed": {name: summary_of(each) for name, each in found.items()},
+        "by the clock": {name: summary_of(each) for name, each in costs(by_clock, stretches).items()},
         "each step once in MLflow": all(sorted(server.steps(run_id, key)) == every for key in KEYS),
         "status": MlflowClient(server.uri).get_run(run_id).info.status,
     }
@@ -150,7 +183,7 @@ def report_of(folder, server, stretches, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=900, help="as many outages as fit into them")
+    parser.add_argument("--steps", type=int, default=1500, help="as many outages as fit into them")
     parser.add_argument("--how", choices=("stop", "kill"), default="stop")
     parser.add_argument("--folder", type=Path, help="where its data are, or are made")
     options = parser.parse_args()
@@ -160,20 +193,20 @@ def main():
         prepared(folder, "stdlib", 2048)
     server = Server(folder, under=("nice", "-n", "19"))
     server.start()
-    train = training(folder, "outage", server.uri, options.steps)
-    twin = training(folder, "twin", None, 2 * options.steps)  # it is ended with the other one
+    pace = Pace()
+    pace.start()
+    train = training(folder, server.uri, options.steps)
     try:
         stretches = watched(folder, server, train, options)
         if train.wait():
             sys.exit(f"the run failed; see {folder}/outage.txt")
-        report = report_of(folder, server, stretches, options)
+        report = report_of(folder, server, pace, stretches, options)
     finally:
-        for each in (train, twin):
-            each.send_signal(signal.SIGTERM)
-            each.wait()
+        train.send_signal(signal.SIGTERM)
+        train.wait()
         server.signal(signal.SIGKILL)
     print(json.dumps(report, indent=1))
-    whole = report["speed, as a share of the calm minutes'"]["whole"]["mean"]
+    whole = report["share of the calm speed"]["whole"]["mean"]
     if not report["each step once in MLflow"] or report["status"] != "FINISHED" or whole < LEAST:
         sys.exit(1)
 
