@@ -34,7 +34,9 @@ class Server:
         while True:
             with contextlib.suppress(OSError):
                 return urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-            assert time.monotonic() < deadline, "the server never answered"
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                raise AssertionError("the server never answered")
             time.sleep(0.2)
 
     def signal(self, signum):

@@ -22,7 +22,7 @@ from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data import reading, writing
 from lowbit_dist.methods import METHODS
-from lowbit_dist.tracking import mlflow_run
+from lowbit_dist.tracking import feeder
 
 
 class Disk:
@@ -266,7 +266,7 @@ def test_rows_that_mlflows_full_disk_never_took_are_sent_when_the_run_is_resumed
     log(first, range(1, 100))
     began = time.monotonic()
     first.finish("FINISHED")
-    assert time.monotonic() - began < mlflow_run.FLUSH_SECONDS, "the end must not wait for a full disk"
+    assert time.monotonic() - began < feeder.FLUSH_SECONDS, "the end must not wait for a full disk"
     assert written(tmp_path) == list(range(1, 100))
     assert sent(file, run_id) != written(tmp_path), "the case must leave rows unsent"
     assert "did not get all of the run; when the run is started again, it gets" in warnings(caplog)[-1]

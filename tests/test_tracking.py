@@ -452,7 +452,7 @@ def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_b
     server.signal(signal.SIGSTOP)  # it takes connections, and never answers
     for step in (3, 4):
         tracker.log(step, {"loss": 1.0, "tokens": step})
-    while not tracker._mlflow.warned:
+    while not tracker._mlflow.failed:
         time.sleep(0.1)
     tracker.log(5, {"loss": 1.0, "tokens": 5})
     server.signal(signal.SIGCONT)
@@ -461,7 +461,7 @@ def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_b
     server.signal(signal.SIGKILL)
     for step in (6, 7):
         tracker.log(step, {"loss": 1.0, "tokens": step})
-    while not tracker._mlflow.warned:
+    while not tracker._mlflow.failed:
         time.sleep(0.1)
     server.start()
     tracker.log(8, {"loss": 1.0, "tokens": 8})

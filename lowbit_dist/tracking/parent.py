@@ -5,49 +5,32 @@ once their own runs are there.  So a child that is gone on with by hand stays wh
 """
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowbit_dist.files import whole
-from lowbit_dist.tracking.mlflow_run import (
-    FLUSH_SECONDS,
-    RUN_ID,
-    existing_run,
-    experiment_id,
-    innermost,
-    is_absent,
-    noted_run_id,
-    prepare_store,
-    settle_mlflow,
-    upload,
-)
-from lowbit_dist.tracking.stores import alone, resolve, without_password
+from lowbit_dist.tracking.feeder import Feeder, is_absent
+from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id, upload
 
 NOTE_LIMIT = 5000  # characters of a tag, in every version of the server
 log = logging.getLogger(__name__)
 
 
-class Parent:
-    """What MLflow is to have of a sweep, brought there by a thread that tries until the store answers."""
+class Parent(Feeder):
+    """The MLflow run of a sweep, which gets its children and in the end their comparison."""
+
+    meanwhile = "the sweep goes on"
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path):
         """The run that is noted in `folder`, or a new one."""
-        settle_mlflow()
-        self.uri, self.experiment, self.name, self.folder = resolve(uri), experiment, name, folder
-        self.shown = without_password(self.uri)
-        self.run_id = noted_run_id(folder)
-        self.client: Any = None  # an MlflowClient while the store answers
+        super().__init__(uri, noted_run_id(folder))
+        self.experiment, self.name, self.folder = experiment, name, folder
         self.children: dict[str, Mapping[str, str]] = {}  # run -> its tags
         self.adopted: dict[str, str] = {}  # run -> the parent that it is known to have
         self.ending: tuple[str, Sequence[Path], str] | None = None  # status, files, description
         self.has_ended = False
-        self.changed = threading.Condition()
-        self.closing = False
-        self.failed = False  # the last attempt
-        self.thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
-        self.thread.start()
+        self.begin()
 
     def adopt(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Make a run, of the same store, a child; telling it again changes nothing."""
@@ -65,10 +48,7 @@ class Parent:
         with self.changed:
             self.ending = (status, files, description)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: not self._is_behind() or self.failed, timeout=FLUSH_SECONDS)
-            self.closing = True
-            self.changed.notify_all()
-        self.thread.join(timeout=FLUSH_SECONDS)
+        self.close()
         if not self.has_ended:
             log.warning(
                 "MLflow at %s did not get all of the sweep; when it is started again, it gets the rest",
@@ -82,37 +62,6 @@ class Parent:
             or any(self.adopted.get(each) != self.run_id for each in self.children)
             or (self.ending is not None and not self.has_ended)
         )
-
-    def _serve(self) -> None:
-        pause = 1.0
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self._is_behind() or self.closing)
-                if not self._is_behind():
-                    return
-                is_last = self.closing  # an attempt that begins now is the last one if it fails
-            done = self._attempt()
-            with self.changed:
-                self.changed.notify_all()
-                if not done:
-                    if is_last:
-                        return
-                    self.changed.wait_for(lambda: self.closing, timeout=pause)
-            pause = 1.0 if done else min(2 * pause, 30.0)
-
-    def _attempt(self) -> bool:
-        try:
-            self._catch_up()
-        except Exception as error:  # whatever happens to MLflow, the sweep goes on
-            self.client = None
-            if not self.failed:
-                log.warning(
-                    "MLflow at %s does not answer (%s: %s); the sweep goes on", self.shown, *innermost(error)
-                )
-            self.failed = True
-            return False
-        self.failed = False
-        return True
 
     def _catch_up(self) -> None:
         client = self._connected()
@@ -128,26 +77,10 @@ class Parent:
         client.set_terminated(self.run_id, status)
         self.has_ended = True
 
-    def _connected(self) -> Any:
-        """A client whose run is there and running; after an error, found or made again."""
-        if self.client is None:
-            from mlflow.tracking import MlflowClient
-            from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
-
-            with alone(self.uri):
-                prepare_store(self.uri)
-                client = MlflowClient(tracking_uri=self.uri)
-                run = existing_run(client, self.run_id, self.shown)
-                if run is None:
-                    experiment = experiment_id(client, self.experiment, self.uri)
-                    run = client.create_run(experiment, tags={MLFLOW_RUN_NAME: self.name})
-                elif run.info.status != "RUNNING":
-                    client.update_run(run.info.run_id, status="RUNNING")
-            self.run_id = run.info.run_id
-            with whole(self.folder / RUN_ID) as draft:
-                draft.write_text(run.info.run_id)
-            self.client = client
-        return self.client
+    def _start(self, client: Any) -> None:
+        run = self._find_or_make_run(client, self.experiment, self.name)
+        with whole(self.folder / RUN_ID) as draft:
+            draft.write_text(run.info.run_id)
 
     def _tag(self, client: Any, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.exceptions import MlflowException
