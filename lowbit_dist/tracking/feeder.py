@@ -30,6 +30,7 @@ class Feeder:
         self.changed = threading.Condition()
         self.closing = False
         self.failed = False  # the last attempt
+        self.has_tried = threading.Event()
         self.thread: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -67,6 +68,7 @@ class Feeder:
                     return
                 is_last = self.closing  # an attempt that begins now is the last one if it fails
             done = self._attempt(self._catch_up)
+            self.has_tried.set()
             with self.changed:
                 self.changed.notify_all()
                 if not done:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import threading
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -38,7 +37,6 @@ class MlflowRun(Feeder):
         self.waiting: deque[dict[str, Any]] = deque(rows)
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
-        self.has_tried = threading.Event()
         self.told = False
         with contextlib.suppress(OSError):
             (config.run_dir / COMPLETE).unlink(missing_ok=True)
@@ -122,10 +120,7 @@ class MlflowRun(Feeder):
         return bool(self.waiting) or not self.has_tried.is_set()
 
     def _catch_up(self) -> None:
-        try:
-            client = self._connected()
-        finally:
-            self.has_tried.set()
+        client = self._connected()
         self._note()
         with self.changed:
             rows = list(self.waiting)[:BATCH]
