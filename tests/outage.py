@@ -200,6 +200,8 @@ def main():
         stretches = watched(folder, server, train, options)
         if train.wait():
             sys.exit(f"the run failed; see {folder}/outage.txt")
+        if len(stretches) < 3:
+            sys.exit(f"{options.steps} steps are too few for one outage and its calm minutes; give it more")
         report = report_of(folder, server, pace, stretches, options)
     finally:
         train.send_signal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ FLUSH_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-class Feeder:
+class Feeder(ABC):
     """A thread that brings an MLflow run what it lacks; an outage delays it, and stops nothing else.
 
     A subclass says whether something is lacking (`_is_behind`), brings some of it (`_catch_up`), and finds
@@ -50,14 +51,14 @@ class Feeder:
         self.thread.join(timeout=FLUSH_SECONDS)
         return not self._is_behind() and not self.thread.is_alive()
 
-    def _is_behind(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _is_behind(self) -> bool: ...
 
-    def _catch_up(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _catch_up(self) -> None: ...
 
-    def _start(self, client: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self, client: Any) -> None: ...
 
     def _serve(self) -> None:
         pause = 1.0
@@ -98,10 +99,12 @@ class Feeder:
             from mlflow.tracking import MlflowClient
 
             with alone(self.uri):
-                prepare_store(self.uri)
+                if self.uri.startswith("sqlite:"):
+                    make_database(sqlite_file(self.uri))
                 client = MlflowClient(tracking_uri=self.uri)
                 self._start(client)
             self.client = client
+            self.has_tried.set()
         return self.client
 
     def _find_or_make_run(self, client: Any, experiment: str, name: str) -> Any:
@@ -127,12 +130,6 @@ def settle_mlflow() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It prints a traceback for every error that it also raises, and those are reported.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-
-
-def prepare_store(uri: str) -> None:
-    """Make the database of a new SQLite store."""
-    if uri.startswith("sqlite:"):
-        make_database(sqlite_file(uri))
 
 
 def existing_run(client: Any, run_id: str | None, shown: str) -> Any:
