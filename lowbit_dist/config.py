@@ -2,89 +2,36 @@
 
 A `ConfigError` is one line: the field, its value, the rule, what to write instead.  All of a run's
 configuration is checked here, before any worker starts; nothing is corrected silently.
-How mistakes are worded is in `answers.py`, which YAML is read in `yamlfile.py`.
+`configfile.py` reads it; what sections are made of is in `section.py`, how mistakes are worded in `answers.py`.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    model_validator,
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
+
+from lowbit_dist.answers import ConfigError, nearest_divisor, nearest_multiple, plain
+from lowbit_dist.grid import BLOCK
+from lowbit_dist.methods.method import Method
+from lowbit_dist.optim.rule import Rule
+from lowbit_dist.section import (
+    Count,
+    FilePath,
+    Fraction,
+    MaybeFilePath,
+    RunName,
+    Section,
+    Size,
+    Text,
+    Tokens,
+    auto_or,
+    broken_rule,
+    may_change,
+    no_truth,
+    number,
 )
-from pydantic_core import PydanticCustomError
-
-from lowbit_dist.answers import (
-    ConfigError,
-    explained,
-    nearest,
-    nearest_divisor,
-    nearest_multiple,
-    plain,
-    quoted,
-    show,
-)
-from lowbit_dist.yamlfile import parse, read_yaml, written
-
-BLOCK = 256  # elements of a weight's row: packed codes and optimizer states come in blocks of this many
-
-
-def _rule(text: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{text}", {"text": text})
-
-
-def _clean_text(value: str) -> str:
-    if not value.strip():
-        raise _rule("must not be empty")
-    if not value.isprintable():
-        raise _rule("must be printable text: no control characters, no blank but the space")
-    return value
-
-
-def _clean_path(value: Any) -> Any:
-    return value if isinstance(value, Path) or not isinstance(value, str) else Path(_clean_text(value))
-
-
-def _path_type(value: Any) -> Any:
-    if not isinstance(value, str | Path | None):
-        raise _rule(f"must be the path of a file or folder; {quoted(value)}")
-    if isinstance(value, str) and "://" in value:
-        raise _rule("must be a folder, no URL; mount the store as a folder that all machines share")
-    return _clean_path(value)
-
-
-def _plain_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        repaired = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:100] or "my-run"
-        raise _rule(
-            "must be at most 100 letters, digits, '.', '_' and '-', a letter or digit first; "
-            f"write {repaired!r}, for example"
-        )
-    return value
-
-
-def _pair(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise _rule("must be two numbers, like [0.9, 0.95]")
-    return tuple(value)
-
-
-def _auto_or(least: float, unit: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value == "auto" or (number and least <= value < 1e9):
-            return value
-        raise _rule(f"must be auto, or a number of {unit} from {least:g} up")
-
-    return check
+from lowbit_dist.yamlfile import written
 
 
 def _workers(value: Any) -> Any:
@@ -93,61 +40,31 @@ def _workers(value: Any) -> Any:
         return value
     if type(value) is int:
         if value < 1:
-            raise _rule("must be at least 1; write 1 or more")
+            raise broken_rule("must be at least 1; write 1 or more")
         if value > MOST_WORKERS:
-            raise _rule(f"must be at most {MOST_WORKERS}; write {MOST_WORKERS} or less")
+            raise broken_rule(f"must be at most {MOST_WORKERS}; write {MOST_WORKERS} or less")
         return value
     if not isinstance(value, Mapping):
-        raise _rule("must be a whole number, or a range like {min: 2, max: 8}")
+        raise broken_rule("must be a whole number, or a range like {min: 2, max: 8}")
     numbers = [value.get(name) for name in ("min", "max")]
     if set(value) != {"min", "max"} or not all(type(n) is int and 1 <= n <= MOST_WORKERS for n in numbers):
-        raise _rule(f"must have min and max, whole numbers from 1 to {MOST_WORKERS}, like {{min: 2, max: 8}}")
+        raise broken_rule(
+            f"must have min and max, whole numbers from 1 to {MOST_WORKERS}, like {{min: 2, max: 8}}"
+        )
     if value["min"] > value["max"]:
-        raise _rule(f"must have a min of at most its max; write {{min: {value['max']}, max: {value['min']}}}")
+        raise broken_rule(
+            f"must have a min of at most its max; write {{min: {value['max']}, max: {value['min']}}}"
+        )
     return WorkerRange(**value)
 
 
-def _number(value: Any) -> Any:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _rule("must be a number")
-    return value
-
-
-def _no_truth(value: Any) -> Any:
-    """For a choice among numbers: Python takes true for 1."""
-    if isinstance(value, bool):
-        raise _rule("must be a number, not true or false")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_clean_text)]
-RunName = Annotated[str, AfterValidator(_plain_name)]
-FilePath = Annotated[Path, BeforeValidator(_path_type)]
-MaybeFilePath = Annotated[Path | None, BeforeValidator(_path_type)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# Upper limits keep every product of two counts far below 2^63.
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Tokens = Annotated[int, Field(ge=1, le=2**40)]
-Size = Annotated[int, Field(ge=1, le=2**20)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen; unknown names, other types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-S = TypeVar("S", bound=Section)
 MOST_WORKERS = 65536
 
 
 class Run(Section):
     name: RunName = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    dir: FilePath = Path("runs")
+    dir: FilePath = may_change(Path("runs"))
 
 
 class Sizes(NamedTuple):
@@ -255,30 +172,11 @@ class Model(Section):
         return Sizes(*(getattr(self, name) for name in Sizes._fields))
 
 
-class MethodOptions(Section):
-    """The options of a training method; a method's file derives its own.
-
-    `low_bit` says that its weights exist only as packed codes, which run under packed ZeRO-3 alone.
-    """
-
-    low_bit: ClassVar[bool] = False
-    name: str
-
-
 class Data(Section):
     path: Text  # a folder or URL
     seq_len: Annotated[int, Field(ge=2, le=2**20)] = 256  # tokens of a sample
     tokenizer: MaybeFilePath = None  # if given, must be the one the data was prepared with
-    cache: MaybeFilePath = None  # where shards of a remote path are kept on this machine
-
-
-class Optimizer(Section):
-    name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(ge=0, le=100)] = 1e-3
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_pair)] = (0.9, 0.95)
-    eps: Annotated[float, Field(ge=1e-20, le=1)] = 1e-8  # must not vanish in float32
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    states: Literal["fp32", "bf16", "int8"] = "int8"
+    cache: MaybeFilePath = may_change(None)  # where shards of a remote path are kept on this machine
 
 
 class Schedule(Section):
@@ -291,7 +189,7 @@ class Schedule(Section):
 
 class Zero(Section):
     residency: Literal["sharded", "replicated"] = "sharded"  # of packed codes
-    stage: Annotated[Literal[0, 1, 2, 3] | None, BeforeValidator(_no_truth)] = (
+    stage: Annotated[Literal[0, 1, 2, 3] | None, BeforeValidator(no_truth)] = (
         None  # latent-weight methods; None is 3
     )
 
@@ -303,16 +201,18 @@ class Train(Section):
     clip_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0  # 0 does not clip
     activation_checkpointing: bool = False
     reproducible: bool = False
-    log_every: Count = 10
-    eval_every: Count = 100
+    log_every: Count = may_change(10)
+    eval_every: Count = may_change(100)
     eval_samples: Count = 256
-    save_every: Count = 100
-    keep_last: Count = 3
-    keep_every: Count | None = None  # checkpoints of steps that this divides stay for good
-    max_skipped: Count = 20  # so many steps in a row whose loss or gradient is wrong end the run
+    save_every: Count = may_change(100)
+    keep_last: Count = may_change(3)
+    keep_every: Count | None = may_change(None)  # checkpoints of steps that this divides stay for good
+    max_skipped: Count = may_change(20)  # so many steps in a row whose loss or gradient is wrong end the run
     # A gradient norm of more than so many times the median of the last steps is an error, not a direction.
-    max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = 1000.0
-    on_spike: Literal["warn", "rollback"] = "warn"  # a loss 6 standard deviations above the last steps'
+    max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = may_change(1000.0)
+    on_spike: Literal["warn", "rollback"] = may_change(
+        "warn"
+    )  # a loss 6 standard deviations above the last steps'
 
 
 class WorkerRange(Section):
@@ -324,14 +224,14 @@ class WorkerRange(Section):
 
 class Cluster(Section):
     workers: Annotated[int | WorkerRange, BeforeValidator(_workers)] = 2
-    cpus_per_worker: Annotated[int | float, BeforeValidator(_number), Field(gt=0, le=4096)] = 1
-    gpus_per_worker: Annotated[Literal["auto"] | int | float, BeforeValidator(_auto_or(0, "GPUs"))] = "auto"
+    cpus_per_worker: Annotated[int | float, BeforeValidator(number), Field(gt=0, le=4096)] = 1
+    gpus_per_worker: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(0, "GPUs"))] = "auto"
     max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
     # Seconds without progress after which the workers are restarted; auto is 20 median steps, at least 60 s.
-    hang_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(_auto_or(1, "seconds"))] = "auto"
+    hang_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
     # Seconds that a start waits for machines. auto refuses at once what the cluster will never have room
     # for, and waits 60 s for machines that are busy or coming back; one that grows on demand needs minutes.
-    start_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(_auto_or(1, "seconds"))] = "auto"
+    start_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
 
 
 class Tracking(Section):
@@ -339,75 +239,20 @@ class Tracking(Section):
     experiment: Text = "lowbit"
 
 
-# What may change when a run of the same name goes on: it decides where and how a run is carried out and
-# watched and when it is stopped, not what a healthy run computes.
-CHANGEABLE = (
-    "cluster.",
-    "tracking.",
-    "run.dir",
-    "data.cache",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.max_skipped",
-    "train.max_grad_ratio",
-    "train.on_spike",
-)
-
-
 class RunConfig(Section):
     """The whole configuration of one run."""
 
     run: Run = Run()
     model: Model = Model(preset="tiny")
-    method: SerializeAsAny[MethodOptions]
+    method: SerializeAsAny[Method]
     data: Data
-    optimizer: Optimizer = Optimizer()
+    optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
     precision: Literal["bf16", "fp32"] = "bf16"
     zero: Zero = Zero()
     train: Train = Train()
-    cluster: Cluster = Cluster()
-    tracking: Tracking = Tracking()
-
-    @classmethod
-    def load(
-        cls, path: str | Path, overrides: Sequence[str], methods: Mapping[str, type[MethodOptions]]
-    ) -> Self:
-        """Read `path`, then apply `key=value` overrides with dotted names; the last of equal names counts."""
-        data = read_yaml(path)
-        for override in overrides:
-            _apply_override(data, override)
-        return cls.from_dict(data, methods)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], methods: Mapping[str, type[MethodOptions]]) -> Self:
-        """Check a nested mapping, for instance a parsed YAML file; sections may be missing or None."""
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"a configuration must be a mapping of sections, not {show(data)}")
-        sections: dict[str, Any] = {}
-        for name, content in data.items():
-            if name not in cls.model_fields:
-                raise _unknown(None, name, methods)
-            if name == "precision":
-                sections[name] = content
-                continue
-            # An empty section of a file (`train:` with every line commented out) reads as None.
-            content = {} if content is None else content
-            if not isinstance(content, Mapping):
-                raise ConfigError(
-                    f"{name} ({show(content)}) must be a section of names and values; "
-                    f"{_section_example(name)}"
-                )
-            for field in content:
-                if name != "method" and field not in _section_fields(name):
-                    raise _unknown(name, field, methods)
-            sections[name] = dict(content)
-        sections["method"] = _method(sections.get("method", {}), methods)
-        sections.setdefault("data", {})
-        return _validated(cls, sections, ())
+    cluster: Cluster = may_change(Cluster())
+    tracking: Tracking = may_change(Tracking())
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -418,12 +263,12 @@ class RunConfig(Section):
                 f"write data.seq_len: {model.max_seq_len} or model.max_seq_len: {data.seq_len}"
             )
         self.worker_counts()
-        if method.low_bit and zero.stage is not None:
+        if method.stored is not None and zero.stage is not None:
             raise ConfigError(
                 f"zero.stage ({zero.stage}) must be left out for method {method.name}, whose packed codes "
                 "always run under packed ZeRO-3; it is for methods with latent weights, such as dense"
             )
-        if not method.low_bit and zero.residency != "sharded":
+        if method.stored is None and zero.residency != "sharded":
             raise ConfigError(
                 f"zero.residency ({zero.residency}) must be sharded for method {method.name}: only packed "
                 "codes can be replicated; write zero.stage: 2 to keep whole weights on every worker"
@@ -535,109 +380,17 @@ class RunConfig(Section):
         return [
             f"{name}: {plain(mine.get(name, 'absent'))} -> {plain(others.get(name, 'absent'))}"
             for name in dict.fromkeys((*mine, *others))
-            if mine.get(name, ...) != others.get(name, ...) and not name.startswith(CHANGEABLE)
+            if mine.get(name, ...) != others.get(name, ...) and not self._may_change(name)
         ]
 
-
-def _section_fields(name: str) -> Mapping[str, Any]:
-    section = RunConfig.model_fields[name].annotation
-    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
-
-
-def _section_example(name: str) -> str:
-    examples = {"data": "path: data/stdlib", "method": "name: dqt", "model": "preset: tiny"}
-    if name in examples:
-        return f"write {name}: {{{examples[name]}}}"
-    field, info = next(iter(_section_fields(name).items()))
-    return f"write {name}: {{{field}: {plain(info.default)}}}"
-
-
-def _method(content: dict[Any, Any], methods: Mapping[str, type[MethodOptions]]) -> MethodOptions:
-    name = content.get("name", "dqt")
-    known = ", ".join(methods)
-    if not isinstance(name, str) or name not in methods:
-        meant = nearest(name, methods)
-        answer = f"did you mean {meant!r}?" if meant else "write one of them"
-        raise ConfigError(f"method.name ({show(name)}) must be one of {known}; {answer}")
-    options = methods[name]
-    for field in content:
-        if field not in options.model_fields:
-            raise _unknown_option(name, field, methods)
-    return _validated(options, {**content, "name": name}, ("method",))
-
-
-def _unknown_option(method: str, field: Any, methods: Mapping[str, type[MethodOptions]]) -> ConfigError:
-    known = [name for name in methods[method].model_fields if name != "name"]
-    owners = [name for name, options in methods.items() if field in options.model_fields]
-    start = f"method: unknown name {show(field)}"
-    if owners:
-        return ConfigError(
-            f"{start} for method {method}; it belongs to {', '.join(owners)}: leave it out "
-            f"(method={{name: {method}}} drops a file's other options)"
+    def _may_change(self, name: str) -> bool:
+        """Whether the field of this dotted name, or its whole section, is marked with `may_change`."""
+        section, _, field = name.partition(".")
+        marked = [type(self).model_fields[section]]
+        inside = getattr(self, section)
+        if isinstance(inside, BaseModel) and field in type(inside).model_fields:
+            marked.append(type(inside).model_fields[field])
+        return any(
+            isinstance(info.json_schema_extra, dict) and "may_change" in info.json_schema_extra
+            for info in marked
         )
-    if meant := nearest(field, (*known, "name")):
-        return ConfigError(f"{start}; did you mean {meant!r}?")
-    return ConfigError(f"{start}; method {method} has {', '.join(known) if known else 'no options'}")
-
-
-def _unknown(section: str | None, field: Any, methods: Mapping[str, type[MethodOptions]]) -> ConfigError:
-    """The answer to a wrong name: the same name elsewhere, else the nearest here, else elsewhere."""
-    elsewhere: dict[str, str] = {}
-    for name in RunConfig.model_fields:
-        for each in _section_fields(name):
-            elsewhere.setdefault(each, f"{name}.{each}")
-    for options in methods.values():
-        for each in options.model_fields:
-            elsewhere.setdefault(each, f"method.{each}")
-    here = RunConfig.model_fields if section is None else _section_fields(section)
-    start = f"{section}: unknown name {show(field)}" if section else f"unknown name {show(field)}"
-    meant: str | None
-    if section is not None and field in RunConfig.model_fields:
-        return ConfigError(f"{start}; {field} stands beside {section}, not in it: move it out")
-    if isinstance(field, str) and field in elsewhere:
-        meant = elsewhere[field]
-    elif (meant := nearest(field, here)) is None and (far := nearest(field, elsewhere)):
-        meant = elsewhere[far]
-    if meant:
-        return ConfigError(f"{start}; did you mean {meant!r}?")
-    return ConfigError(f"{start}; known names are {', '.join(here)}")
-
-
-def _validated(section: type[S], content: Mapping[str, Any], prefix: tuple[str, ...]) -> S:
-    try:
-        return section.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=True)[0]
-        raise ConfigError(explained(section, dict(first), prefix)) from None
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `section.field=value` (or `section={...}`) in the nested mapping `data`."""
-    name, equals, text = override.partition("=")
-    name = name.strip()
-    parts = name.split(".")
-    if not equals or not all(parts) or len(parts) > 2:
-        instead = (
-            f"write {parts[0]}.{parts[1]}=VALUE" if len(parts) == 2 and all(parts) else "write train.steps=20"
-        )
-        raise ConfigError(f"override ({show(override)}) must be section.field=value; {instead}, for example")
-    value = parse(text, f"override {show(override)}")
-    if len(parts) == 1:
-        data[name] = value
-        return
-    section, field = parts
-    if section in RunConfig.model_fields and _is_text(section, field):
-        # A shell takes quotes away: `run.name=2024` and `data.path=a: b` still mean text.
-        empty = text.strip() in ("", "~", "null", "Null", "NULL")
-        value = value if empty or isinstance(value, str) else text.strip()
-    content = data.get(section)
-    if content is None:
-        content = data[section] = {}
-    if isinstance(content, dict):  # if not, the section itself is the mistake, and is said to be
-        content[field] = value
-
-
-def _is_text(section: str, field: str) -> bool:
-    info = _section_fields(section).get(field)
-    kinds = (info.annotation, *get_args(info.annotation)) if info is not None else ()
-    return any(kind in (str, Path) for kind in kinds)

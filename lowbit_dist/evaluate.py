@@ -15,7 +15,7 @@ from lowbit_dist.data import documents
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.linear import Linear
-from lowbit_dist.methods import DQT, Method, method_of
+from lowbit_dist.methods import DQT, Method
 from lowbit_dist.packed import PackedTensor
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
 def load(checkpoint: Checkpoint, *, forward: str | None = None) -> nn.Module:
     """The model with all of its weights decoded to the run's compute precision, ready for inference."""
     config = checkpoint.config
-    method = method_of(config)
+    method = config.method
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     network = model.build(config.model, checkpoint.manifest["vocab_size"], method, dtype)
     pushed = _pushed(network, method) if forward is not None else set()

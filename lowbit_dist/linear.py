@@ -1,61 +1,95 @@
-"""The linear layers of a model, whatever the method: activation quantisation and the matmul.
+"""The linear layers of a model, whatever the method: a view of the weight, quantised activations, the matmul.
 
-Under ZeRO-3 a weight exists only from its gather to its release, so nothing may keep its values between
-forward and backward.  `nn.functional.linear` on a CPU does (it saves the transposed *view*); `linear` below
-saves the parameter itself, whose values DeepSpeed gathers again before the backward pass.
+    y = Q(x) . F(W)^T + b        F: the layer's view of its weight;  Q: its activation quantiser
+
+The layer decodes, not the gather: a low-bit weight is a stub of one element, its codes wait in
+`weight.packed`, and `values` asks for what is multiplied with.  So a weight's values exist only inside
+`linear`, in its forward and again in its backward pass.
+
+What is safe under ZeRO-3, where weights are gathered before a module runs and released after it:
+
+* A view may read `w` only while it is called, forward and backward; it keeps nothing between the two.  It has
+  no parameters of its own, and gives the same values for the same `w`.
+* An activation quantiser is a module, so DeepSpeed gathers its parameters around its own forward and backward.
+  It may let autograd save a parameter itself, never a view or a copy of one: a parameter's values are gathered
+  again before the backward pass, a copy of them is a weight that stays.
+
+`nn.functional.linear` on a CPU saves the transposed *view* of its weight; `linear` below saves the parameter.
 
 Letters: T tokens, K in_features, N out_features.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-WeightTransform = Callable[[Tensor], Tensor]
 
 # The linears of a LLaMA block whose inputs no RMSNorm precedes; SubLN (as in BitNet) adds one there.
 INNER_LINEARS = ("o_proj", "down_proj")
 
 
-class _Linear(torch.autograd.Function):
-    """y = Q(x) . F(W)^T, with the gradient passed straight through both quantisers (BitNet b1.58, arXiv
-    2402.17764).
+class View(Protocol):
+    """A method's sight of a latent or decoded weight; asked again in the backward pass."""
 
-    Gradients are those at the quantised operands: dx = dy . F(W), dW = dy^T . Q(x).
+    def forward(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the forward pass multiplies with [N, K], and a bias [N] that it adds, if any."""
+        ...
+
+    def backward(self, w: Tensor, dw: Tensor, dbias: Tensor | None) -> Tensor:
+        """The gradient of w [N, K], of those at the values that `forward` gave.  Straight through: dw."""
+        ...
+
+
+def values(weight: Tensor) -> Tensor:  # [N, K]
+    """A weight's numbers: those of an ordinary parameter, or what the codes of a low-bit one stand for."""
+    packed = getattr(weight, "packed", None)
+    return weight if packed is None or not packed.in_layer else packed.dense(weight.shape, weight.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x . F(W)^T + b.  Gradients are those at the view's values, through the view: dx = dy . F(W),
+    dW = view.backward(dy^T . x).
     """
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
-        x: Tensor,  # [..., K]
+        x: Tensor,  # [T, K]
         weight: Tensor,  # [N, K]
         bias: Tensor | None,  # [N]
-        activation_bits: int | None,
-        transform: WeightTransform | None,
+        view: View | None,
     ) -> Tensor:
-        x = x.reshape(-1, x.shape[-1]) if activation_bits is None else _quantize_tokens(x, activation_bits)
         ctx.save_for_backward(x)
         # Not among the saved tensors: activation checkpointing aliases each, values and all, from its second
         # forward pass on, although DeepSpeed releases the weight after it and gathers it again.
-        ctx.weight = weight  # type: ignore[attr-defined]
+        ctx.weight, ctx.view = weight, view  # type: ignore[attr-defined]
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
-        ctx.transform = transform  # type: ignore[attr-defined]
-        y = x @ (weight if transform is None else transform(weight)).t()
-        return y if bias is None else y + bias
+        w = values(weight)
+        own = None
+        if view is not None:
+            w, own = view.forward(w)
+        y = x @ w.t()
+        for each in (bias, own):
+            y = y if each is None else y + each
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        (x,), weight = ctx.saved_tensors, ctx.weight
+        (x,), view = ctx.saved_tensors, ctx.view
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
+        w = values(ctx.weight)
+        viewed, own = (w, None) if view is None else view.forward(w)
         if ctx.needs_input_grad[0]:
-            dx = dy @ (weight if ctx.transform is None else ctx.transform(weight))
-        if ctx.needs_input_grad[1]:
-            dweight = dy.t() @ x
+            dx = dy @ viewed
+        del viewed
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        return dx, dweight, dbias, None, None
+        if ctx.needs_input_grad[1]:
+            dweight = dy.t() @ x
+            if view is not None:
+                dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
+        return dx, dweight, dbias, None
 
 
 def linear(
@@ -63,31 +97,46 @@ def linear(
     weight: Tensor,  # [N, K]
     bias: Tensor | None = None,
     *,
-    activation_bits: int | None = None,
-    transform: WeightTransform | None = None,
+    view: View | None = None,
 ) -> Tensor:  # [..., N]
-    """`x . transform(weight)^T + bias`, `x` rounded per token to `activation_bits` first when that is
-    given.
-    """
-    tokens = x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(tokens, weight, bias, activation_bits, transform)
+    """`x . view(weight)^T + bias`."""
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, view)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _quantize_tokens(x: Tensor, bits: int) -> Tensor:
-    """Each token (row) of x [T, K] rounded to `bits` symmetric levels of its own absolute maximum; same
-    dtype.
+class IntPerToken(nn.Module):
+    """Each token (row) of x [..., K] rounded to `bits` symmetric levels of its own absolute maximum, straight
+    through.
 
     xq = clip(round(a x), -2^(b-1), 2^(b-1) - 1) / a with a = (2^(b-1) - 1) / max(max|x|, 1e-5)
     (arXiv 2402.17764; the epsilon is the 1bitLLM reproduction's).
     """
-    top = 2 ** (bits - 1) - 1
-    scale = top / x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-5)
-    return (x * scale).round_().clamp_(-top - 1, top).div_(scale).to(x.dtype)
+
+    def __init__(self, bits: int = 8):
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RoundTokens.apply(x, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class _RoundTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bits: int) -> Tensor:
+        top = 2 ** (bits - 1) - 1
+        scale = top / x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-5)
+        return (x * scale).round_().clamp_(-top - 1, top).div_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+        return dy, None
 
 
 class Linear(nn.Module):
-    """A linear layer for every method: optional norm before it, quantised activations, a transformed weight.
+    """A linear layer for every method: optional norm before it, quantised activations, a view of its weight.
 
     `weight` [N, K] and `bias` [N] keep the names and shapes of the `nn.Linear` it replaces, so that
     pretrained files and exports need no translation.
@@ -97,16 +146,16 @@ class Linear(nn.Module):
         self,
         like: nn.Linear,
         *,
-        activation_bits: int | None = None,
-        transform: WeightTransform | None = None,
+        view: View | None = None,
+        activation: nn.Module | None = None,  # [..., K] -> [..., K]
         norm_eps: float | None = None,  # RMSNorm(K) before the activation quantiser (SubLN); None: no norm
     ):
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
         self.weight = like.weight
         self.bias = like.bias
-        self.activation_bits = activation_bits
-        self.transform = transform
+        self.view = view
+        self.activation = activation
         self.norm: nn.Module | None = None
         if norm_eps is not None:
             self.norm = nn.RMSNorm(
@@ -116,9 +165,15 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
-        return linear(
-            x, self.weight, self.bias, activation_bits=self.activation_bits, transform=self.transform
-        )
+        if self.activation is not None:
+            x = self.activation(x)
+        return linear(x, self.weight, self.bias, view=self.view)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, activation_bits={self.activation_bits}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def sub_norm_gain(name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """For `Method.initial`: ones for the gain of a norm that `Linear` has, None for any other parameter."""
+    owner = name.removesuffix(".norm.weight")
+    return torch.ones(shape) if owner != name and owner.rpartition(".")[2] in INNER_LINEARS else None

@@ -1,4 +1,6 @@
-"""A low-bit tensor at rest: what initialisation, checkpoints, evaluation and exports hand to each other."""
+"""A low-bit tensor at rest, whole or a worker's part of it: what initialisation, checkpoints, evaluation and
+exports hand to each other.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_dist import ops
-from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.grid import BLOCK, PLANE, Grid
 
 # Scales live in float16: every export format stores them so, and a scale that survives the trip unchanged
 # makes the export bit-exact.  The smallest normal number keeps a tensor of zeros from having no scale at
@@ -22,37 +24,32 @@ def representable(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """weight[i, j] = scale[i or 0] * level[i, j], the levels packed as ARCHITECTURE describes: 256 to a
-    block.
+    """weight = scale * level, element by element of the flattened tensor: element e has the scale number
+    e // scale_every.  Levels are packed as grid.py describes, 256 to a block.
+
+        [2, 512], scale_every 128:   row 0  | s0  | s1  | s2  | s3  |      scale [8]
+                                     row 1  | s4  | s5  | s6  | s7  |
     """
 
     codes: Tensor  # [numel / 256 * grid.bytes_per_block] uint8
-    scale: Tensor  # [1] or [rows] float32, float16-representable
+    scale: Tensor  # [numel / scale_every] float32, float16-representable
+    scale_every: int  # elements that a scale serves: of a group (64, 128, ...), a row, or the whole tensor
     grid: Grid
     shape: tuple[int, ...]
 
     @classmethod
     def quantize(cls, weight: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":
         """Each weight [rows, K] or [K] rounded to the nearest level (ties to even), saturating at the
-        grid's ends.
+        grid's ends; each of the `scale`s [any number that divides the elements] serves as many of them.
         """
-        check_shape(weight.shape)
-        levels = ops.quantize(
-            weight.reshape(-1).float(),
-            scale,
-            grid=grid,
-            first_block=0,
-            blocks_per_scale=weight.numel() // BLOCK // len(scale),
-        )
-        return cls(ops.pack(levels, grid=grid), scale, grid, tuple(weight.shape))
+        every = weight.numel() // len(scale)
+        check_shape(weight.shape, every)
+        levels = ops.quantize(weight.reshape(-1).float(), scale, grid=grid, scale_every=every)
+        return cls(ops.pack(levels, grid=grid), scale, every, grid, tuple(weight.shape))
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
-
-    @property
-    def blocks_per_scale(self) -> int:
-        return self.numel // BLOCK // len(self.scale)
 
     def levels(self) -> Tensor:  # `shape` int8
         return ops.unpack(self.codes, grid=self.grid).view(self.shape)
@@ -60,17 +57,39 @@ class PackedTensor:
     def dequantize(self, dtype: torch.dtype) -> Tensor:  # `shape` float32 or bfloat16
         out = torch.empty(self.numel, dtype=dtype, device=self.codes.device)
         ops.decode(
-            self.codes,
-            self.scale,
-            grid=self.grid,
-            first_block=0,
-            blocks_per_scale=self.blocks_per_scale,
-            out=out,
+            self.codes, self.scale, grid=self.grid, first_block=0, scale_every=self.scale_every, out=out
         )
         return out.view(self.shape)
 
 
-def check_shape(shape: torch.Size | tuple[int, ...]) -> None:
-    """A block never crosses a row, so that a row's scale serves whole blocks and exports cut rows freely."""
-    if shape[-1] % BLOCK:
-        raise ValueError(f"a low-bit tensor's last dimension must be a multiple of {BLOCK}, not {shape[-1]}")
+@dataclass(frozen=True)
+class PackedShard:
+    """A worker's run of whole blocks of a packed tensor, with the whole tensor's scales."""
+
+    codes: Tensor  # [blocks * grid.bytes_per_block] uint8
+    scale: Tensor  # [numel / scale_every] float32, of the whole tensor
+    scale_every: int
+    grid: Grid
+    shape: tuple[int, ...]  # of the whole tensor
+    first_block: int
+
+    def levels(self) -> Tensor:  # [256 * blocks] int8
+        return ops.unpack(self.codes, grid=self.grid)
+
+
+def check_shape(shape: torch.Size | tuple[int, ...], scale_every: int) -> None:
+    """ValueError unless a tensor of this shape can be packed with a scale for each `scale_every` elements.
+
+    Its elements fill whole blocks of 256, on whose borders shards are cut; a scale serves whole planes of 64
+    (a quarter of a block), and whole rows or a whole part of one.
+    """
+    numel = prod(shape)
+    if numel % BLOCK:
+        raise ValueError(
+            f"a low-bit tensor must have a multiple of {BLOCK} elements, not {numel:,} {tuple(shape)}"
+        )
+    if numel % scale_every or scale_every % PLANE or (shape[-1] % scale_every and scale_every % shape[-1]):
+        raise ValueError(
+            f"a scale must serve the whole tensor, or a multiple of {PLANE} elements that divides a row of "
+            f"{shape[-1]:,}, not {scale_every:,}"
+        )

@@ -62,9 +62,9 @@ class Run:
 
 def read(folder: Path) -> Run:
     """ConfigError if `folder` holds no run."""
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
-    config = RunConfig.load(folder / CONFIG, (), METHODS)
+    config = configfile.load(folder / CONFIG)
     summary = content(folder / SUMMARY)
     state: State = "stopped"
     failure = None

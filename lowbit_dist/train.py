@@ -26,7 +26,6 @@ from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import whole
 from lowbit_dist.linear import Linear
-from lowbit_dist.methods import method_of
 from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update
@@ -184,7 +183,7 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
 
 def _build(config: RunConfig, vocab_size: int) -> Engine:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    method = method_of(config)
+    method = config.method
     built = model.build(config.model, vocab_size, method, dtype)
     initial = model.InitialWeights(built, config.run.seed, config.model.pretrained)
     return Engine(config, built, method, initial, model.low_bit_names(built, method))

@@ -159,11 +159,10 @@ def saves_with_deaths(configuration):
     from lowbit_dist import model
     from lowbit_dist.checkpoint import Position, Saver
     from lowbit_dist.checkpoint.writing import Part
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
     from lowbit_dist.zero import Engine
 
-    config = RunConfig.from_dict(configuration, METHODS)
+    config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
     initial = model.InitialWeights(built, 0, None)
     engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))

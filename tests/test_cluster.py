@@ -17,7 +17,7 @@ from lowbit_dist import cluster, pulse
 from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, session
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 STEPS = 24
 SUMMARY = {
@@ -45,7 +45,7 @@ class Told:
 
 
 def configuration(content):
-    return RunConfig.from_dict(content, METHODS)
+    return configfile.from_dict(content)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from lowbit_dist import charts, compare, runs
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 PARTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 
@@ -34,7 +34,7 @@ def make(place):
             **sections,
         }
         folder.mkdir(parents=True)
-        config = RunConfig.from_dict(content, METHODS)
+        config = configfile.from_dict(content)
         (folder / "config.yaml").write_text(config.to_yaml())
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if val_loss is not None:

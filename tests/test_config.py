@@ -50,7 +50,7 @@ GOOD = "data: {path: data/stdlib}\n"
 def load(tmp_path: Path, text: str = GOOD, *overrides: str) -> RunConfig:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    return RunConfig.load(path, overrides, METHODS)
+    return configfile.load(path, overrides)
 
 
 def refused(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -155,7 +155,7 @@ def test_an_override_is_read_and_written_back(tmp_path, override):
     assert config.flat()[name] == value
     assert type(config.flat()[name]) is type(value)
     assert load(tmp_path, config.to_yaml()) == config
-    assert RunConfig.from_dict(config.to_dict(), METHODS) == config
+    assert configfile.from_dict(config.to_dict()) == config
 
 
 def test_the_last_of_equal_overrides_counts_and_overrides_beat_the_file(tmp_path):
@@ -273,10 +273,10 @@ def test_a_run_goes_on_with_other_places_and_intervals_only(tmp_path):
 def test_the_configurations_that_come_with_the_project_are_read(path):
     from lowbit_dist.methods import METHODS as methods
 
-    config = RunConfig.load(path, [], methods)
+    config = configfile.load(path, [], methods)
     assert config.run.name == path.stem
     assert config.remarks() == []
-    assert RunConfig.from_dict(yaml.safe_load(config.to_yaml()) | {"optimizer": {}}, methods)
+    assert configfile.from_dict(yaml.safe_load(config.to_yaml()) | {"optimizer": {}}, methods)
 
 
 def test_reading_a_configuration_imports_nothing_heavy():
@@ -769,7 +769,7 @@ TRUTHS = ("model.tie_embeddings", "train.activation_checkpointing", "train.repro
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_every_field_refuses_what_it_cannot_be_and_says_what_to_write(tmp_path, wrong):
-    fields = [name for name in FIELDS if name in RunConfig.from_dict({"data": {"path": "x"}}, METHODS).flat()]
+    fields = [name for name in FIELDS if name in configfile.from_dict({"data": {"path": "x"}}).flat()]
     assert len(fields) > 50
     for name in fields:
         if (wrong == "true" and name in TRUTHS) or (wrong != "misspelt" and name in TEXTS):
@@ -783,7 +783,7 @@ def test_every_field_refuses_what_it_cannot_be_and_says_what_to_write(tmp_path, 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     def answer(path: Path) -> str:
         with pytest.raises(ConfigError) as caught:
-            RunConfig.load(path, [], METHODS)
+            configfile.load(path, [])
         return str(caught.value).replace(str(tmp_path) + os.sep, "")
 
     (tmp_path / "folder").mkdir()
@@ -811,7 +811,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
-    assert RunConfig.load(path, [], METHODS) == load(tmp_path)
+    assert configfile.load(path, []) == load(tmp_path)
 
 
 def test_a_python_object_in_a_file_is_not_built(tmp_path, monkeypatch):
@@ -822,15 +822,15 @@ def test_a_python_object_in_a_file_is_not_built(tmp_path, monkeypatch):
 
 def test_a_mapping_from_elsewhere_is_checked_alike():
     with pytest.raises(ConfigError, match=r"^train.steps \(nan\) must be a finite number"):
-        RunConfig.from_dict({"data": {"path": "x"}, "train": {"steps": math.nan}}, METHODS)
+        configfile.from_dict({"data": {"path": "x"}, "train": {"steps": math.nan}})
     with pytest.raises(ConfigError, match=r"^a configuration must be a mapping of sections, not \[\]$"):
-        RunConfig.from_dict([], METHODS)
+        configfile.from_dict([])
 
 
 # --- fuzz: nothing but a configuration or one line comes out ---
 
 FIELDS = [
-    *RunConfig.from_dict({"data": {"path": "x"}}, METHODS).flat(),
+    *configfile.from_dict({"data": {"path": "x"}}).flat(),
     "train.stesp",
     "method.sub_norms",
     "x",
@@ -859,7 +859,7 @@ def one_line_or_a_configuration(build) -> None:
         assert message and len(message.splitlines()) == 1, message
         message.encode()  # can be printed
     else:
-        assert RunConfig.from_dict(config.to_dict(), METHODS) == config
+        assert configfile.from_dict(config.to_dict()) == config
         assert config.differences(config) == []
 
 
@@ -874,13 +874,13 @@ def test_fuzzed_fields_never_end_in_a_traceback(fields, with_path):
             content[field] = value
         else:
             data[section] = value
-    one_line_or_a_configuration(lambda: RunConfig.from_dict(data, METHODS))
+    one_line_or_a_configuration(lambda: configfile.from_dict(data))
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(VALUES)
 def test_fuzzed_documents_never_end_in_a_traceback(document):
-    one_line_or_a_configuration(lambda: RunConfig.from_dict(document, METHODS))
+    one_line_or_a_configuration(lambda: configfile.from_dict(document))
 
 
 @settings(
@@ -904,7 +904,7 @@ def test_fuzzed_files_and_overrides_never_end_in_a_traceback(tmp_path, text, ove
     path = tmp_path / "fuzz.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     overrides = [] if override is None else [override]
-    one_line_or_a_configuration(lambda: RunConfig.load(path, overrides, METHODS))
+    one_line_or_a_configuration(lambda: configfile.load(path, overrides))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -923,10 +923,10 @@ def test_what_is_written_is_read_back_the_same(tmp_path_factory, name, lr, betas
         "optimizer": {"lr": lr, "betas": list(betas)},
         "tracking": {"experiment": f"{name}x"},
     }
-    config = RunConfig.from_dict(data, METHODS)
+    config = configfile.from_dict(data)
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
-    assert RunConfig.load(path, [], METHODS) == config
+    assert configfile.load(path, []) == config
 
 
 def test_a_message_is_one_line_whatever_it_quotes():

@@ -21,7 +21,7 @@ from lowbit_dist import data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data import reading, writing
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 from lowbit_dist.tracking import feeder
 
 
@@ -80,15 +80,13 @@ WIDE = {f"memory/part{i}": 1.0 for i in range(60)}  # makes a row longer than a 
 
 
 def config(folder: Path, uri: str | None = None) -> RunConfig:
-    made = RunConfig.from_dict(
+    made = configfile.from_dict(
         {
             "run": {"name": "full", "dir": str(folder)},
             "method": {"name": "dqt"},
             "data": {"path": "data"},
             "tracking": {"mlflow": uri, "experiment": "tests"},
-        },
-        METHODS,
-    )
+        })
     made.run_dir.mkdir(exist_ok=True, parents=True)
     (made.run_dir / "config.yaml").write_text(made.to_yaml())
     return made

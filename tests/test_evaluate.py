@@ -24,10 +24,9 @@ RUNS = {
 
 def train(configuration):
     from lowbit_dist import train as training
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
-    return training.run(RunConfig.from_dict(configuration, METHODS))
+    return training.run(configfile.from_dict(configuration))
 
 
 @pytest.fixture(scope="module")

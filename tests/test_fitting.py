@@ -18,7 +18,7 @@ from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.cluster import checks
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.memory import disk, fitting, machine
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 VOCAB = 32_000
 GB = 10**9
@@ -34,7 +34,7 @@ def load(content, overrides=()):
 
     for override in overrides:
         _apply_override(data, override)
-    return RunConfig.from_dict(data, METHODS)
+    return configfile.from_dict(data)
 
 
 def content_of(**sections):

@@ -20,7 +20,7 @@ from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.cli import inspection
 from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data import documents
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 SEQ = 64
 STEAL = "!!python/object/apply:os.system ['touch stolen']"
@@ -52,7 +52,7 @@ class Bomb:
 def train(configuration):
     from lowbit_dist import train as training
 
-    training.run(RunConfig.from_dict(configuration, METHODS))
+    training.run(configfile.from_dict(configuration))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_yaml_that_asks_for_objects_executes_nothing_wherever_it_stands(run, pre
     def refused(text, *overrides):
         file.write_text(text)
         with pytest.raises(ConfigError) as error:
-            RunConfig.load(file, overrides, METHODS)
+            configfile.load(file, overrides)
         file.unlink()
         assert len(str(error.value).splitlines()) == 1
 
@@ -261,12 +261,12 @@ def test_yaml_that_asks_for_objects_executes_nothing_wherever_it_stands(run, pre
     # A run's own copy of its configuration.
     (run / "config.yaml").write_text(good + f"train: {STEAL}\n")
     with pytest.raises(ConfigError):
-        RunConfig.load(run / "config.yaml", (), METHODS)
+        configfile.load(run / "config.yaml")
     # Metadata of data and tokenizer.
     for name in ("manifest.json", "train/index.json", "tokenizer/tokenizer.model"):
         whole = (prepared / name).read_bytes()
         (prepared / name).write_text(STEAL)
-        config = RunConfig.from_dict({"data": {"path": str(prepared), "seq_len": SEQ}}, METHODS)
+        config = configfile.from_dict({"data": {"path": str(prepared), "seq_len": SEQ}})
         with pytest.raises(ConfigError) as error:
             data.check(config)
         assert len(str(error.value).splitlines()) == 1
@@ -293,7 +293,7 @@ def reindexed(folder, change):
 
 
 def refused_data(folder, match):
-    config = RunConfig.from_dict({"data": {"path": str(folder), "seq_len": SEQ}}, METHODS)
+    config = configfile.from_dict({"data": {"path": str(folder), "seq_len": SEQ}})
     for read in (
         lambda: data.check(config),
         lambda: data.Batches(Data(path=str(folder), seq_len=SEQ), "train", 0).micro_batch(0, 1),

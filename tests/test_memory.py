@@ -27,10 +27,9 @@ def configuration(**sections):
 
 
 def load(content):
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
-    return RunConfig.from_dict(content, METHODS)
+    return configfile.from_dict(content)
 
 
 class Training:

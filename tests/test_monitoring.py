@@ -18,7 +18,7 @@ import yaml
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.memory import COMPONENTS
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 from lowbit_dist.tracking import gauges
 
 MONITORING = Path(__file__).parent.parent / "launch" / "monitoring"
@@ -169,7 +169,7 @@ def test_provisioning_names_what_is_there():
 def tell(configuration):
     """What a worker does with its gauges, in a process of Ray; returns when they have been handed over."""
     gauges.SECONDS = 0.3
-    config = RunConfig.from_dict(configuration, METHODS)
+    config = configfile.from_dict(configuration)
     config.run_dir.mkdir(exist_ok=True)
     (config.run_dir / "latest").write_text("step-20")
     components = {name: {"bytes": 1000 + i} for i, name in enumerate(COMPONENTS)}
@@ -320,7 +320,7 @@ def test_in_a_process_without_ray_nothing_is_handed_on_and_ray_is_not_imported(t
         "from lowbit_dist.methods import METHODS\n"
         "from lowbit_dist.tracking import gauges\n"
         f"content = {{'run': {{'dir': {str(tmp_path)!r}}}, 'data': {{'path': 'x'}}}}\n"
-        "config = RunConfig.from_dict(content, METHODS)\n"
+        "config = configfile.from_dict(content)\n"
         "told = gauges.Gauges(config, rank=0, world=1, restarts=0)\n"
         "told.stepped(1, 0.5); told.log({'loss': 1.0}); told.close()\n"
         "assert 'ray' not in sys.modules and threading.active_count() == 1\n"

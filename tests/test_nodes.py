@@ -5,8 +5,7 @@ import socket
 import pytest
 
 from lowbit_dist.cluster.nodes import Node, chosen, places, that_answer
-from lowbit_dist.config import RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 
 def node(name, cpus=0.0, gpus=0.0, port=1):
@@ -15,7 +14,7 @@ def node(name, cpus=0.0, gpus=0.0, port=1):
 
 def configured(small, workers, micro_batches=8, **cluster):
     train = {"batch_tokens": micro_batches * 2 * 64}
-    return RunConfig.from_dict(small(cluster={"workers": workers, **cluster}, train=train), METHODS)
+    return configfile.from_dict(small(cluster={"workers": workers, **cluster}, train=train))
 
 
 def test_a_machine_that_takes_no_connection_is_left_out():

@@ -11,8 +11,7 @@ import pytest
 
 from lowbit_dist import pulse
 from lowbit_dist.cluster import watch
-from lowbit_dist.config import RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ class Clock:
 def watched(tmp_path, monkeypatch, small):
     """`look(seconds, *pulses)`: what the watch says when the workers' files read so, `seconds` later."""
     clock = Clock(monkeypatch)
-    config = RunConfig.from_dict(small(cluster={"hang_timeout": 30}), METHODS)
+    config = configfile.from_dict(small(cluster={"hang_timeout": 30}))
     (config.run_dir / pulse.FOLDER).mkdir(parents=True)
     monkeypatch.setattr(watch, "stacks_of", lambda found, and_kill: [])
     monkeypatch.setattr(watch.Watch, "_run", lambda self: None)
@@ -131,6 +130,6 @@ def test_progress_of_any_kind_and_slow_phases_are_no_hang(watched):
 
 
 def test_without_a_wish_the_limit_follows_the_median_step(small):
-    config = RunConfig.from_dict(small(), METHODS)
+    config = configfile.from_dict(small())
     assert watch.hang_limit(config, [{"step_seconds": None}, {"step_seconds": 0.5}]) == 60
     assert watch.hang_limit(config, [{"step_seconds": 4.0}, {"step_seconds": 10.0}]) == 200

@@ -13,7 +13,7 @@ import pytest
 
 from lowbit_dist import runs
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 from lowbit_dist.sweep import Sweep, running
 from lowbit_dist.tracking import Parent
 
@@ -51,7 +51,7 @@ def test_each_label_has_a_child_for_each_seed(load):
         "optimizer": {"lr": 2e-3},
         "train": {"steps": 30},
     }
-    assert sweep.children[3].config == RunConfig.from_dict(expected, METHODS)
+    assert sweep.children[3].config == configfile.from_dict(expected)
     dense = sweep.children[0].config
     assert (dense.method.name, dense.optimizer.states, dense.train.steps) == ("dense", "fp32", 20)
 
@@ -160,7 +160,7 @@ def test_no_child_starts_if_one_cannot(small, tmp_path, monkeypatch):
     ],
 )
 def test_as_many_children_run_at_once_as_find_processors(cluster, cpus, gpus, n, small):
-    config = RunConfig.from_dict(small(cluster=cluster, train={"batch_tokens": 512}), METHODS)
+    config = configfile.from_dict(small(cluster=cluster, train={"batch_tokens": 512}))
     assert running._places(config, cpus, gpus) == n
 
 

@@ -11,7 +11,7 @@ from mlflow_server import Server
 
 from lowbit_dist import tracking
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 from lowbit_dist.tracking import mlflow_run, record
 
 
@@ -24,15 +24,13 @@ def store(tmp_path_factory):
 @pytest.fixture
 def config(store, tmp_path):
     def make(uri=f"sqlite:///{store}", name="tracked"):
-        made = RunConfig.from_dict(
+        made = configfile.from_dict(
             {
                 "run": {"name": name, "dir": str(tmp_path)},
                 "method": {"name": "dqt"},
                 "data": {"path": "data"},
                 "tracking": {"mlflow": uri, "experiment": "tests"},
-            },
-            METHODS,
-        )
+            })
         made.run_dir.mkdir(exist_ok=True)
         (made.run_dir / "config.yaml").write_text(made.to_yaml())
         return made
@@ -386,7 +384,7 @@ def test_a_restart_with_other_workers_goes_on_in_the_same_run(config, store):
     first = tracking.Tracker(config(name="wider"), step=0, run_id=None)
     first.finish("KILLED")
     assert client(store).get_run(first.run_id).info.status == "KILLED"
-    wider = RunConfig.from_dict(config(name="wider").to_dict() | {"cluster": {"workers": 1}}, METHODS)
+    wider = configfile.from_dict(config(name="wider").to_dict() | {"cluster": {"workers": 1}})
     second = tracking.Tracker(wider, step=0, run_id=first.run_id)
     second.log(1, {"loss": 1.0, "tokens": 1})
     second.finish("FINISHED", SUMMARY)
@@ -400,7 +398,7 @@ def test_runs_that_start_at_once_share_a_new_experiment(config, store):
     def make(number):
         data = config(name=f"at-once-{number}").to_dict()
         data["tracking"]["experiment"] = "new experiment"
-        return RunConfig.from_dict(data, METHODS)
+        return configfile.from_dict(data)
 
     from concurrent.futures import ThreadPoolExecutor
 

@@ -17,9 +17,9 @@ def train(configuration, stop_at=None):
     logging.disable(logging.INFO)
     from lowbit_dist import train as training
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
-    config = RunConfig.from_dict(configuration, METHODS)
+    config = configfile.from_dict(configuration)
     if stop_at is None:
         return training.run(config)
     save = training.checkpoint.Saver.save
@@ -183,10 +183,10 @@ def step_with_infinite_gradient(configuration):
 
     from lowbit_dist import model
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
     from lowbit_dist.zero import Engine
 
-    config = RunConfig.from_dict(configuration, METHODS)
+    config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
     initial = model.InitialWeights(built, 0, None)
     engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))

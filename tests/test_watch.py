@@ -13,8 +13,7 @@ import time
 import pytest
 
 from lowbit_dist.cli import plots
-from lowbit_dist.config import RunConfig
-from lowbit_dist.methods import METHODS
+from lowbit_dist import configfile
 
 COMPONENTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 STEPS = 40
@@ -41,7 +40,7 @@ def folder(small):
     """A run in mid-training: 20 of 40 steps, a checkpoint of step 10 that is 100 seconds old, two workers of
     which one is silent.
     """
-    config = RunConfig.from_dict(small(train={"steps": STEPS}), METHODS)
+    config = configfile.from_dict(small(train={"steps": STEPS}))
     run = config.run_dir
     (run / ".workers").mkdir(parents=True)
     (run / "config.yaml").write_text(config.to_yaml())
@@ -174,7 +173,7 @@ def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, mo
 
     seconds = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: seconds)
-    lines = console.Lines(RunConfig.from_dict(small(train={"steps": STEPS}), METHODS))
+    lines = console.Lines(configfile.from_dict(small(train={"steps": STEPS})))
     news = {14: {"val_loss": 3.5}, 19: {"skipped_steps": 3}, 20: {"skipped_steps": 3}}
     for step in (*range(1, 21), STEPS):
         lines.row(row(step) | news.get(step, {}))

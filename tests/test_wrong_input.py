@@ -39,12 +39,12 @@ def train(folder, text):
 
     from lowbit_dist import train as training
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
     before = os.getcwd()
     os.chdir(folder)
     try:
-        training.run(RunConfig.from_dict(yaml.safe_load(text), METHODS))
+        training.run(configfile.from_dict(yaml.safe_load(text)))
     finally:
         os.chdir(before)
 
@@ -656,14 +656,14 @@ def test_without_a_mistake_the_same_commands_go_on(place, lowbit):
     """The folder of all cases is right: what is refused in them is their mistake alone."""
     from lowbit_dist.cluster import check
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
     assert lowbit("train", "run.yaml").returncode == 0
     assert lowbit("inspect", "small").returncode == 0
     assert lowbit("eval", "small", "--data", "data").returncode == 0
     pretrained()(place)
     for override in ("model={pretrained: llama}", "data.tokenizer=tokenizer", "data.cache=cache"):
-        check(RunConfig.load(place / "run.yaml", [override, "run.name=new"], METHODS))
+        check(configfile.load(place / "run.yaml", [override, "run.name=new"]))
 
 
 def test_a_latest_that_names_what_is_gone_loses_no_run(place, lowbit):
@@ -671,13 +671,13 @@ def test_a_latest_that_names_what_is_gone_loses_no_run(place, lowbit):
     from lowbit_dist.cluster import check
     from lowbit_dist.cluster.checks import newest_checkpoint
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
     assert (place / "runs/small/latest").read_text().strip() == "step-2"
     shutil.rmtree(place / STEP)
     done = lowbit("inspect", "small", "--json")
     assert json.loads(done.stdout)["step"] == 1, done.stderr
-    check(RunConfig.load(place / "run.yaml", [], METHODS))
+    check(configfile.load(place / "run.yaml", []))
     assert newest_checkpoint(place / "runs/small").name == "step-1"
 
 

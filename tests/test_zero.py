@@ -58,10 +58,10 @@ def pretrained_weights(configuration, folder):
 
     from lowbit_dist import model
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
     from lowbit_dist.zero import Engine
 
-    config = RunConfig.from_dict(configuration, METHODS)
+    config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
     initial = model.InitialWeights(built, 0, folder)
     engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
@@ -114,10 +114,10 @@ def flips_of_one_step(configuration):
     """What a step says of its flips, and the codes of this rank's shards that it changed."""
     from lowbit_dist import model, ops
     from lowbit_dist.config import RunConfig
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
     from lowbit_dist.zero import Engine
 
-    config = RunConfig.from_dict(configuration, METHODS)
+    config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
     initial = model.InitialWeights(built, 0, None)
     engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))

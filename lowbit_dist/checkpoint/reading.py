@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowbit_dist import configfile
 from lowbit_dist.answers import show
 from lowbit_dist.checkpoint.layout import (
     FORMAT,
@@ -29,7 +30,6 @@ from lowbit_dist.checkpoint.layout import (
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import GRIDS, Grid
-from lowbit_dist.methods import METHODS
 from lowbit_dist.packed import PackedTensor
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and reading needs none of it
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> RunConfig:
-        return RunConfig.from_dict(self.manifest["config"], METHODS)
+        return configfile.from_dict(self.manifest["config"])
 
     @property
     def step(self) -> int:

@@ -33,9 +33,9 @@ RunOrCheckpoint = Annotated[
 
 
 def load(config: Path, overrides: list[str] | None) -> RunConfig:
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
-    return RunConfig.load(config, overrides or [], METHODS)
+    return configfile.load(config, overrides or [])
 
 
 def pairs(rows: dict[str, Any]) -> Any:

@@ -28,9 +28,8 @@ def check(config: RunConfig) -> None:
         data.check_cache(config.data)
     if config.model.pretrained is not None:
         from lowbit_dist import model
-        from lowbit_dist.methods import method_of
 
-        model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, method_of(config))
+        model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, config.method)
     from lowbit_dist import tracking
 
     tracking.check(config)
@@ -109,7 +108,7 @@ def gpus_per_worker(config: RunConfig, gpus: float) -> float:
 
 def check_run(config: RunConfig) -> None:
     """ConfigError if the run's folder holds another run."""
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
     folder = config.run_dir
     if folder.exists() and not folder.is_dir():
@@ -117,7 +116,7 @@ def check_run(config: RunConfig) -> None:
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
     if (folder / "config.yaml").exists():
-        earlier = RunConfig.load(folder / "config.yaml", (), METHODS)
+        earlier = configfile.load(folder / "config.yaml")
         _check_same(config, earlier, f"run.name ({config.run.name})")
     from lowbit_dist.checkpoint import Checkpoint, newest_first
 

@@ -85,13 +85,12 @@ def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any
 
     `memory`: bytes that are free, or on GPUs those of the smallest one
     """
-    from lowbit_dist import data
+    from lowbit_dist import configfile, data
     from lowbit_dist.memory.machine import available_memory, smallest_gpu
-    from lowbit_dist.methods import METHODS
 
     if os.path.isdir(folder):
         os.chdir(folder)
-    config = RunConfig.from_dict(content, METHODS)
+    config = configfile.from_dict(content)
     found: dict[str, Any] = {
         "packages": packages(),
         "memory": smallest_gpu() if on_gpu else available_memory(),

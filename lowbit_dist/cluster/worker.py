@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray Train calls on each worker, inside the process group; None if the run was asked to stop."""
     prepare(settings)
+    from lowbit_dist import configfile
     from lowbit_dist import train as loop
-    from lowbit_dist.methods import METHODS
 
     try:
-        config = RunConfig.from_dict(settings["config"], METHODS)
+        config = configfile.from_dict(settings["config"])
         with _pulse(config, settings["restarts"]) as pulse, _only_writer(config):
             return loop.run(config, restarts=settings["restarts"], beat=pulse.beat)
     except ConfigError:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from lowbit_dist import configfile
 from lowbit_dist.answers import in_bytes, plain
 from lowbit_dist.config import PRESETS, ConfigError, RunConfig, Sizes
 from lowbit_dist.memory.disk import checkpoint_bytes
 from lowbit_dist.memory.machine import Room, room_here
 from lowbit_dist.memory.plan import at_rest, planned
-from lowbit_dist.methods import METHODS
 
 # Of a worker on CPUs beside its tensors: Python, torch, DeepSpeed, Ray and on worker 0 MLflow.  Two workers
 # whose tensors took 12 MB had resident sets of 1.24 and 1.17 GB at most, of which 0.45 GB are pages of
@@ -175,7 +175,7 @@ def changed(config: RunConfig, changes: Changes) -> RunConfig:
     for name, value in changes.items():
         section, _, field = name.partition(".")
         content[section] = {**content.get(section, {}), field: value} if field else value
-    return RunConfig.from_dict(content, METHODS)
+    return configfile.from_dict(content)
 
 
 class Way(NamedTuple):
@@ -200,7 +200,7 @@ def _ways(config: RunConfig, room: Room) -> Iterator[Way]:
         yield Way(("other_weights", "gradients", "optimizer_states", "transient"), [{"zero.stage": 3}])
     if others := [{"cluster.workers": n} for n in _other_numbers(config, room)]:
         yield Way(("process", "activations"), others)
-    if not config.method.low_bit:
+    if config.method.stored is None:
         stageless = {} if stage is None else {"zero.stage": None}
         yield Way(("other_weights",), [{"method.name": "dqt", **stageless}])
 

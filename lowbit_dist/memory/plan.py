@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from lowbit_dist import configfile
 from lowbit_dist.config import RunConfig
 from lowbit_dist.memory.rehearsal import rehearse
 from lowbit_dist.memory.report import Parameters, largest, report, saved
 from lowbit_dist.memory.resident import parameters, resident, shapes
-from lowbit_dist.methods import METHODS
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _baseline(config: RunConfig, method: str, precision: str) -> RunConfig:
     content["optimizer"] |= {"states": "fp32"}
     content["zero"] |= {"residency": "sharded", "stage": None}
     content["train"] |= {"reproducible": False}
-    return RunConfig.from_dict(content, METHODS)
+    return configfile.from_dict(content)
 
 
 def planned(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from lowbit_dist.memory.lifetimes import Stock, StockSizes, Zero3
 from lowbit_dist.memory.live import Watch
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import build, low_bit_names, storage
-from lowbit_dist.methods import method_of
 
 # Longer models are extrapolated from two numbers of blocks: one block more costs what the last one cost.
 SHORT, LONG = 4, 5
@@ -67,7 +66,9 @@ def _step(config: RunConfig, model: nn.Module, workers: int, sizes: StockSizes |
         )
     model.train()
     grids = (
-        dict.fromkeys(low_bit_names(config, model), storage(config).grid) if method_of(config).low_bit else {}
+        dict.fromkeys(low_bit_names(config, model), storage(config).grid)
+        if config.method.stored is not None
+        else {}
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model)

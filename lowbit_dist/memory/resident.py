@@ -12,7 +12,6 @@ from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.memory.report import RESIDENT, Parameters
-from lowbit_dist.methods import method_of
 
 META = torch.device("meta")
 
@@ -26,12 +25,12 @@ class Storage(NamedTuple):
 
 def build(config: RunConfig, vocab_size: int) -> nn.Module:
     """The run's model on the meta device."""
-    return models.build(config.model, vocab_size, method_of(config), compute_dtype(config))
+    return models.build(config.model, vocab_size, config.method, compute_dtype(config))
 
 
 def shapes(config: RunConfig, vocab_size: int) -> nn.Module:
     """The same model, made once for all who only read it."""
-    return _shapes(config.model, vocab_size, method_of(config), compute_dtype(config))
+    return _shapes(config.model, vocab_size, config.method, compute_dtype(config))
 
 
 _shapes = lru_cache(maxsize=8)(models.build)
@@ -42,12 +41,12 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def low_bit_names(config: RunConfig, model: nn.Module) -> list[str]:
-    return models.low_bit_names(model, method_of(config))
+    return models.low_bit_names(model, config.method)
 
 
 def storage(config: RunConfig) -> Storage:
     """Found by packing two rows of zeros."""
-    sample = method_of(config).quantize(torch.zeros(2, BLOCK))
+    sample = config.method.quantize(torch.zeros(2, BLOCK))
     return Storage(sample.grid, scale_per_row=len(sample.scale) == 2)
 
 

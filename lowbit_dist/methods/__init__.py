@@ -1,22 +1,31 @@
-"""Training methods: one file each.  To add one, write its file and its line here.
-
-`method.Method` says what a method answers: `linear` (the layer that replaces an `nn.Linear`), and for
-low-bit methods `is_low_bit` and `quantize` (which parameters exist as packed codes, and their first values).
+"""Training methods: one file each.  To add one, write its file and its line here, or an entry point of the
+group `lowbit_dist.methods` in a package of your own; README.md beside this file shows both.
 """
 
-from lowbit_dist.config import MethodOptions, RunConfig
-from lowbit_dist.methods.bitnet import BitNet
-from lowbit_dist.methods.dense import Dense
-from lowbit_dist.methods.dqt import DQT
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lowbit_dist.methods.method import Method
 
-METHODS: dict[str, type[MethodOptions]] = {"dqt": DQT, "bitnet": BitNet, "dense": Dense}
+if TYPE_CHECKING:
+    from lowbit_dist.methods.bitnet import BitNet
+    from lowbit_dist.methods.dense import Dense
+    from lowbit_dist.methods.dqt import DQT
+
+# Name -> module:class, imported when a run asks for it: reading a configuration needs no torch.
+METHODS = {
+    "dqt": "lowbit_dist.methods.dqt:DQT",
+    "bitnet": "lowbit_dist.methods.bitnet:BitNet",
+    "dense": "lowbit_dist.methods.dense:Dense",
+}
 
 
-def method_of(config: RunConfig) -> Method:
-    """The method of a run; its options were checked when the configuration was read."""
-    assert isinstance(config.method, Method), "METHODS are Methods"
-    return config.method
+def __getattr__(name: str) -> Any:
+    for place in METHODS.values():
+        module, _, owner = place.partition(":")
+        if owner == name:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["METHODS", "Method", "method_of"]
+__all__ = ["DQT", "METHODS", "BitNet", "Dense", "Method"]

@@ -6,12 +6,13 @@ activations per token, RMSNorm before every BitLinear (`sub_norms` adds the two 
 o_proj and down_proj).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist.linear import INNER_LINEARS, Linear
+from lowbit_dist.grid import GRIDS, Grid
+from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method
 
 
@@ -19,30 +20,43 @@ class BitNet(Method):
     name: Literal["bitnet"] = "bitnet"
     activation_bits: Literal[8] | None = 8
     sub_norms: bool = True
-    low_bit: ClassVar[bool] = False
+
+    @property
+    def forward_grid(self) -> Grid:
+        return GRIDS["ternary"]
 
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
-        inner = self.sub_norms and name.rsplit(".", 1)[-1] in INNER_LINEARS
+        inner = self.sub_norms and name.rpartition(".")[2] in INNER_LINEARS
         return Linear(
             layer,
-            activation_bits=self.activation_bits,
-            transform=ternary_absmean,
+            view=TernaryAbsmean(),
+            activation=None if self.activation_bits is None else IntPerToken(self.activation_bits),
             norm_eps=norm_eps if inner else None,
         )
 
+    def levels(self, weight: Tensor) -> Tensor:
+        return _rounded(weight)[0].to(torch.int8)
 
-def ternary_absmean(weight: Tensor) -> Tensor:
-    """gamma * clip(round(W / gamma), -1, 1), gamma = max(mean|W|, 1e-5) over the tensor (arXiv
-    2402.17764, eq. 1-3).
+    def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return sub_norm_gain(name, shape)
+
+
+class TernaryAbsmean:
+    """gamma * clip(round(W / gamma), -1, 1), gamma = max(mean|W|, 1e-5) over the tensor (arXiv 2402.17764,
+    eq. 1-3), straight through.
     """
+
+    def forward(self, w: Tensor) -> tuple[Tensor, None]:
+        levels, gamma = _rounded(w)
+        return levels.mul_(gamma).to(w.dtype), None
+
+    def backward(self, w: Tensor, dw: Tensor, dbias: Tensor | None) -> Tensor:
+        return dw
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:  # [N, K] float32, [] float32
     w = weight.float()
     gamma = w.abs().mean().clamp(min=1e-5)
-    return (w / gamma).round_().clamp_(-1, 1).mul_(gamma).to(weight.dtype)
-
-
-def ternary_levels(weight: Tensor) -> Tensor:  # int8
-    """The codes that the forward pass sees, for flip rates and zero fractions."""
-    w = weight.float()
-    return (w / w.abs().mean().clamp(min=1e-5)).round_().clamp_(-1, 1).to(torch.int8)
+    return (w / gamma).round_().clamp_(-1, 1), gamma

@@ -1,27 +1,97 @@
-"""What every training method says of itself."""
+"""What a training method says of itself: the one class that the rest of the package knows methods by."""
 
-from torch import Tensor, nn
+from __future__ import annotations
 
-from lowbit_dist.config import MethodOptions
-from lowbit_dist.packed import PackedTensor
+from typing import TYPE_CHECKING
+
+from lowbit_dist.section import Section
+
+if TYPE_CHECKING:  # a configuration is read without torch
+    from torch import Tensor, nn
+
+    from lowbit_dist.grid import Grid
+    from lowbit_dist.packed import PackedShard, PackedTensor
 
 
-class Method(MethodOptions):
-    """A method is its own configuration section (`method:` in a run's YAML): frozen fields and what they
-    mean.
+class Method(Section):
+    """A training method, which is the `method:` section of a run's configuration: frozen fields, and what
+    they mean.
+
+    A method is one file: a class that derives from this one, its options as fields, and whichever of these
+    answers differ from the defaults, which are those of full-precision training.  No other code knows a
+    method by its name.  README.md beside this file writes one, step by step.
     """
 
+    name: str
+
+    @property
+    def label(self) -> str:
+        """The method in a word or two, for tables."""
+        return self.name
+
+    @property
+    def stored(self) -> Grid | None:
+        """The grid on which low-bit weights exist, and to which an update rounds; None: weights are latent,
+        ordinary numbers.
+        """
+        return None
+
+    @property
+    def forward_grid(self) -> Grid | None:
+        """The grid whose levels the forward pass multiplies with; None: it multiplies with no grid's.
+
+        Where it is `stored`, levels are counted in the codes themselves; elsewhere `levels` is asked.
+        """
+        return self.stored
+
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
-        """The layer that takes the place of `layer`, which is called `name` in the model."""
-        raise TypeError(f"method {self.name} does not say what replaces a linear layer")
+        """The layer that takes the place of `layer`, which is called `name` in the model.
+
+        `is_head`: it gives the logits; `norm_eps`: of the model's own RMSNorms.
+        """
+        from lowbit_dist.linear import Linear
+
+        return Linear(layer)
 
     def is_low_bit(self, is_linear: bool) -> bool:
-        """Whether a parameter exists only as codes.
+        """Of a method with `stored`: whether a parameter exists only as codes.
 
         `is_linear`: it is the weight of a linear layer other than the head.
         """
-        return False
+        return is_linear
 
     def quantize(self, weight: Tensor) -> PackedTensor:
-        """The initial codes and scale of a low-bit weight [rows, K] or [K], float32."""
+        """The first codes and scales of a low-bit weight [rows, K] or [K], float32."""
         raise TypeError(f"method {self.name} has no low-bit weights")
+
+    def levels(self, weight: Tensor) -> Tensor | None:
+        """What the forward pass makes of a linear layer's weight [N, K], as levels of `forward_grid`: int8
+        [N, K], or None.
+
+        Flip rate, zero fraction and saturation are counted in them.  `weight` is what the layer's view is
+        given: a latent weight in the compute precision, or decoded codes.
+        """
+        return None
+
+    def sent(self, shard: PackedShard) -> PackedShard:
+        """What a gather moves in the place of a worker's shard, cut as the shard is; by default the shard.
+
+        Asked after each update on every worker, parameter by parameter in one order, so it may use
+        collectives.
+        """
+        return shard
+
+    def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The first value of a parameter that the method adds to the model (float32), None for all others."""
+        return None
+
+    def rates(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Factors on the learning rate and on the weight decay of a parameter.
+
+        By default vectors (gains of norms, biases, learned scales) do not decay.
+        """
+        return 1.0, 1.0 if len(shape) > 1 else 0.0
+
+    def finished(self, name: str, weight: PackedTensor | Tensor) -> dict[str, PackedTensor | Tensor]:
+        """What leaves in an export for a trained weight: tensors by name; by default itself."""
+        return {name: weight}

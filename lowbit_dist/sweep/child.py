@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit_dist import cluster
-from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.config import ConfigError
 
 
 class Lines:
@@ -31,11 +31,11 @@ def main() -> int:
     """The run, to its end."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
     lines = Lines()
     try:
-        cluster.launch(RunConfig.load(sys.argv[1], (), METHODS), progress=lines)
+        cluster.launch(configfile.load(sys.argv[1]), progress=lines)
     except cluster.Stopped as stopped:
         lines.say(f"stopped by {stopped}")
         return 128 + stopped.signum

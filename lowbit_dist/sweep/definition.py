@@ -165,14 +165,14 @@ def _read(file: Path) -> Definition:
 
 
 def _children(definition: Definition, base: Path, folder: Path) -> Iterator[Child]:
-    from lowbit_dist.methods import METHODS
+    from lowbit_dist import configfile
 
     for label, overrides in _variants(definition, base):
         for seed in definition.seeds:
             own = {"run.name": f"{label}-seed{seed}", "run.seed": seed, "run.dir": str(folder)}
             everything = (*definition.set, *overrides, *(_override(*each) for each in own.items()))
             try:
-                yield Child(label, RunConfig.load(base, everything, METHODS))
+                yield Child(label, configfile.load(base, everything))
             except ConfigError as error:
                 raise ConfigError(f"{label}: {error}") from None
 

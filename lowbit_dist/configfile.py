@@ -1,0 +1,190 @@
+"""The one door through which a configuration comes in: a YAML file, a mapping, `key=value` overrides.
+
+Unknown names, options that belong to another method and values of the wrong kind are each answered in one
+line.  This is the only reader of configurations, and the only file that knows which methods and optimizers
+there are (registry.py says where they come from); everything else is handed a `RunConfig`.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from lowbit_dist.answers import ConfigError, explained, nearest, plain, show
+from lowbit_dist.config import RunConfig
+from lowbit_dist.methods import METHODS, Method
+from lowbit_dist.optim import OPTIMIZERS, Rule
+from lowbit_dist.registry import Registry
+from lowbit_dist.section import Section
+from lowbit_dist.yamlfile import parse, read_yaml
+
+S = TypeVar("S", bound=Section)
+
+# Sections that are chosen by name: the registry, the class that each entry must derive from, the default.
+CHOSEN = {
+    "method": (Registry("method", "lowbit_dist.methods", METHODS), Method, "dqt"),
+    "optimizer": (Registry("optimizer", "lowbit_dist.optimizers", OPTIMIZERS), Rule, "adamw"),
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, then apply `key=value` overrides with dotted names; the last of equal names counts."""
+    data = read_yaml(path)
+    for override in overrides:
+        _apply_override(data, override)
+    return from_dict(data)
+
+
+def from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """Check a nested mapping, for instance a parsed YAML file; sections may be missing or None."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"a configuration must be a mapping of sections, not {show(data)}")
+    sections: dict[str, Any] = {}
+    for name, content in data.items():
+        if name not in RunConfig.model_fields:
+            raise _unknown(None, name)
+        if name == "precision":
+            sections[name] = content
+            continue
+        # An empty section of a file (`train:` with every line commented out) reads as None.
+        content = {} if content is None else content
+        if not isinstance(content, Mapping):
+            raise ConfigError(
+                f"{name} ({show(content)}) must be a section of names and values; {_section_example(name)}"
+            )
+        for field in content:
+            if name not in CHOSEN and field not in _section_fields(name):
+                raise _unknown(name, field)
+        sections[name] = dict(content)
+    for name in CHOSEN:
+        sections[name] = _chosen(name, sections.get(name, {}))
+    sections.setdefault("data", {})
+    return _validated(RunConfig, sections, ())
+
+
+def providers(config: RunConfig) -> dict[str, str]:
+    """The installed packages that the run's method and optimizer come from: name -> version and hash."""
+    found: dict[str, str] = {}
+    for name, (registry, _, _) in CHOSEN.items():
+        found |= registry.provider(getattr(config, name).name)
+    return found
+
+
+def _chosen(section: str, content: Mapping[Any, Any]) -> Section:
+    """A section whose fields are those of the class that its `name` stands for."""
+    registry, base, default = CHOSEN[section]
+    name = content.get("name", default)
+    options = registry.load(name)
+    if not (isinstance(options, type) and issubclass(options, base)):
+        raise ConfigError(
+            f"{section}.name ({show(name)}) stands for {show(options)}, which is no {base.__name__}; mend the "
+            f"package that it comes from, or write another name"
+        )
+    for field in content:
+        if field not in options.model_fields:
+            raise _unknown_option(section, name, options, field)
+    return _validated(options, {**content, "name": name}, (section,))
+
+
+def _unknown_option(section: str, name: str, options: type[Section], field: Any) -> ConfigError:
+    known = [each for each in options.model_fields if each != "name"]
+    owners = [other for other, each in _own_options(section).items() if field in each.model_fields]
+    start = f"{section}: unknown name {show(field)}"
+    if owners:
+        return ConfigError(
+            f"{start} for {section} {name}; it belongs to {', '.join(owners)}: leave it out "
+            f"({section}={{name: {name}}} drops a file's other options)"
+        )
+    if field in RunConfig.model_fields:
+        return ConfigError(f"{start}; {field} stands beside {section}, not in it: move it out")
+    if meant := nearest(field, (*known, "name")):
+        return ConfigError(f"{start}; did you mean {meant!r}?")
+    return ConfigError(f"{start}; {section} {name} has {', '.join(known) if known else 'no options'}")
+
+
+def _unknown(section: str | None, field: Any) -> ConfigError:
+    """The answer to a wrong name: the same name elsewhere, else the nearest here, else elsewhere."""
+    elsewhere: dict[str, str] = {}
+    for name in RunConfig.model_fields:
+        for each in _section_fields(name):
+            elsewhere.setdefault(each, f"{name}.{each}")
+    for name in CHOSEN:
+        for options in _own_options(name).values():
+            for each in options.model_fields:
+                elsewhere.setdefault(each, f"{name}.{each}")
+    here = RunConfig.model_fields if section is None else _section_fields(section)
+    start = f"{section}: unknown name {show(field)}" if section else f"unknown name {show(field)}"
+    meant: str | None
+    if section is not None and field in RunConfig.model_fields:
+        return ConfigError(f"{start}; {field} stands beside {section}, not in it: move it out")
+    if isinstance(field, str) and field in elsewhere:
+        meant = elsewhere[field]
+    elif (meant := nearest(field, here)) is None and (far := nearest(field, elsewhere)):
+        meant = elsewhere[far]
+    if meant:
+        return ConfigError(f"{start}; did you mean {meant!r}?")
+    return ConfigError(f"{start}; known names are {', '.join(here)}")
+
+
+@cache
+def _own_options(section: str) -> dict[str, type[Section]]:
+    """This package's own choices; those of others are imported by whoever names them alone."""
+    registry, _, _ = CHOSEN[section]
+    return {name: registry.load(name) for name in registry.own}
+
+
+def _section_fields(name: str) -> Mapping[str, Any]:
+    section = RunConfig.model_fields[name].annotation
+    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+
+
+def _section_example(name: str) -> str:
+    examples = {
+        "data": "path: data/stdlib", "method": "name: dqt", "model": "preset: tiny", "optimizer": "name: adamw"
+    }  # fmt: skip
+    if name in examples:
+        return f"write {name}: {{{examples[name]}}}"
+    field, info = next(iter(_section_fields(name).items()))
+    return f"write {name}: {{{field}: {plain(info.default)}}}"
+
+
+def _validated(section: type[S], content: Mapping[str, Any], prefix: tuple[str, ...]) -> S:
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=True)[0]
+        raise ConfigError(explained(section, dict(first), prefix)) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value` (or `section={...}`) in the nested mapping `data`."""
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    parts = name.split(".")
+    if not equals or not all(parts) or len(parts) > 2:
+        instead = (
+            f"write {parts[0]}.{parts[1]}=VALUE" if len(parts) == 2 and all(parts) else "write train.steps=20"
+        )
+        raise ConfigError(f"override ({show(override)}) must be section.field=value; {instead}, for example")
+    value = parse(text, f"override {show(override)}")
+    if len(parts) == 1:
+        data[name] = value
+        return
+    section, field = parts
+    if section in RunConfig.model_fields and _is_text(section, field):
+        # A shell takes quotes away: `run.name=2024` and `data.path=a: b` still mean text.
+        empty = text.strip() in ("", "~", "null", "Null", "NULL")
+        value = value if empty or isinstance(value, str) else text.strip()
+    content = data.get(section)
+    if content is None:
+        content = data[section] = {}
+    if isinstance(content, dict):  # if not, the section itself is the mistake, and is said to be
+        content[field] = value
+
+
+def _is_text(section: str, field: str) -> bool:
+    info = _section_fields(section).get(field)
+    kinds = (info.annotation, *get_args(info.annotation)) if info is not None else ()
+    return any(kind in (str, Path) for kind in kinds)

@@ -1,0 +1,29 @@
+"""AdamW: adaptive moments with decoupled weight decay (arXiv 1711.05101, algorithm 2)."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from lowbit_dist.ops.states import Slot
+from lowbit_dist.optim.rule import Rule
+from lowbit_dist.section import Beta, pair
+
+
+class AdamW(Rule):
+    name: Literal["adamw"] = "adamw"
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = (0.9, 0.95)
+    eps: Annotated[float, Field(ge=1e-20, le=1)] = 1e-8  # must not vanish in float32
+
+    slots: ClassVar = (Slot("m", signed=True), Slot("v", signed=False))
+    fused: ClassVar = "adamw"
+
+    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
+        """u = (m c1) / (sqrt(v c2) + eps),  c = 1 / (1 - beta^step)."""
+        m, v = slots
+        beta1, beta2 = self.betas
+        m = m * beta1 + g * (1 - beta1)
+        v = v * beta2 + (g * g) * (1 - beta2)
+        # torch's float32 sqrt is an ulp off in places; a double root, rounded once more, is the IEEE root.
+        root = (v * (1 / (1 - beta2**step))).double().sqrt().float()
+        return (m * (1 / (1 - beta1**step))) / (root + self.eps), m, v

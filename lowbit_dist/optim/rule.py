@@ -1,0 +1,47 @@
+"""What every optimizer says of itself: how a gradient becomes a direction.
+
+An update is rule x stored x target: a rule maps a gradient and what it remembers (its slots) to a direction
+in float32; `ops.Stored` keeps each slot in float32, bfloat16 or 8 bits; `ops.Codes` or `ops.Weights` applies
+the direction.  A rule knows neither how its slots are kept nor what it moves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lowbit_dist.section import Section
+
+if TYPE_CHECKING:  # a configuration is read without torch
+    from torch import Tensor
+
+    from lowbit_dist.ops.states import Slot
+
+LearningRate = Annotated[float, Field(ge=0, le=100)]
+
+
+class Rule(Section):
+    """An optimizer, which is the `optimizer:` section of a run's configuration.
+
+    A rule that keeps its slots in fewer precisions narrows `states`; one that has other defaults says so.
+    """
+
+    name: str
+    lr: LearningRate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    states: Literal["fp32", "bf16", "int8"] = "int8"
+
+    slots: ClassVar[tuple[Slot, ...]] = ()
+    # What `update` must see at once: any run of elements, whole rows, or the whole matrix.
+    scope: ClassVar[Literal["element", "row", "matrix"]] = "element"
+    # The fused kernel of `ops` that computes this very rule in C and in Triton; None: PyTorch does.
+    fused: ClassVar[Literal["adamw", "lion"] | None] = None
+
+    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
+        """The direction u, then the new value of each slot.
+
+        All are float32 of g's shape: [n] with scope "element", else [rows, K] ([K] for vectors).  The
+        weight moves by -lr * u; weight decay is decoupled, and not the rule's.  `step` counts from 1.
+        """
+        raise TypeError(f"optimizer {self.name} does not say how it updates")

@@ -1,0 +1,108 @@
+"""What sections of a configuration are made of: the base class, and values with rules.
+
+A section is frozen; unknown names, other types, NaN and infinity are refused.  `RunConfig` (config.py), a
+training method's options and an optimizer's are sections; what reads them from YAML is `configfile.py`.
+This file imports neither torch nor anything that does, so that a command line starts at once.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from lowbit_dist.answers import quoted
+
+
+def broken_rule(text: str) -> PydanticCustomError:
+    return PydanticCustomError("rule", "{text}", {"text": text})
+
+
+def clean_text(value: str) -> str:
+    if not value.strip():
+        raise broken_rule("must not be empty")
+    if not value.isprintable():
+        raise broken_rule("must be printable text: no control characters, no blank but the space")
+    return value
+
+
+def _clean_path(value: Any) -> Any:
+    return value if isinstance(value, Path) or not isinstance(value, str) else Path(clean_text(value))
+
+
+def _path_type(value: Any) -> Any:
+    if not isinstance(value, str | Path | None):
+        raise broken_rule(f"must be the path of a file or folder; {quoted(value)}")
+    if isinstance(value, str) and "://" in value:
+        raise broken_rule("must be a folder, no URL; mount the store as a folder that all machines share")
+    return _clean_path(value)
+
+
+def _plain_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        repaired = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:100] or "my-run"
+        raise broken_rule(
+            "must be at most 100 letters, digits, '.', '_' and '-', a letter or digit first; "
+            f"write {repaired!r}, for example"
+        )
+    return value
+
+
+def pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise broken_rule("must be two numbers, like [0.9, 0.95]")
+    return tuple(value)
+
+
+def auto_or(least: float, unit: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value == "auto" or (number and least <= value < 1e9):
+            return value
+        raise broken_rule(f"must be auto, or a number of {unit} from {least:g} up")
+
+    return check
+
+
+def number(value: Any) -> Any:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise broken_rule("must be a number")
+    return value
+
+
+def no_truth(value: Any) -> Any:
+    """For a choice among numbers: Python takes true for 1."""
+    if isinstance(value, bool):
+        raise broken_rule("must be a number, not true or false")
+    return value
+
+
+Text = Annotated[str, AfterValidator(clean_text)]
+RunName = Annotated[str, AfterValidator(_plain_name)]
+FilePath = Annotated[Path, BeforeValidator(_path_type)]
+MaybeFilePath = Annotated[Path | None, BeforeValidator(_path_type)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# Upper limits keep every product of two counts far below 2^63.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Tokens = Annotated[int, Field(ge=1, le=2**40)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen; unknown names, other types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def may_change(default: Any) -> Any:
+    """A field that may have another value when a run of the same name is resumed.
+
+    It decides where and how a run is carried out and watched and when it is stopped, not what a healthy run
+    computes.  All other fields must stay the same.
+    """
+    return Field(default, json_schema_extra={"may_change": True})
