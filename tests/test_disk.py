@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit_dist import data, tokenizer, tracking
+from lowbit_dist import configfile, data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data import reading, writing
-from lowbit_dist import configfile
 from lowbit_dist.tracking import feeder
 
 
@@ -86,7 +85,8 @@ def config(folder: Path, uri: str | None = None) -> RunConfig:
             "method": {"name": "dqt"},
             "data": {"path": "data"},
             "tracking": {"mlflow": uri, "experiment": "tests"},
-        })
+        }
+    )
     made.run_dir.mkdir(exist_ok=True, parents=True)
     (made.run_dir / "config.yaml").write_text(made.to_yaml())
     return made

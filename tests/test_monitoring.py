@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowbit_dist.config import RunConfig
-from lowbit_dist.memory import COMPONENTS
 from lowbit_dist import configfile
+from lowbit_dist.memory import COMPONENTS
 from lowbit_dist.tracking import gauges
 
 MONITORING = Path(__file__).parent.parent / "launch" / "monitoring"

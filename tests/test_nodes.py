@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from lowbit_dist.cluster.nodes import Node, chosen, places, that_answer
 from lowbit_dist import configfile
+from lowbit_dist.cluster.nodes import Node, chosen, places, that_answer
 
 
 def node(name, cpus=0.0, gpus=0.0, port=1):
