@@ -37,7 +37,7 @@ def train(folder, text):
     """One worker's run, with the relative paths of `folder`."""
     import yaml
 
-    from lowbit_dist import train as training
+    from lowbit_dist import loop as training
     from lowbit_dist.config import RunConfig
     from lowbit_dist import configfile
 
