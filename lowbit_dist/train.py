@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist import checkpoint, data, guard, memory, model, schedule, tracking
+from lowbit_dist import checkpoint, data, guard, memory, model, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import whole
 from lowbit_dist.linear import Linear
+from lowbit_dist.optim import schedule
 from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update
