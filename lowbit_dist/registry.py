@@ -83,7 +83,7 @@ class Registry:
     def _installed(self) -> list[EntryPoint]:
         """A package that is found twice, for example under two paths, counts once."""
         points = {(each.name, each.value, _package(each)): each for each in entry_points(group=self.group)}
-        return list(points.values())
+        return [points[key] for key in sorted(points)]
 
 
 def fingerprint(places: Iterable[Path]) -> str:

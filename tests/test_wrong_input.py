@@ -38,7 +38,7 @@ def train(folder, text):
     import yaml
 
     from lowbit_dist import configfile
-    from lowbit_dist import train as training
+    from lowbit_dist import loop as training
 
     before = os.getcwd()
     os.chdir(folder)

@@ -55,7 +55,7 @@ def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> Room | Non
             if task in done:
                 answer = ray.get(task)
                 name = f"machine {node.name} ({node.ip})"
-                _check_packages(name, answer, here, own)
+                check_packages(name, answer, here, own)
                 _check_folders(config, name, answer, word)
                 answers.append(answer)
     finally:
@@ -114,8 +114,10 @@ def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any
     return found
 
 
-def _check_packages(name: str, answer: dict[str, Any], here: dict[str, str], own: dict[str, str]) -> None:
-    """own: the packages that the run's method and optimizer come from"""
+def check_packages(name: str, answer: dict[str, Any], here: dict[str, str], own: dict[str, str]) -> None:
+    """ConfigError unless a machine has what is `here`, and the packages that the run's method and optimizer
+    come from (`own`).
+    """
     for package, version in (here | own).items():
         theirs = answer["packages"].get(package)
         if package in own and theirs is None:
