@@ -274,9 +274,9 @@ class RunConfig(Section):
             )
         if zero.stage in (1, 2) and self.optimizer.scope != "element":
             raise ConfigError(
-                f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which sees "
-                f"a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions are "
-                "flat; write zero.stage: 3, or 0"
+                f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which "
+                f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
+                "are flat; write zero.stage: 3, or 0"
             )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:

@@ -47,8 +47,7 @@ class Run:
     @property
     def method(self) -> str:
         """In a word or two."""
-        method = self.config.method
-        return " ".join(filter(None, (method.name, getattr(method, "grid", None))))
+        return self.config.method.label
 
     def last(self, key: str) -> Any:
         """The newest value of a column, None if there is none."""

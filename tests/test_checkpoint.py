@@ -164,8 +164,8 @@ def saves_with_deaths(configuration):
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
-    initial = model.InitialWeights(built, 0, None)
-    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    initial = model.InitialWeights(built, config.method, 0, None)
+    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     saver = Saver(config, rank=0, world=1, facts={"vocab_size": 512, "tokenizer_sha256": ""})
     folder = config.run_dir / "checkpoints"
     digests = {}

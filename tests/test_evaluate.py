@@ -23,7 +23,7 @@ RUNS = {
 
 
 def train(configuration):
-    from lowbit_dist import train as training
+    from lowbit_dist import loop as training
     from lowbit_dist import configfile
 
     return training.run(configfile.from_dict(configuration))

@@ -42,8 +42,8 @@ class Training:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         built = model.build(self.config.model, VOCAB, self.config.method, dtype)
         names = model.low_bit_names(built, self.config.method)
-        initial = model.InitialWeights(built, 0, None)
-        self.engine = zero.Engine(self.config, built, self.config.method, initial, names)
+        initial = model.InitialWeights(built, self.config.method, 0, None)
+        self.engine = zero.Engine(self.config, built, initial, names)
         generator = torch.Generator().manual_seed(self.engine.rank)
         self.tokens = torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator)
         self.n_steps = 0

@@ -15,7 +15,7 @@ def train(configuration, stop_at=None):
     import logging
 
     logging.disable(logging.INFO)
-    from lowbit_dist import train as training
+    from lowbit_dist import loop as training
     from lowbit_dist.config import RunConfig
     from lowbit_dist import configfile
 
@@ -188,8 +188,8 @@ def step_with_infinite_gradient(configuration):
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
-    initial = model.InitialWeights(built, 0, None)
-    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    initial = model.InitialWeights(built, config.method, 0, None)
+    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     tokens = torch.arange(2 * 64).view(2, 64)
     for _ in range(engine.micro_batches // engine.world):
         engine.backward(tokens)

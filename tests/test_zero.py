@@ -63,8 +63,8 @@ def pretrained_weights(configuration, folder):
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
-    initial = model.InitialWeights(built, 0, folder)
-    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    initial = model.InitialWeights(built, config.method, 0, folder)
+    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     found = {(s.name, s.start): (s.codes if s.codes is not None else s.weight).clone() for s in engine.shards}
     engine.close()
     return found
@@ -119,8 +119,8 @@ def flips_of_one_step(configuration):
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
-    initial = model.InitialWeights(built, 0, None)
-    engine = Engine(config, built, config.method, initial, model.low_bit_names(built, config.method))
+    initial = model.InitialWeights(built, config.method, 0, None)
+    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
     for _ in range(engine.micro_batches // engine.world):
         engine.backward(tokens)

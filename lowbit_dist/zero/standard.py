@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
+from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.zero.shards import Initial, Shard, owners
-from lowbit_dist.zero.stage3 import Update, at_rates, clip_factor, global_norm
+from lowbit_dist.zero.stage3 import Update, at_rates
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
 LEFT_OUT = Update(math.inf, flips=0, skipped=True)
