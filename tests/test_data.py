@@ -19,25 +19,21 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_dist import data, tokenizer
-from lowbit_dist.config import ConfigError, Data, MethodOptions, RunConfig
+from lowbit_dist import configfile, data, tokenizer
+from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data import documents, reading, writing
 
 SEQ = 32  # tokens of a sample
 SHARD = 8192  # bytes: small, so that there are many
 
 
-class Plain(MethodOptions):
-    """A method without options."""
-
-
 def config(path, **train) -> RunConfig:
     sections = {
-        "method": {"name": "plain"},
+        "method": {"name": "dense"},
         "data": {"path": str(path), "seq_len": SEQ},
         "train": {"batch_tokens": 16 * SEQ, **train},
     }
-    return RunConfig.from_dict(sections, {"plain": Plain})
+    return configfile.from_dict(sections)
 
 
 def texts() -> list[str]:
