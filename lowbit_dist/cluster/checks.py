@@ -3,13 +3,12 @@
 import contextlib
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.network import why_no_answer
 
 
 def check(config: RunConfig) -> None:
@@ -88,14 +87,11 @@ def check_answers(address: str) -> None:
     """ConfigError unless something listens at a Ray address; Ray itself would wait for minutes."""
     if address == "auto":  # the cluster whose node this machine is; Ray finds it, or says that there is none
         return
-    try:
-        parts = urlsplit(address if "://" in address else f"gcs://{address}")
-        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=10).close()
-    except (OSError, ValueError) as error:
+    if why := why_no_answer(address, port=6379, timeout=10):
         raise ConfigError(
-            f"RAY_ADDRESS ({address}) does not answer ({error}); write HOST:PORT of a Ray head, or "
+            f"RAY_ADDRESS ({address}) does not answer ({why}); write HOST:PORT of a Ray head, or "
             "unset it to train on this machine"
-        ) from None
+        )
 
 
 def gpus_per_worker(config: RunConfig, gpus: float) -> float:

@@ -1,6 +1,5 @@
 """The machines of a Ray cluster, and which of them a run's workers go to."""
 
-import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 
 from lowbit_dist.cluster.checks import gpus_per_worker, times
 from lowbit_dist.config import RunConfig
+from lowbit_dist.network import why_no_answer
 
 ANSWER = 3.0  # seconds that a machine has to take a connection
 SETTLE = 3.0  # seconds for which a smaller number of places must stay the same before it is taken
@@ -27,11 +27,8 @@ class Node:
 
     def answers(self) -> bool:
         """Whether it takes a connection; Ray learns only after a while that a machine is gone."""
-        try:
-            socket.create_connection((self.ip, self.port), timeout=ANSWER).close()
-        except OSError:
-            return False
-        return True
+        host = f"[{self.ip}]" if ":" in self.ip else self.ip
+        return why_no_answer(host, port=self.port, timeout=ANSWER) is None
 
 
 def nodes(among: Iterable[str] | None = None) -> list[Node]:
