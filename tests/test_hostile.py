@@ -18,7 +18,7 @@ import lowbit_dist
 from lowbit_dist import checkpoint, configfile, data, documents
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.cli import inspection
-from lowbit_dist.config import ConfigError, Data, RunConfig
+from lowbit_dist.config import ConfigError, Data
 
 SEQ = 64
 STEAL = "!!python/object/apply:os.system ['touch stolen']"
