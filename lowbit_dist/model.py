@@ -7,6 +7,8 @@ the parameter's name alone: it is the same on every rank and for any number of t
 
 import hashlib
 import json
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from lowbit_dist.config import ConfigError, Model
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.linear import Linear
-from lowbit_dist.methods import Method
+from lowbit_dist.methods.method import Method
+from lowbit_dist.packed import check_shape
 
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
@@ -93,34 +95,40 @@ def check_pretrained(config: Model, vocab_size: int, seq_len: int, method: Metho
             f"data.seq_len ({seq_len:,}) must be at most {longest:,}, the max_position_embeddings of "
             f"{config.pretrained}; write data.seq_len: {longest}, or another model"
         )
-    initial = InitialWeights(model, 0, config.pretrained)
+    initial = InitialWeights(model, method, 0, config.pretrained)
     for name, parameter in model.named_parameters():
         initial.check(name, parameter.shape)
 
 
+def linear_weights(model: nn.Module) -> list[str]:
+    """The weights of the layers that the method put in the place of linear ones, the head's excepted."""
+    return list(model.linear_weights)  # type: ignore[arg-type]
+
+
 def low_bit_names(model: nn.Module, method: Method) -> list[str]:
     """The parameters that exist only as packed codes, in canonical (sorted) order."""
-    if not method.low_bit:
+    if method.stored is None:
         return []
-    linear_weights = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and not _is_head(model, name)
-    }
-    return sorted(name for name, _ in model.named_parameters() if method.is_low_bit(name in linear_weights))
+    linears = set(linear_weights(model))
+    return sorted(name for name, _ in model.named_parameters() if method.is_low_bit(name in linears))
 
 
-def _is_head(model: nn.Module, name: str) -> bool:
-    return model.get_submodule(name) is model.get_output_embeddings()  # type: ignore[operator]
-
-
-def _replace_linears(model: nn.Module, method: Method) -> None:
-    eps = getattr(model.config, "rms_norm_eps", 1e-5)
+def replace_linears(model: nn.Module, method: Method, *, head: nn.Module | None) -> list[str]:
+    """Put the method's layer in the place of each `nn.Linear`; the names of their weights without `head`'s."""
+    eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
+    weights = []
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, attribute = name.rpartition(".")
-            replacement = method.linear(layer, name=name, is_head=_is_head(model, name), norm_eps=eps)
+            replacement = method.linear(layer, name=name, is_head=layer is head, norm_eps=eps)
             setattr(model.get_submodule(parent), attribute, replacement)
+            if layer is not head:
+                weights.append(f"{name}.weight")
+    return weights
+
+
+def _replace_linears(model: nn.Module, method: Method) -> None:
+    model.linear_weights = replace_linears(model, method, head=model.get_output_embeddings())  # type: ignore
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # type: ignore[operator]
 
@@ -135,14 +143,35 @@ def _restore_rotary(model: nn.Module) -> None:
             module.original_inv_freq = module.inv_freq
 
 
+def check_shapes(config: Model, vocab_size: int, method: Method) -> None:
+    """ConfigError unless every low-bit weight of the model can be packed as the method packs it."""
+    build(config, vocab_size, method, torch.bfloat16)
+
+
 def _check_low_bit_shapes(model: nn.Module, method: Method) -> None:
-    names = low_bit_names(model, method)
-    for name, parameter in model.named_parameters():
-        if name in set(names) and parameter.shape[-1] % BLOCK:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in low_bit_names(model, method):
+        try:
+            check_shape(shapes[name], scale_every(method, shapes[name]))
+        except ValueError as error:
             raise ConfigError(
-                f"model: {name} has {parameter.shape[-1]:,} inputs; low-bit weights need a multiple of "
-                f"{BLOCK} (the nearest is {max(1, round(parameter.shape[-1] / BLOCK)) * BLOCK:,})"
-            )
+                f"model: {name} {list(shapes[name])} cannot be packed for method {method.name}: {error}; "
+                f"write another size (multiples of {BLOCK} always fit), or method.granularity: tensor"
+            ) from None
+
+
+def scale_every(method: Method, shape: tuple[int, ...]) -> int:
+    """How many elements of a low-bit weight of this shape share a scale; ValueError if it cannot be packed."""
+    if len(shape) == 1:
+        return _sampled(method, shape)
+    rows = _sampled(method, (BLOCK, shape[-1]))
+    return prod(shape) if rows == BLOCK * shape[-1] else rows
+
+
+@lru_cache(maxsize=256)
+def _sampled(method: Method, shape: tuple[int, ...]) -> int:
+    """Found by packing zeros: enough rows for whole blocks, whatever their length."""
+    return method.quantize(torch.zeros(shape)).scale_every
 
 
 class InitialWeights:
@@ -150,14 +179,9 @@ class InitialWeights:
     folder.
     """
 
-    def __init__(self, model: nn.Module, seed: int, pretrained: Path | str | None):
-        self.seed = seed
+    def __init__(self, model: nn.Module, method: Method, seed: int, pretrained: Path | str | None):
+        self.method, self.seed = method, seed
         self.std = getattr(getattr(model, "config", None), "initializer_range", INITIAL_STD)
-        self.kinds = {
-            f"{prefix}.{name}" if prefix else name: module
-            for prefix, module in model.named_modules()
-            for name, _ in module.named_parameters(recurse=False)
-        }
         self.files = _safetensors_index(Path(pretrained)) if pretrained is not None else {}
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:  # `shape` float32 on the CPU
@@ -167,6 +191,8 @@ class InitialWeights:
 
             with safe_open(self.files[name], "pt") as file:
                 return file.get_tensor(name).float()
+        if (value := self.method.initial(name, tuple(shape))) is not None:
+            return value
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
@@ -182,8 +208,7 @@ class InitialWeights:
                     f"model.pretrained: {name} in {self.files[name]} has shape {found}, the model "
                     f"{tuple(shape)}; write the folder of a model whose config.json and weights fit together"
                 )
-        # The norms that SubLN adds are not in the file.
-        elif self.files and not name.endswith(".norm.weight"):
+        elif self.files and self.method.initial(name, tuple(shape)) is None:
             raise ConfigError(
                 f"model.pretrained: {name} is in none of the folder's safetensors files; write the folder of "
                 "a whole model"

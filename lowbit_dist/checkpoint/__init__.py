@@ -1,17 +1,21 @@
-"""Checkpoints: packed codes, scales, moments and ordinary weights, published whole or not at all.
+"""Checkpoints: packed codes, scales, optimizer states and ordinary weights, published whole or not at all.
 
 A checkpoint is a folder `checkpoints/step-N` of
 * `shard-RRRRR.safetensors`: what worker R holds of every tensor, `NAME/codes` or `NAME/weight`, and the
-  moments `NAME/m` and `NAME/v` (8-bit ones with `NAME/m_scale`, `NAME/v_scale`).  Worker 0 adds `NAME/scale`
+  optimizer's slots `NAME/slots/SLOT` (8-bit ones with `NAME/slots/SLOT/scale`).  Worker 0 adds `NAME/scale`
   (float16).
-* `manifest.json`: the run's configuration and position, every tensor's shape and grid, and which elements
-  each file holds.
+* `manifest.json`: the run's configuration and position, every tensor's shape, grid and `scale_every`, and
+  which elements each file holds.
 * `SHA256SUMS`: of each of these files, as `sha256sum --check` reads it.
 
 Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each
 worker copies its part to host memory and writes it beside the training, into a folder of a temporary name;
 worker 0 collects what each says of its file, writes the manifest, flushes all to the disk and renames the
 folder last.  Loading executes nothing: safetensors and JSON.
+
+This is format 2.  Format 1, which had AdamW's `NAME/m` and `NAME/v` in the place of slots, is read as well.
+
+This is format 2.  Format 1, which had AdamW's `NAME/m` and `NAME/v` instead of slots, is read as well.
 """
 
 from lowbit_dist.checkpoint.finding import clear_partial, latest, newest_first, resolve

@@ -12,10 +12,10 @@ from typing import Any
 from lowbit_dist.answers import show
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
-STATES = ("m", "v", "m_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ def check_parts(manifest: dict[str, Any]) -> None:
     for name, tensor in manifest["tensors"].items():
         if not _are_counts(tensor["shape"]) or tensor["grid"] not in (None, *GRIDS):
             raise ValueError(f"the shape or grid of {show(name)} is none")
+        every = tensor.get("scale_every", 1)
+        if not _are_counts([every]) or not every:
+            raise ValueError(f"the scale_every of {show(name)} is none")
     if not _are_counts([manifest[key] for key in ("step", "samples", "tokens", "vocab_size")]):
         raise ValueError("step, samples, tokens and vocab_size must be whole numbers")
     if not all(
@@ -70,6 +73,14 @@ def check_parts(manifest: dict[str, Any]) -> None:
 
 def _are_counts(values: Sequence[Any]) -> bool:
     return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
+
+
+def slot_keys(slot: str, format: int = FORMAT) -> tuple[str, str]:
+    """The keys of an optimizer's slot: its values, and the scales of 8-bit ones.
+
+    Format 1 knew AdamW's m and v alone, beside `codes`, `scale` and `weight`.
+    """
+    return (slot, f"{slot}_scale") if format == 1 else (f"slots/{slot}", f"slots/{slot}/scale")
 
 
 def sums_text(sums: dict[str, str]) -> str:
@@ -87,4 +98,4 @@ def offset(key: str, grid: Grid | None, element: int) -> int:
     if key == "codes":
         assert grid is not None, "only low-bit tensors have codes"
         return -(-element // BLOCK) * grid.bytes_per_block
-    return -(-element // BLOCK) if key.endswith("_scale") else element
+    return -(-element // BLOCK) if key.endswith(("/scale", "_scale")) else element

@@ -18,14 +18,14 @@ from torch import Tensor
 from lowbit_dist import configfile
 from lowbit_dist.answers import show
 from lowbit_dist.checkpoint.layout import (
-    FORMAT,
     MANIFEST,
-    STATES,
+    READABLE,
     SUMS,
     Position,
     check_parts,
     offset,
     sha256,
+    slot_keys,
     sums_text,
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
@@ -50,9 +50,10 @@ class Checkpoint:
         path = Path(path)
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
-            if manifest["format"] != FORMAT:
+            if manifest["format"] not in READABLE:
                 raise ConfigError(
-                    f"{path} has checkpoint format {show(manifest['format'])}, this version reads {FORMAT}; "
+                    f"{path} has checkpoint format {show(manifest['format'])}, this version reads "
+                    f"{' and '.join(map(str, READABLE))}; "
                     "read it with the version that wrote it"
                 )
             check_parts(manifest)
@@ -89,7 +90,8 @@ class Checkpoint:
         numel = int(torch.Size(shape).numel())
         if grid is None:
             return self.slice(name, "weight", 0, numel).view(shape)
-        return PackedTensor(self.slice(name, "codes", 0, numel), self.scale(name), grid, shape)
+        codes, scale = self.slice(name, "codes", 0, numel), self.scale(name)
+        return PackedTensor(codes, scale, numel // len(scale), grid, shape)
 
     def scale(self, name: str) -> Tensor:
         for file in self.manifest["files"]:
@@ -136,10 +138,11 @@ class Checkpoint:
             else:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 shard.weight.copy_(self.slice(shard.name, "weight", *where))
-            for key in STATES:
-                state = getattr(shard.moments, key)
-                if state is not None:
-                    state.copy_(self.slice(shard.name, key, *where))
+            for each in shard.state:
+                keys = slot_keys(each.slot.name, self.manifest["format"])
+                for key, values in zip(keys, (each.values, each.scale), strict=True):
+                    if values is not None:
+                        values.copy_(self.slice(shard.name, key, *where))
 
     def check_fits(self, shards: Sequence[Shard]) -> None:
         """ConfigError naming the first tensor that differs, unless this is a checkpoint of the same model
@@ -147,6 +150,14 @@ class Checkpoint:
         """
         mine = {s.name: (list(s.shape), s.grid.name if s.grid else None) for s in shards}
         theirs = {name: (t["shape"], t["grid"]) for name, t in self.manifest["tensors"].items()}
+        every = {name: t.get("scale_every") for name, t in self.manifest["tensors"].items()}
+        for shard in shards:
+            if shard.grid and every.get(shard.name) not in (None, shard.scale_every):  # format 1 does not say
+                raise ConfigError(
+                    f"{self.path} is a checkpoint of another model: {shard.name} has a scale for each "
+                    f"{every[shard.name]:,} weights there, for each {shard.scale_every:,} here; choose another "
+                    "run.name"
+                )
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise ConfigError(
@@ -173,6 +184,7 @@ class Checkpoint:
 
     def components(self) -> dict[str, int]:
         """Bytes on disk of each kind of content; `overhead` is file headers and the manifest."""
+        # What else there is are the optimizer's slots.
         kinds = {"codes": "low_bit_weights", "scale": "scales", "weight": "other_weights"}
         sizes = dict.fromkeys(
             ("low_bit_weights", "scales", "other_weights", "optimizer_states", "overhead"), 0
@@ -181,7 +193,7 @@ class Checkpoint:
         for file in self.manifest["files"]:
             total += (self.path / file).stat().st_size
             for key, size in _tensor_sizes(self.path / file):
-                sizes[kinds.get(key.rpartition("/")[2], "optimizer_states")] += size
+                sizes[kinds.get(key.partition("/")[2], "optimizer_states")] += size
         sizes["overhead"] = total - sum(sizes.values())
         return sizes
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit_dist.checkpoint.finding import newest_first, step_of
-from lowbit_dist.checkpoint.layout import STATES, sha256
+from lowbit_dist.checkpoint.layout import sha256, slot_keys
 from lowbit_dist.files import os_errors, sync
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and this needs none of it
@@ -26,9 +26,9 @@ class Part:
     """One worker's share of a checkpoint, in host memory."""
 
     file: str
-    held: dict[str, Tensor]  # NAME/codes, NAME/weight, NAME/scale and NAME/m ...
+    held: dict[str, Tensor]  # NAME/codes, NAME/weight, NAME/scale and NAME/slots/m ...
     holds: dict[str, list[int]]  # NAME -> [start, numel] of the unsharded tensor
-    tensors: dict[str, dict[str, Any]]  # NAME -> shape and grid of the unsharded tensor
+    tensors: dict[str, dict[str, Any]]  # NAME -> shape, grid and scale_every of the unsharded tensor
 
     @classmethod
     def copied(cls, shards: Sequence[Shard], rank: int) -> Part:
@@ -41,11 +41,17 @@ class Part:
                 continue
             holds[shard.name] = [shard.start, shard.numel]
             stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
-            stored |= {key: getattr(shard.moments, key) for key in STATES}
+            for each in shard.state:
+                stored |= zip(slot_keys(each.slot.name), (each.values, each.scale), strict=True)
             for key, value in stored.items():
                 if value is not None:
                     held[f"{shard.name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
-        tensors = {s.name: {"shape": list(s.shape), "grid": s.grid.name if s.grid else None} for s in shards}
+        tensors: dict[str, dict[str, Any]] = {
+            s.name: {"shape": list(s.shape), "grid": s.grid.name, "scale_every": s.scale_every}
+            if s.grid
+            else {"shape": list(s.shape), "grid": None}
+            for s in shards
+        }
         return cls(f"shard-{rank:05}.safetensors", held, holds, tensors)
 
     def write(self, folder: Path) -> dict[str, Any]:

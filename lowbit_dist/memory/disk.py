@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lowbit_dist import ops
 from lowbit_dist.answers import in_bytes
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.memory.resident import META, low_bit_names, shapes, storage
+from lowbit_dist.memory.resident import low_bit_names, scale_bytes, shapes, state_bytes
 
 # Names, shapes and offsets, measured on written checkpoints: of a parameter in each worker's file and in the
 # manifest, and of the configuration and the hashes.
@@ -64,13 +63,12 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of one checkpoint of the run, all workers' files together."""
     model = shapes(config, vocab_size)
     low_bit, workers = set(low_bit_names(config, model)), config.workers
-    stored = storage(config) if low_bit else None
-    found = 0
+    stored, found = config.method.stored, 0
     for name, p in model.named_parameters():
-        found += ops.Moments.zeros(p.numel(), config.optimizer.states, META).nbytes
+        found += state_bytes(config.optimizer, p.numel())
         if stored is not None and name in low_bit:
-            found += p.numel() // BLOCK * stored.grid.bytes_per_block
-            found += torch.float16.itemsize * (p.numel() // p.shape[-1] if stored.scale_per_row else 1)
+            found += p.numel() // BLOCK * stored.bytes_per_block
+            found += scale_bytes(config, tuple(p.shape)) // 2  # float16 on the disk
         else:
             found += torch.float32.itemsize * p.numel()
     n = len(list(model.parameters()))

@@ -7,14 +7,15 @@ the buffers of `lowbit_dist.zero`.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_dist.config import RunConfig
-from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.grid import BLOCK
+from lowbit_dist.linear import Linear
 from lowbit_dist.memory.resident import flat_numel, shard_numel
 
 NORM_CHUNK = 1 << 20  # elements that the gradient norm converts at once
@@ -29,7 +30,7 @@ class Zero3:
         config: RunConfig,
         model: nn.Module,
         workers: int,
-        grids: Mapping[str, Grid],  # of the low-bit parameters
+        low_bit: Collection[str],
     ):
         from lowbit_dist.zero.engine import accumulation_dtype, block_numel
 
@@ -40,12 +41,20 @@ class Zero3:
         # The first pass records the order of modules, by which the second fetches ahead, if from others.
         self.rounds = [1] if workers == 1 else [1, 1]
         self.of: dict[int, _Parameter] = {}
+        holders: dict[int, list[nn.Module]] = defaultdict(list)
+        for module in model.modules():
+            for held in module._parameters.values():
+                holders[id(held)].append(module)
         for name, p in model.named_parameters():
             aligned = workers * shard_numel(p.numel(), workers)
             gathered = decoded = sent = 0
-            if name in grids:
-                codes = aligned // BLOCK * grids[name].bytes_per_block
-                decoded = p.numel() * p.dtype.itemsize
+            if name in low_bit:
+                assert config.method.sent_grid is not None, "a low-bit parameter is sent on a grid"
+                codes = aligned // BLOCK * config.method.sent_grid.bytes_per_block
+                if all(isinstance(module, Linear) for module in holders[id(p)]):
+                    p.packed = _DecodedInLayer()  # type: ignore[attr-defined]
+                else:
+                    decoded = p.numel() * p.dtype.itemsize
                 if workers > 1:
                     gathered, sent = (0, codes // workers) if self.replicated else (codes, 0)
             elif workers > 1:
@@ -82,8 +91,6 @@ class Zero3:
             p.forget()
         self.recorded = True
         self._reset()
-
-    # ---- weights
 
     def _before_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self._fetch(module)
@@ -136,8 +143,6 @@ class Zero3:
                 p.release()
                 self.n_whole -= p.numel
 
-    # ---- gradients
-
     def _collect(self, parameter: nn.Parameter) -> None:
         if self.bucket and sum(p.numel() for p in self.bucket) + parameter.numel() > self.block:
             self._reduce()
@@ -164,6 +169,15 @@ class Zero3:
         for p in self.bucket:
             p.grad = None
         self.bucket = []
+
+
+class _DecodedInLayer:
+    """In the place of a gathered weight's codes: its layer makes the values that it multiplies with."""
+
+    in_layer = True
+
+    def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
 
 
 class _Parameter:
@@ -200,14 +214,14 @@ class _Parameter:
         self.buffers = []
 
 
-class StockSizes(NamedTuple):
+class StandardSizes(NamedTuple):
     """What cannot be told from a few blocks of a model, for partitions are cut anywhere."""
 
     own_share: float  # of all elements, those of the parameters that a worker's partition touches
     update_bytes: int
 
     @classmethod
-    def of(cls, model: nn.Module, workers: int, stage: int) -> "StockSizes":
+    def of(cls, model: nn.Module, workers: int, stage: int) -> "StandardSizes":
         numels = [p.numel() for p in model.parameters()]
         n, itemsize = sum(numels), next(model.parameters()).dtype.itemsize
         upcast = 4 if itemsize < 4 else 0
@@ -231,7 +245,7 @@ def _own_numel(numels: Sequence[int], part: int, workers: int) -> int:
     return max(found)
 
 
-class Stock:
+class Standard:
     """DeepSpeed's stages 0 to 2: whole weights, and gradients that each pass adds to (0, 1) or cuts (2)."""
 
     def __init__(
@@ -240,7 +254,7 @@ class Stock:
         model: nn.Module,
         workers: int,
         stage: int,
-        sizes: "StockSizes",  # of the whole model, of which `model` may be a part
+        sizes: "StandardSizes",  # of the whole model, of which `model` may be a part
     ):
         from lowbit_dist.zero.engine import block_numel
 

@@ -37,7 +37,7 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
         "scales": bytes_of(shard.scale for shard in shards),
         "other_weights": bytes_of([*(shard.weight for shard in shards), *engine.forward_weights()]),
         "gradients": bytes_of(engine.gradients()),
-        "optimizer_states": bytes_of(t for shard in shards for t in shard.moments.tensors),
+        "optimizer_states": bytes_of(t for shard in shards for slot in shard.state for t in slot.tensors),
         "buffers": bytes_of(engine.module.buffers()),
     }
     low_bit = sum(engine.numels[name] for name in engine.low_bit)
@@ -65,11 +65,11 @@ def track_peak(engine: "Engine") -> Iterator[dict[str, int]]:
         meter: Watch | _Allocator = _Allocator(engine.device)
     else:
         meter = Watch()
-    resident = {_identity(p) for p in engine.forward_weights()}
+    resident = {_identity(t) for t in [*engine.forward_weights(), *engine.resident_codes()]}
     after_forward: list[int] = []
 
     def note(*_: Any) -> None:
-        held = {_identity(p): p.untyped_storage().nbytes() for p in engine.module.parameters()}
+        held = {_identity(t): t.untyped_storage().nbytes() for t in engine.gathered()}
         weights = sum(n for key, n in held.items() if key not in resident)
         after_forward.append(meter.now - weights)
 

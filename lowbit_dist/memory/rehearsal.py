@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit_dist.config import RunConfig
-from lowbit_dist.memory.lifetimes import Stock, StockSizes, Zero3
+from lowbit_dist.memory.lifetimes import Standard, StandardSizes, Zero3
 from lowbit_dist.memory.live import Watch
 from lowbit_dist.memory.report import Peak
-from lowbit_dist.memory.resident import build, low_bit_names, storage
+from lowbit_dist.memory.resident import build, low_bit_names
 
 # Longer models are extrapolated from two numbers of blocks: one block more costs what the last one cost.
 SHORT, LONG = 4, 5
@@ -42,7 +42,7 @@ def rehearse(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     model = build(config, vocab_size)
     blocks = _blocks(model)
     stage = 3 if config.zero.stage is None else config.zero.stage
-    sizes = StockSizes.of(model, workers, stage) if stage < 3 else None
+    sizes = StandardSizes.of(model, workers, stage) if stage < 3 else None
     if len(blocks) <= LONG or not _alike(blocks):
         step = _step(config, model, workers, sizes)
     else:
@@ -57,7 +57,7 @@ def rehearse(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     return Peak(max(step[1:]) - step.activations, step.activations)
 
 
-def _step(config: RunConfig, model: nn.Module, workers: int, sizes: StockSizes | None) -> _Step:
+def _step(config: RunConfig, model: nn.Module, workers: int, sizes: StandardSizes | None) -> _Step:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     if config.train.activation_checkpointing:
@@ -65,18 +65,14 @@ def _step(config: RunConfig, model: nn.Module, workers: int, sizes: StockSizes |
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     model.train()
-    grids = (
-        dict.fromkeys(low_bit_names(config, model), storage(config).grid)
-        if config.method.stored is not None
-        else {}
-    )
+    low_bit = set(low_bit_names(config, model))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model)
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         zero = (
-            Zero3(config, model, workers, grids)
+            Zero3(config, model, workers, low_bit)
             if sizes is None
-            else Stock(config, model, workers, config.zero.stage or 0, sizes)
+            else Standard(config, model, workers, config.zero.stage or 0, sizes)
         )
         for passes in zero.rounds:
             watch = _Phases()
@@ -108,7 +104,7 @@ class _Phases(Watch):
         self.peaks[self.phase] = max(self.peaks[self.phase], self.peak)
         self.phase, self.peak = phase, self.now
 
-    def follow(self, model: nn.Module, zero: Zero3 | Stock) -> list[RemovableHandle]:
+    def follow(self, model: nn.Module, zero: Zero3 | Standard) -> list[RemovableHandle]:
         hooks = [model.register_forward_hook(lambda *_: self.activations.append(self.now - zero.held()))]
         blocks = _blocks(model)
         for block in blocks[: len(blocks) // 2]:

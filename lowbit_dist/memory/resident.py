@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,11 @@ from torch import Tensor, nn
 from lowbit_dist import model as models
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
-from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.grid import BLOCK
 from lowbit_dist.memory.report import RESIDENT, Parameters
+from lowbit_dist.optim.rule import Rule
 
 META = torch.device("meta")
-
-
-class Storage(NamedTuple):
-    """How a method stores its low-bit weights."""
-
-    grid: Grid
-    scale_per_row: bool
 
 
 def build(config: RunConfig, vocab_size: int) -> nn.Module:
@@ -44,10 +38,9 @@ def low_bit_names(config: RunConfig, model: nn.Module) -> list[str]:
     return models.low_bit_names(model, config.method)
 
 
-def storage(config: RunConfig) -> Storage:
-    """Found by packing two rows of zeros."""
-    sample = config.method.quantize(torch.zeros(2, BLOCK))
-    return Storage(sample.grid, scale_per_row=len(sample.scale) == 2)
+def state_bytes(rule: Rule, numel: int) -> int:
+    """Of an optimizer's slots for so many elements."""
+    return sum(ops.Stored.zeros(slot, numel, rule.states, META).nbytes for slot in rule.slots)
 
 
 def parameters(config: RunConfig, model: nn.Module) -> Parameters:
@@ -66,25 +59,38 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
 
     stage = 3 if config.zero.stage is None else config.zero.stage
     if stage < 3:
-        return _resident_stock(config, model, workers, stage)
+        return _resident_standard(config, model, workers, stage)
     low_bit = set(low_bit_names(config, model))
-    stored = storage(config) if low_bit else None
     dtype, accumulation = compute_dtype(config), accumulation_dtype(config, workers)
     found = dict.fromkeys(RESIDENT, 0)
     for name, p in model.named_parameters():
         part = shard_numel(p.numel(), workers)
-        if stored is not None and name in low_bit:
-            copies = workers if config.zero.residency == "replicated" else 1
-            found["low_bit_weights"] += copies * part // BLOCK * stored.grid.bytes_per_block
-            found["scales"] += 4 * (p.numel() // p.shape[-1] if stored.scale_per_row else 1)
+        if name in low_bit:
+            found["low_bit_weights"] += _code_bytes(config, part, workers)
+            found["scales"] += scale_bytes(config, tuple(p.shape))
         else:
             # In float32 the shard itself is updated; in bf16 a float32 shard stands behind it.
             found["other_weights"] += part * (dtype.itemsize + (4 if dtype != torch.float32 else 0))
         found["gradients"] += part * accumulation.itemsize
-        mine = min(part, p.numel())
-        found["optimizer_states"] += ops.Moments.zeros(mine, config.optimizer.states, META).nbytes
+        found["optimizer_states"] += state_bytes(config.optimizer, min(part, p.numel()))
     found["buffers"] = _bytes_of(model.buffers())
     return found
+
+
+def _code_bytes(config: RunConfig, part: int, workers: int) -> int:
+    """Of a shard of `part` elements, what is made of it to be sent, and the replica of all that is sent."""
+    stored, sent = config.method.stored, config.method.sent_grid
+    assert stored is not None and sent is not None, "a low-bit parameter is stored on a grid"
+    own, wire = (part // BLOCK * grid.bytes_per_block for grid in (stored, sent))
+    replica = workers * wire if config.zero.residency == "replicated" else 0
+    if stored == sent:
+        return replica or own
+    return own + wire + replica
+
+
+def scale_bytes(config: RunConfig, shape: tuple[int, ...]) -> int:
+    """Of a low-bit weight's float32 scales, which every worker has."""
+    return 4 * (prod(shape) // models.scale_every(config.method, shape))
 
 
 def shard_numel(numel: int, workers: int) -> int:
@@ -92,22 +98,29 @@ def shard_numel(numel: int, workers: int) -> int:
     return numel if workers == 1 else -(-numel // (BLOCK * workers)) * BLOCK
 
 
-def _resident_stock(config: RunConfig, model: nn.Module, workers: int, stage: int) -> dict[str, int]:
+def _resident_standard(config: RunConfig, model: nn.Module, workers: int, stage: int) -> dict[str, int]:
     """DeepSpeed's stages 0 to 2: whole weights for the passes, gradients that are freed at each step."""
     dtype = compute_dtype(config)
     found = dict.fromkeys(RESIDENT, 0)
     found["buffers"] = _bytes_of(model.buffers())
-    numels = [p.numel() for p in model.parameters()]
     if stage == 0:  # float32 weights are updated themselves, others have float32 copies
-        found["other_weights"] = sum(numels) * (dtype.itemsize + (4 if dtype != torch.float32 else 0))
-        parts = numels
+        parts = [p.numel() for p in model.parameters()]
+        found["other_weights"] = sum(parts) * (dtype.itemsize + (4 if dtype != torch.float32 else 0))
     else:
-        n = flat_numel(sum(numels), workers)
-        found["other_weights"] = n * dtype.itemsize + n // workers * 4
-        parts = [n // workers]
-    states = config.optimizer.states
-    found["optimizer_states"] = sum(ops.Moments.zeros(n, states, META).nbytes for n in parts)
+        flats = [flat_numel(n, workers) for n in group_numels(config, model)]
+        parts = [n // workers for n in flats]
+        found["other_weights"] = sum(flats) * dtype.itemsize + sum(parts) * 4
+    found["optimizer_states"] = sum(state_bytes(config.optimizer, n) for n in parts)
     return found
+
+
+def group_numels(config: RunConfig, model: nn.Module) -> list[int]:
+    """Elements of each group of parameters with rates of its own, in the order of its first parameter."""
+    found: dict[tuple[float, float], int] = {}
+    for name, p in model.named_parameters():
+        rates = config.method.rates(name, tuple(p.shape))
+        found[rates] = found.get(rates, 0) + p.numel()
+    return list(found.values())
 
 
 def flat_numel(numel: int, workers: int) -> int:

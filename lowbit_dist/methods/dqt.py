@@ -1,73 +1,113 @@
 """Direct Quantized Training (arXiv 2412.04787): the stored weight is the quantised weight, updated by
 stochastic rounding.
 
-The stored grid is the forward grid.  Initialisation rounds a random (or pretrained) weight once to the
-nearest level; from then on the optimizer's proposal is rounded stochastically back onto the grid in
-`ops.adamw_codes_`, and nothing else of it is kept.  The paper's released code re-derives the scale at each
-step from the largest weight (which can only shrink it); here the scale of the initialisation is stored and
-stays.
+Quantisation-aware training keeps a full-precision latent behind each low-bit weight.  Here there is none: a
+random (or pretrained) weight is rounded once to the nearest level, and from then on each step of the
+optimizer, which is far smaller than a level, moves a code by a whole level with the probability that makes
+its expectation right:
+
+    level      -1          0          1          weight = scale * level
+               |-----------|-----------|
+                           ^ code 0, step d = +0.03 levels
+    next       0 with probability 0.97,  1 with probability 0.03          E[next] = 0 + d
+
+Nothing else of the step is kept: what the weight "would have been" is gone, and only the drift of many steps
+remains.  One step flips few codes (flip rate), but in the direction of the gradient; on a fine grid (int8)
+nearly every step moves a code, and the walk is close to ordinary training.  The rounding itself is
+`ops.apply_`, its random bits are a function of seed, step, tensor and position.
+
+The stored grid is the forward grid.  The paper's released code re-derives the scale at each step from the
+largest weight (which can only shrink it); here the scale of the initialisation is stored and stays.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lowbit_dist.grid import GRIDS, Grid
-from lowbit_dist.linear import INNER_LINEARS, Linear
+from lowbit_dist.answers import ConfigError, nearest_multiple
+from lowbit_dist.grid import GRIDS, PLANE, Grid
+from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedTensor, representable
 
 # Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
 # weights (QuEST, arXiv 2502.05003, released code).
 RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int8": 3.885}
+GROUP = 128  # of every published ternary model with group scales, and of GPTQ
 
 
 class DQT(Method):
     name: Literal["dqt"] = "dqt"
     grid: Literal["ternary", "int2", "int3", "int4", "int8"] = "ternary"
-    tensors: Literal["linears", "all"] = (
-        "linears"  # all: embeddings, head and norm gains too, as the released code does
-    )
+    # all: embeddings, head and norm gains too, as the released code does
+    tensors: Literal["linears", "all"] = "linears"
     scale: Literal["absmean", "absmax", "rms"] = "absmean"
-    granularity: Literal["tensor", "row"] = "tensor"
-    activation_bits: Literal[8] | None = 8
-    sub_norms: bool = (
-        False  # RMSNorm before o_proj and down_proj (SubLN), as in BitNet; llama.cpp's llama has none
+    granularity: Literal["tensor", "row", "group"] = "tensor"  # what has a scale of its own
+    group: Annotated[int, Field(ge=PLANE, le=2**20)] = (
+        GROUP  # consecutive weights of a row; granularity: group
     )
-    low_bit: ClassVar[bool] = True
+    activation_bits: Literal[8] | None = 8
+    # RMSNorm before o_proj and down_proj (SubLN), as in BitNet; llama.cpp's llama has none
+    sub_norms: bool = False
+
+    @model_validator(mode="after")
+    def _group_fits(self) -> Self:
+        if self.group % PLANE:
+            raise ConfigError(
+                f"method.group ({self.group}) must be a multiple of {PLANE}; the nearest is "
+                f"{nearest_multiple(self.group, PLANE)}"
+            )
+        if self.group != GROUP and self.granularity != "group":
+            raise ConfigError(
+                f"method.group ({self.group}) must go with granularity group, not {self.granularity}; write "
+                "method.granularity: group, or leave it out"
+            )
+        return self
 
     @property
-    def levels(self) -> Grid:
+    def label(self) -> str:
+        return f"{self.name} {self.grid}"
+
+    @property
+    def stored(self) -> Grid:
         return GRIDS[self.grid]
 
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
-        inner = self.sub_norms and name.rsplit(".", 1)[-1] in INNER_LINEARS
-        return Linear(layer, activation_bits=self.activation_bits, norm_eps=norm_eps if inner else None)
+        inner = self.sub_norms and name.rpartition(".")[2] in INNER_LINEARS
+        return Linear(
+            layer,
+            activation=None if self.activation_bits is None else IntPerToken(self.activation_bits),
+            norm_eps=norm_eps if inner else None,
+        )
 
     def is_low_bit(self, is_linear: bool) -> bool:
-        """Whether a parameter lives in codes; `is_linear`: it is the weight of a linear layer other than
-        the head.
-        """
         return self.tensors == "all" or is_linear
 
     def quantize(self, weight: Tensor) -> PackedTensor:
-        """The initial codes and scale of a weight [rows, K] or [K], float32."""
-        return PackedTensor.quantize(weight, self.initial_scale(weight), self.levels)
+        return self.through(weight, self.stored)
 
-    def initial_scale(self, weight: Tensor) -> Tensor:  # [1] or [rows] float32
-        """The size of one level.  absmean is the released code's formula, mean|W| / Qp, per tensor or per
-        row.
+    def through(self, weight: Tensor, grid: Grid) -> PackedTensor:
+        return PackedTensor.quantize(weight, self._scale(weight, grid), grid)
+
+    def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return sub_norm_gain(name, shape)
+
+    def _scale(self, weight: Tensor, grid: Grid) -> Tensor:  # [1], [rows] or [groups] float32
+        """The size of one level.  absmean is the released code's formula, mean|W| / Qp, over a tensor, a row
+        or a group.
         """
-        grid = self.levels
-        rows = weight.reshape(1, -1) if self.granularity == "tensor" else weight.reshape(-1, weight.shape[-1])
-        rows = rows.double()  # a sum whose rounding cannot show in a float16
+        size = {"tensor": weight.numel(), "row": weight.shape[-1], "group": self.group}[self.granularity]
+        if weight.numel() % size:
+            raise ValueError(f"groups of {size} do not divide the rows of {weight.shape[-1]:,}")
+        parts = weight.reshape(-1, size).double()  # a sum whose rounding cannot show in a float16
         if self.scale == "absmean":
-            size = rows.abs().mean(1) / grid.high
+            scale = parts.abs().mean(1) / grid.high
         elif self.scale == "absmax":
-            size = rows.abs().amax(1) / grid.high
+            scale = parts.abs().amax(1) / grid.high
         else:
-            size = rows.square().mean(1).sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
-        return representable(size.to(torch.float32))
+            scale = parts.square().mean(1).sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
+        return representable(scale.to(torch.float32))

@@ -64,6 +64,16 @@ class Method(Section):
         """The first codes and scales of a low-bit weight [rows, K] or [K], float32."""
         raise TypeError(f"method {self.name} has no low-bit weights")
 
+    def through(self, weight: Tensor, grid: Grid) -> PackedTensor:
+        """A weight [rows, K] or [K], float32, rounded to another grid: for evaluation as if trained on it.
+
+        By default with one scale per tensor, mean|W| / high.
+        """
+        from lowbit_dist.packed import PackedTensor, representable
+
+        size = weight.double().abs().mean().reshape(1) / grid.high
+        return PackedTensor.quantize(weight, representable(size.float()), grid)
+
     def levels(self, weight: Tensor) -> Tensor | None:
         """What the forward pass makes of a linear layer's weight [N, K], as levels of `forward_grid`: int8
         [N, K], or None.
@@ -73,13 +83,18 @@ class Method(Section):
         """
         return None
 
-    def sent(self, shard: PackedShard) -> PackedShard:
-        """What a gather moves in the place of a worker's shard, cut as the shard is; by default the shard.
+    @property
+    def sent_grid(self) -> Grid | None:
+        """The grid of the codes that a gather moves: `stored`, or a coarser one, which `sent` then makes."""
+        return self.stored
 
-        Asked after each update on every worker, parameter by parameter in one order, so it may use
-        collectives.
+    def sent(self, shard: PackedShard) -> PackedShard:
+        """What a gather moves in the place of a worker's shard: the same elements on `sent_grid`.
+
+        Asked if `sent_grid` is not `stored`, at the start and after each update, on every worker and
+        parameter by parameter in one order: it may use collectives.
         """
-        return shard
+        raise TypeError(f"method {self.name} does not say what it sends")
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The first value of a parameter that the method adds to the model (float32), None for all others."""

@@ -1,4 +1,4 @@
-"""The ops on packed low-bit weights that the package calls: contract checks, then dispatch by device.
+"""The ops on low-bit weights that the package calls: contract checks, then dispatch by device.
 
 `reference.py` says what each op means. CPU tensors go to the compiled C of `cpu.py` (to the reference where
 no compiler is found), CUDA tensors to the Triton of `kernels.py`, others to the reference: the same bytes
@@ -10,84 +10,76 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.ops import cpu, reference
-from lowbit_dist.ops.reference import STATES, AdamWStep, Moments
+from lowbit_dist.grid import BLOCK, PLANE, Grid
+from lowbit_dist.ops import cpu, fused, reference
+from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
+from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
 
 __all__ = [
     "STATES",
-    "AdamWStep",
-    "Moments",
-    "adamw_codes_",
-    "adamw_weights_",
+    "Codes",
+    "Now",
+    "Rule",
+    "Slot",
+    "Stored",
+    "Weights",
+    "apply_",
     "code_counts",
     "decode",
-    "moments_to_float",
     "pack",
     "quantize",
+    "step_",
     "unpack",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16)
-_MOMENT_DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "int8": (torch.int8, torch.uint8),
-}
 
 
-def adamw_codes_(
-    codes: Tensor,  # [B * grid.bytes_per_block] uint8, changed in place
-    scale: Tensor,  # [scales of the whole tensor] float32, positive
-    grad: Tensor,  # [256 B] float32 | bfloat16
-    moments: Moments,  # of 256 B elements, changed in place
-    *,
-    grid: Grid,
-    now: AdamWStep,
-    tensor: int,
-    first_block: int,
-    blocks_per_scale: int,
-) -> Tensor:  # [1] int64, on the device
-    """One AdamW step of packed weights, rounded stochastically to the grid; the number of codes that changed.
-
-    `codes`, `grad` and `moments` are a shard's: the blocks from `first_block` on of tensor number `tensor`.
-    `scale` is the whole tensor's: block b has scale[b // blocks_per_scale].
-    """
-    _check_codes(codes, grid, grad.numel())
-    _check_scale(scale, grad.numel(), first_block, blocks_per_scale)
-    _check_tensor("grad", grad, _FLOATS)
-    _check_moments(moments, grad.numel())
-    _check_one_device(codes, scale, grad, *moments.tensors)
-    if not 0 <= tensor < 2**32:
-        raise ValueError(f"tensor is {tensor}; it must be from 0 to 2**32 - 1")
-    return _backend(codes.device).adamw_codes_(
-        codes,
-        scale,
-        grad,
-        moments,
-        grid=grid,
-        now=now,
-        tensor=tensor,
-        first_block=first_block,
-        blocks_per_scale=blocks_per_scale,
-    )
-
-
-def adamw_weights_(
-    weight: Tensor,  # [N] float32, changed in place
+def step_(
+    target: Codes | Weights,  # of N elements, changed in place
     grad: Tensor,  # [N] float32 | bfloat16
-    moments: Moments,  # of N elements, changed in place
+    state: list[Stored],  # one for each slot of the rule, of N elements, changed in place
     *,
-    now: AdamWStep,
-) -> None:
-    """One AdamW step of ordinary weights; N is arbitrary."""
-    _check_tensor("weight", weight, (torch.float32,))
+    rule: Rule,
+    now: Now,
+) -> Tensor:  # [1] int64, on the device
+    """One step of an optimizer: state and target move; the number of codes that changed, 0 for weights.
+
+    The rule's scope is "element": it sees the elements in chunks, as a shard has them.
+    """
+    if rule.scope != "element":
+        raise ValueError(
+            f"{type(rule).__name__} sees a whole {rule.scope} at once; compute its direction from that, and "
+            "pass it to ops.apply_"
+        )
+    _check_target(target, grad.numel(), "grad")
     _check_tensor("grad", grad, _FLOATS)
-    if weight.numel() != grad.numel():
-        raise ValueError(f"weight has {weight.numel()} elements and grad {grad.numel()}; they must be equal")
-    _check_moments(moments, weight.numel())
-    _check_one_device(weight, grad, *moments.tensors)
-    _backend(weight.device).adamw_weights_(weight, grad, moments, now=now)
+    _check_state(state, rule, grad.numel())
+    _check_one_device(*_tensors(target), grad, *(tensor for slot in state for tensor in slot.tensors))
+    backend = _backend(grad.device)
+    if rule.fused is not None:
+        return backend.step_(target, grad, state, rule=rule, now=now)
+    flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    for start, stop in reference.chunks(grad.numel(), grad.device):
+        u = reference.direction(grad, state, start, stop, rule=rule, now=now)
+        flips += backend.apply_(target.part(start, stop), u.contiguous(), now=now)
+    return flips
+
+
+def apply_(
+    target: Codes | Weights,  # of N elements, changed in place
+    u: Tensor,  # [N] float32
+    *,
+    now: Now,
+) -> Tensor:  # [1] int64, on the device
+    """The second half of a step alone: `target` moves by -lr * u and decays; how many codes changed.
+
+    For a rule whose direction is of a row or a matrix. Nothing is remembered; `now.grad_scale` is not used.
+    """
+    _check_target(target, u.numel(), "u")
+    _check_tensor("u", u, (torch.float32,))
+    _check_one_device(*_tensors(target), u)
+    return _backend(u.device).apply_(target, u, now=now)
 
 
 def decode(
@@ -96,16 +88,19 @@ def decode(
     *,
     grid: Grid,
     first_block: int,
-    blocks_per_scale: int,
+    scale_every: int,
     out: Tensor,  # [256 B] float32 | bfloat16, written
 ) -> Tensor:  # out
-    """The weights `scale * level` of the blocks from `first_block` on, in `out`'s precision."""
+    """The weights `scale * level` of the blocks from `first_block` on, in `out`'s precision.
+
+    `scale` is the whole tensor's: its element e has scale[e // scale_every].
+    """
     _check_codes(codes, grid, out.numel())
-    _check_scale(scale, out.numel(), first_block, blocks_per_scale)
+    _check_scale(scale, out.numel(), first_block, scale_every)
     _check_tensor("out", out, _FLOATS)
     _check_one_device(codes, scale, out)
     return _backend(codes.device).decode(
-        codes, scale, grid=grid, first_block=first_block, blocks_per_scale=blocks_per_scale, out=out
+        codes, scale, grid=grid, first_block=first_block, scale_every=scale_every, out=out
     )
 
 
@@ -127,29 +122,21 @@ def quantize(
     scale: Tensor,  # [scales of the whole tensor] float32
     *,
     grid: Grid,
-    first_block: int,
-    blocks_per_scale: int,
+    scale_every: int,
+    first_block: int = 0,
 ) -> Tensor:  # [256 B] int8
     """The level nearest to each weight (ties to the even level), within the grid."""
     _check_tensor("weight", weight, (torch.float32,))
     _check_whole_blocks(weight.numel())
-    _check_scale(scale, weight.numel(), first_block, blocks_per_scale)
+    _check_scale(scale, weight.numel(), first_block, scale_every)
     _check_one_device(weight, scale)
-    return reference.quantize(
-        weight, scale, grid=grid, first_block=first_block, blocks_per_scale=blocks_per_scale
-    )
+    return reference.quantize(weight, scale, grid=grid, scale_every=scale_every, first_block=first_block)
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
     """How many elements are at each level, from `grid.low` to `grid.high`: [grid.n_levels] int64."""
     _check_codes(codes, grid, codes.numel() * 8 // grid.bits)
     return _host_backend(codes.device).code_counts(codes, grid=grid)
-
-
-def moments_to_float(moments: Moments) -> tuple[Tensor, Tensor]:
-    """The values of m and v that the stored moments stand for: [N] float32 each."""
-    _check_moments(moments, moments.m.numel())
-    return reference.moments_to_float(moments)
 
 
 def _backend(device: torch.device) -> ModuleType:
@@ -163,6 +150,10 @@ def _backend(device: torch.device) -> ModuleType:
 def _host_backend(device: torch.device) -> ModuleType:
     """For ops without a Triton kernel: on a GPU they are rare enough for plain torch, and exact there too."""
     return cpu if device.type == "cpu" and cpu.available() else reference
+
+
+def _tensors(target: Codes | Weights) -> tuple[Tensor, ...]:
+    return (target.weight,) if isinstance(target, Weights) else (target.codes, target.scale)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -179,6 +170,18 @@ def _check_whole_blocks(n: int) -> None:
         raise ValueError(f"there are {n} elements; packed tensors have whole blocks of {BLOCK}: pad to them")
 
 
+def _check_target(target: Codes | Weights, n: int, name: str) -> None:
+    if isinstance(target, Weights):
+        _check_tensor("weight", target.weight, (torch.float32,))
+        if target.numel != n:
+            raise ValueError(f"weight has {target.numel} elements and {name} {n}; they must be equal")
+        return
+    _check_codes(target.codes, target.grid, n)
+    _check_scale(target.scale, n, target.first_block, target.scale_every)
+    if not 0 <= target.tensor < 2**32:
+        raise ValueError(f"tensor is {target.tensor}; it must be from 0 to 2**32 - 1")
+
+
 def _check_codes(codes: Tensor, grid: Grid, n: int) -> None:
     _check_tensor("codes", codes, (torch.uint8,))
     _check_whole_blocks(n)
@@ -189,38 +192,58 @@ def _check_codes(codes: Tensor, grid: Grid, n: int) -> None:
         )
 
 
-def _check_scale(scale: Tensor, n: int, first_block: int, blocks_per_scale: int) -> None:
+def _check_scale(scale: Tensor, n: int, first_block: int, scale_every: int) -> None:
     _check_tensor("scale", scale, (torch.float32,))
-    if first_block < 0 or blocks_per_scale < 1:
+    if first_block < 0 or scale_every < 1 or scale_every % PLANE:
         raise ValueError(
-            f"first_block is {first_block} and blocks_per_scale {blocks_per_scale}; "
-            "the first must be at least 0, the second at least 1"
+            f"first_block is {first_block} and scale_every {scale_every}; the first must be at least 0, the "
+            f"second a multiple of {PLANE}"
         )
-    last = first_block + n // BLOCK - 1
-    if n and last // blocks_per_scale >= scale.numel():
+    last = first_block * BLOCK + n - 1
+    if n and last // scale_every >= scale.numel():
         raise ValueError(
-            f"block {last} needs scale number {last // blocks_per_scale}, but there are {scale.numel()}; "
-            "pass the whole tensor's scales, and its number of blocks as blocks_per_scale if there is one"
+            f"element {last} needs scale number {last // scale_every}, but there are {scale.numel()}; pass "
+            "the whole tensor's scales, and its number of elements as scale_every if there is one"
         )
 
 
-def _check_moments(moments: Moments, n: int) -> None:
-    if (moments.m.dtype, moments.v.dtype) not in _MOMENT_DTYPES.values():
+def _check_state(state: list[Stored], rule: Rule, n: int) -> None:
+    name = type(rule).__name__
+    if [each.slot for each in state] != list(rule.slots):
         raise ValueError(
-            f"moments are {moments.m.dtype} and {moments.v.dtype}; they must be both float32, both bfloat16, "
-            "or int8 and uint8"
+            f"state has {_names([each.slot for each in state])}; {name} has {_names(rule.slots)}"
         )
-    is_8_bit = moments.m.dtype == torch.int8
-    if (moments.m_scale is not None, moments.v_scale is not None) != (is_8_bit, is_8_bit):
+    if rule.fused is not None and fused.SLOTS.get(rule.fused) != tuple(slot.signed for slot in rule.slots):
         raise ValueError(
-            f"moments of {moments.m.dtype} {'need' if is_8_bit else 'have no'} scales: use Moments.zeros"
+            f"{name} says that it is fused as {rule.fused!r}, which is none of {', '.join(fused.SLOTS)} or "
+            "has other slots; a rule without a kernel has fused = None"
         )
-    n_blocks = -(-n // BLOCK)
-    wanted = {"m": n, "v": n, "m_scale": n_blocks, "v_scale": n_blocks}
-    for (name, count), tensor in zip(wanted.items(), moments.tensors, strict=False):
-        _check_tensor(f"moments.{name}", tensor, (tensor.dtype if name in "mv" else torch.float32,))
-        if tensor.numel() != count:
-            raise ValueError(f"moments.{name} has {tensor.numel()} elements; {n} weights take {count}")
+    for each in state:
+        _check_tensor(f"slot {each.slot.name}", each.values, tuple(dtype_of(each.slot, s) for s in STATES))
+        if each.states != state[0].states:
+            raise ValueError(
+                f"slot {each.slot.name} is kept in {each.states} and slot {state[0].slot.name} in "
+                f"{state[0].states}; a rule's slots are kept alike"
+            )
+        if (each.scale is None) == (each.states == "int8"):
+            raise ValueError(
+                f"slot {each.slot.name} of {each.values.dtype} "
+                f"{'needs' if each.scale is None else 'has no'} scales: use Stored.zeros"
+            )
+        _check_count(f"slot {each.slot.name}", each.values, n, n)
+        if each.scale is not None:
+            _check_tensor(f"the scale of slot {each.slot.name}", each.scale, (torch.float32,))
+            _check_count(f"the scale of slot {each.slot.name}", each.scale, -(-n // BLOCK), n)
+
+
+def _check_count(name: str, tensor: Tensor, wanted: int, n: int) -> None:
+    if tensor.numel() != wanted:
+        raise ValueError(f"{name} has {tensor.numel()} elements; {n} weights take {wanted}")
+
+
+def _names(slots: list[Slot] | tuple[Slot, ...]) -> str:
+    words = [f"{slot.name} ({'signed' if slot.signed else 'unsigned'})" for slot in slots]
+    return f"the slots {', '.join(words)}" if words else "no slots"
 
 
 def _check_one_device(*tensors: Tensor) -> None:

@@ -1,8 +1,12 @@
-/* The ops of reference.py for CPU workers, fused: the same bytes; see there for what they mean.
+/* The ops of reference.py and states.py for CPU workers, with the rules of optim/adamw.py and optim/lion.py fused in:
+ * the same bytes; see there for what they mean.
  *
  * Work goes block by block (256 elements), through arrays that stay in the first-level cache. Every loop over a block
- * is a plain loop that compilers turn into vector code. Two rules keep the bytes those of the reference: no contraction
- * into fused multiply-adds (-ffp-contract=off) and IEEE division and square root.
+ * is a plain loop that compilers turn into vector code. Two things keep the bytes those of the reference: no
+ * contraction into fused multiply-adds (-ffp-contract=off) and IEEE division and square root.
+ *
+ * What a block goes through is written once; `rule`, `states` and `grad_is_bf16` are arguments of functions that are
+ * always inlined, and constants where those are called.
  */
 #include <math.h>
 #include <stdint.h>
@@ -16,11 +20,12 @@
 #endif
 
 #define BLOCK 256
+#define PLANE 64    /* the least that share a scale; four to a block */
 #define COUNTERS 64 /* Philox calls of a block; one gives words to elements j, j + 64, j + 128 and j + 192 */
 
 #define SMALLEST_SCALE 0x1p-126f
-#define M_SQUARE 16129.0f             /* 127^2 */
-#define V_FOURTH 4228250625.0f        /* 255^4 */
+#define SIGNED_SQUARE 16129.0f          /* 127^2 */
+#define UNSIGNED_FOURTH 4228250625.0f /* 255^4 */
 #define LARGEST_STEP_BITS 0x47800000u /* of 65536.0f */
 
 /* A call on fewer blocks than this is not worth waking threads. */
@@ -29,6 +34,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum states { FP32, BF16, INT8 };
+enum rules { ADAMW, LION, APPLY }; /* APPLY: the direction is given, and no state is kept */
 
 /* The structures are filled by cpu.py. */
 typedef struct {
@@ -36,23 +42,25 @@ typedef struct {
     uint32_t step, tensor, key0, key1;
 } Step;
 
-/* Block b of the whole tensor has scale[b / blocks_per_scale]; a shard begins at block `first_block`. */
+/* Element e of the whole tensor has scale[e / scale_every]; a shard begins at block `first_block`. */
 typedef struct {
     int32_t low, high, bits, n_threads;
-    int64_t n_blocks, first_block, blocks_per_scale;
+    int64_t n_blocks, first_block, scale_every, n_scales;
 } Shard;
 
+/* What a block of the update reads and what is remembered of it; v with AdamW only. */
 typedef struct {
     void *m, *v;
     float *m_scale, *v_scale;
-    const void *grad;
+    const void *grad; /* with APPLY the direction, in float32 */
     int32_t states, grad_is_bf16;
 } State;
 
 /* What is known of a block between its stages. */
 typedef struct {
     float m[BLOCK], v[BLOCK];
-    float root[BLOCK]; /* of the bias-corrected v */
+    float root[BLOCK]; /* of the bias-corrected v (AdamW) */
+    float u[BLOCK];    /* the direction (Lion) */
     int32_t level[BLOCK], next[BLOCK];
 } Work __attribute__((aligned(64)));
 
@@ -78,8 +86,6 @@ INLINE uint16_t to_bf16(float x) {
     uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
-
-/* ---- random words ---- */
 
 #if defined(__AVX512F__)
 #define LANES 8
@@ -156,8 +162,6 @@ INLINE void draw(uint32_t (*restrict word)[SPAN], uint64_t q, const Step *now) {
     }
 }
 
-/* ---- codes ---- */
-
 static void unpack_block(const uint8_t *restrict codes, int32_t *restrict level, int bits, int low) {
     if (bits == 8) {
         for (int j = 0; j < 256; j++) level[j] = codes[j] + low;
@@ -220,8 +224,6 @@ static int64_t count_changes(const uint8_t *restrict old, const uint8_t *restric
     return changes;
 }
 
-/* ---- moments ---- */
-
 /* A square root that is too small, by 0.01 % to 0.2 %: the exponent halved, and one Newton step that overshoots from
  * either side. */
 INLINE float low_root(float y) {
@@ -250,84 +252,109 @@ INLINE float block_scale(uint32_t largest, float top) {
     return scale >= SMALLEST_SCALE ? scale : 0.0f;
 }
 
-static void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint8_t *restrict v_code,
-                        float *restrict m_scale, float *restrict v_scale, float correction2) {
+/* Floats that are not negative are ordered as their bits are, and integer maxima vectorise. */
+INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+INLINE void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint8_t *restrict v_code,
+                        float *restrict m_scale, float *restrict v_scale, float correction2, int rule) {
     const float *restrict m = work->m, *restrict v = work->v, *restrict root = work->root;
-    /* Floats that are not negative are ordered as their bits are, and integer maxima vectorise. */
     uint32_t m_largest = 0, v_largest = 0;
     for (int j = 0; j < BLOCK; j++) {
-        uint32_t m_bits = bits_of(m[j]) & 0x7FFFFFFF, v_bits = bits_of(v[j]);
-        m_largest = m_bits > m_largest ? m_bits : m_largest;
-        v_largest = v_bits > v_largest ? v_bits : v_largest;
+        m_largest = larger(m_largest, bits_of(m[j]) & 0x7FFFFFFF);
+        if (rule == ADAMW) v_largest = larger(v_largest, bits_of(v[j]));
     }
-    *m_scale = block_scale(m_largest, M_SQUARE);
-    *v_scale = block_scale(v_largest, V_FOURTH);
+    *m_scale = block_scale(m_largest, SIGNED_SQUARE);
     const float m_inverse = *m_scale > 0 ? 1.0f / *m_scale : 0.0f;
-    const float v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
-    const float root_of_scaled = sqrtf(v_inverse / correction2);
     for (int j = 0; j < BLOCK; j++) {
         float y = fabsf(m[j]) * m_inverse;
         int32_t code = (int32_t)code_of(y, low_root(y), 0);
         m_code[j] = (int8_t)(m[j] < 0 ? -code : code);
     }
+    if (rule != ADAMW) return;
+    *v_scale = block_scale(v_largest, UNSIGNED_FOURTH);
+    const float v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
+    const float root_of_scaled = sqrtf(v_inverse / correction2);
     for (int j = 0; j < BLOCK; j++) {
         uint32_t code = code_of(v[j] * v_inverse, low_root(root[j] * root_of_scaled), 1);
         v_code[j] = (uint8_t)(code > 0x4B000001 ? code : 0x4B000001); /* at least 1; the exponent's bits fall off */
     }
 }
 
-static void store_moments(const Work *restrict work, const State *state, int64_t block, float correction2) {
+INLINE void store_slots(const Work *restrict work, const State *state, int64_t block, float correction2, int rule) {
+    const int64_t at = block * BLOCK;
+    if (rule == APPLY) return;
     if (state->states == INT8) {
-        store_8_bit(work, (int8_t *)state->m + block * BLOCK, (uint8_t *)state->v + block * BLOCK,
-                    &state->m_scale[block], &state->v_scale[block], correction2);
+        store_8_bit(work, (int8_t *)state->m + at, (uint8_t *)state->v + at, &state->m_scale[block],
+                    &state->v_scale[block], correction2, rule);
     } else if (state->states == BF16) {
-        uint16_t *restrict m = (uint16_t *)state->m + block * BLOCK, *restrict v = (uint16_t *)state->v + block * BLOCK;
+        uint16_t *restrict m = (uint16_t *)state->m + at, *restrict v = (uint16_t *)state->v + at;
         for (int j = 0; j < BLOCK; j++) m[j] = to_bf16(work->m[j]);
-        for (int j = 0; j < BLOCK; j++) v[j] = to_bf16(work->v[j]);
+        for (int j = 0; rule == ADAMW && j < BLOCK; j++) v[j] = to_bf16(work->v[j]);
     } else {
-        memcpy((float *)state->m + block * BLOCK, work->m, sizeof work->m);
-        memcpy((float *)state->v + block * BLOCK, work->v, sizeof work->v);
+        memcpy((float *)state->m + at, work->m, sizeof work->m);
+        if (rule == ADAMW) memcpy((float *)state->v + at, work->v, sizeof work->v);
     }
 }
 
-/* ---- the update ---- */
-
-/* Where a block's gradient and moments are read. */
+/* Where a block's gradient and slots are read. */
 typedef struct {
     const void *grad, *m, *v;
     float m_scale, v_scale;
 } Inputs;
 
-/* Moves the moments, from where they are stored to work. `states` and `grad_is_bf16` are constants at each call. */
-INLINE void move_moments(Work *restrict work, const void *restrict grad, const void *restrict m_from,
-                         const void *restrict v_from, float m_scale, float v_scale, const Step *step, int states,
-                         int grad_is_bf16) {
+INLINE Inputs inputs_of(const State *state, int64_t block, int rule) {
+    static const int64_t width[] = {[FP32] = 4, [BF16] = 2, [INT8] = 1};
+    const int64_t start = block * BLOCK, at = start * width[state->states];
+    return (Inputs){
+        .grad = (const char *)state->grad + start * (state->grad_is_bf16 ? 2 : 4),
+        .m = (const char *)state->m + at,
+        .v = (const char *)state->v + at,
+        .m_scale = rule != APPLY && state->states == INT8 ? state->m_scale[block] : 1.0f,
+        .v_scale = rule == ADAMW && state->states == INT8 ? state->v_scale[block] : 1.0f,
+    };
+}
+
+INLINE float signed_slot(const void *from, int j, float scale, int states) {
+    if (states == FP32) return ((const float *)from)[j];
+    if (states == BF16) return from_bf16(((const uint16_t *)from)[j]);
+    float q = ((const int8_t *)from)[j];
+    return (q * fabsf(q)) * scale;
+}
+
+INLINE float unsigned_slot(const void *from, int j, float scale, int states) {
+    if (states == FP32) return ((const float *)from)[j];
+    if (states == BF16) return from_bf16(((const uint16_t *)from)[j]);
+    return square(square(((const uint8_t *)from)[j])) * scale;
+}
+
+/* Moves the slots, from where they are stored to work. */
+INLINE void move_slots(Work *restrict work, const void *restrict grad, const void *restrict m_from,
+                       const void *restrict v_from, float m_scale, float v_scale, const Step *step, int states,
+                       int grad_is_bf16, int rule) {
     const Step now = *step;
     for (int j = 0; j < BLOCK; j++) {
         float g = grad_is_bf16 ? from_bf16(((const uint16_t *)grad)[j]) : ((const float *)grad)[j];
-        float m, v;
-        if (states == INT8) {
-            float p = ((const int8_t *)m_from)[j], q = square(((const uint8_t *)v_from)[j]);
-            m = (p * fabsf(p)) * m_scale;
-            v = square(q) * v_scale;
-        } else if (states == BF16) {
-            m = from_bf16(((const uint16_t *)m_from)[j]);
-            v = from_bf16(((const uint16_t *)v_from)[j]);
-        } else {
-            m = ((const float *)m_from)[j];
-            v = ((const float *)v_from)[j];
-        }
+        float m = signed_slot(m_from, j, m_scale, states);
         g = g * now.grad_scale;
-        work->m[j] = m * now.beta1 + g * now.rest1;
-        work->v[j] = v * now.beta2 + (g * g) * now.rest2;
+        if (rule == ADAMW) {
+            float v = unsigned_slot(v_from, j, v_scale, states);
+            work->m[j] = m * now.beta1 + g * now.rest1;
+            work->v[j] = v * now.beta2 + (g * g) * now.rest2;
+        } else {
+            float mixed = m * now.beta1 + g * now.rest1;
+            work->u[j] = (float)((mixed > 0) - (mixed < 0));
+            work->m[j] = m * now.beta2 + g * now.rest2;
+        }
     }
 }
 
-static void move_block(Work *restrict work, const Inputs *in, const Step *now, int states, int grad_is_bf16) {
+INLINE void move_block(Work *restrict work, const Inputs *in, const Step *now, int states, int grad_is_bf16,
+                       int rule) {
 #define CASE(STATES, IS_BF16) \
     case STATES * 2 + IS_BF16: \
-        move_moments(work, in->grad, in->m, in->v, in->m_scale, in->v_scale, now, STATES, IS_BF16); \
+        move_slots(work, in->grad, in->m, in->v, in->m_scale, in->v_scale, now, STATES, IS_BF16, rule); \
         break
+    if (rule == APPLY) return;
     switch (states * 2 + grad_is_bf16) {
         CASE(FP32, 0);
         CASE(FP32, 1);
@@ -339,8 +366,10 @@ static void move_block(Work *restrict work, const Inputs *in, const Step *now, i
 #undef CASE
 }
 
-/* The update m-hat / (sqrt(v-hat) + eps) of element j; leaves the root in work. */
-INLINE float adam(Work *restrict work, int j, const Step *now) {
+/* The direction of element j, which the weight goes against. AdamW: m-hat / (sqrt(v-hat) + eps), and the root stays in
+ * work. Others: what was computed or given, u[j]. */
+INLINE float direction(Work *restrict work, const float *u, int j, const Step *now, int rule) {
+    if (rule != ADAMW) return u[j];
     float root = sqrtf(work->v[j] * now->correction2);
     work->root[j] = root;
     return (work->m[j] * now->correction1) / (root + now->eps);
@@ -348,19 +377,20 @@ INLINE float adam(Work *restrict work, int j, const Step *now) {
 
 /* Rounds the stepped levels to the grid. Drawing and updating alternate in small spans, so that a core multiplies for
  * the one while it divides for the other. */
-static void update_block(Work *restrict work, uint64_t q, const Step *step, float minus_levels_per_update, int low,
-                         int high) {
+INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const Step *step,
+                          const float *minus_levels_per_unit /* [4] */, int low, int high, int rule) {
     const Step now = *step;
     uint32_t words[4][SPAN] __attribute__((aligned(64)));
     for (int start = 0; start < COUNTERS; start += SPAN) {
         draw(words, q + (uint64_t)start, &now);
         for (int i = 0; i < 4; i++) {
             const uint32_t *restrict word = words[i];
+            const float per_unit = minus_levels_per_unit[i];
             for (int k = 0; k < SPAN; k++) {
                 int j = start + COUNTERS * i + k;
-                float u = adam(work, j, &now);
+                float unit = direction(work, u, j, &now, rule);
                 int32_t level = work->level[j];
-                float d = minus_levels_per_update * u - now.decay * (float)level;
+                float d = per_unit * unit - now.decay * (float)level;
                 uint32_t size = bits_of(d) & 0x7FFFFFFF;
                 float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
                 int32_t whole = (int32_t)a;
@@ -374,102 +404,140 @@ static void update_block(Work *restrict work, uint64_t q, const Step *step, floa
     }
 }
 
-static Inputs inputs_of(const State *state, int64_t block) {
-    static const int64_t width[] = {[FP32] = 4, [BF16] = 2, [INT8] = 1};
-    const int64_t start = block * BLOCK, at = start * width[state->states];
-    return (Inputs){
-        .grad = (const char *)state->grad + start * (state->grad_is_bf16 ? 2 : 4),
-        .m = (const char *)state->m + at,
-        .v = (const char *)state->v + at,
-        .m_scale = state->states == INT8 ? state->m_scale[block] : 1.0f,
-        .v_scale = state->states == INT8 ? state->v_scale[block] : 1.0f,
-    };
+/* The scale of each plane of block `place` of the whole tensor, by at most one division. */
+INLINE void scales_of_block(float *of_plane /* [4] */, const float *scale, const Shard *shard, int64_t place) {
+    int64_t number = 0, within = 0;
+    if (shard->n_scales > 1) {
+        number = place * BLOCK / shard->scale_every;
+        within = place * BLOCK - number * shard->scale_every;
+    }
+    for (int i = 0; i < 4; i++) {
+        of_plane[i] = scale[number];
+        within += PLANE;
+        if (shard->n_scales > 1 && within == shard->scale_every) {
+            within = 0;
+            number++;
+        }
+    }
 }
 
-int64_t lowbit_adamw_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard,
-                           const Step *now) {
-    int64_t flips = 0;
-#pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
-    if (shard->n_blocks >= PARALLEL_BLOCKS)
-    for (int64_t block = 0; block < shard->n_blocks; block++) {
-        Work work;
-        const int64_t place = shard->first_block + block;
-        uint8_t *packed = codes + block * BLOCK * shard->bits / 8;
-        const Inputs in = inputs_of(state, block);
-        unpack_block(packed, work.level, shard->bits, shard->low);
-        move_block(&work, &in, now, state->states, state->grad_is_bf16);
-        update_block(&work, (uint64_t)place * COUNTERS, now, -(now->lr / scale[place / shard->blocks_per_scale]),
-                     shard->low, shard->high);
-        uint8_t fresh[BLOCK];
-        pack_block(fresh, work.next, shard->bits, shard->low);
-        flips += count_changes(packed, fresh, &work, shard->bits);
-        memcpy(packed, fresh, (size_t)(BLOCK * shard->bits / 8));
-        store_moments(&work, state, block, now->correction2);
-    }
+INLINE int64_t step_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, const Step *now,
+                          int64_t block, int rule) {
+    Work work;
+    const int64_t place = shard->first_block + block;
+    uint8_t *packed = codes + block * BLOCK * shard->bits / 8;
+    const Inputs in = inputs_of(state, block, rule);
+    float per_unit[4];
+    scales_of_block(per_unit, scale, shard, place);
+    for (int i = 0; i < 4; i++) per_unit[i] = -(now->lr / per_unit[i]);
+    unpack_block(packed, work.level, shard->bits, shard->low);
+    move_block(&work, &in, now, state->states, state->grad_is_bf16, rule);
+    update_levels(&work, rule == APPLY ? (const float *)in.grad : work.u, (uint64_t)place * COUNTERS, now, per_unit,
+                  shard->low, shard->high, rule);
+    uint8_t fresh[BLOCK];
+    pack_block(fresh, work.next, shard->bits, shard->low);
+    const int64_t flips = count_changes(packed, fresh, &work, shard->bits);
+    memcpy(packed, fresh, (size_t)(BLOCK * shard->bits / 8));
+    store_slots(&work, state, block, now->correction2, rule);
     return flips;
 }
 
-static void update_weights(float *restrict weight, Work *restrict work, const Step *step) {
+INLINE void step_weights(float *restrict weight, const State *state, const Step *step, int64_t block, int rule) {
+    Work work;
+    const Inputs in = inputs_of(state, block, rule);
+    move_block(&work, &in, step, state->states, state->grad_is_bf16, rule);
+    const float *u = rule == APPLY ? (const float *)in.grad : work.u;
     const Step now = *step;
-    for (int j = 0; j < BLOCK; j++) weight[j] = weight[j] * now.keep - adam(work, j, &now) * now.lr;
+    for (int j = 0; j < BLOCK; j++) weight[j] = weight[j] * now.keep - direction(&work, u, j, &now, rule) * now.lr;
+    store_slots(&work, state, block, now.correction2, rule);
+}
+
+#define SPECIALISED(NAME, RULE) \
+    static int64_t NAME##_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, \
+                                const Step *now, int64_t block) { \
+        return step_codes(codes, scale, state, shard, now, block, RULE); \
+    } \
+    static void NAME##_weights(float *weight, const State *state, const Step *now, int64_t block) { \
+        step_weights(weight, state, now, block, RULE); \
+    }
+SPECIALISED(adamw, ADAMW)
+SPECIALISED(lion, LION)
+SPECIALISED(apply, APPLY)
+
+typedef int64_t StepCodes(uint8_t *, const float *, const State *, const Shard *, const Step *, int64_t);
+typedef void StepWeights(float *, const State *, const Step *, int64_t);
+
+/* One step of the codes of a shard; how many changed. */
+int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, const Step *now,
+                          int32_t rule) {
+    StepCodes *const step_block = (StepCodes *[]){[ADAMW] = adamw_codes, [LION] = lion_codes, [APPLY] = apply_codes}[rule];
+    int64_t flips = 0;
+#pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
+    if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++)
+        flips += step_block(codes, scale, state, shard, now, block);
+    return flips;
+}
+
+/* Copies `n` elements that may not be there. */
+INLINE void copy(void *to, const void *from, size_t n, size_t width) {
+    if (to && from) memcpy(to, from, n * width);
 }
 
 /* The last `n` < BLOCK elements, by way of a whole block whose other elements are 0. */
-static void update_short_block(float *weight, const State *state, int64_t block, int64_t n, const Step *now) {
+static void step_short_block(StepWeights *step_block, float *weight, const State *state, int64_t block, size_t n,
+                             const Step *now) {
     float grad[BLOCK] = {0}, m[BLOCK] = {0}, v[BLOCK] = {0}, whole[BLOCK] = {0};
-    const int64_t at = block * BLOCK;
+    const size_t at = (size_t)block * BLOCK;
     const size_t width = state->states == FP32 ? 4 : state->states == BF16 ? 2 : 1, grad_width = state->grad_is_bf16 ? 2 : 4;
-    char *m_at = (char *)state->m + (size_t)at * width, *v_at = (char *)state->v + (size_t)at * width;
-    State only = {m, v, state->m_scale + block, state->v_scale + block, grad, state->states, state->grad_is_bf16};
-    memcpy(grad, (const char *)state->grad + (size_t)at * grad_width, (size_t)n * grad_width);
-    memcpy(m, m_at, (size_t)n * width);
-    memcpy(v, v_at, (size_t)n * width);
-    memcpy(whole, weight + at, (size_t)n * sizeof(float));
+    char *m_at = state->m ? (char *)state->m + at * width : NULL, *v_at = state->v ? (char *)state->v + at * width : NULL;
+    float *m_scale = state->m_scale ? state->m_scale + block : NULL;
+    float *v_scale = state->v_scale ? state->v_scale + block : NULL;
+    const State only = {m, v, m_scale, v_scale, grad, state->states, state->grad_is_bf16};
+    copy(grad, (const char *)state->grad + at * grad_width, n, grad_width);
+    copy(m, m_at, n, width);
+    copy(v, v_at, n, width);
+    copy(whole, weight + at, n, sizeof(float));
 
-    Work work;
-    const Inputs in = inputs_of(&only, 0);
-    move_block(&work, &in, now, state->states, state->grad_is_bf16);
-    update_weights(whole, &work, now);
-    store_moments(&work, &only, 0, now->correction2);
+    step_block(whole, &only, now, 0);
 
-    memcpy(m_at, m, (size_t)n * width);
-    memcpy(v_at, v, (size_t)n * width);
-    memcpy(weight + at, whole, (size_t)n * sizeof(float));
+    copy(m_at, m, n, width);
+    copy(v_at, v, n, width);
+    copy(weight + at, whole, n, sizeof(float));
 }
 
-void lowbit_adamw_weights(float *weight, const State *state, int64_t n, int32_t n_threads, const Step *now) {
+/* One step of `n` ordinary weights. */
+void lowbit_step_weights(float *weight, const State *state, int64_t n, int32_t n_threads, const Step *now,
+                         int32_t rule) {
+    StepWeights *const step_block =
+        (StepWeights *[]){[ADAMW] = adamw_weights, [LION] = lion_weights, [APPLY] = apply_weights}[rule];
     const int64_t n_blocks = n / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_blocks >= PARALLEL_BLOCKS)
-    for (int64_t block = 0; block < n_blocks; block++) {
-        Work work;
-        const Inputs in = inputs_of(state, block);
-        move_block(&work, &in, now, state->states, state->grad_is_bf16);
-        update_weights(weight + block * BLOCK, &work, now);
-        store_moments(&work, state, block, now->correction2);
-    }
-    if (n % BLOCK) update_short_block(weight, state, n_blocks, n % BLOCK, now);
+    for (int64_t block = 0; block < n_blocks; block++) step_block(weight + block * BLOCK, state, now, block);
+    if (n % BLOCK) step_short_block(step_block, weight, state, n_blocks, (size_t)(n % BLOCK), now);
 }
 
-/* ---- decoding, packing, counting ---- */
-
-static void scale_block(const int32_t *restrict level, float scale, float *restrict out) {
-    for (int j = 0; j < BLOCK; j++) out[j] = (float)level[j] * scale;
+static void scale_levels(const int32_t *restrict level, const float *restrict of_plane, float *restrict out) {
+    for (int i = 0; i < BLOCK; i += PLANE)
+        for (int j = i; j < i + PLANE; j++) out[j] = (float)level[j] * of_plane[i / PLANE];
 }
 
-static void scale_block_bf16(const int32_t *restrict level, float scale, uint16_t *restrict out) {
-    for (int j = 0; j < BLOCK; j++) out[j] = to_bf16((float)level[j] * scale);
+static void scale_levels_bf16(const int32_t *restrict level, const float *restrict of_plane, uint16_t *restrict out) {
+    for (int i = 0; i < BLOCK; i += PLANE)
+        for (int j = i; j < i + PLANE; j++) out[j] = to_bf16((float)level[j] * of_plane[i / PLANE]);
 }
 
 void lowbit_decode(const uint8_t *codes, const float *scale, void *out, int32_t out_is_bf16, const Shard *shard) {
 #pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
     for (int64_t block = 0; block < shard->n_blocks; block++) {
         int32_t level[BLOCK] __attribute__((aligned(64)));
-        const float of_block = scale[(shard->first_block + block) / shard->blocks_per_scale];
+        float of_plane[4];
+        scales_of_block(of_plane, scale, shard, shard->first_block + block);
         unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
         if (out_is_bf16)
-            scale_block_bf16(level, of_block, (uint16_t *)out + block * BLOCK);
+            scale_levels_bf16(level, of_plane, (uint16_t *)out + block * BLOCK);
         else
-            scale_block(level, of_block, (float *)out + block * BLOCK);
+            scale_levels(level, of_plane, (float *)out + block * BLOCK);
     }
 }
 

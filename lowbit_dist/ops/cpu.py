@@ -7,6 +7,7 @@ reference.py: the same bytes, many times slower.
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.ops.reference import STATES, AdamWStep, Moments
+from lowbit_dist.ops.fused import NO_FACTORS, Factors, factors
+from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
+from lowbit_dist.ops.states import STATES, Stored
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -49,6 +52,10 @@ _TUNINGS = [
 ]
 
 
+# As `enum rules` of cpu.c has them: what is fused, then a direction that is given.
+_RULES = ("adamw", "lion", None)
+
+
 class _Step(ctypes.Structure):
     _fields_ = [
         *(
@@ -63,7 +70,7 @@ class _Step(ctypes.Structure):
 class _Shard(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("low", "high", "bits", "n_threads")),
-        *((name, ctypes.c_int64) for name in ("n_blocks", "first_block", "blocks_per_scale")),
+        *((name, ctypes.c_int64) for name in ("n_blocks", "first_block", "scale_every", "n_scales")),
     ]
 
 
@@ -79,39 +86,43 @@ def available() -> bool:
     return _library() is not None
 
 
-def adamw_codes_(
-    codes: Tensor,
-    scale: Tensor,
-    grad: Tensor,
-    moments: Moments,
-    *,
-    grid: Grid,
-    now: AdamWStep,
-    tensor: int,
-    first_block: int,
-    blocks_per_scale: int,
-) -> Tensor:
-    shard = _shard(grid, grad.numel(), first_block, blocks_per_scale)
-    flips = _loaded().lowbit_adamw_codes(
-        _pointer(codes), _pointer(scale), _state(moments, grad), shard, _step(now, tensor)
-    )
+def step_(target: Codes | Weights, grad: Tensor, state: list[Stored], *, rule: Rule, now: Now) -> Tensor:
+    """`rule.fused` names one of fused.py."""
+    return _step(target, _state(state, grad), factors(rule, now), _RULES.index(rule.fused), now)
+
+
+def apply_(target: Codes | Weights, u: Tensor, *, now: Now) -> Tensor:
+    return _step(target, _state([], u), NO_FACTORS, _RULES.index(None), now)
+
+
+def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, now: Now) -> Tensor:
+    flips = 0
+    code = ctypes.c_int32(rule)
+    if isinstance(target, Weights):
+        _loaded().lowbit_step_weights(
+            _pointer(target.weight),
+            state,
+            ctypes.c_int64(target.numel),
+            ctypes.c_int32(torch.get_num_threads()),
+            _numbers(numbers, now, tensor=0),
+            code,
+        )
+    else:
+        flips = _loaded().lowbit_step_codes(
+            _pointer(target.codes),
+            _pointer(target.scale),
+            state,
+            _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),
+            _numbers(numbers, now, tensor=target.tensor),
+            code,
+        )
     return torch.tensor([flips], dtype=torch.int64)
 
 
-def adamw_weights_(weight: Tensor, grad: Tensor, moments: Moments, *, now: AdamWStep) -> None:
-    _loaded().lowbit_adamw_weights(
-        _pointer(weight),
-        _state(moments, grad),
-        ctypes.c_int64(weight.numel()),
-        ctypes.c_int32(torch.get_num_threads()),
-        _step(now, 0),
-    )
-
-
 def decode(
-    codes: Tensor, scale: Tensor, *, grid: Grid, first_block: int, blocks_per_scale: int, out: Tensor
+    codes: Tensor, scale: Tensor, *, grid: Grid, first_block: int, scale_every: int, out: Tensor
 ) -> Tensor:
-    shard = _shard(grid, out.numel(), first_block, blocks_per_scale)
+    shard = _shard(grid, out.numel(), first_block, scale_every, scale)
     is_bf16 = ctypes.c_int32(out.dtype == torch.bfloat16)
     _loaded().lowbit_decode(_pointer(codes), _pointer(scale), _pointer(out), is_bf16, shard)
     return out
@@ -142,20 +153,13 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _step(now: AdamWStep, tensor: int) -> object:
+def _numbers(numbers: Factors, now: Now, *, tensor: int) -> object:
     return ctypes.byref(
         _Step(
-            beta1=now.beta1,
-            rest1=1 - now.beta1,
-            beta2=now.beta2,
-            rest2=1 - now.beta2,
-            correction1=now.correction1,
-            correction2=now.correction2,
-            eps=now.eps,
+            **dataclasses.asdict(numbers),
             lr=now.lr,
             decay=now.decay,
             keep=1 - now.decay,
-            grad_scale=now.grad_scale,
             step=now.step,
             tensor=tensor,
             key0=now.seed & 0xFFFFFFFF,
@@ -164,7 +168,9 @@ def _step(now: AdamWStep, tensor: int) -> object:
     )
 
 
-def _shard(grid: Grid, n: int, first_block: int = 0, blocks_per_scale: int = 1) -> object:
+def _shard(
+    grid: Grid, n: int, first_block: int = 0, scale_every: int = BLOCK, scale: Tensor | None = None
+) -> object:
     return ctypes.byref(
         _Shard(
             low=grid.low,
@@ -173,20 +179,23 @@ def _shard(grid: Grid, n: int, first_block: int = 0, blocks_per_scale: int = 1) 
             n_threads=torch.get_num_threads(),
             n_blocks=n // BLOCK,
             first_block=first_block,
-            blocks_per_scale=blocks_per_scale,
+            scale_every=scale_every,
+            n_scales=0 if scale is None else scale.numel(),
         )
     )
 
 
-def _state(moments: Moments, grad: Tensor) -> object:
+def _state(state: list[Stored], grad: Tensor) -> object:
+    values = [_pointer(slot.values) for slot in state] + [_pointer(None)] * 2
+    scales = [_pointer(slot.scale) for slot in state] + [_pointer(None)] * 2
     return ctypes.byref(
         _State(
-            m=_pointer(moments.m),
-            v=_pointer(moments.v),
-            m_scale=_pointer(moments.m_scale),
-            v_scale=_pointer(moments.v_scale),
+            m=values[0],
+            v=values[1],
+            m_scale=scales[0],
+            v_scale=scales[1],
             grad=_pointer(grad),
-            states=STATES.index(moments.states),
+            states=STATES.index(state[0].states) if state else 0,
             grad_is_bf16=grad.dtype == torch.bfloat16,
         )
     )
@@ -210,8 +219,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _warn(f"{compiler} could not build them ({error})")
         return None
-    library.lowbit_adamw_codes.restype = ctypes.c_int64
-    for name in ("adamw_weights", "decode", "pack", "unpack", "code_counts"):
+    library.lowbit_step_codes.restype = ctypes.c_int64
+    for name in ("step_weights", "decode", "pack", "unpack", "code_counts"):
         getattr(library, f"lowbit_{name}").restype = None
     return library
 

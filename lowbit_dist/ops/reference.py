@@ -1,103 +1,85 @@
 """What each op means, in PyTorch: the specification that the C and Triton backends reproduce byte for byte.
 
-All arithmetic is float32 in exactly this order, one rounding per operation, no fused multiply-add:
+One step of an optimizer is a gradient that becomes a direction, and a direction that moves the weights:
 
-    g = float(grad) * grad_scale
-    m = m * beta1 + g * (1 - beta1)                 v = v * beta2 + (g * g) * (1 - beta2)
-    u = (m * c1) / (sqrt(v * c2) + eps)             c = 1 / (1 - beta^step), in double, then rounded
+    g            = float(grad) * grad_scale
+    u, slots'    = rule.update(g, slots)            the rule: optim/adamw.py, optim/lion.py, or anybody's
+    target       moves by -lr * u                   `apply_`: below, the same for every rule
 
-    weights:  w = w * (1 - lr * weight_decay) - lr * u
-    codes:    d = -((lr / scale) * u) - (lr * weight_decay) * level            the step, in levels
-              a = min(|d|, 65536)    n = floor(a)    t = uint32((a - n) * 2^32)
-              level = clamp(level + sign(d) * (n + (word < t)), low, high)     word: 32 random bits (rng.py)
+The target is ordinary weights, or codes, which have no weights to add a small number to.  A weight is
+scale * level and a level an integer, stored as the code `level - grid.low`.  256 consecutive elements of the
+flattened tensor are a *block*, four *planes* of 64; a plane has one scale, and a scale serves `scale_every`
+elements: 64, 128, ..., a row of any whole number of planes, or the whole tensor.
 
-Inside the grid the new level's expectation is `level + d` to 2^-32. The step is rounded, never `level + d`:
-near level 128 a float32 sum resolves 1.5e-5 of a level, and smaller steps would be lost instead of made rare.
+    element      0           64          128         192         256
+                 +-----------+-----------+-----------+-----------+---
+    block 0      |  plane 0  |  plane 1  |  plane 2  |  plane 3  | block 1 ...
+                 +-----------+-----------+-----------+-----------+---
+    ternary      byte j = code j | code 64+j << 2 | code 128+j << 4 | code 192+j << 6        64 bytes
+    scale_every  64:  s0          s1          s2          s3        s4
+                 128: s0          s0          s1          s1        s2
+                 192: s0          s0          s0          s1        s1      (a row of K = 192)
+    random       one Philox call gives words to elements j, j + 64, j + 128 and j + 192      64 calls
 
-Moments are kept in float32, in bfloat16 (rounded to nearest even), or in 8 bits by power companding, with a
-scale for each block of 256:
+Shards are cut on block borders, so no number of workers changes what shares a byte, a scale or a call.
 
-    m = (q * |q|) * m_scale      m_scale = max|m| / 127^2     |q| = #{k in 1..127: y >= (k - 1/2)^2}
-    v = (q^2 * q^2) * v_scale    v_scale = max(v) / 255^4       q = #{k in 1..255: y >= (k - 1/2)^4}
+So the step is measured in levels and rounded to an integer by chance, up as often as its fraction says:
 
-where y = |m| * (1 / m_scale), or v * (1 / v_scale). A v that decoded to 0 would divide an update by eps, so
-its q is at least 1. A scale below the smallest normal float32 is stored as 0, and y is 0 then. Gradients and
-moments are finite; for others the result is unspecified.
+    d = -((lr / scale) * u) - (lr * weight_decay) * level           lr 0.001, scale 0.02, u -6, no decay,
+    a = min(|d|, 65536)    n = floor(a)                             level 1:  d = 0.3, n = 0
+    t = uint32((a - n) * 2^32)                                      t = 0.3 * 2^32
+    level = clamp(level + sign(d) * (n + (word < t)), low, high)    2 with a chance of 0.3, else 1
 
-Letters: N elements, B = ceil(N / 256) blocks. Every op works through its tensors in chunks of bounded memory.
+    level   0         1    1.3                2        the mean of many such steps is 1.3: nothing that a
+            |---------o-----^-----------------|        gradient says is lost, it is only made rare
+                   70 %                     30 %
+
+`word` is 32 random bits.  Inside the grid the new level's expectation is `level + d` to 2^-32; beyond, the
+level saturates.  The step is rounded, never `level + d`: near level 128 a float32 sum resolves 1.5e-5 of a
+level, and smaller steps would be lost.  Ordinary weights move by
+
+    w = w * (1 - lr * weight_decay) - u * lr
+
+All arithmetic is float32 in exactly this order, one rounding per operation, no fused multiply-add; constants
+such as lr * weight_decay are computed in double and then rounded.  `rng.py` says which word is whose,
+`states.py` how slots are kept, `grid.py` where in a block a code is.  Every op works through its tensors in
+chunks of bounded memory.  Letters: N elements, B = N / 256 blocks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
+from lowbit_dist.ops.states import Slot, Stored
 
-STATES = ("fp32", "bf16", "int8")
-
-M_LEVELS = 127
-V_LEVELS = 255
-M_SQUARE = float(M_LEVELS**2)
-V_FOURTH = float(V_LEVELS**4)
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers
 
-# 32k elements: the temporaries of a chunk stay in a core's cache.
-_CHUNK_BLOCKS = 128
+# Elements.  On a CPU the temporaries of a chunk stay in a core's cache; on a GPU they are worth a launch.
+_CHUNK = {"cpu": 128 * BLOCK}
+_OTHER_CHUNK = 2**14 * BLOCK
 
 
-@dataclass
-class Moments:
-    """AdamW's moments of N elements as they are stored: float32, bfloat16, or 8 bits with block scales."""
+class Rule(Protocol):
+    """As much of an optimizer (optim/rule.py) as an op asks for."""
 
-    m: Tensor  # [N] float32 | bfloat16 | int8
-    v: Tensor  # [N] float32 | bfloat16 | uint8
-    m_scale: Tensor | None = None  # [B] float32, with 8 bits only
-    v_scale: Tensor | None = None  # [B] float32, with 8 bits only
+    slots: ClassVar[tuple[Slot, ...]]
+    scope: ClassVar[Literal["element", "row", "matrix"]]
+    fused: ClassVar[Literal["adamw", "lion"] | None]
 
-    @staticmethod
-    def zeros(n: int, states: str, device: torch.device | str = "cpu") -> "Moments":
-        """Moments before the first step; `states` is one of STATES."""
-        if states not in STATES:
-            raise ValueError(f"states is {states!r}; it must be one of {', '.join(STATES)}")
-        if states == "int8":
-            n_blocks = -(-n // BLOCK)
-            return Moments(
-                torch.zeros(n, dtype=torch.int8, device=device),
-                torch.zeros(n, dtype=torch.uint8, device=device),
-                torch.zeros(n_blocks, dtype=torch.float32, device=device),
-                torch.zeros(n_blocks, dtype=torch.float32, device=device),
-            )
-        dtype = torch.float32 if states == "fp32" else torch.bfloat16
-        return Moments(torch.zeros(n, dtype=dtype, device=device), torch.zeros(n, dtype=dtype, device=device))
-
-    @property
-    def states(self) -> str:
-        """The name of the stored format, one of STATES."""
-        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[self.m.dtype]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(t for t in (self.m, self.v, self.m_scale, self.v_scale) if t is not None)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWStep:
-    """The numbers of one optimizer step (AdamW, arXiv:1711.05101)."""
+class Now:
+    """The numbers of one optimizer step that are not the rule's."""
 
     lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    weight_decay: float  # decoupled (arXiv 1711.05101), in units of lr
     step: int  # 1 for the first
     seed: int  # 64 bits
     grad_scale: float = 1.0
@@ -109,68 +91,124 @@ class AdamWStep:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
 
     @property
-    def correction1(self) -> float:
-        return 1 / (1 - self.beta1**self.step)
-
-    @property
-    def correction2(self) -> float:
-        return 1 / (1 - self.beta2**self.step)
-
-    @property
     def decay(self) -> float:
         """What a step takes off a weight for its own size, as a fraction."""
         return self.lr * self.weight_decay
 
 
-def adamw_codes_(
-    codes: Tensor,  # [B * grid.bytes_per_block] uint8, changed in place
-    scale: Tensor,  # [scales of the whole tensor] float32, positive
-    grad: Tensor,  # [N] float32 | bfloat16, N = 256 B
-    moments: Moments,  # of N elements, changed in place
+@dataclass(frozen=True)
+class Codes:
+    """A target: packed codes, a shard's or a whole tensor's."""
+
+    codes: Tensor  # [B * grid.bytes_per_block] uint8, changed in place
+    scale: Tensor  # [scales of the whole tensor] float32, positive
+    scale_every: int  # element e of the whole tensor has scale[e // scale_every]
+    grid: Grid
+    tensor: int  # the tensor's number in the random counter, below 2**32
+    first_block: int  # place of the first block within the whole tensor
+
+    @property
+    def numel(self) -> int:
+        return self.codes.numel() * 8 // self.grid.bits
+
+    def part(self, start: int, stop: int) -> "Codes":
+        """Elements `start` to `stop - 1`, whole blocks, sharing memory."""
+        codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
+        block = self.first_block + start // BLOCK
+        return Codes(codes, self.scale, self.scale_every, self.grid, self.tensor, block)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A target: ordinary weights, any number of them."""
+
+    weight: Tensor  # [N] float32, changed in place
+
+    @property
+    def numel(self) -> int:
+        return self.weight.numel()
+
+    def part(self, start: int, stop: int) -> "Weights":
+        """Elements `start` to `stop - 1`, sharing memory."""
+        return Weights(self.weight[start:stop])
+
+
+def step_(
+    target: Codes | Weights,
+    grad: Tensor,  # [N] float32 | bfloat16
+    state: list[Stored],  # of N elements each, changed in place
     *,
-    grid: Grid,
-    now: AdamWStep,
-    tensor: int,  # the tensor's number in the random counter, below 2**32
-    first_block: int,  # index of the first block within the whole tensor
-    blocks_per_scale: int,  # block b of the whole tensor has scale[b // blocks_per_scale]
+    rule: Rule,
+    now: Now,
 ) -> Tensor:  # [1] int64
-    """One AdamW step, rounded stochastically to the grid; the number of codes that changed."""
-    flips = torch.zeros(1, dtype=torch.int64, device=codes.device)
-    for start, stop in _chunks(grad.numel()):
-        n_blocks = (stop - start) // BLOCK
-        block = first_block + start // BLOCK
-        packed = codes[start * grid.bits // 8 : stop * grid.bits // 8]
-        old = unpack(packed, grid=grid).int().view(n_blocks, BLOCK)
-
-        update = _adamw_update(grad, moments, start, stop, now).view(n_blocks, BLOCK)
-        of_block = scale_of_blocks(scale, n_blocks, block, blocks_per_scale)
-        d = -((torch.full_like(of_block, now.lr) / of_block) * update) - old.float() * now.decay
-        a = d.abs().clamp(max=LARGEST_STEP)
-        whole = a.floor()
-        threshold = ((a - whole) * 2.0**32).to(torch.int64)
-        words = rng.block_words(
-            now.seed, step=now.step, tensor=tensor, first_block=block, n_blocks=n_blocks, device=codes.device
-        )
-        moved = whole.int() + (words < threshold).int()
-        new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
-
-        packed.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
-        flips += (new != old).sum()
+    """One step of a rule whose scope is an element; the number of codes that changed."""
+    flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    for start, stop in chunks(grad.numel(), grad.device):
+        u = direction(grad, state, start, stop, rule=rule, now=now)
+        flips += apply_(target.part(start, stop), u, now=now)
     return flips
 
 
-def adamw_weights_(
-    weight: Tensor,  # [N] float32, changed in place
+def direction(
     grad: Tensor,  # [N] float32 | bfloat16
-    moments: Moments,  # of N elements, changed in place
+    state: list[Stored],  # of N elements each; `start` to `stop - 1` change in place
+    start: int,
+    stop: int,
     *,
-    now: AdamWStep,
-) -> None:
-    """One AdamW step of ordinary weights; the last block of moments may be short."""
-    for start, stop in _chunks(grad.numel()):
-        update = _adamw_update(grad, moments, start, stop, now)
-        part = weight[start:stop]
-        part.copy_(part * (1 - now.decay) - update * now.lr)
+    rule: Rule,
+    now: Now,
+) -> Tensor:  # [stop - start] float32
+    """The first half of a step, for elements `start` to `stop - 1`."""
+    g = grad[start:stop].float() * now.grad_scale
+    u, *moved = rule.update(g, *(slot.load(start, stop) for slot in state), step=now.step)
+    if len(moved) != len(state) or any(x.shape != g.shape or x.dtype != g.dtype for x in (u, *moved)):
+        given = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (u, *moved))
+        raise ValueError(
+            f"{type(rule).__name__}.update gave {given}; it must give a direction and {len(state)} slots, "
+            f"each {list(g.shape)} {g.dtype}"
+        )
+    for slot, x in zip(state, moved, strict=True):
+        slot.store(start, stop, x)
+    return u
+
+
+def apply_(
+    target: Codes | Weights,
+    u: Tensor,  # [N] float32
+    *,
+    now: Now,
+) -> Tensor:  # [1] int64
+    """The second half of a step: move `target` by -lr * u; the number of codes that changed."""
+    flips = torch.zeros(1, dtype=torch.int64, device=u.device)
+    for start, stop in chunks(u.numel(), u.device):
+        part, of_part = target.part(start, stop), u[start:stop]
+        if isinstance(part, Weights):
+            part.weight.copy_(part.weight * (1 - now.decay) - of_part * now.lr)
+        else:
+            flips += _round_codes(part, of_part, now)
+    return flips
+
+
+def _round_codes(target: Codes, u: Tensor, now: Now) -> Tensor:
+    grid, n = target.grid, target.numel
+    old = unpack(target.codes, grid=grid).int().view(-1, PLANE)
+    scale = scale_of_planes(target.scale, n, target.first_block, target.scale_every)
+    d = -((torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)) - old.float() * now.decay
+    a = d.abs().clamp(max=LARGEST_STEP)
+    whole = a.floor()
+    threshold = ((a - whole) * 2.0**32).to(torch.int64)
+    words = rng.block_words(
+        now.seed,
+        step=now.step,
+        tensor=target.tensor,
+        first_block=target.first_block,
+        n_blocks=n // BLOCK,
+        device=u.device,
+    )
+    moved = whole.int() + (words.view(-1, PLANE) < threshold).int()
+    new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return (new != old).sum()
 
 
 def decode(
@@ -179,17 +217,14 @@ def decode(
     *,
     grid: Grid,
     first_block: int,
-    blocks_per_scale: int,
+    scale_every: int,
     out: Tensor,  # [N] float32 | bfloat16, written
 ) -> Tensor:  # out
     """The weights `scale * level`, a float32 product rounded to nearest even in `out`'s precision."""
-    for start, stop in _chunks(out.numel()):
-        n_blocks = (stop - start) // BLOCK
-        levels = unpack(codes[start * grid.bits // 8 : stop * grid.bits // 8], grid=grid).view(
-            n_blocks, BLOCK
-        )
-        of_block = scale_of_blocks(scale, n_blocks, first_block + start // BLOCK, blocks_per_scale)
-        out[start:stop].view(n_blocks, BLOCK).copy_(levels.float() * of_block)
+    for start, stop in chunks(out.numel(), out.device):
+        levels = unpack(codes[start * grid.bits // 8 : stop * grid.bits // 8], grid=grid).view(-1, PLANE)
+        of_plane = scale_of_planes(scale, stop - start, first_block + start // BLOCK, scale_every)
+        out[start:stop].view(-1, PLANE).copy_(levels.float() * of_plane)
     return out
 
 
@@ -231,99 +266,36 @@ def quantize(
     scale: Tensor,  # [scales of the whole tensor] float32
     *,
     grid: Grid,
-    first_block: int,
-    blocks_per_scale: int,
+    scale_every: int,
+    first_block: int = 0,
 ) -> Tensor:  # [N] int8
     """The level nearest to each weight (ties to the even level), within the grid."""
     levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for start, stop in _chunks(weight.numel()):
-        n_blocks = (stop - start) // BLOCK
-        of_block = scale_of_blocks(scale, n_blocks, first_block + start // BLOCK, blocks_per_scale)
-        nearest = (weight[start:stop].view(n_blocks, BLOCK) / of_block).round().clamp(grid.low, grid.high)
-        levels[start:stop].view(n_blocks, BLOCK).copy_(nearest)
+    for start, stop in chunks(weight.numel(), weight.device):
+        of_plane = scale_of_planes(scale, stop - start, first_block + start // BLOCK, scale_every)
+        nearest = (weight[start:stop].view(-1, PLANE) / of_plane).round().clamp(grid.low, grid.high)
+        levels[start:stop].view(-1, PLANE).copy_(nearest)
     return levels
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int64
     """How many elements are at each level, from `grid.low` to `grid.high`."""
     counts = torch.zeros(grid.n_levels, dtype=torch.int64, device=codes.device)
-    for start, stop in _chunks(codes.numel() * 8 // grid.bits):
+    for start, stop in chunks(codes.numel() * 8 // grid.bits, codes.device):
         levels = unpack(codes[start * grid.bits // 8 : stop * grid.bits // 8], grid=grid)
         counts += torch.bincount(levels.int() - grid.low, minlength=grid.n_levels)[: grid.n_levels]
     return counts
 
 
-def moments_to_float(moments: Moments) -> tuple[Tensor, Tensor]:  # [N] float32, [N] float32
-    """The values that the stored moments stand for."""
-    return _load_moments(moments, 0, moments.m.numel())
+def scale_of_planes(scale: Tensor, n: int, first_block: int, scale_every: int) -> Tensor:
+    """The scale of each plane of `n` elements that begin at block `first_block`: [n / 64, 1] float32."""
+    start = first_block * BLOCK
+    element = torch.arange(start, start + n, PLANE, device=scale.device)
+    return scale[element // scale_every].unsqueeze(1)
 
 
-def scale_of_blocks(scale: Tensor, n_blocks: int, first_block: int, blocks_per_scale: int) -> Tensor:
-    """The scale of each block: [n_blocks, 1] float32."""
-    block = torch.arange(first_block, first_block + n_blocks, device=scale.device)
-    return scale[block // blocks_per_scale].unsqueeze(1)
-
-
-def _chunks(n: int) -> Iterator[tuple[int, int]]:
+def chunks(n: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Element ranges that cover 0..n and begin on block borders."""
-    size = _CHUNK_BLOCKS * BLOCK
+    size = _CHUNK.get(device.type, _OTHER_CHUNK)
     for start in range(0, n, size):
         yield start, min(start + size, n)
-
-
-def _adamw_update(grad: Tensor, moments: Moments, start: int, stop: int, now: AdamWStep) -> Tensor:
-    """Move the moments of elements `start..stop` by one step; the update u, [stop - start] float32."""
-    g = grad[start:stop].float() * now.grad_scale
-    m, v = _load_moments(moments, start, stop)
-    m = m * now.beta1 + g * (1 - now.beta1)
-    v = v * now.beta2 + (g * g) * (1 - now.beta2)
-    _store_moments(moments, start, stop, m, v)
-    # torch's float32 sqrt is an ulp off in places; a double root, rounded once more, is the IEEE root.
-    root = (v * now.correction2).double().sqrt().float()
-    return (m * now.correction1) / (root + now.eps)
-
-
-def _load_moments(moments: Moments, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    m, v = moments.m[start:stop].float(), moments.v[start:stop].float()
-    if moments.m_scale is None or moments.v_scale is None:
-        return m, v
-    blocks = slice(start // BLOCK, -(-stop // BLOCK))
-    m_scale = moments.m_scale[blocks].repeat_interleave(BLOCK)[: stop - start]
-    v_scale = moments.v_scale[blocks].repeat_interleave(BLOCK)[: stop - start]
-    v = v * v
-    return (m * m.abs()) * m_scale, (v * v) * v_scale
-
-
-def _store_moments(moments: Moments, start: int, stop: int, m: Tensor, v: Tensor) -> None:
-    if moments.m_scale is None or moments.v_scale is None:
-        moments.m[start:stop].copy_(m)
-        moments.v[start:stop].copy_(v)
-        return
-    n = stop - start
-    blocks = slice(start // BLOCK, -(-stop // BLOCK))
-    code, moments.m_scale[blocks] = _compand(m.abs(), M_SQUARE, 2)
-    moments.m[start:stop].copy_(torch.where(m < 0, -code, code)[:n])
-    code, moments.v_scale[blocks] = _compand(v, V_FOURTH, 4)
-    moments.v[start:stop].copy_(code[:n].clamp(min=1))
-
-
-def _compand(x: Tensor, top: float, power: int) -> tuple[Tensor, Tensor]:
-    """Codes ([len(x)] float32) and scales ([B] float32: the largest of a block / `top`) of x >= 0."""
-    blocks = pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
-    largest = blocks.amax(dim=1)
-    scale = largest / torch.full_like(largest, top)
-    usable = scale >= SMALLEST_SCALE
-    scale = torch.where(usable, scale, 0.0)
-    inverse = torch.where(usable, torch.ones_like(scale) / scale, 0.0)
-    y = blocks * inverse.unsqueeze(1)
-    # How many thresholds y reaches: a root tells to within one, the thresholds themselves decide.
-    code = (y.sqrt() if power == 2 else y.sqrt().sqrt()).round()
-    code = code - (y < _threshold(code, power)).float()
-    code = code + (y >= _threshold(code + 1, power)).float()
-    return code.clamp(min=0).view(-1)[: len(x)], scale
-
-
-def _threshold(code: Tensor, power: int) -> Tensor:
-    """The least y that has this code."""
-    square = (code - 0.5) * (code - 0.5)
-    return square if power == 2 else square * square

@@ -1,9 +1,15 @@
-"""A model under ZeRO: the interface of the training loop."""
+"""A model under ZeRO: the interface of the training loop.
+
+with engine.step(now, limit) as step:          the numbers of a step are known before its passes
+    loss = step.backward(tokens)               of each micro-batch
+step.done                                      what the update did
+"""
 
 import importlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -16,21 +22,21 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
-from lowbit_dist.methods import Method
+from lowbit_dist.linear import values
+from lowbit_dist.methods.method import Method
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner
 from lowbit_dist.zero.stage3 import PackedZero3, Update
-from lowbit_dist.zero.stock import AdamW, Stock, materialize
+from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 
 
 class Engine:
-    """A model under ZeRO: `backward` on each micro-batch, then `update` once a step."""
+    """A model under ZeRO, trained step by step."""
 
     def __init__(
         self,
         config: RunConfig,
         model: nn.Module,  # on the meta device, from `model.build`
-        method: Method,
         initial: Initial,
         low_bit: Sequence[str],  # names of the parameters that exist only as codes
     ):
@@ -46,46 +52,48 @@ class Engine:
             )
         self.numels = {name: p.numel() for name, p in model.named_parameters()}
         self.low_bit = sorted(low_bit)
+        self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
-            self._partitioner.adopt(model, initial, dict.fromkeys(low_bit, method.quantize))
+            self._partitioner.adopt(model, initial, config.method, set(low_bit))
         else:
             materialize(model, initial, self.device, dtype)
-        groups = _parameter_groups(model)
-        optimizer = _Unused(groups) if stage == 3 else AdamW(groups, config, stage)
+        groups = _parameter_groups(model, config.method, flat=stage < 3)
+        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage)
         stage3_class = partial(PackedZero3, accumulation=accumulation_dtype(config, self.world))
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
-        self._stock: Stock | None = None
-        if isinstance(optimizer, AdamW):
-            self._stock = Stock(self._engine, optimizer, stage)
-            self.shards = self._stock.shards
+        self._standard: StandardZero | None = None
+        if isinstance(optimizer, RuleOptimizer):
+            self._standard = StandardZero(self._engine, optimizer, stage)
+            self.shards = self._standard.shards
         else:
             self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels))
 
-    # ---- the step
+    @contextmanager
+    def step(self, now: ops.Now, limit: float = math.inf) -> Iterator["Step"]:
+        """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped to
+        `train.clip_norm`.
 
-    def forward(
-        self, tokens: Tensor
-    ) -> Tensor:  # [micro_batch, seq_len] int64 -> mean negative log-likelihood, nats
-        """Loss without gradients, in evaluation mode."""
-        self._engine.eval()
-        with torch.no_grad():
-            loss = self._engine(input_ids=tokens, labels=tokens).loss
-        self._engine.train()
-        if self._stock is None:
-            self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
-        return loss.detach()
+        If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
+        the gradient is lost.  An exception inside leaves everything as it is.
+        """
+        step = Step(self)
+        yield step
+        if self._standard is not None:
+            step.done = self._standard.step(now, step.limit(limit))
+        else:
+            optimizer = self._engine.optimizer
+            optimizer.now, optimizer.limit = now, step.limit(limit)
+            self._engine.step()
+            step.done = optimizer.last_update
 
-    def backward(
-        self, tokens: Tensor
-    ) -> Tensor:  # [micro_batch, seq_len] int64 -> mean negative log-likelihood, nats
-        """Forward and backward of one micro-batch; gradients are added to the step's sum."""
+    def _backward(self, tokens: Tensor) -> Tensor:
         loss = self._engine(input_ids=tokens, labels=tokens).loss
-        if self._stock is None:
+        if self._standard is None:
             self._engine.backward(loss, scale_wrt_gas=False)
         else:
             self._engine.backward(loss)
@@ -94,59 +102,87 @@ class Engine:
             self._engine.step()  # counts the micro-batch
         return self._last
 
-    def update(self, *, step: int, lr: float, weight_decay: float, max_norm: float = math.inf) -> Update:
-        """One AdamW step with the mean gradient of the step's micro-batches, clipped to `train.clip_norm`.
-
-        If the gradient's norm is not finite or more than `max_norm`, nothing changes and the gradient is
-        dropped.
-        """
-        optimizer = self.config.optimizer
-        now = ops.AdamWStep(
-            lr=lr,
-            beta1=optimizer.betas[0],
-            beta2=optimizer.betas[1],
-            eps=optimizer.eps,
-            weight_decay=weight_decay,
-            step=step,
-            seed=self.config.run.seed,
-        )
-        if self._stock is not None:
-            return self._stock.step(now, max_norm)
-        self._engine.optimizer.now, self._engine.optimizer.max_norm = now, max_norm
-        self._engine.step()
-        update: Update = self._engine.optimizer.last_update
-        return update
+    def forward(self, tokens: Tensor) -> Tensor:  # [micro_batch, seq_len] int64 -> [] nats per token
+        """The mean negative log-likelihood without gradients, in evaluation mode."""
+        self._engine.eval()
+        with torch.no_grad():
+            loss = self._engine(input_ids=tokens, labels=tokens).loss
+        self._engine.train()
+        if self._standard is None:
+            self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
+        return loss.detach()
 
     def refresh(self) -> None:
         """Make the forward pass see shards that were changed from outside (by loading); on every worker."""
-        (self._engine.optimizer if self._stock is None else self._stock).refresh()
+        (self._engine.optimizer if self._standard is None else self._standard).refresh()
 
-    # ---- what is resident
+    @contextmanager
+    def whole(self, name: str) -> Iterator[Tensor]:
+        """A weight as its layer sees it, [N, K] in the compute precision; on every worker at once."""
+        owner, _, key = name.rpartition(".")
+        param: Any = self.module.get_submodule(owner)._parameters[key]
+        if self._standard is not None:
+            yield param.detach()
+            return
+        param.all_gather()
+        with torch.no_grad():
+            yield values(param)
+        param.partition()
 
     def gradients(self) -> list[Tensor]:
         """Tensors that hold gradients between steps."""
-        if self._stock is None:
+        if self._standard is None:
             return [self._engine.optimizer.grad_partitions_flat_buffer]
-        return self._stock.gradients()
+        return self._standard.gradients()
 
     def forward_weights(self) -> list[Tensor]:
         """Resident weights of the compute precision (in float32 the same storages as those of `shards`)."""
-        if self._stock is None:
+        if self._standard is None:
             return [p.ds_tensor for p in self.module.parameters() if not hasattr(p, "packed")]  # type: ignore[attr-defined]
         return [p.data for p in self.module.parameters()]
 
     def resident_codes(self) -> list[Tensor]:
         """The packed bytes that this worker keeps between steps."""
-        return [p.packed.resident for p in self.module.parameters() if hasattr(p, "packed")]  # type: ignore[union-attr]
+        packed = (p.packed for p in self.module.parameters() if hasattr(p, "packed"))  # type: ignore[union-attr]
+        return [codes for each in packed for codes in each.resident]
+
+    def gathered(self) -> Iterator[Tensor]:
+        """What the parameters hold now: values, or the codes that a layer decodes."""
+        for p in self.module.parameters():
+            packed = getattr(p, "packed", None)
+            yield p.data if packed is None or packed.whole is None else packed.whole
 
     @property
     def gathered_bytes(self) -> int:
         """Packed bytes that this worker received in gathers since the start."""
-        return self._partitioner.gathered_bytes if self._stock is None else 0
+        return self._partitioner.gathered_bytes if self._standard is None else 0
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks, so that another engine can be made in this process."""
         self._engine.destroy()
+
+
+class Step:
+    """The passes of one optimizer step, and then what its update did."""
+
+    done: Update  # once the step has ended
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._is_dropped = False
+
+    def backward(self, tokens: Tensor) -> Tensor:  # [micro_batch, seq_len] int64 -> [] nats per token
+        """Forward and backward of one micro-batch, whose gradients are added to the step's sum; its mean
+        negative log-likelihood.
+        """
+        return self._engine._backward(tokens)
+
+    def drop(self) -> None:
+        """Leave this step's update out."""
+        self._is_dropped = True
+
+    def limit(self, limit: float) -> float:
+        return -1.0 if self._is_dropped else limit  # no norm is below 0
 
 
 class _DeepSpeedEngine(DeepSpeedEngine):
@@ -224,12 +260,16 @@ def accumulation_dtype(config: RunConfig, world: int) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" and one_each else torch.float32
 
 
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Low-bit parameters apart from the others, as DeepSpeed's sub-groups must be of one kind."""
-    parameters = list(model.parameters())
-    packed = [p for p in parameters if hasattr(p, "packed")]
-    ordinary = [p for p in parameters if not hasattr(p, "packed")]
-    return [{"params": group} for group in (ordinary, packed) if group]
+def _parameter_groups(model: nn.Module, method: Method, *, flat: bool) -> list[dict[str, Any]]:
+    """Low-bit parameters apart from the others, as DeepSpeed's sub-groups must be of one kind; if it lays a
+    group's parameters end to end (`flat`), those of other rates apart too.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for p in model.parameters():
+        rates = method.rates(p.lowbit_name, tuple(getattr(p, "ds_shape", p.shape)))  # type: ignore[attr-defined]
+        kind = (hasattr(p, "packed"), *(rates if flat else ()))
+        groups.setdefault(kind, {"params": [], "rates": rates})["params"].append(p)
+    return [groups[kind] for kind in sorted(groups, key=lambda kind: kind[0])]
 
 
 class _Unused(torch.optim.Optimizer):

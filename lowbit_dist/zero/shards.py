@@ -1,9 +1,20 @@
-"""Parameters as shards: cut on block borders, low-bit ones packed, gathered as bytes and decoded where
-they are used.
+"""Parameters as shards: cut on block borders, low-bit ones packed, gathered as bytes, decoded by their layer.
+
+What a worker of two holds of a ternary weight [4, 256], and what its layer sees between gather and release:
+
+    element      0        256       512       768      1024
+    unsharded    | block 0 | block 1 | block 2 | block 3 |      a block: 256 levels in 64 bytes
+    worker 0     |####|####|                                    ds_tensor: 128 bytes of codes, and the states
+    worker 1                         |####|####|                of an update of these elements
+    gathered     |####|####|####|####|                          weight.packed.whole: 256 bytes on each worker
+    weight.data  one zero, seen as [4, 256]                     autograd wants a shape; nobody reads it
+    in linear    scale * level, [4, 256] in bf16                while the layer multiplies
+
+DeepSpeed gathers, prefetches, releases, buckets and reduces; here is only what a shard is made of.
 """
 
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,15 +32,17 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.packed import PackedTensor
+from lowbit_dist.linear import Linear
+from lowbit_dist.methods.method import Method
+from lowbit_dist.packed import PackedShard, PackedTensor
 
 Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, float32 on the CPU
 
 
 @dataclass
 class Shard:
-    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and their
-    moments.
+    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and what
+    the optimizer remembers of them.
 
     A low-bit shard has `codes` (and the whole tensor's `scale`), any other the float32 `weight` that the
     optimizer updates.
@@ -39,16 +52,29 @@ class Shard:
     shape: tuple[int, ...]
     start: int  # a multiple of 256
     numel: int  # without padding; 0 on a worker that holds none of this tensor
-    moments: ops.Moments  # of `numel` elements
+    state: list[ops.Stored]  # the optimizer's slots, each of `numel` elements
     grid: Grid | None = None
     codes: Tensor | None = None  # [numel / 256 * bytes_per_block] uint8
-    scale: Tensor | None = None  # [1] or [rows] float32
+    scale: Tensor | None = None  # [numel of the tensor / scale_every] float32
+    scale_every: int = 0
     weight: Tensor | None = None  # [numel] float32
 
-    @property
-    def blocks_per_scale(self) -> int:
-        assert self.scale is not None, f"{self.name} is not low-bit"
-        return prod(self.shape) // BLOCK // len(self.scale)
+    def target(self, tensor: int) -> ops.Codes | ops.Weights:
+        """What an update changes; `tensor` is the parameter's number in the random counter."""
+        if self.codes is None:
+            assert self.weight is not None, f"{self.name} has neither codes nor a weight"
+            return ops.Weights(self.weight)
+        assert self.scale is not None and self.grid is not None, (
+            f"{self.name} has codes without scale or grid"
+        )
+        return ops.Codes(
+            self.codes,
+            self.scale,
+            self.scale_every,
+            self.grid,
+            tensor=tensor,
+            first_block=self.start // BLOCK,
+        )
 
     def level_counts(self) -> Tensor:  # [grid.n_levels] int64, on the device
         """How many elements are at each level, from the lowest up.
@@ -65,15 +91,75 @@ class Shard:
         return counts
 
 
-@dataclass
 class Packed:
     """The packed side of a low-bit parameter: `param.packed`."""
 
-    grid: Grid
-    scale: Tensor  # [1] or [rows] float32
-    resident: Tensor  # uint8: this worker's shard, or in replicated mode every worker's, in order
-    replicated: bool
-    complete: bool = False  # replicated mode: `resident` holds every worker's shard of this step
+    def __init__(
+        self,
+        whole: PackedTensor,
+        padded: int,  # elements of all workers' shards together
+        dtype: torch.dtype,  # in which its layer multiplies
+        device: torch.device,
+        *,
+        replicated: bool,
+        in_layer: bool,  # its layer decodes it; else it is decoded when it is gathered (an embedding's, a norm's)
+        send: Callable[[PackedShard], PackedShard] | None,  # `Method.sent`; None: a gather moves the shard
+    ):
+        world, rank = dist.get_world_size(), dist.get_rank()
+        grid, self.numel = whole.grid, padded // world
+        self.in_layer, self.send = in_layer, send
+        self.stub = torch.zeros(
+            1, dtype=dtype, device=device
+        )  # of a gathered weight, in the place of its values
+        size = self.numel // BLOCK * grid.bytes_per_block
+        codes = torch.zeros(world * size, dtype=torch.uint8)
+        codes[: whole.codes.numel()] = whole.codes
+        here = slice(rank * size, (rank + 1) * size)
+        self.own = codes[here].to(device, copy=True)  # this worker's codes, with padding
+        self.stored = self._without_padding(whole, rank)
+        self.sent, self.wire = self.stored, self.own  # what a gather moves, without and with padding
+        self.replica: Tensor | None = None  # replicated: what every worker sends, in order
+        self.complete = False  # replicated: `replica` is of this step
+        self.whole: Tensor | None = None  # what every worker sent, from the parameter's gather to its release
+        if send is not None:
+            self.refresh()
+            self.replica = self.wire.new_zeros(world * self.wire.numel()) if replicated else None
+        elif replicated:
+            self.replica, self.complete = codes.to(device), True
+            self.own = self.wire = self.replica[here]
+            self.stored = self.sent = self._without_padding(whole, rank)
+
+    def _without_padding(self, whole: PackedTensor, rank: int) -> PackedShard:
+        first = rank * self.numel // BLOCK
+        n_blocks = max(0, min(self.numel // BLOCK, whole.numel // BLOCK - first))
+        codes, scale = self.own[: n_blocks * whole.grid.bytes_per_block], whole.scale.to(self.own.device)
+        return PackedShard(codes, scale, whole.scale_every, whole.grid, whole.shape, first)
+
+    def refresh(self) -> None:
+        """Let the next gather move what the codes have become; on every worker."""
+        self.complete = False
+        if self.send is not None:
+            self.sent = self.send(self.stored)
+            size = self.numel // BLOCK * self.sent.grid.bytes_per_block
+            self.wire = nn.functional.pad(self.sent.codes, (0, size - self.sent.codes.numel()))
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """All the packed bytes that this worker keeps between steps."""
+        return [self.own, self.wire, *([] if self.replica is None else [self.replica])]
+
+    def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The weight's values, decoded from what was gathered."""
+        assert self.whole is not None, "a weight is decoded between its gather and its release"
+        n_blocks = prod(shape) // BLOCK
+        return ops.decode(
+            self.whole[: n_blocks * self.sent.grid.bytes_per_block],
+            self.sent.scale,
+            grid=self.sent.grid,
+            first_block=0,
+            scale_every=self.sent.scale_every,
+            out=torch.empty(prod(shape), dtype=dtype, device=self.whole.device),
+        ).view(shape)
 
 
 class Partitioner(Init):
@@ -87,20 +173,19 @@ class Partitioner(Init):
         self.replicated = replicated
         self.gathered_bytes = 0
 
-    def adopt(
-        self, model: nn.Module, initial: Initial, quantize: dict[str, Callable[[Tensor], PackedTensor]]
-    ) -> None:
-        """Give each parameter its initial value and cut it into shards, one parameter at a time.
-
-        `quantize` has an entry for each low-bit parameter.
+    def adopt(self, model: nn.Module, initial: Initial, method: Method, low_bit: Collection[str]) -> None:
+        """Give each parameter its initial value and cut it into shards, one parameter at a time; those that
+        `low_bit` names are packed.
         """
+        send = None if method.sent_grid == method.stored else method.sent
         for name, shape, modules in owners(model):
             value = initial(name, shape)
             parameter = nn.Parameter(value.to(self.local_device, self.compute_dtype))
             self._convert_to_deepspeed_param(parameter)
             parameter.lowbit_name = name  # type: ignore[attr-defined]
-            if name in quantize:
-                self._pack(parameter, quantize[name](value))
+            if name in low_bit:
+                in_layer = all(isinstance(module, Linear) for module, _ in modules)
+                self._pack(parameter, method.quantize(value), in_layer, send)
             else:
                 parameter.partition()  # type: ignore[attr-defined]
             for module, key in modules:
@@ -112,22 +197,29 @@ class Partitioner(Init):
         # DeepSpeed adopts a registry that is already there.
         model.ds_inflight_param_registry = InflightGathers()  # type: ignore[assignment]
 
-    def _pack(self, parameter: nn.Parameter, whole: PackedTensor) -> None:
-        world, rank = dist.get_world_size(), dist.get_rank()
+    def _pack(
+        self,
+        parameter: nn.Parameter,
+        whole: PackedTensor,
+        in_layer: bool,
+        send: Callable[[PackedShard], PackedShard] | None,
+    ) -> None:
         aligned = self._aligned_size(parameter)
-        n = aligned // world
-        size = n // BLOCK * whole.grid.bytes_per_block
-        codes = torch.zeros(world * size, dtype=torch.uint8)
-        codes[: whole.codes.numel()] = whole.codes
-        if self.replicated:
-            resident = codes.to(self.local_device)
-            shard = resident[rank * size : (rank + 1) * size]
-        else:
-            resident = shard = codes[rank * size : (rank + 1) * size].to(self.local_device, copy=True)
-        shard.ds_numel, shard.status, shard.final_location = n, PartitionedParamStatus.AVAILABLE, None  # type: ignore[attr-defined]
+        packed = Packed(
+            whole,
+            aligned,
+            self.compute_dtype,
+            self.local_device,
+            replicated=self.replicated,
+            in_layer=in_layer,
+            send=send,
+        )
+        shard: Any = packed.own
+        shard.ds_numel = packed.numel
+        shard.status, shard.final_location = PartitionedParamStatus.AVAILABLE, None
         # DeepSpeed's own marker of a shard that is not made of weights: such parameters are gathered apart.
-        shard.ds_quant_scale = scale = whole.scale.to(self.local_device)  # type: ignore[attr-defined]
-        parameter.packed = Packed(whole.grid, scale, resident, self.replicated, complete=self.replicated)  # type: ignore[attr-defined]
+        shard.ds_quant_scale = packed.stored.scale
+        parameter.packed = packed  # type: ignore[attr-defined]
         parameter.ds_tensor = shard  # type: ignore[attr-defined]
         parameter.ds_numel_aligned = aligned  # type: ignore[attr-defined]
         free_param(parameter)
@@ -157,6 +249,8 @@ class Partitioner(Init):
                 "a low-bit parameter has no dense value to write back; load codes into its shard instead"
             )
         super()._partition_param(param, buffer, has_been_updated=has_been_updated, free_data=free_data)
+        if free_data and hasattr(param, "packed"):
+            param.packed.whole = None
 
     def _gather(self, params: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> "_Gathers":
         """Start gathering shards; a low-bit parameter is decoded when it is waited for, not before."""
@@ -166,17 +260,18 @@ class Partitioner(Init):
         return _Gathers({p: self._gather_one(p) for p in params})
 
     def _gather_one(self, param: Any) -> "_Gather":
-        world, shard = dist.get_world_size(), param.ds_tensor
+        world = dist.get_world_size()
         packed: Packed | None = getattr(param, "packed", None)
+        shard = param.ds_tensor if packed is None else packed.wire
         if world == 1:
             return _Gather(param, shard, None)
-        if packed is None or not packed.replicated:
+        if packed is None or packed.replica is None:
             whole = shard.new_empty(world * shard.numel())
             work = dist.all_gather_into_tensor(whole, shard, async_op=True)
         elif packed.complete:
-            return _Gather(param, packed.resident, None)
+            return _Gather(param, packed.replica, None)
         else:
-            whole = packed.resident
+            whole = packed.replica
             work = dist.all_gather_into_tensor(whole, shard.clone(), async_op=True)
             packed.complete = True
         if packed is not None:
@@ -197,20 +292,18 @@ class _Gather:
             return
         if self.work is not None:
             self.work.wait()
-        weight = self.whole if not hasattr(param, "packed") else self._decoded(param.packed)
-        param.data = weight[: param.ds_numel].view(param.ds_shape)
+        packed: Packed | None = getattr(param, "packed", None)
+        if packed is None:
+            param.data = self.whole[: param.ds_numel].view(param.ds_shape)
+        else:
+            packed.whole = self.whole
+            if packed.in_layer:
+                # One element of storage stands for the weight: autograd wants its shape alone.
+                param.data = packed.stub.expand(param.ds_shape)
+            else:
+                param.data = packed.dense(param.ds_shape, param.dtype)
+                packed.whole = None
         param.ds_status = ZeroParamStatus.AVAILABLE
-
-    def _decoded(self, packed: Packed) -> Tensor:
-        blocks = self.param.ds_numel // BLOCK
-        return ops.decode(
-            self.whole[: blocks * packed.grid.bytes_per_block],
-            packed.scale,
-            grid=packed.grid,
-            first_block=0,
-            blocks_per_scale=blocks // len(packed.scale),
-            out=torch.empty(self.param.ds_numel, dtype=self.param.dtype, device=self.whole.device),
-        )
 
 
 class _Gathers(MultipleAllGatherHandles):

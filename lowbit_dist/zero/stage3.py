@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
-from lowbit_dist.grid import BLOCK
+from lowbit_dist.optim.rule import Rule
 from lowbit_dist.zero.shards import Shard
 
 
@@ -31,8 +31,8 @@ class Update:
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters."""
 
-    now: ops.AdamWStep  # set before each step
-    max_norm: float  # set before each step
+    now: ops.Now  # set before each step
+    limit: float  # set before each step: a larger gradient norm leaves the step out
     last_update: Update
     shards: list[Shard]
     params: list[Any]  # the parameters of `shards`
@@ -44,8 +44,6 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         # block of decoded weights, and after an evaluation it would stay. Here a weight lives while it works.
         coordinator = self._get_param_coordinator()
         coordinator._PartitionedParameterCoordinator__params_to_release = _own_parameters
-
-    # ---- shards instead of partitions
 
     def _get_parameter_partitions(self) -> list[Tensor]:
         ordinary = [p.ds_tensor for group in self.fp16_groups for p in group if not hasattr(p, "packed")]
@@ -80,15 +78,17 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def make_shards(self, config: RunConfig, names: Sequence[str]) -> list[Shard]:
         """Every parameter's shard on this worker, in DeepSpeed's order."""
+        self.rule = config.optimizer
         self.clip_norm = config.train.clip_norm
         self.micro_batches = config.micro_batches
         self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
-        self.shards, self.params = [], []
+        self.shards, self.params, self.rates = [], [], []
         for group, master in zip(self.fp16_groups, self.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for p in group:
                 self.params.append(p)
-                self.shards.append(_shard(p, master, offset, config.optimizer.states))
+                self.shards.append(_shard(p, master, offset, self.rule))
+                self.rates.append(config.method.rates(p.lowbit_name, tuple(p.ds_shape)))
                 offset += p.partition_numel()
         return self.shards
 
@@ -96,12 +96,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         """Make the forward pass see what `shards` now hold."""
         for param, shard in zip(self.params, self.shards, strict=True):
             if hasattr(param, "packed"):
-                param.packed.complete = False
+                param.packed.refresh()
             elif param.ds_tensor.dtype != torch.float32:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 param.ds_tensor[: shard.numel].copy_(shard.weight)
-
-    # ---- gradients
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype
@@ -137,8 +135,6 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         partitions = [g for i in range(len(self.fp16_groups)) for g in self.averaged_gradients[i]]
         return [g[: shard.numel] for g, shard in zip(partitions, self.shards, strict=True)]
 
-    # ---- the step
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clip, then update every shard in place; a gradient that is not finite or too large changes
@@ -148,14 +144,15 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self._partition_all_parameters()
         gradients = self._gradients()
         norm = global_norm(gradients).item() / self.micro_batches
-        self.overflow = not (math.isfinite(norm) and norm <= self.max_norm)
+        self.overflow = not (math.isfinite(norm) and norm <= self.limit)
         self._global_grad_norm = norm
         flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
         if not self.overflow:
-            now = replace(self.now, grad_scale=clip_factor(norm, self.clip_norm) / self.micro_batches)
-            for i, (shard, gradient) in enumerate(zip(self.shards, gradients, strict=True)):
-                if shard.numel:
-                    flips[i : i + 1] += self._update_shard(shard, gradient, now)
+            grad_scale = clip_factor(norm, self.clip_norm) / self.micro_batches
+            for i, gradient in enumerate(gradients):
+                flips[i : i + 1] += self._update_shard(
+                    i, gradient, at_rates(self.now, self.rates[i], grad_scale)
+                )
             self.refresh()
         dist.all_reduce(flips)
         self.zero_grad(set_to_none=True)
@@ -164,44 +161,64 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
         self.last_update = Update(norm, sum(flips_of.values()), self.overflow, flips_of)
 
-    def _update_shard(self, shard: Shard, gradient: Tensor, now: ops.AdamWStep) -> Tensor | int:
+    def _update_shard(self, i: int, gradient: Tensor, now: ops.Now) -> Tensor | int:
+        shard = self.shards[i]
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
-        if shard.codes is None:
-            assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
-            ops.adamw_weights_(shard.weight, gradient, shard.moments, now=now)
+        target = shard.target(self.tensor_ids[shard.name])
+        if self.rule.scope != "element":
+            return self._update_whole(self.params[i], shard, target, gradient, now)
+        if not shard.numel:
             return 0
-        assert shard.scale is not None and shard.grid is not None, (
-            f"{shard.name} has codes without scale or grid"
-        )
-        return ops.adamw_codes_(
-            shard.codes,
-            shard.scale,
-            gradient,
-            shard.moments,
-            grid=shard.grid,
-            now=now,
-            tensor=self.tensor_ids[shard.name],
-            first_block=shard.start // BLOCK,
-            blocks_per_scale=shard.blocks_per_scale,
-        )
+        return ops.step_(target, gradient, shard.state, rule=self.rule, now=now)
+
+    def _update_whole(
+        self, param: Any, shard: Shard, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
+    ) -> Tensor | int:
+        """A rule that must see rows or the matrix: every worker has all of it for a moment, and applies its own
+        part of the direction, so the result is that of one worker.
+        """
+
+        def whole(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32
+            n, world = param.partition_numel(), dist.get_world_size()
+            padded = nn.functional.pad(part.float(), (0, n - len(part)))
+            found = padded.new_empty(world * n)
+            dist.all_gather_into_tensor(found, padded)
+            return found[: param.ds_numel].view(param.ds_shape)
+
+        slots = (whole(each.load(0, shard.numel)) for each in shard.state)
+        u, *moved = self.rule.update(whole(gradient) * now.grad_scale, *slots, step=now.step)
+        here = slice(shard.start, shard.start + shard.numel)
+        if not shard.numel:
+            return 0
+        for stored, x in zip(shard.state, moved, strict=True):
+            stored.store(0, shard.numel, x.reshape(-1)[here])
+        return ops.apply_(target, u.reshape(-1)[here].contiguous(), now=now)
 
 
 def _own_parameters(module: nn.Module, step: int) -> set[int]:
     return {p.ds_id for p in module.parameters(recurse=False)}  # type: ignore[attr-defined]
 
 
-def _shard(param: Any, master: Tensor, offset: int, states: str) -> Shard:
+def _shard(param: Any, master: Tensor, offset: int, rule: Rule) -> Shard:
     n = param.partition_numel()
     start = n * dist.get_rank()
     numel = max(0, min(n, param.ds_numel - start))
     name, shape = param.lowbit_name, tuple(param.ds_shape)
-    moments = ops.Moments.zeros(numel, states, param.ds_tensor.device)
+    state = [ops.Stored.zeros(slot, numel, rule.states, param.ds_tensor.device) for slot in rule.slots]
     if not hasattr(param, "packed"):
-        return Shard(name, shape, start, numel, moments, weight=master.detach()[offset : offset + numel])
-    grid = param.packed.grid
-    codes = param.ds_tensor[: numel // BLOCK * grid.bytes_per_block]
-    return Shard(name, shape, start, numel, moments, grid=grid, codes=codes, scale=param.packed.scale)
+        return Shard(name, shape, start, numel, state, weight=master.detach()[offset : offset + numel])
+    packed = param.packed.stored
+    return Shard(
+        name, shape, start, numel, state,
+        grid=packed.grid, codes=packed.codes, scale=packed.scale, scale_every=packed.scale_every,
+    )  # fmt: skip
+
+
+def at_rates(now: ops.Now, rates: tuple[float, float], grad_scale: float) -> ops.Now:
+    """The numbers of a step for a parameter with its own factors on learning rate and weight decay."""
+    lr, weight_decay = rates
+    return replace(now, lr=now.lr * lr, weight_decay=now.weight_decay * weight_decay, grad_scale=grad_scale)
 
 
 def clip_factor(norm: float, clip_norm: float) -> float:

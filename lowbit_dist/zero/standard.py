@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,22 +11,24 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.zero.shards import Initial, Shard, owners
-from lowbit_dist.zero.stage3 import Update, clip_factor, global_norm
+from lowbit_dist.zero.stage3 import Update, at_rates, clip_factor, global_norm
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
 LEFT_OUT = Update(math.inf, flips=0, skipped=True)
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW in float32 on the tensors that DeepSpeed hands over, its moments in the precision asked for."""
+class RuleOptimizer(torch.optim.Optimizer):
+    """The run's optimizer in float32 on the tensors that DeepSpeed hands over, its slots in the precision
+    asked for.  Each group has `rates`: its factors on learning rate and weight decay.
+    """
 
-    now: ops.AdamWStep | None = None  # set before each step
-    max_norm = math.inf  # set before each step
+    now: ops.Now | None = None  # set before each step
+    limit = math.inf  # set before each step
     last_update = LEFT_OUT  # set by each step
 
     def __init__(self, groups: list[dict[str, Any]], config: RunConfig, stage: int):
         super().__init__(groups, {"lr": config.optimizer.lr})
-        self.states = config.optimizer.states
+        self.rule = config.optimizer
         self.clip_norm = config.train.clip_norm
         self.copies = 1 if stage else dist.get_world_size()  # stage 0: every worker has every gradient
 
@@ -35,20 +36,38 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.now is None:  # DeepSpeed's bf16 wrapper steps once while it sets up
             return
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm([p.grad.view(-1) for p in params], copies=self.copies).item()
-        apply = math.isfinite(norm) and norm <= self.max_norm
+        params = [(p, group["rates"]) for group in self.param_groups for p in group["params"]]
+        params = [(p, rates) for p, rates in params if p.grad is not None]
+        norm = global_norm([p.grad.view(-1) for p, _ in params], copies=self.copies).item()
+        apply = math.isfinite(norm) and norm <= self.limit
         if apply:
-            now = replace(self.now, grad_scale=clip_factor(norm, self.clip_norm))
-            for p in params:
-                ops.adamw_weights_(p.data.view(-1), p.grad.float().view(-1), self.moments(p), now=now)
+            scale = clip_factor(norm, self.clip_norm)
+            for p, rates in params:
+                self._move(p, at_rates(self.now, rates, scale))
         self.last_update = Update(norm, flips=0, skipped=not apply)
 
-    def moments(self, p: Tensor) -> ops.Moments:
+    def _move(self, p: Tensor, now: ops.Now) -> None:
+        assert p.grad is not None, "parameters without a gradient are left out"
+        target, state = ops.Weights(p.data.view(-1)), self.stored(p)
+        if self.rule.scope == "element":
+            ops.step_(target, p.grad.float().view(-1), state, rule=self.rule, now=now)
+            return
+        # Under stage 0, the only one that such a rule is allowed with, each tensor is whole and has its shape.
+        slots = (each.load(0, p.numel()).view(p.shape) for each in state)
+        u, *moved = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
+        for each, x in zip(state, moved, strict=True):
+            each.store(0, p.numel(), x.reshape(-1))
+        ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+
+    def stored(self, p: Tensor) -> list[ops.Stored]:
+        """What the rule remembers of a tensor; zeros before its first step."""
         state = self.state[p]
-        if "moments" not in state:
-            state["moments"] = ops.Moments.zeros(p.numel(), self.states, p.device)
-        return state["moments"]
+        if "slots" not in state:
+            state["slots"] = [
+                ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device) for slot in self.rule.slots
+            ]
+        slots: list[ops.Stored] = state["slots"]
+        return slots
 
 
 def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype: torch.dtype) -> None:
@@ -61,10 +80,10 @@ def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype:
     model.to(device)
 
 
-class Stock:
-    """The optimizer that DeepSpeed made of `AdamW` under stage 0, 1 or 2, seen as shards."""
+class StandardZero:
+    """The optimizer that DeepSpeed made of `RuleOptimizer` under stage 0, 1 or 2, read and written as shards."""
 
-    def __init__(self, engine: Any, optimizer: AdamW, stage: int):
+    def __init__(self, engine: Any, optimizer: RuleOptimizer, stage: int):
         self.engine, self.optimizer, self.stage = engine, optimizer, stage
         self.zero = engine.optimizer
         self.shards = list(self._flat_shards() if stage else self._whole_shards())
@@ -82,8 +101,8 @@ class Stock:
                 for p, master in zip(group, masters, strict=True)
             ]
         for p, weight in pairs:
-            moments = self.optimizer.moments(p if self.zero is self.optimizer else weight)
-            yield Shard(p.lowbit_name, tuple(p.shape), 0, p.numel(), moments, weight=weight.detach().view(-1))
+            state = self.optimizer.stored(p if self.zero is self.optimizer else weight)
+            yield Shard(p.lowbit_name, tuple(p.shape), 0, p.numel(), state, weight=weight.detach().view(-1))
 
     def _flat_shards(self) -> Iterator[Shard]:
         """Stages 1 and 2: a worker updates one run of each group's parameters laid end to end."""
@@ -96,12 +115,13 @@ class Stock:
         )
         for params, offsets, master in groups:
             first = master.numel() * dist.get_rank()
-            moments = self.optimizer.moments(master)
+            state = self.optimizer.stored(master)
             for p, offset in zip(params, offsets, strict=True):
                 start = max(0, first - offset)
                 numel = max(0, min(p.numel(), first + master.numel() - offset) - start)
                 here = slice(offset + start - first, offset + start - first + numel) if numel else slice(0, 0)
-                part = ops.Moments(moments.m[here], moments.v[here], None, None)
+                # No 8-bit slots here: their blocks cannot follow these borders.
+                part = [ops.Stored(each.slot, each.values[here]) for each in state]
                 yield Shard(
                     p.lowbit_name, tuple(p.shape), start, numel, part, weight=master.detach()[here]
                 )  # fmt: skip
@@ -115,8 +135,8 @@ class Stock:
                 for p, master in zip(group, masters, strict=True):
                     p.data.copy_(master)
 
-    def step(self, now: ops.AdamWStep, max_norm: float) -> Update:
-        self.optimizer.now, self.optimizer.max_norm = now, max_norm
+    def step(self, now: ops.Now, limit: float) -> Update:
+        self.optimizer.now, self.optimizer.limit = now, limit
         self.optimizer.last_update = LEFT_OUT
         self.engine.step()
         return self.optimizer.last_update

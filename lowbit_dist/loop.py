@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from lowbit_dist import checkpoint, data, guard, memory, model, schedule, tracking
+from lowbit_dist import checkpoint, data, guard, memory, model, ops, schedule, statistics, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import atomic_write
-from lowbit_dist.linear import Linear
 from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update
@@ -60,25 +58,29 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
             lr, decay = config.optimizer.lr * lr_factor, config.optimizer.weight_decay * decay_factor
             logs = _is_due(step, config.train.log_every, steps)
 
+            now = ops.Now(lr=lr, weight_decay=decay, step=step, seed=config.run.seed)
+            limit = guard.norm_limit(position.norms, config.train.max_grad_ratio)
             # The second step of a process is its first with every buffer in place: its memory is the run's.
             sampled = step == min(first + 1, steps)
-            with memory.track_peak(engine) if sampled else nullcontext(peak) as peak:
+            with (
+                memory.track_peak(engine) if sampled else nullcontext(peak) as peak,
+                engine.step(now, limit) as passes,
+            ):
                 # A place for each micro-batch, and one by which worker 0 tells the others to stop.
                 losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
                 for j in range(engine.rank, engine.micro_batches, engine.world):
                     tokens = batches.micro_batch(position.samples + j * size, size)
-                    losses[j] = engine.backward(tokens.to(engine.device)).double()
+                    losses[j] = passes.backward(tokens.to(engine.device)).double()
                     beat("step" if step > first else "start", step)
                 losses[-1] = float(engine.rank == 0 and config.stop_file.exists())
                 dist.all_reduce(losses)
                 loss, stop = losses[:-1].mean().item(), bool(losses[-1] > 0)
                 spike = guard.is_spike(loss, position.losses)
                 goes_back = spike and config.train.on_spike == "rollback"
-                latent = _latent_levels(engine) if logs else {}
-                # No norm is below 0: the step is left out.
-                trusted = math.isfinite(loss) and not goes_back
-                limit = guard.norm_limit(position.norms, config.train.max_grad_ratio) if trusted else -1.0
-                update = engine.update(step=step, lr=lr, weight_decay=decay, max_norm=limit)
+                if goes_back or not math.isfinite(loss):
+                    passes.drop()
+                before = statistics.viewed_levels(engine) if logs else {}
+            update = passes.done
             clock.count(engine.micro_batches * size * config.data.seq_len)
             gauges.stepped(step, time.monotonic() - began)
 
@@ -113,11 +115,11 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
                 }
                 if n_low_bit:
                     metrics["flip_rate"] = position.flips / max(n_steps, 1) / n_low_bit
-                statistics, flipped = _level_statistics(engine, latent)
+                of_levels, flip_rates = statistics.measure(engine, before, update)
                 measured = memory.measure(engine, peak)
-                metrics |= statistics | memory.metrics(measured)
+                metrics |= of_levels | memory.metrics(measured)
                 gauges.memory(measured)
-                gauges.layers(_flip_rates(engine, update) | flipped)
+                gauges.layers(flip_rates)
                 position = replace(position, loss_sum=0.0, loss_count=0, flips=0)
             if _is_due(step, config.train.eval_every, steps):
                 with clock.paused():
@@ -178,15 +180,11 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
         engine.close()
 
 
-# ------------------------------------------------------------------ start
-
-
 def _build(config: RunConfig, vocab_size: int) -> Engine:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    method = config.method
-    built = model.build(config.model, vocab_size, method, dtype)
-    initial = model.InitialWeights(built, config.run.seed, config.model.pretrained)
-    return Engine(config, built, method, initial, model.low_bit_names(built, method))
+    built = model.build(config.model, vocab_size, config.method, dtype)
+    initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
+    return Engine(config, built, initial, model.low_bit_names(built, config.method))
 
 
 def _resume(config: RunConfig, engine: Engine) -> Position:
@@ -242,9 +240,6 @@ def _start_gauges(
 def _saver(config: RunConfig, engine: Engine, manifest: data.Manifest) -> checkpoint.Saver:
     facts = {"vocab_size": manifest.vocab_size, "tokenizer_sha256": manifest.tokenizer_sha256}
     return checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
-
-
-# ------------------------------------------------------------------ in the loop
 
 
 def _advanced(position: Position, engine: Engine, config: RunConfig, loss: float, update: Update) -> Position:
@@ -334,65 +329,6 @@ def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None
         return {"val_loss": None, "perplexity": None, "bits_per_byte": None}
     bits = val_loss / math.log(2) / manifest.splits["val"].bytes_per_token
     return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
-
-
-def _latent_levels(engine: Engine) -> dict[str, Tensor]:
-    """The ternary levels that a latent-weight forward sees, of this worker's shards; nothing for other
-    methods.
-    """
-    latent = {
-        f"{name}.weight"
-        for name, module in engine.module.named_modules()
-        if isinstance(module, Linear) and module.transform is not None
-    }
-    weights = {s.name: s.weight for s in engine.shards if s.name in latent and s.weight is not None}
-    if not latent:
-        return {}
-    # With their numbers: under stage 0 every worker has all elements.
-    sums = torch.stack(
-        [torch.stack([w.double().abs().sum(), w.new_tensor(w.numel()).double()]) for w in weights.values()]
-    )
-    dist.all_reduce(sums)
-    levels = {}
-    for (name, weight), (total, count) in zip(weights.items(), sums.tolist(), strict=True):
-        gamma = max(total / count, 1e-5)
-        levels[name] = (weight / gamma).round_().clamp_(-1, 1).to(torch.int8)
-    return levels
-
-
-def _flip_rates(engine: Engine, update: Update) -> dict[str, float]:
-    """The share of each low-bit parameter's codes that one update changed."""
-    return {name: n / engine.numels[name] for name, n in update.flips_of.items()}
-
-
-def _level_statistics(
-    engine: Engine, latent_before: dict[str, Tensor]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of all low-bit weights: at zero, at an end of the grid; for latent methods also those that
-    flipped, and for each of their parameters the same.
-    """
-    # Zero, saturated, all; then flipped and all of each latent parameter.
-    counts = torch.zeros(3 + 2 * len(latent_before), dtype=torch.int64, device=engine.device)
-    for shard in engine.shards:
-        if shard.codes is not None and shard.grid is not None and shard.numel:
-            of_level = shard.level_counts()
-            counts[0] += of_level[-shard.grid.low]
-            counts[1] += of_level[0] + of_level[-1]
-            counts[2] += shard.numel
-    for i, (name, now) in enumerate(_latent_levels(engine).items() if latent_before else ()):
-        zeros = (now == 0).sum()
-        counts[:3] += torch.stack([zeros, now.numel() - zeros, zeros.new_tensor(now.numel())])
-        counts[3 + 2 * i] = (now != latent_before[name]).sum()
-        counts[4 + 2 * i] = now.numel()
-    dist.all_reduce(counts)
-    zero, saturated, total, *flips = counts.tolist()
-    if not total:
-        return {}, {}
-    shares = {"zero_fraction": zero / total, "saturation": saturated / total}
-    if latent_before:
-        shares["flip_rate"] = sum(flips[::2]) / total
-    rates = zip(latent_before, flips[::2], flips[1::2], strict=True)
-    return shares, {name: flipped / n for name, flipped, n in rates}
 
 
 def _memory(

@@ -1,0 +1,41 @@
+"""The rules that C and Triton compute themselves, and the numbers that they take for a step.
+
+adamw    m = m * beta1 + g * rest1      v = v * beta2 + (g * g) * rest2
+         u = (m * correction1) / (sqrt(v * correction2) + eps)
+lion     u = sign(m * beta1 + g * rest1)      m = m * beta2 + g * rest2
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowbit_dist.ops.reference import Now
+
+# Whether each slot of a rule is signed.
+SLOTS: dict[str, tuple[bool, ...]] = {"adamw": (True, False), "lion": (True,)}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """In double; each becomes a float32 where it is used."""
+
+    grad_scale: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    correction1: float = 1.0
+    correction2: float = 1.0
+    eps: float = 0.0
+
+
+def factors(rule: Any, now: Now) -> Factors:
+    """What `rule`, whose `fused` names one of these rules, computes with in this step."""
+    beta1, beta2 = rule.betas
+    plain = now.grad_scale, beta1, 1 - beta1, beta2, 1 - beta2
+    if rule.fused == "lion":
+        return Factors(*plain)
+    return Factors(*plain, 1 / (1 - beta1**now.step), 1 / (1 - beta2**now.step), rule.eps)
+
+
+# What a direction that is given takes: nothing of this.
+NO_FACTORS = Factors(1.0, 0.0, 0.0, 0.0, 0.0)
