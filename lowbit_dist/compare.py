@@ -53,7 +53,7 @@ def _group(label: str, runs: list[Run]) -> dict[str, Any]:
     measured = [measures(run) for run in finished]
     return {
         "group": label,
-        "method": runs[0].method,
+        "method": runs[0].config.method.label,
         "finished": len(finished),
         "runs": [
             {

@@ -44,12 +44,6 @@ class Run:
     def step(self) -> int:
         return self.rows[-1]["step"] if self.rows else 0
 
-    @property
-    def method(self) -> str:
-        """In a word or two."""
-        method = self.config.method
-        return " ".join(filter(None, (method.name, getattr(method, "grid", None))))
-
     def last(self, key: str) -> Any:
         """The newest value of a column, None if there is none."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)

@@ -61,7 +61,7 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
         ("GPUs", "gpus_per_worker", gpus, gpus_per_worker(config, gpus)),
     ]
     for what, field, have, each in asked:
-        if n <= (fit := times(have, each)):
+        if n <= (fit := how_many_fit(have, each)):
             continue
         suggested = max((m for m in range(1, int(fit) + 1) if _divides(config, m)), default=None)
         ways = [] if suggested is None else [f"cluster.workers={suggested}"]
@@ -74,11 +74,11 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             f"{have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; write {' or '.join(ways)}"
         )
     return next(
-        m for m in config.worker_counts() if all(m <= times(have, each) for _, _, have, each in asked)
+        m for m in config.worker_counts() if all(m <= how_many_fit(have, each) for _, _, have, each in asked)
     )
 
 
-def times(have: float, each: float) -> float:
+def how_many_fit(have: float, each: float) -> float:
     """How often `each` is in `have`, though fractions are not exact; without end if nothing is asked."""
     return int(have / each * (1 + 1e-9)) if each else float("inf")
 
@@ -176,7 +176,7 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     return summary if summary.get("steps") == config.train.steps else None
 
 
-def alone(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+def run_lock(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
     """ConfigError if this run is being launched already."""
     from lowbit_dist import runs
 

@@ -145,7 +145,7 @@ class Jobs:
         return {
             "job": info.submission_id,
             "run": metadata.get("run"),
-            "status": str(info.status.value if hasattr(info.status, "value") else info.status),
+            "status": str(info.status),
             "started": info.start_time and info.start_time / 1000,
             "ended": info.end_time and info.end_time / 1000,
             "folder": metadata.get("folder"),

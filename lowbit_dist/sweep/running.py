@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 from lowbit_dist import cluster, compare, runs, tracking
-from lowbit_dist.cluster.checks import finished, gpus_per_worker, times
+from lowbit_dist.cluster.checks import finished, gpus_per_worker, how_many_fit
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.cluster.session import free_in_cluster
 from lowbit_dist.config import ConfigError, RunConfig
@@ -158,7 +158,7 @@ def _at_once(sweep: Sweep, progress: Progress) -> int:
 def _places(config: RunConfig, cpus: float, gpus: float) -> int:
     """How many such runs find processors."""
     needs = [(cpus, config.cluster.cpus_per_worker), (gpus, gpus_per_worker(config, gpus))]
-    return int(min(times(have, config.workers * each) for have, each in needs))
+    return int(min(how_many_fit(have, config.workers * each) for have, each in needs))
 
 
 def _in_memory(configs: list[RunConfig]) -> int:
