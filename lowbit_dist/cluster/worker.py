@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray Train calls on each worker, inside the process group; None if the run was asked to stop."""
     prepare(settings)
-    from lowbit_dist import configfile
-    from lowbit_dist import train as loop
+    from lowbit_dist import configfile, loop
 
     try:
         config = configfile.from_dict(settings["config"])
