@@ -9,6 +9,7 @@ digest of the distributed engine on one worker.
 """
 
 import copy
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -177,11 +178,9 @@ class Optimizer(torch.optim.Optimizer):
         moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
             return loss
-        norm = 0.0
-        if self.clip_norm:
-            norm = global_norm([p.grad for p, _ in moved], over_workers=False).item()
-            if norm != norm or norm == float("inf"):
-                return loss
+        norm = global_norm([p.grad for p, _ in moved if p.grad is not None], over_workers=False).item()
+        if not math.isfinite(norm):
+            return loss
         for group in self.param_groups:
             group["step"] += 1
         for p, group in moved:
