@@ -168,6 +168,7 @@ def test_rows_have_their_own_scales_wherever_a_shard_begins(
     The steps of one row are beyond all integers: its codes go to the ends of the grid.
     """
     rule, grid, n_blocks, first_block = RULES["adamw"], GRIDS["int4"], 10, 7
+    numbers = now(weight_decay=0.0)
     codes = random_codes(grid, n_blocks).codes
     gradient = heavy_tailed_grad(n_blocks * BLOCK, 1)
     state = zeros(rule, n_blocks * BLOCK, "fp32")
@@ -175,8 +176,10 @@ def test_rows_have_their_own_scales_wherever_a_shard_begins(
     before = reference.unpack(codes, grid=grid)
     scale = torch.tensor([1e30, 1e30, 0.003, 0.1, 1e-30, 0.03, 0.3]).repeat(2)[:n_scales]
     place = (scale_every, grid, 0, first_block)
-    reference.step_(Codes(codes, scale, *place), gradient, state, rule=rule, now=now())
-    kernels.step_(Codes(ours, scale.to(device), *place), gradient.to(device), our_state, rule=rule, now=now())
+    reference.step_(Codes(codes, scale, *place), gradient, state, rule=rule, now=numbers)
+    kernels.step_(
+        Codes(ours, scale.to(device), *place), gradient.to(device), our_state, rule=rule, now=numbers
+    )
     assert_equal(ours, codes, "codes")
     element = torch.arange(first_block * BLOCK, (first_block + n_blocks) * BLOCK)
     levels, of_element = reference.unpack(codes, grid=grid), scale[element // scale_every]
