@@ -9,6 +9,7 @@ digest of the distributed engine on one worker.
 """
 
 import copy
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -125,6 +126,11 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     return model
 
 
+def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One zero, seen in a weight's shape: autograd wants that alone."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(shape)
+
+
 def pack_(layer: Linear, tensor: PackedTensor) -> None:
     """Let a layer multiply with packed codes in the place of its weight."""
     layer.weight = PackedParameter.of(tensor, layer.weight.dtype, requires_grad=layer.weight.requires_grad)
@@ -172,11 +178,9 @@ class Optimizer(torch.optim.Optimizer):
         moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
             return loss
-        norm = 0.0
-        if self.clip_norm:
-            norm = global_norm([p.grad for p, _ in moved], over_workers=False).item()
-            if norm != norm or norm == float("inf"):
-                return loss
+        norm = global_norm([p.grad for p, _ in moved if p.grad is not None], over_workers=False).item()
+        if not math.isfinite(norm):
+            return loss
         for group in self.param_groups:
             group["step"] += 1
         for p, group in moved:

@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist import data, model, tokenizer
+from lowbit_dist import data, documents, model, tokenizer
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError, Data
-from lowbit_dist.data import documents
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.linear import Linear
