@@ -65,9 +65,9 @@ def test_who_looks_makes_no_file_and_does_not_disturb_others_who_look(holder, tm
         pass
     assert not file.exists()
     file.touch()
-    with locked(file, shared=True, timeout=0), locked(file, shared=True, timeout=0):
-        with pytest.raises(BlockingIOError), locked(file, timeout=0):
-            pass
+    look = {"shared": True, "timeout": 0}
+    with locked(file, **look), locked(file, **look), pytest.raises(BlockingIOError), locked(file, timeout=0):
+        pass
     holder(file)
     with pytest.raises(BlockingIOError), locked(file, shared=True, timeout=0):
         pass
@@ -84,9 +84,8 @@ def test_a_file_system_without_locks_is_an_error_unless_the_lock_is_wanted_only_
         pass
     with locked(tmp_path / "lock", timeout=1, if_possible=True) as descriptor:
         os.fstat(descriptor)
-    with pytest.raises(OSError):  # a file that cannot be made is one even so
-        with locked(tmp_path / "nowhere" / "lock", if_possible=True):
-            pass
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere" / "lock", if_possible=True):
+        pass
 
 
 def test_a_folder_appears_complete_or_not_at_all(holder, tmp_path):
@@ -107,6 +106,19 @@ def test_a_folder_appears_complete_or_not_at_all(holder, tmp_path):
         (folder / "file").write_text("all")
         assert not out.exists()
     assert [path.name for path in out.parent.rglob("*")] == ["out", "file"]
+
+
+def test_a_folder_that_another_process_finishes_before_its_lock_is_ours_is_left_to_it(tmp_path, monkeypatch):
+    draft, out = tmp_path / ".out.partial", tmp_path / "out"
+
+    def finished(*_):
+        (draft / "file").write_text("all")
+        draft.rename(out)
+
+    monkeypatch.setattr(fcntl, "flock", finished)
+    with pytest.raises(ConfigError, match="being written by another process"), atomic_folder(out):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_an_address_answers_or_it_is_said_why_not():
