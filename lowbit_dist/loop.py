@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, memory, model, ops, schedule, statistics, tracking
+from lowbit_dist import checkpoint, data, guard, memory, model, ops, statistics, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import atomic_write
+from lowbit_dist.optim import schedule
 from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update

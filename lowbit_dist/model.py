@@ -7,6 +7,7 @@ the parameter's name alone: it is the same on every rank and for any number of t
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -113,22 +114,26 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
     return sorted(name for name, _ in model.named_parameters() if method.is_low_bit(name in linears))
 
 
-def replace_linears(model: nn.Module, method: Method, *, head: nn.Module | None) -> list[str]:
-    """Put the method's layer in the place of each `nn.Linear`; the names of their weights without `head`'s."""
+def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.Module], bool]) -> list[str]:
+    """Put the method's layer in the place of each `nn.Linear`; the names of their weights without the head's."""
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
     weights = []
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, attribute = name.rpartition(".")
-            replacement = method.linear(layer, name=name, is_head=layer is head, norm_eps=eps)
-            setattr(model.get_submodule(parent), attribute, replacement)
-            if layer is not head:
+            head = is_head(layer)
+            setattr(
+                model.get_submodule(parent), attribute,
+                method.linear(layer, name=name, is_head=head, norm_eps=eps),
+            )  # fmt: skip
+            if not head:
                 weights.append(f"{name}.weight")
     return weights
 
 
 def _replace_linears(model: nn.Module, method: Method) -> None:
-    model.linear_weights = replace_linears(model, method, head=model.get_output_embeddings())  # type: ignore
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    model.linear_weights = replace_linears(model, method, is_head=lambda layer: layer is head)  # type: ignore
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # type: ignore[operator]
 

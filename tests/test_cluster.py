@@ -13,11 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster, pulse
+from lowbit_dist import cluster, configfile, pulse
 from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, session
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist import configfile
+from lowbit_dist.config import ConfigError
 
 STEPS = 24
 SUMMARY = {

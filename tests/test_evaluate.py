@@ -23,8 +23,8 @@ RUNS = {
 
 
 def train(configuration):
-    from lowbit_dist import train as training
     from lowbit_dist import configfile
+    from lowbit_dist import loop as training
 
     return training.run(configfile.from_dict(configuration))
 

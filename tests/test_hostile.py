@@ -48,7 +48,7 @@ class Bomb:
 
 
 def train(configuration):
-    from lowbit_dist import train as training
+    from lowbit_dist import loop as training
 
     training.run(configfile.from_dict(configuration))
 

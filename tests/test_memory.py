@@ -7,6 +7,8 @@ from time import process_time
 import pytest
 import torch
 
+from lowbit_dist import ops
+
 VOCAB = 640  # with 96 tokens a pass, no activation and no ordinary tensor has the size of a low-bit weight
 SEQ_LEN = 48
 MODEL = {"hidden_size": 256, "intermediate_size": 512, "layers": 3, "heads": 4, "kv_heads": 2}
@@ -42,17 +44,19 @@ class Training:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
         built = model.build(self.config.model, VOCAB, self.config.method, dtype)
         names = model.low_bit_names(built, self.config.method)
-        initial = model.InitialWeights(built, 0, None)
-        self.engine = zero.Engine(self.config, built, self.config.method, initial, names)
+        initial = model.InitialWeights(built, self.config.method, 0, None)
+        self.engine = zero.Engine(self.config, built, initial, names)
         generator = torch.Generator().manual_seed(self.engine.rank)
         self.tokens = torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator)
         self.n_steps = 0
 
     def step(self):
         self.n_steps += 1
-        for _ in range(self.engine.micro_batches // self.engine.world):
-            self.engine.backward(self.tokens)
-        return self.engine.update(step=self.n_steps, lr=1e-3, weight_decay=0.01)
+        now = ops.Now(lr=1e-3, weight_decay=0.01, step=self.n_steps, seed=0)
+        with self.engine.step(now) as step:
+            for _ in range(self.engine.micro_batches // self.engine.world):
+                step.backward(self.tokens)
+        return step.done
 
     def low_bit_numels(self):
         return [self.engine.numels[name] for name in self.engine.low_bit]

@@ -21,7 +21,7 @@ def inspect(run_or_checkpoint: str, *, verify: bool) -> dict[str, Any]:
     return {
         "checkpoint": str(found.path),
         "run": config.run.name,
-        "method": " ".join(filter(None, (config.method.name, getattr(config.method, "grid", None)))),
+        "method": config.method.label,
         "step": found.step,
         "tokens": found.position.tokens,
         "mlflow_run_id": found.position.mlflow_run_id,

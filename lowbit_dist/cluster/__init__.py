@@ -3,11 +3,13 @@
 `launch` checks everything that can be checked before a worker starts (`checks`) and makes attempts until one
 reaches the end (`attempts`).  A process of its own (`driver`) starts Ray on this machine or joins the cluster
 at `RAY_ADDRESS` (`session`) and has Ray Train start the workers in one process group (`fit`), which call
-`lowbit_dist.train` (`worker`); what they write into the run's folder is followed (`following`).  Nothing that
+`lowbit_dist.loop` (`worker`); what they write into the run's folder is followed (`following`).  Nothing that
 matters lives in Ray: the configuration travels as a mapping, checkpoints are found in the run's folder, so an
 attempt that fails is simply followed by another one.
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from lowbit_dist import runs, tracking
@@ -17,7 +19,9 @@ from lowbit_dist.cluster.following import Progress
 from lowbit_dist.cluster.session import Stopped, signals_stop
 from lowbit_dist.config import RunConfig
 
-__all__ = ["Progress", "RunFailed", "Stopped", "check", "launch"]
+__all__ = ["Progress", "RunFailed", "Stopped", "check", "launch", "train"]
+
+log = logging.getLogger(__name__)
 
 
 def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
@@ -40,3 +44,18 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             runs.note_failure(config.run_dir, error)
             tracking.end(config, "FAILED")
             raise
+
+
+class _Logged:
+    """Progress for who calls from Python: events and rows are log records of this package."""
+
+    def say(self, text: str) -> None:
+        log.info("%s", text)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        log.info("step %s: %s", row.get("step"), row)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """What `lowbit train` does: train `config` to its end, or resume it; its summary.  Progress is logged."""
+    return launch(config, progress=_Logged())

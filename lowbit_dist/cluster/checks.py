@@ -25,9 +25,10 @@ def check(config: RunConfig) -> None:
     manifest = data.check(config)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
-    if config.model.pretrained is not None:
-        from lowbit_dist import model
+    from lowbit_dist import model
 
+    model.check_shapes(config.model, manifest.vocab_size, config.method)
+    if config.model.pretrained is not None:
         model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, config.method)
     from lowbit_dist import tracking
 
@@ -112,7 +113,10 @@ def check_run(config: RunConfig) -> None:
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
     if (folder / "config.yaml").exists():
-        earlier = configfile.load(folder / "config.yaml")
+        try:
+            earlier = configfile.load(folder / "config.yaml")
+        except ConfigError as mistake:
+            raise ConfigError(f"run.name ({config.run.name}): {folder / 'config.yaml'}: {mistake}") from None
         _check_same(config, earlier, f"run.name ({config.run.name})")
     from lowbit_dist.checkpoint import Checkpoint, newest_first
 

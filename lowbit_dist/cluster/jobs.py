@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist import tracking
+from lowbit_dist import configfile, tracking
 from lowbit_dist.cluster.probe import CHECKED
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.network import why_no_answer
@@ -83,7 +83,17 @@ class Jobs:
                 ),
             )
         say(f"submitted {job} to {self.address}")
-        self._await_checks(job, say)
+        try:
+            self._await_checks(job, say)
+        except ConfigError as mistake:
+            needed = configfile.providers(config.to_dict())
+            if not (needed and str(mistake).startswith(("method.name ", "optimizer.name "))):
+                raise
+            packages = " and ".join(f"{name} {version}" for name, version in needed.items())
+            raise ConfigError(  # a name that is known here, and not there
+                f"the head of {self.address} cannot read this run's configuration ({mistake}); install "
+                f"{packages} on all machines"
+            ) from None
         return job
 
     def list(self) -> list[dict[str, Any]]:

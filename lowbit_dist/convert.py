@@ -1,0 +1,235 @@
+"""Low-bit training of any PyTorch model, without DeepSpeed, Ray, a process group or a configuration file.
+
+    lowbit_dist.convert_(model, DQT(grid="ternary"))            its nn.Linears become the method's layers
+    optimizer = lowbit_dist.Optimizer(model, AdamW(lr=1e-3))    used as any torch optimizer is
+
+A low-bit weight is then a parameter of the same name and shape without storage; its codes are in
+`weight.packed`, decoded while its layer multiplies, forward and backward.  Fifty steps of this end with the
+digest of the distributed engine on one worker.
+"""
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_dist import ops
+from lowbit_dist.linear import Linear
+from lowbit_dist.methods.method import Method
+from lowbit_dist.model import replace_linears, scale_every
+from lowbit_dist.optim.clipping import clip_factor, global_norm
+from lowbit_dist.optim.rule import Rule
+from lowbit_dist.packed import PackedTensor, check_shape
+
+
+class PackedParameter(nn.Parameter):
+    """A low-bit weight outside ZeRO: one element of storage seen in the weight's shape, and its codes."""
+
+    packed: "PackedWeight"
+
+    @classmethod
+    def of(cls, tensor: PackedTensor, dtype: torch.dtype, *, requires_grad: bool = True) -> "PackedParameter":
+        found = cls(_stub(tensor.shape, dtype, tensor.codes.device), requires_grad)
+        found.packed = PackedWeight(tensor)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedParameter":
+        if id(self) not in memo:
+            t = self.packed.tensor
+            tensor = PackedTensor(t.codes.clone(), t.scale.clone(), t.scale_every, t.grid, t.shape)
+            memo[id(self)] = PackedParameter.of(tensor, self.dtype, requires_grad=self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+
+class PackedWeight:
+    """All of a low-bit weight's codes, for the layer that multiplies with it."""
+
+    in_layer = True
+
+    def __init__(self, tensor: PackedTensor):
+        self.tensor = tensor
+
+    def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return self.tensor.dequantize(dtype)
+
+
+class PackedLinear(Linear):
+    """The method's layer with a packed weight, which moves between devices and is saved as its codes."""
+
+    weight: PackedParameter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        t = self.weight.packed.tensor
+        codes = fn(t.codes)
+        self.weight.packed.tensor = PackedTensor(
+            codes, t.scale.to(codes.device), t.scale_every, t.grid, t.shape
+        )
+        self.weight.data = _stub(t.shape, self.weight.dtype, codes.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        del destination[f"{prefix}weight"]
+        destination[f"{prefix}weight.codes"] = self.weight.packed.tensor.codes
+        destination[f"{prefix}weight.scale"] = self.weight.packed.tensor.scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        t = self.weight.packed.tensor
+        for key, mine in (("codes", t.codes), ("scale", t.scale)):
+            theirs = state_dict.pop(f"{prefix}weight.{key}", None)
+            if theirs is None or theirs.shape != mine.shape:
+                raise ValueError(
+                    f"{prefix}weight.{key} is {'absent' if theirs is None else list(theirs.shape)}; this layer "
+                    f"has {list(mine.shape)}: load what a model converted by the same method saved"
+                )
+            with torch.no_grad():
+                mine.copy_(theirs)
+        super()._load_from_state_dict({**state_dict, f"{prefix}weight": self.weight}, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) -> nn.Module:
+    """Give `model` the method's layers in the place of its `nn.Linear`s, low-bit weights rounded from what
+    they are; the model itself.
+
+    The layer of a Hugging Face model that gives the logits stays as it is, and so do the layers that `keep`
+    names.  ValueError, before anything is changed, on a model without linear layers or with one whose weight
+    cannot be packed.
+    """
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    kept = {id(embeddings), *(id(model.get_submodule(name)) for name in keep)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in kept}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to convert")
+    if method.stored is not None:
+        if method.is_low_bit(False):
+            raise ValueError(
+                "convert_ packs linear layers alone, not embeddings and norms; train with a configuration"
+            )
+        for name, layer in layers.items():
+            try:
+                check_shape(layer.weight.shape, scale_every(method, tuple(layer.weight.shape)))
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
+    before = {name for name, _ in model.named_parameters()}
+    weights = replace_linears(model, method, is_head=lambda layer: id(layer) in kept)
+    for name, parameter in model.named_parameters():
+        if name not in before and (value := method.initial(name, tuple(parameter.shape))) is not None:
+            parameter.data.copy_(value)
+    for name in weights if method.stored is not None else ():
+        layer: Any = model.get_submodule(name.removesuffix(".weight"))
+        pack_(layer, method.quantize(layer.weight.detach().float()))
+    model.lowbit_method = method  # type: ignore[assignment]
+    return model
+
+
+def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One zero, seen in a weight's shape: autograd wants that alone."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(shape)
+
+
+def pack_(layer: Linear, tensor: PackedTensor) -> None:
+    """Let a layer multiply with packed codes in the place of its weight."""
+    layer.weight = PackedParameter.of(tensor, layer.weight.dtype, requires_grad=layer.weight.requires_grad)
+    layer.__class__ = PackedLinear
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A rule (`lowbit_dist.optim`) as a torch optimizer, for models from `convert_` and any other.
+
+    Learning rate and weight decay of its groups are the rule's, times the method's `rates`; schedulers of
+    torch change `lr` as usual.  The gradient of all parameters is clipped to `clip_norm` (0: not at all),
+    and one that is not finite changes nothing.  Rounding is a function of `seed`, the step and the position.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule, *, seed: int = 0, clip_norm: float = 0.0):
+        self.rule, self.seed, self.clip_norm = rule, seed, clip_norm
+        method: Method = getattr(model, "lowbit_method", None) or Method(name="none")
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        self.ids: dict[Tensor, int] = {}
+        for i, (name, p) in enumerate(sorted(model.named_parameters())):
+            self.ids[p] = i  # random bits depend on it
+            if not p.requires_grad:
+                continue
+            if p.dtype != torch.float32 and not isinstance(p, PackedParameter):
+                raise ValueError(
+                    f"{name} is {p.dtype}; ordinary parameters must be float32 (use autocast for bf16)"
+                )
+            rates = method.rates(name, tuple(p.shape))
+            group = {
+                "params": [],
+                "lr": rule.lr * rates[0],
+                "weight_decay": rule.weight_decay * rates[1],
+                "step": 0,
+            }
+            groups.setdefault(rates, group)["params"].append(p)
+        super().__init__(list(groups.values()), {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step with the gradients that parameters have."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not moved:
+            return loss
+        norm = 0.0
+        if self.clip_norm:
+            norm = global_norm([p.grad for p, _ in moved], over_workers=False).item()
+            if norm != norm or norm == float("inf"):
+                return loss
+        for group in self.param_groups:
+            group["step"] += 1
+        for p, group in moved:
+            now = ops.Now(
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                step=group["step"],
+                seed=self.seed,
+                grad_scale=clip_factor(norm, self.clip_norm),
+            )
+            self._move(p, now)
+        return loss
+
+    def _move(self, p: Tensor, now: ops.Now) -> None:
+        assert p.grad is not None, "parameters without a gradient are left out"
+        if isinstance(p, PackedParameter):
+            t = p.packed.tensor
+            target: ops.Codes | ops.Weights = ops.Codes(
+                t.codes, t.scale, t.scale_every, t.grid, tensor=self.ids[p], first_block=0
+            )
+        else:
+            target = ops.Weights(p.data.view(-1))
+        state = self._stored(p)
+        if self.rule.scope == "element":
+            ops.step_(target, p.grad.reshape(-1), state, rule=self.rule, now=now)
+            return
+        slots = (each.load(0, p.numel()).view(p.shape) for each in state)
+        u, *new = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
+        for each, x in zip(state, new, strict=True):
+            each.store(0, p.numel(), x.reshape(-1))
+        ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+
+    def _stored(self, p: Tensor) -> list[ops.Stored]:
+        """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""
+        state = self.state[p]
+        for slot in self.rule.slots:
+            if slot.name not in state:
+                fresh = ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device)
+                state |= {slot.name: fresh.values, f"{slot.name}_scale": fresh.scale}
+        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}_scale"]) for slot in self.rule.slots]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch casts a parameter's state to the parameter's type; slots have types of their own."""
+        exact = copy.copy(state_dict["state"])
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, state in exact.items():
+            p = params[i]
+            self.state[p] = {
+                key: None if x is None else x.to(p.device, copy=True) for key, x in state.items()
+            }
