@@ -198,7 +198,11 @@ def test_data_that_is_not_there_is_answered_with_the_commands_that_make_it(small
 def test_one_run_is_not_trained_twice_at_once(small):
     config = configuration(small())
     config.run_dir.mkdir()
-    with checks.run_lock(config), pytest.raises(ConfigError, match="by another process"), checks.run_lock(config):
+    with (
+        checks.run_lock(config),
+        pytest.raises(ConfigError, match="by another process"),
+        checks.run_lock(config),
+    ):
         pass
     with checks.run_lock(config):
         pass
