@@ -445,7 +445,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(r
     assert "State: T (stopped)" in of_1
     for stack in (of_0, of_1):
         assert '"TrainingThread' in stack
-        assert "run (lowbit_dist/train.py:" in stack
+        assert "run (lowbit_dist/loop.py:" in stack
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
