@@ -463,7 +463,7 @@ def test_a_worker_that_outlived_its_launcher_is_waited_for(small, ranks):
     content = small()
     config = configuration(content)
     config.run_dir.mkdir()
-    ranks(2).run(len, "")  # their start takes longer than the other process lives
+    ranks(2).run(wait_for_the_writer, content)  # starting takes them longer than the other process lives
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); "
          "fcntl.flock(lock, fcntl.LOCK_EX); print(flush=True); time.sleep(2)", config.run_dir / ".writer"],
