@@ -76,6 +76,9 @@ def explained(section: type[BaseModel], error: dict[str, Any], prefix: tuple[str
             else f"write one{hint}"
         )
         return f"{start} {rule} {limit}; {instead}"
+    if kind == "multiple_of":
+        unit = context["multiple_of"]
+        return f"{start} must be a multiple of {unit}; the nearest is {nearest_multiple(value, unit)}"
     return f"{start} is wrong: {error['msg']}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_dist import charts
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
 from lowbit_dist.runs import Run
 from lowbit_dist.tracking import bytes_per_parameter
 
@@ -53,7 +53,7 @@ def _group(label: str, runs: list[Run]) -> dict[str, Any]:
     measured = [measures(run) for run in finished]
     return {
         "group": label,
-        "method": runs[0].method,
+        "method": runs[0].config.method.label,
         "finished": len(finished),
         "runs": [
             {
@@ -176,7 +176,7 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in (("comparison.md", markdown(found)), ("comparison.csv", as_csv(found))):
-        with whole(folder / name) as draft:
+        with atomic_write(folder / name) as draft:
             draft.write_text(text)
         written.append(folder / name)
     curves = {
@@ -189,11 +189,11 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     }
     colours = charts.colours(list(curves))
     if any(curves.values()):
-        with whole(folder / "loss-against-tokens.png") as draft:
+        with atomic_write(folder / "loss-against-tokens.png") as draft:
             charts.loss_curves(curves, draft, colours=colours)
         written.append(folder / "loss-against-tokens.png")
     if points:
-        with whole(folder / "loss-against-bytes.png") as draft:
+        with atomic_write(folder / "loss-against-bytes.png") as draft:
             charts.loss_against_bytes(points, draft, colours=colours)
         written.append(folder / "loss-against-bytes.png")
     return written

@@ -2,14 +2,15 @@
 
 A `ConfigError` is one line: the field, its value, the rule, what to write instead.  All of a run's
 configuration is checked here, before any worker starts; nothing is corrected silently.
-`configfile.py` reads it; what sections are made of is in `section.py`, how mistakes are worded in `answers.py`.
+`configfile.py` reads it; what sections are made of is in `section.py`, how mistakes are worded in
+`answers.py`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from lowbit_dist.answers import ConfigError, nearest_divisor, nearest_multiple, plain
 from lowbit_dist.grid import BLOCK
@@ -27,11 +28,14 @@ from lowbit_dist.section import (
     Tokens,
     auto_or,
     broken_rule,
+    is_changeable,
     may_change,
     no_truth,
     number,
 )
 from lowbit_dist.yamlfile import written
+
+MOST_WORKERS = 65536
 
 
 def _workers(value: Any) -> Any:
@@ -56,9 +60,6 @@ def _workers(value: Any) -> Any:
             f"must have a min of at most its max; write {{min: {value['max']}, max: {value['min']}}}"
         )
     return WorkerRange(**value)
-
-
-MOST_WORKERS = 65536
 
 
 class Run(Section):
@@ -144,13 +145,6 @@ class Model(Section):
     def _sizes_fit(self) -> None:
         sizes = self.sizes()
         assert sizes is not None, "explicit sizes are complete here"
-        for name in ("hidden_size", "intermediate_size"):
-            value = getattr(sizes, name)
-            if value % BLOCK:
-                raise ConfigError(
-                    f"model.{name} ({value:,}) must be a multiple of {BLOCK}, the block of packed codes; "
-                    f"the nearest is {nearest_multiple(value, BLOCK):,}"
-                )
         if sizes.hidden_size % (2 * sizes.heads):
             fitting = nearest_divisor(sizes.hidden_size // 2, sizes.heads)
             raise ConfigError(
@@ -210,9 +204,8 @@ class Train(Section):
     max_skipped: Count = may_change(20)  # so many steps in a row whose loss or gradient is wrong end the run
     # A gradient norm of more than so many times the median of the last steps is an error, not a direction.
     max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = may_change(1000.0)
-    on_spike: Literal["warn", "rollback"] = may_change(
-        "warn"
-    )  # a loss 6 standard deviations above the last steps'
+    # On a loss 6 standard deviations above the last steps'.
+    on_spike: Literal["warn", "rollback"] = may_change("warn")
 
 
 class WorkerRange(Section):
@@ -278,6 +271,12 @@ class RunConfig(Section):
                 f"optimizer.states (int8) must not be used with zero.stage {zero.stage}: blocks of {BLOCK} "
                 "elements cannot follow DeepSpeed's flat stage-1/2 partitions; write zero.stage: 3 or "
                 "optimizer.states: fp32"
+            )
+        if zero.stage in (1, 2) and self.optimizer.scope != "element":
+            raise ConfigError(
+                f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which "
+                f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
+                "are flat; write zero.stage: 3, or 0"
             )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:
@@ -375,22 +374,19 @@ class RunConfig(Section):
         return flat
 
     def differences(self, other: "RunConfig") -> list[str]:
-        """`section.field: mine -> other's` for each field that must stay the same for a run to go on."""
+        """`section.field: mine -> other's` for each field that must stay the same when a run is resumed."""
         mine, others = self.flat(), other.flat()
         return [
             f"{name}: {plain(mine.get(name, 'absent'))} -> {plain(others.get(name, 'absent'))}"
             for name in dict.fromkeys((*mine, *others))
-            if mine.get(name, ...) != others.get(name, ...) and not self._may_change(name)
+            if mine.get(name, ...) != others.get(name, ...) and not self._is_changeable(name)
         ]
 
-    def _may_change(self, name: str) -> bool:
-        """Whether the field of this dotted name, or its whole section, is marked with `may_change`."""
+    def _is_changeable(self, name: str) -> bool:
+        """Whether the field of this dotted name, or its whole section, is marked by `may_change`."""
         section, _, field = name.partition(".")
-        marked = [type(self).model_fields[section]]
         inside = getattr(self, section)
-        if isinstance(inside, BaseModel) and field in type(inside).model_fields:
-            marked.append(type(inside).model_fields[field])
-        return any(
-            isinstance(info.json_schema_extra, dict) and "may_change" in info.json_schema_extra
-            for info in marked
-        )
+        fields = [type(self).model_fields[section]]
+        if isinstance(inside, Section) and field in type(inside).model_fields:
+            fields.append(type(inside).model_fields[field])
+        return any(is_changeable(info) for info in fields)

@@ -5,12 +5,13 @@ line.  This is the only reader of configurations, and the only file that knows w
 there are (registry.py says where they come from); everything else is handed a `RunConfig`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
 
 from lowbit_dist.answers import ConfigError, explained, nearest, plain, show
 from lowbit_dist.config import RunConfig
@@ -22,10 +23,10 @@ from lowbit_dist.yamlfile import parse, read_yaml
 
 S = TypeVar("S", bound=Section)
 
-# Sections that are chosen by name: the registry, the class that each entry must derive from, the default.
+# Sections whose fields are those of the class that their `name` stands for, and their default names.
 CHOSEN = {
-    "method": (Registry("method", "lowbit_dist.methods", METHODS), Method, "dqt"),
-    "optimizer": (Registry("optimizer", "lowbit_dist.optimizers", OPTIMIZERS), Rule, "adamw"),
+    "method": (Registry("method", "lowbit_dist.methods", METHODS, Method), "dqt"),
+    "optimizer": (Registry("optimizer", "lowbit_dist.optimizers", OPTIMIZERS, Rule), "adamw"),
 }
 
 
@@ -64,23 +65,26 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
     return _validated(RunConfig, sections, ())
 
 
-def providers(config: RunConfig) -> dict[str, str]:
-    """The installed packages that the run's method and optimizer come from: name -> version and hash."""
-    found: dict[str, str] = {}
-    for name, (registry, _, _) in CHOSEN.items():
-        found |= registry.provider(getattr(config, name).name)
-    return found
+def providers(content: Mapping[str, Any]) -> dict[str, str]:
+    """The installed packages that a run's method and optimizer come from: name -> version and hash of source.
+
+    content: as `RunConfig.to_dict` gives it; what is not installed on this machine is left out
+    """
+    packages: dict[str, str] = {}
+    for section, (registry, _) in CHOSEN.items():
+        packages |= registry.provider(content[section]["name"])
+    return packages
 
 
 def _chosen(section: str, content: Mapping[Any, Any]) -> Section:
-    """A section whose fields are those of the class that its `name` stands for."""
-    registry, base, default = CHOSEN[section]
+    registry, default = CHOSEN[section]
     name = content.get("name", default)
-    options = registry.load(name)
-    if not (isinstance(options, type) and issubclass(options, base)):
+    options: type[Section] = registry.load(name)
+    own_name = options.model_fields["name"].default
+    if own_name not in (name, PydanticUndefined):
         raise ConfigError(
-            f"{section}.name ({show(name)}) stands for {show(options)}, which is no {base.__name__}; mend the "
-            f"package that it comes from, or write another name"
+            f"{section}.name ({show(name)}) stands for {options.__module__}.{options.__qualname__}, whose "
+            f"own name is {show(own_name)}; mend the package that it comes from: both must be equal"
         )
     for field in content:
         if field not in options.model_fields:
@@ -89,6 +93,9 @@ def _chosen(section: str, content: Mapping[Any, Any]) -> Section:
 
 
 def _unknown_option(section: str, name: str, options: type[Section], field: Any) -> ConfigError:
+    """The answer to a wrong name in a section that is chosen by name: the choice that has it, the same name
+    elsewhere, else the nearest.
+    """
     known = [each for each in options.model_fields if each != "name"]
     owners = [other for other, each in _own_options(section).items() if field in each.model_fields]
     start = f"{section}: unknown name {show(field)}"
@@ -97,16 +104,25 @@ def _unknown_option(section: str, name: str, options: type[Section], field: Any)
             f"{start} for {section} {name}; it belongs to {', '.join(owners)}: leave it out "
             f"({section}={{name: {name}}} drops a file's other options)"
         )
-    if field in RunConfig.model_fields:
-        return ConfigError(f"{start}; {field} stands beside {section}, not in it: move it out")
-    if meant := nearest(field, (*known, "name")):
-        return ConfigError(f"{start}; did you mean {meant!r}?")
+    if meant := _elsewhere(section, field, (*known, "name")):
+        return ConfigError(f"{start}; {meant}")
     return ConfigError(f"{start}; {section} {name} has {', '.join(known) if known else 'no options'}")
 
 
 def _unknown(section: str | None, field: Any) -> ConfigError:
     """The answer to a wrong name: the same name elsewhere, else the nearest here, else elsewhere."""
-    elsewhere: dict[str, str] = {}
+    here = RunConfig.model_fields if section is None else _section_fields(section)
+    start = f"{section}: unknown name {show(field)}" if section else f"unknown name {show(field)}"
+    if meant := _elsewhere(section, field, here):
+        return ConfigError(f"{start}; {meant}")
+    return ConfigError(f"{start}; known names are {', '.join(here)}")
+
+
+def _elsewhere(section: str | None, field: Any, here: Iterable[str]) -> str | None:
+    """What may have been meant by a name that is not among those `here`, in words."""
+    if section is not None and field in RunConfig.model_fields:
+        return f"{field} stands beside {section}, not in it: move it out"
+    elsewhere: dict[Any, str] = {}
     for name in RunConfig.model_fields:
         for each in _section_fields(name):
             elsewhere.setdefault(each, f"{name}.{each}")
@@ -114,25 +130,17 @@ def _unknown(section: str | None, field: Any) -> ConfigError:
         for options in _own_options(name).values():
             for each in options.model_fields:
                 elsewhere.setdefault(each, f"{name}.{each}")
-    here = RunConfig.model_fields if section is None else _section_fields(section)
-    start = f"{section}: unknown name {show(field)}" if section else f"unknown name {show(field)}"
-    meant: str | None
-    if section is not None and field in RunConfig.model_fields:
-        return ConfigError(f"{start}; {field} stands beside {section}, not in it: move it out")
-    if isinstance(field, str) and field in elsewhere:
-        meant = elsewhere[field]
-    elif (meant := nearest(field, here)) is None and (far := nearest(field, elsewhere)):
+    meant = elsewhere.get(field) or nearest(field, here)
+    if meant is None and (far := nearest(field, elsewhere)):
         meant = elsewhere[far]
-    if meant:
-        return ConfigError(f"{start}; did you mean {meant!r}?")
-    return ConfigError(f"{start}; known names are {', '.join(here)}")
+    return f"did you mean {meant!r}?" if meant else None
 
 
 @cache
 def _own_options(section: str) -> dict[str, type[Section]]:
-    """This package's own choices; those of others are imported by whoever names them alone."""
-    registry, _, _ = CHOSEN[section]
-    return {name: registry.load(name) for name in registry.own}
+    """This package's own choices; those of other packages are imported by whoever names them alone."""
+    registry, _ = CHOSEN[section]
+    return {name: registry.load_own(name) for name in registry.own}
 
 
 def _section_fields(name: str) -> Mapping[str, Any]:
@@ -141,9 +149,8 @@ def _section_fields(name: str) -> Mapping[str, Any]:
 
 
 def _section_example(name: str) -> str:
-    examples = {
-        "data": "path: data/stdlib", "method": "name: dqt", "model": "preset: tiny", "optimizer": "name: adamw"
-    }  # fmt: skip
+    examples = {"data": "path: data/stdlib", "model": "preset: tiny"}
+    examples |= {chosen: f"name: {default}" for chosen, (_, default) in CHOSEN.items()}
     if name in examples:
         return f"write {name}: {{{examples[name]}}}"
     field, info = next(iter(_section_fields(name).items()))

@@ -125,6 +125,11 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     return model
 
 
+def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One zero, seen in a weight's shape: autograd wants that alone."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(shape)
+
+
 def pack_(layer: Linear, tensor: PackedTensor) -> None:
     """Let a layer multiply with packed codes in the place of its weight."""
     layer.weight = PackedParameter.of(tensor, layer.weight.dtype, requires_grad=layer.weight.requires_grad)

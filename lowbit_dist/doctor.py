@@ -4,12 +4,12 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+
+from lowbit_dist.network import why_no_answer
 
 PACKAGE = "lowbit-dist"
 MEMORY = 4 << 30  # bytes that the smallest run needs: Ray and two workers, 3.9 GB when measured
@@ -151,12 +151,9 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         return Finding("Ray cluster", "ok", "RAY_ADDRESS is not set: Ray is started on this machine")
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        with socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=5):
-            return Finding("Ray cluster", "ok", f"{address} answers")
-    except (OSError, ValueError) as error:
-        return Finding("Ray cluster", "error", f"{address}: {error}", "start it, or unset RAY_ADDRESS")
+    if why := why_no_answer(address, port=6379, timeout=5):
+        return Finding("Ray cluster", "error", f"{address}: {why}", "start it, or unset RAY_ADDRESS")
+    return Finding("Ray cluster", "ok", f"{address} answers")
 
 
 def _mlflow() -> Finding:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit_dist import data
+from lowbit_dist import data, documents
 from lowbit_dist.config import ConfigError, Data
-from lowbit_dist.data import documents
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
 
@@ -27,9 +26,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean loss of `trained` on a prepared folder's validation split, or on a text file or folder.
 
-    Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of a
-    run is its training loop's; of text all of it, cut into samples as long as it says.  `n_samples` is another
-    number of samples.  `forward` names a grid to which the weights are rounded first.
+    Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
+    a run is its training loop's; of text all of it, cut into samples as long as it says.  `n_samples` is
+    another number of samples.  `forward` names a grid to which the weights are rounded first.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
@@ -101,7 +100,7 @@ def _of_data(read: Callable[[], T]) -> T:
 def _text(
     trained: Trained, path: str, n_samples: int | None
 ) -> tuple[Tensor, float]:  # [samples, seq_len] int64, bytes per token
-    """Documents between the tokenizer's marks, one after the other, cut; what is left at the end is dropped."""
+    """Documents between the tokenizer's marks, in one row, cut; what is left at the end is dropped."""
     tokenizer = trained.tokenizer
     begin, end = ([] if mark is None else [mark] for mark in (tokenizer.bos_id, tokenizer.eos_id))
     ids: list[int] = []

@@ -1,16 +1,23 @@
-"""Files that are whole at every moment, on disks that may be full."""
+"""Files and folders that appear complete or not at all, also on full disks, and locks between processes."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from lowbit_dist.answers import ConfigError
+
+POLL = 0.05  # seconds
 
 
 @contextlib.contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """A draft that takes the place of `file` in the end; after an error `file` is as it was."""
+def atomic_write(file: Path) -> Iterator[Path]:
+    """A draft that is renamed to `file` in the end; after an error `file` is as it was."""
     draft = file.with_name(f".draft.{file.name}")  # its suffix stays: pictures are written by it
     try:
         yield draft
@@ -19,6 +26,101 @@ def whole(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, *, needs: Callable[[], int | None] = lambda: None) -> Iterator[Path]:
+    """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone.
+
+    Its name does not change, so what a killed process left is cleared by the next one; a lock keeps two
+    living ones apart.  `needs` says how many bytes it will take, once that can be guessed, for the report of
+    a full disk.
+    """
+    draft = out.parent / f".{out.name}.partial"
+    taken = ConfigError(f"--out ({out}) is being written by another process; wait for it, or name another")
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            draft.mkdir(exist_ok=True)
+            descriptor = stack.enter_context(locked(draft, timeout=0, complaint=taken))
+        except OSError as error:
+            if is_full(error):
+                raise RuntimeError(_full(out, needs())) from error
+            raise ConfigError(
+                f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
+            ) from None
+        # Another process may have renamed or removed the folder before it gave up the lock.
+        if not (draft.exists() and os.path.samestat(os.fstat(descriptor), draft.stat())):
+            raise taken
+        for left in draft.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        full: OSError | None = None
+        try:
+            yield draft
+            for where, _, files in os.walk(draft):
+                for name in (*files, "."):
+                    sync(Path(where, name))
+            draft.rename(out)  # an empty folder may stand there
+            sync(out.parent)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            full = error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        if full is not None:
+            raise RuntimeError(_full(out, needs())) from full
+
+
+def _full(out: Path, needs: int | None) -> str:
+    """What to do about a full disk, once what was written is removed."""
+    size = "more space than there is"
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(out.parent).free
+        if needs is not None:
+            size = f"about {needs / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+    return (
+        f"the disk of {out.parent} is full, and what was written of {out} is removed: it needs {size}; "
+        "free space there, or write another --out, and start again"
+    )
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path,
+    *,
+    shared: bool = False,
+    timeout: float | None = None,
+    complaint: Exception | None = None,
+    if_possible: bool = False,
+) -> Iterator[int]:
+    """Hold the lock of a file, which is made if need be, or of a folder; gives its descriptor.
+
+    The lock ends with its process, whatever ends it.  `shared`: with others that share it, of a file that
+    exists.  While another process holds it, wait for `timeout` seconds (None: without end), then raise
+    `complaint`, or BlockingIOError.  `if_possible`: go without on a file system that has no locks, where
+    another OSError is raised otherwise.
+    """
+    mode = os.O_RDONLY if shared or path.is_dir() else os.O_WRONLY | os.O_CREAT
+    descriptor = os.open(path, mode, 0o666)
+    try:
+        operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(descriptor, operation if deadline is None else operation | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise complaint or error from None
+                time.sleep(POLL)
+            except OSError:
+                if not if_possible:
+                    raise
+                break
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -27,9 +27,8 @@ class FastTokenizer:
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library's parser in Rust raises `Exception` itself
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise ConfigError(
-                f"{folder / FILE} cannot be read ({why}); copy the model's tokenizer again"
+                f"{folder / FILE} cannot be read ({first_line(error)}); copy the model's tokenizer again"
             ) from None
         self.vocab_size: int = len(self._fast)
         self.bos_id: int | None = bos_id if self._fast.bos_token_id is None else self._fast.bos_token_id
@@ -44,3 +43,9 @@ class FastTokenizer:
         """The text of `ids`; special tokens have none."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in a library, whose messages may be pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, memory, model, ops, schedule, statistics, tracking
+from lowbit_dist import checkpoint, data, guard, memory, model, ops, statistics, tracking
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
+from lowbit_dist.optim import schedule
 from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update
@@ -166,7 +167,7 @@ def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[s
         }
         if tracker is not None:
             summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
-            with whole(config.run_dir / "summary.json") as draft:
+            with atomic_write(config.run_dir / "summary.json") as draft:
                 draft.write_text(json.dumps(summary, indent=2) + "\n")
             tracker.finish("FINISHED", summary)
         ended = True
@@ -219,7 +220,7 @@ def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker"
 def _keep(file: Path, text: str) -> None:
     """`file` with this content; written only if it has another."""
     if not file.exists() or file.read_text() != text:
-        with whole(file) as draft:
+        with atomic_write(file) as draft:
             draft.write_text(text)
 
 

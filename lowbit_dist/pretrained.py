@@ -42,8 +42,8 @@ class Pretrained:
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
         if dtype not in FLOATS:
             raise ConfigError(
-                f"{self._where}{name} in {self.files[name]} is of type {dtype}, not one of {', '.join(FLOATS)}; "
-                "write the folder of a model that is not quantised"
+                f"{self._where}{name} in {self.files[name]} is of type {dtype}, not one of "
+                f"{', '.join(FLOATS)}; write the folder of a model that is not quantised"
             )
         return shape
 
@@ -51,8 +51,8 @@ class Pretrained:
         """ConfigError unless a tensor in the files has this shape."""
         if (shape := self.shape(name)) != expected:
             raise ConfigError(
-                f"{self._where}{name} in {self.files[name]} has shape {shape}, the model {expected}; write the "
-                "folder of a model whose config.json and weights fit together"
+                f"{self._where}{name} in {self.files[name]} has shape {shape}, the model {expected}; write "
+                "the folder of a model whose config.json and weights fit together"
             )
 
     def tensor(self, name: str) -> Tensor:  # float32

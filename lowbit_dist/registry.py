@@ -1,93 +1,110 @@
 """What has a name in a configuration: this package's own classes, and those of installed packages.
 
-A registry is a dict literal (name -> "module:class") plus the entry points of a group that installed packages
-declare in their metadata, so every process of a run sees the same names, and a configuration, which may be a
-stranger's, can name what is installed but never a module to import.
+A registry is a dict literal (name -> "module:class") and the entry points of one group that installed
+packages declare in their metadata.  So every process of a run sees the same names, and a configuration, which
+may be a stranger's, can name what is installed but never a module to import.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lowbit_dist.answers import ConfigError, nearest, show
 
+SOURCES = ("*.py", "*.c")  # what the fingerprint of a package is of
+
 
 class Registry:
-    """Names of one kind, for instance of training methods."""
+    """The names of one kind, for instance of training methods: what they stand for, and where it is from."""
 
-    def __init__(self, kind: str, group: str, own: Mapping[str, str]):
-        self.kind, self.group, self.own = kind, group, own
+    def __init__(self, kind: str, group: str, own: Mapping[str, str], base: type):
+        """base: the class that everything of this kind derives from"""
+        self.kind, self.group, self.own, self.base = kind, group, own, base
 
-    def names(self) -> list[str]:
-        """This package's own first."""
-        return [*self.own, *sorted({point.name for point in self._installed()} - set(self.own))]
+    def load(self, name: Any) -> type[Any]:
+        """The class that `name` stands for.
 
-    def load(self, name: Any) -> Any:
-        """What `name` stands for; ConfigError if that is nothing, more than one thing, or cannot be imported."""
-        field, known = f"{self.kind}.name ({show(name)})", self.names()
+        ConfigError if there is none or more than one, if it cannot be imported, or is none of this kind.
+        """
+        field = f"{self.kind}.name ({show(name)})"
+        installed = self._installed()
+        known = [*self.own, *sorted({point.name for point in installed} - set(self.own))]
         if not isinstance(name, str) or name not in known:
             meant = nearest(name, known)
-            answer = (
+            advice = (
                 f"did you mean {meant!r}?"
                 if meant
-                else "write one of them, or install the package that has it"
+                else "write one of them, or install the package that brings it"
             )
-            raise ConfigError(f"{field} must be one of {', '.join(known)}; {answer}")
-        points = [point for point in self._installed() if point.name == name]
-        claims = [f"{_package(point)} ({point.value})" for point in points]
+            raise ConfigError(f"{field} must be one of {', '.join(known)}; {advice}")
+        points = [point for point in installed if point.name == name]
+        claims = " and ".join(f"{_package(point)} ({point.value})" for point in points)
         if name in self.own:
-            claims.insert(0, "lowbit-dist")
-        if len(claims) > 1:
-            raise ConfigError(f"{field} is claimed by {' and '.join(claims)}; uninstall all but one of them")
-        if name in self.own:
-            module, _, owner = self.own[name].partition(":")
-            return getattr(import_module(module), owner)
+            if points:
+                raise ConfigError(f"{field} is lowbit-dist's own and is claimed by {claims}; uninstall that")
+            return self.load_own(name)
+        if len(points) > 1:
+            raise ConfigError(f"{field} is claimed by {claims}; uninstall all but one of them")
         try:
-            return points[0].load()
-        except Exception as error:  # whatever a module of somebody else raises
+            loaded = points[0].load()
+        except (Exception, SystemExit) as error:  # whatever somebody else's module does
             raise ConfigError(
-                f"{field} cannot be imported from {claims[0]}: {type(error).__name__}: {error}; mend that "
+                f"{field} cannot be imported from {claims}: {type(error).__name__}: {error}; mend that "
                 "package, or write another name"
             ) from None
+        if not (isinstance(loaded, type) and issubclass(loaded, self.base)):
+            raise ConfigError(
+                f"{field} of {claims} is no {self.base.__name__}; mend that package, or write another name"
+            )
+        return loaded
 
-    def provider(self, name: str) -> dict[str, str]:
-        """The installed package that `name` comes from, with its version and a hash of its files; empty for
-        this package's own.
+    def load_own(self, name: str) -> type[Any]:
+        """This package's own class of that name, whoever else claims the name."""
+        module, _, owner = self.own[name].partition(":")
+        loaded: type[Any] = getattr(import_module(module), owner)
+        return loaded
+
+    def provider(self, name: Any) -> dict[str, str]:
+        """The installed package that `name` comes from, and its version with a hash of its source; empty if
+        the name is this package's own, or unknown.
         """
-        for point in self._installed():
-            if point.name == name and name not in self.own and point.dist is not None:
-                return {point.dist.name: f"{point.dist.version} ({_fingerprint(point.dist, point.module)})"}
-        return {}
+        return {
+            _package(point): f"{point.dist.version} ({fingerprint(_folders(point.module))})"
+            for point in self._installed()
+            if point.name == name and name not in self.own and point.dist is not None
+        }
 
     def _installed(self) -> list[EntryPoint]:
-        found = {
-            (point.name, point.value, _package(point)): point for point in entry_points(group=self.group)
-        }
-        return list(found.values())
+        """A package that is found twice, for example under two paths, counts once."""
+        points = {(each.name, each.value, _package(each)): each for each in entry_points(group=self.group)}
+        return [points[key] for key in sorted(points)]
+
+
+def fingerprint(places: Iterable[Path]) -> str:
+    """A hash of all source in these files and folders, wherever they are installed."""
+    sha = hashlib.sha256()
+    for place in places:
+        files = sorted(file for kind in SOURCES for file in place.rglob(kind)) if place.is_dir() else [place]
+        for file in files:
+            sha.update(str(file.relative_to(place)).encode() + file.read_bytes())
+    return sha.hexdigest()[:12]
 
 
 def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unnamed package"
+    return point.dist.name if point.dist is not None else "a package without metadata"
 
 
-def _fingerprint(dist: Distribution, module: str) -> str:
-    """Of the Python files of the package's own top-level module, wherever it is installed."""
-    from importlib.util import find_spec
-    from pathlib import Path
-
-    sha = hashlib.sha256()
+def _folders(module: str) -> list[Path]:
+    """Where the source of the top-level package that `module` is in lies; nothing is imported."""
     spec = find_spec(module.partition(".")[0])
-    if spec is not None and spec.submodule_search_locations:
-        root = Path(next(iter(spec.submodule_search_locations)))
-        files = [(str(file.relative_to(root)), file) for file in sorted(root.rglob("*.py"))]
-    elif spec is not None and spec.origin:
-        files = [("", Path(spec.origin))]
-    else:
-        files = []
-    for name, file in files:
-        sha.update(name.encode() + file.read_bytes())
-    return sha.hexdigest()[:12]
+    if spec is None:
+        return []
+    if spec.submodule_search_locations:
+        return [Path(each) for each in spec.submodule_search_locations]
+    return [Path(spec.origin)] if spec.origin else []

@@ -5,14 +5,14 @@ when its last launch ended with an error, and *stopped* otherwise: by a signal, 
 """
 
 import contextlib
-import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lowbit_dist import files
 from lowbit_dist.answers import ConfigError, nearest
 from lowbit_dist.config import RunConfig
 from lowbit_dist.tracking import METRICS
@@ -24,7 +24,7 @@ BASELINES = ".baselines.json"  # the planned memory of what the run is compared 
 LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
 RUNS = Path("runs")
-TRIES, PAUSE = 5, 0.05  # seconds: who only looks whether a run is running has its lock for a moment
+LOOK = 0.2  # seconds: who only looks whether a run is running has its lock for a moment
 
 State = Literal["finished", "running", "stopped", "failed"]
 
@@ -43,11 +43,6 @@ class Run:
     @property
     def step(self) -> int:
         return self.rows[-1]["step"] if self.rows else 0
-
-    @property
-    def method(self) -> str:
-        """In a word or two."""
-        return self.config.method.label
 
     def last(self, key: str) -> Any:
         """The newest value of a column, None if there is none."""
@@ -86,36 +81,22 @@ def read(folder: Path) -> Run:
 def is_running(folder: Path) -> bool:
     """Whether a process of this machine is launching or training the run."""
     try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with files.locked(folder / LOCK, shared=True, timeout=0):
+            return False
     except BlockingIOError:
         return True
     except OSError:  # never launched; or a file system without locks
         return False
-    return False
 
 
-@contextlib.contextmanager
-def locked(folder: Path, complaint: str) -> Iterator[None]:
-    """ConfigError with `complaint` while another process holds the lock of a run's or a sweep's folder.
-
-    The lock ends with its process, whatever ends it.
-    """
-    with (folder / LOCK).open("w") as lock:
-        for tries_left in reversed(range(TRIES)):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not tries_left:
-                    raise ConfigError(complaint) from None
-                time.sleep(PAUSE)
-        yield
+def locked(folder: Path, complaint: str) -> contextlib.AbstractContextManager[Any]:
+    """ConfigError with `complaint` while another process holds the lock of a run's or a sweep's folder."""
+    return files.locked(folder / LOCK, timeout=LOOK, complaint=ConfigError(complaint))
 
 
 def note_failure(folder: Path, error: BaseException | None) -> None:
     """Keep in the run's folder why its launch failed; None: it does not, or not yet."""
-    with contextlib.suppress(OSError):  # of a full disk, others speak
+    with contextlib.suppress(OSError):  # a full disk is reported elsewhere
         if error is None:
             (folder / FAILURE).unlink(missing_ok=True)
         else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from lowbit_dist.answers import quoted
@@ -100,9 +101,15 @@ class Section(BaseModel):
 
 
 def may_change(default: Any) -> Any:
-    """A field that may have another value when a run of the same name is resumed.
+    """The default of a field that may have another value when a run of the same name is resumed.
 
-    It decides where and how a run is carried out and watched and when it is stopped, not what a healthy run
-    computes.  All other fields must stay the same.
+    Such a field, or section, decides where and how a run is carried out and watched and when it is stopped,
+    not what a healthy run computes.  All others must stay the same.
     """
     return Field(default, json_schema_extra={"may_change": True})
+
+
+def is_changeable(field: FieldInfo) -> bool:
+    """Whether a field was marked by `may_change`."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and "may_change" in extra

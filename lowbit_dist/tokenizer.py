@@ -18,9 +18,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lowbit_dist.answers import why_not_writable
-from lowbit_dist.config import ConfigError
-from lowbit_dist.files import os_errors
+from lowbit_dist import documents
+from lowbit_dist.answers import ConfigError, why_not_writable
+from lowbit_dist.files import atomic_folder, os_errors
 
 MODEL = "tokenizer.model"
 FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -84,8 +84,6 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
 
     The same inputs give the same files; a folder that holds another tokenizer is not overwritten.
     """
-    from lowbit_dist.data import documents, writing  # here, for `data` is built on this module
-
     out = Path(out_dir)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 260 <= vocab_size <= 1 << 20:
         raise ConfigError(
@@ -106,10 +104,8 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
             return tokenizer
         raise ConfigError(f"--out ({out}) is not empty and holds no such tokenizer; write another folder")
     try:
-        with writing.drafted(out) as draft:
-            draft.needs = 10 * len(model)
-            _write(model, draft.folder)
-            draft.publish()
+        with atomic_folder(out, needs=lambda: 10 * len(model)) as draft:
+            _write(model, draft)
     except OSError as error:
         raise ConfigError(
             f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"

@@ -5,9 +5,9 @@
     trained.network()(input_ids=...).logits       with dense weights, or as codes that the layers decode
     trained.generate("def main():")["text"]
 
-Evaluation, sampling, post-training quantisation and exports work on this alone.  A new kind of it is made with
-the constructor; a changed one with `dataclasses.replace`.  Opening and loading execute nothing of what is read:
-JSON, safetensors and tokenizers are data.
+Evaluation, sampling, post-training quantisation and exports work on this alone.  One that is quantised
+after training is `dataclasses.replace` of another, with a method and a `read` of its own.  Opening and
+loading execute nothing of what is read: JSON, safetensors and tokenizers are data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 from lowbit_dist.convert import pack_
 from lowbit_dist.grid import Grid
 from lowbit_dist.hf_tokenizer import FILE as FAST
-from lowbit_dist.hf_tokenizer import FastTokenizer
+from lowbit_dist.hf_tokenizer import FastTokenizer, first_line
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.method import Method
@@ -200,6 +200,7 @@ def network(trained: Trained, *, packed: bool = False, forward: Grid | None = No
         raise _unfitting(trained, ", ".join(sorted(differing)))
     requantized = _requantized_names(built, trained.method) if forward is not None else set()
     weights: dict[str, Tensor] = {}
+    codes: list[tuple[Linear, PackedTensor]] = []
     for name in trained.names:
         tensor = trained.tensor(name)
         if tuple(tensor.shape) != shapes[name]:
@@ -208,16 +209,18 @@ def network(trained: Trained, *, packed: bool = False, forward: Grid | None = No
             tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward)
         owner = built.get_submodule(name.rpartition(".")[0])
         if packed and isinstance(tensor, PackedTensor) and isinstance(owner, Linear):
-            pack_(owner, tensor)
+            codes.append((owner, tensor))
         else:
             weights[name] = _dense(tensor, dtype)
     built.load_state_dict(weights, strict=False, assign=True)
+    for layer, tensor in codes:
+        pack_(layer, tensor)
     if getattr(built.config, "tie_word_embeddings", False):
         built.tie_weights()  # type: ignore[operator]
     if forward is not None:
-        for layer in built.modules():
-            if isinstance(layer, Linear):
-                layer.view = None  # the weights have been through a grid already
+        for module in built.modules():
+            if isinstance(module, Linear):
+                module.view = None  # the weights have been through a grid already
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return built.to(device).eval().requires_grad_(False)
 
@@ -268,10 +271,9 @@ def _hf_config(folder: Path) -> Any:  # PretrainedConfig
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of whatever JSON may hold; the library passes on what its classes raise
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise ConfigError(
-            f"{folder / CONFIG} is not a configuration that transformers knows ({why}); write the folder of a "
-            "causal language model"
+            f"{folder / CONFIG} is not a configuration that transformers knows ({first_line(error)}); write "
+            "the folder of a causal language model"
         ) from None
     if getattr(loaded, "quantization_config", None) is not None:
         raise ConfigError(
@@ -291,7 +293,7 @@ def _fitting_names(files: Pretrained, hf_config: Any, method: Method) -> list[st
         built: Any = model.of_hf_config(hf_config, method, torch.float32)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
         raise ConfigError(
-            f"{folder} is not a causal language model that transformers can build ({str(error).splitlines()[0]}); "
+            f"{folder} is not a causal language model that transformers can build ({first_line(error)}); "
             "write the folder of one"
         ) from None
     parameters = dict(built.named_parameters())

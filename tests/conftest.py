@@ -70,7 +70,8 @@ def few_steps(
                 "tracking": {"mlflow": None},
             }  # fmt: skip
             for section, content in sections.items():
-                configuration[section] = configuration.get(section, {}) | content
+                mapping = isinstance(content, dict)
+                configuration[section] = {**configuration.get(section, {}), **content} if mapping else content
             (made[key],) = ranks(1).run(_train, configuration)
         return made[key]
 

@@ -40,10 +40,12 @@ class NetCluster:
     """A head without processors for workers (host 0), and `hosts` others with `cpus` each.
 
     mbit: what each host may send, in Mbit/s; without it nothing but the processors sets the pace
+    variables: what host i has in its environment besides
     """
 
-    def __init__(self, folder, *, hosts=2, cpus=1, mbit=None, token):
+    def __init__(self, folder, *, hosts=2, cpus=1, mbit=None, token, variables=lambda i: {}):
         self.folder, self.hosts, self.cpus, self.mbit = Path(folder), hosts, cpus, mbit
+        self.variables = variables
         self.token = token
         self.processes = {}
         here = Path(sys.executable).parent
@@ -124,7 +126,7 @@ class NetCluster:
                     "ip", "netns", "exec", self.ns(i), "unshare", "--mount", "--pid", "--uts", "--ipc",
                     "--fork", "--mount-proc", "--kill-child=SIGKILL", "bash", "-c", script,
                 ],
-                stdout=log, stderr=log, env=self.env, start_new_session=True,
+                stdout=log, stderr=log, env=self.env | self.variables(i), start_new_session=True,
             )  # fmt: skip
 
     def power_off(self, i):

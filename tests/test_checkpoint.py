@@ -156,10 +156,9 @@ def saves_with_deaths(configuration):
     import os
     import shutil
 
-    from lowbit_dist import model
+    from lowbit_dist import configfile, model, ops
     from lowbit_dist.checkpoint import Position, Saver
     from lowbit_dist.checkpoint.writing import Part
-    from lowbit_dist import configfile
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
@@ -170,9 +169,9 @@ def saves_with_deaths(configuration):
     folder = config.run_dir / "checkpoints"
     digests = {}
     for step in (2, 4):
-        for _ in range(engine.micro_batches):
-            engine.backward(torch.arange(step, step + 2 * 64).view(2, 64))
-        engine.update(step=step, lr=0.1, weight_decay=0.0)
+        with engine.step(ops.Now(lr=0.1, weight_decay=0.0, step=step, seed=0)) as passes:
+            for _ in range(engine.micro_batches):
+                passes.backward(torch.arange(step, step + 2 * 64).view(2, 64))
         position = Position(step=step, samples=step, tokens=step)
         saver.save(engine.shards, position)
         saver.wait()

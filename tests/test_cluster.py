@@ -13,11 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster, pulse
+from lowbit_dist import cluster, configfile, pulse
 from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, session
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist import configfile
+from lowbit_dist.config import ConfigError
 
 STEPS = 24
 SUMMARY = {
@@ -199,9 +198,9 @@ def test_data_that_is_not_there_is_answered_with_the_commands_that_make_it(small
 def test_one_run_is_not_trained_twice_at_once(small):
     config = configuration(small())
     config.run_dir.mkdir()
-    with checks.alone(config), pytest.raises(ConfigError, match="by another process"), checks.alone(config):
+    with checks.run_lock(config), pytest.raises(ConfigError, match="by another process"), checks.run_lock(config):
         pass
-    with checks.alone(config):
+    with checks.run_lock(config):
         pass
 
 

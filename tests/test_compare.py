@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-from lowbit_dist import charts, compare, runs
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist import configfile
+from lowbit_dist import charts, compare, configfile, runs
+from lowbit_dist.config import ConfigError
 
 PARTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 

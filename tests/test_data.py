@@ -19,25 +19,21 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_dist import data, tokenizer
-from lowbit_dist.config import ConfigError, Data, MethodOptions, RunConfig
-from lowbit_dist.data import documents, reading, writing
+from lowbit_dist import configfile, data, documents, tokenizer
+from lowbit_dist.config import ConfigError, Data, RunConfig
+from lowbit_dist.data import reading, shards, tokenizing
 
 SEQ = 32  # tokens of a sample
 SHARD = 8192  # bytes: small, so that there are many
 
 
-class Plain(MethodOptions):
-    """A method without options."""
-
-
 def config(path, **train) -> RunConfig:
     sections = {
-        "method": {"name": "plain"},
+        "method": {"name": "dense"},
         "data": {"path": str(path), "seq_len": SEQ},
         "train": {"batch_tokens": 16 * SEQ, **train},
     }
-    return RunConfig.from_dict(sections, {"plain": Plain})
+    return configfile.from_dict(sections)
 
 
 def texts() -> list[str]:
@@ -56,8 +52,8 @@ def texts() -> list[str]:
 def small():
     """Parts and shards so small that a small corpus has many of each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PART", 1 << 16)
-        patch.setattr(writing, "SHARD_BYTES", SHARD)
+        patch.setattr(documents.text, "PART", 1 << 16)
+        patch.setattr(shards, "SHARD_BYTES", SHARD)
         yield
 
 
@@ -67,7 +63,7 @@ def ray(small):
 
     is_ours = not ray.is_initialized()
     if is_ours:
-        writing._start_ray(2)
+        tokenizing._start_ray(2)
     yield
     if is_ours:
         ray.shutdown()
@@ -227,11 +223,8 @@ def test_a_micro_batch_is_the_samples_that_the_order_names(prepared):
 
 
 def test_vocabularies_beyond_16_bits_are_written_in_32(tmp_path):
-    class Words:
-        vocab_size = 70_000
-
     tokens = np.random.default_rng(0).integers(0, 70_000, 50 * SEQ, np.int32)
-    writer = writing._Writer(tmp_path, Words(), SEQ, 0.5)
+    writer = shards.Writer(tmp_path, 70_000, SEQ, 0.5)
     places = np.array([0, 1 << 63], np.uint64)
     lengths = np.array([20 * SEQ, 30 * SEQ], np.int32)
     row = {"tokens": tokens, "lengths": lengths, "sizes": np.array([100, 200]), "places": places}
@@ -268,7 +261,7 @@ def test_the_same_preparation_is_not_repeated_and_another_is_not_written_over_it
     def must_not_run(*_):
         raise AssertionError("prepared twice")
 
-    monkeypatch.setattr(writing, "_tokenised", must_not_run)
+    monkeypatch.setattr(tokenizing, "tokenised", must_not_run)
     before = data.read_manifest(prepared)
     again = data.prepare([corpus], words, prepared, seq_len=SEQ, workers=1, val_fraction=0.1)
     assert data.Manifest.model_validate(again) == before
@@ -294,7 +287,7 @@ def test_the_same_preparation_is_not_repeated_and_another_is_not_written_over_it
 )
 def test_an_interrupted_preparation_leaves_nothing(ray, corpus, words, tmp_path, monkeypatch, failure, seen):
     n_chunks = 0
-    add = writing._Writer.add
+    add = shards.Writer.add
 
     def interrupted(self, row):
         nonlocal n_chunks
@@ -303,8 +296,8 @@ def test_an_interrupted_preparation_leaves_nothing(ray, corpus, words, tmp_path,
         if n_chunks == 3:
             raise failure
 
-    monkeypatch.setattr(writing, "HELD_TOKENS", 100)  # so that shards are written before the failure
-    monkeypatch.setattr(writing._Writer, "add", interrupted)
+    monkeypatch.setattr(shards, "HELD_TOKENS", 100)  # so that shards are written before the failure
+    monkeypatch.setattr(shards.Writer, "add", interrupted)
     with pytest.raises(seen):
         data.prepare([corpus], words, tmp_path / "out", seq_len=SEQ)
     assert n_chunks == 3
@@ -335,21 +328,21 @@ KILLS = """
 import os, shutil, signal, sys
 from pathlib import Path
 import streaming
-from lowbit_dist import data, tokenizer
+from lowbit_dist import data, documents, files, tokenizer
 from lowbit_dist.config import ConfigError
-from lowbit_dist.data import documents, writing
+from lowbit_dist.data import shards, tokenizing
 
 corpus, words, out, reference = map(Path, sys.argv[1:])
-documents.PART, writing.SHARD_BYTES, writing.HELD_TOKENS = 1 << 16, 8192, 50_000
+documents.text.PART, shards.SHARD_BYTES, shards.HELD_TOKENS = 1 << 16, 8192, 50_000
 loaded = tokenizer.load(words)
-writing._loaded[loaded.sha256] = loaded
+tokenizing._loaded[loaded.sha256] = loaded
 rows = [
     {name: column[0] for name, column in row.items()}
-    for bundle in writing._bundles(documents.parts([corpus]))
-    for row in writing._tokenise({"parts": [bundle]}, None, loaded.sha256, 0)
+    for bundle in tokenizing._bundles(documents.parts([corpus]))
+    for row in tokenizing._tokenise({"parts": [bundle]}, None, loaded.sha256, 0)
 ]
-writing._tokenised = lambda *_: iter(rows)  # without Ray, whose start takes seconds
-writing._sync = lambda path: None  # a killed process loses nothing that it wrote; this is for speed
+tokenizing.tokenised = lambda *_: iter(rows)  # without Ray, whose start takes seconds
+files.sync = lambda path: None  # a killed process loses nothing that it wrote; this is for speed
 counted = out.parent.with_name("counted")
 
 
@@ -505,7 +498,7 @@ def test_processes_of_a_host_read_the_same_from_one_cold_cache(prepared, tmp_pat
     name = hashlib.sha256((prepared / MANIFEST).read_bytes()).hexdigest()[:16]
     folder = tmp_path / "cache" / "lowbit-dist" / "data" / name / "train"
     folder.mkdir(parents=True)
-    (folder / "shard.00000.mds.partial").write_bytes(b"half")
+    (folder / ".draft.shard.00000.mds").write_bytes(b"half")
     (folder / "shard.00001.mds").write_bytes(b"damaged")
     (folder / "shard.00002.mds.lock").touch()
     shared_memory = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
@@ -522,6 +515,7 @@ def test_processes_of_a_host_read_the_same_from_one_cold_cache(prepared, tmp_pat
     for reader in readers:
         assert reader.communicate(timeout=200)[0].strip() == digest.hexdigest()
     assert not [file for file in folder.iterdir() if file.suffix not in (".mds", ".lock")]
+    assert not list(folder.glob(".draft*"))
     if shared_memory:
         assert not {name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith("0")}
 
@@ -751,9 +745,9 @@ def write(folder: Path, name: str, made: list[str]) -> Path:
 def test_every_format_gives_the_same_documents_however_it_is_cut(tmp_path, monkeypatch, name):
     made = [*texts(), "\u2028 line\x85 ends\r that JSON lines do not have", "last"]
     file = write(tmp_path, name, made)
-    monkeypatch.setattr(documents, "CHUNK", 97)  # bytes: borders inside and between lines
+    monkeypatch.setattr(documents.jsonl, "CHUNK", 97)  # bytes: borders inside and between lines
     for size in (100, 7777, 1 << 22):
-        monkeypatch.setattr(documents, "PART", size)
+        monkeypatch.setattr(documents.text, "PART", size)
         assert list(documents.read(documents.parts([file]))) == made
 
 
@@ -768,7 +762,7 @@ def test_text_files_are_documents_and_long_ones_are_cut_at_line_ends(tmp_path, m
     long = "".join("é" * draw.randrange(3000) + "\n" for _ in range(200)) + "x" * 200_000 + "\nno end of line"
     (tmp_path / "a.txt").write_text(long)
     for size in (1 << 16, 1 << 18, 1 << 22):
-        monkeypatch.setattr(documents, "PART", size)
+        monkeypatch.setattr(documents.text, "PART", size)
         *pieces, short = documents.read(documents.parts([tmp_path]))
         assert short == "short\r\n  ß\n"
         assert "".join(pieces) == long
@@ -810,7 +804,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows(monkeypatch):
     with pytest.raises(ConfigError, match="pip install datasets"):
         documents.parts(["hf:owner/name"])
     monkeypatch.setitem(sys.modules, "datasets", Library)
-    monkeypatch.setattr(documents, "ROWS", 10)
+    monkeypatch.setattr(documents.tables, "ROWS", 10)
     parts = documents.parts(["hf:owner/name:en:train[:5%]"])
     assert len(parts) == 3
     assert list(documents.read(parts)) == [f"row {k}" for k in range(25)]

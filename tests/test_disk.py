@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit_dist import data, tokenizer, tracking
+from lowbit_dist import configfile, data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
-from lowbit_dist.data import reading, writing
-from lowbit_dist import configfile
+from lowbit_dist.data import reading, shards, tokenizing
 from lowbit_dist.tracking import feeder
 
 
@@ -86,7 +85,8 @@ def config(folder: Path, uri: str | None = None) -> RunConfig:
             "method": {"name": "dqt"},
             "data": {"path": "data"},
             "tracking": {"mlflow": uri, "experiment": "tests"},
-        })
+        }
+    )
     made.run_dir.mkdir(exist_ok=True, parents=True)
     (made.run_dir / "config.yaml").write_text(made.to_yaml())
     return made
@@ -364,17 +364,17 @@ def prepare(documents, words):
     """`prepare(out)`: in shards of 4 kB, without Ray's processes: they write nothing to the disk of `out`."""
 
     def tokenised(chosen, words, seed, workers):
-        for bundle in writing._bundles(chosen):
-            for row in writing._tokenise({"parts": [bundle]}, None, words.sha256, seed):
+        for bundle in tokenizing._bundles(chosen):
+            for row in tokenizing._tokenise({"parts": [bundle]}, None, words.sha256, seed):
                 yield {name: column[0] for name, column in row.items()}
 
     loaded = tokenizer.load(words)
 
     def prepare(out):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(writing._loaded, loaded.sha256, loaded)
-            patch.setattr(writing, "_tokenised", tokenised)
-            patch.setattr(writing, "SHARD_BYTES", 4096)
+            patch.setitem(tokenizing._loaded, loaded.sha256, loaded)
+            patch.setattr(tokenizing, "tokenised", tokenised)
+            patch.setattr(shards, "SHARD_BYTES", 4096)
             return data.prepare([documents], words, out, seq_len=SEQ, val_fraction=0.1)
 
     return prepare

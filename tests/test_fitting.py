@@ -13,12 +13,11 @@ import pytest
 import torch
 from test_train import train
 
-from lowbit_dist import memory
+from lowbit_dist import configfile, memory
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.cluster import checks
-from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.config import ConfigError
 from lowbit_dist.memory import disk, fitting, machine
-from lowbit_dist import configfile
 
 VOCAB = 32_000
 GB = 10**9

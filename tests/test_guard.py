@@ -46,13 +46,14 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
     `skip` leaves the step out as if nothing had ever been wrong with it: the reference of the others.
     """
     from lowbit_dist.zero import Engine
+    from lowbit_dist.zero.engine import Step
 
-    update, backward = Engine.update, Engine.backward
+    update, backward = Engine._update, Step.backward
 
-    def spoiled_update(engine, *, step, **more):
-        fault = faults.get(step)
+    def spoiled_update(engine, now, limit):
+        fault = faults.get(now.step)
         if fault == "skip":
-            more["max_norm"] = -1.0
+            limit = -1.0
         elif fault not in (None, "loss") and (engine.rank == on_rank or engine.config.zero.stage == 0):
             gradients = [g for g in engine.gradients() if g.numel()]
             if fault == "times":
@@ -60,21 +61,21 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
                     g.mul_(1e6)
             else:
                 gradients[0].view(-1)[3] = float(fault)
-        return update(engine, step=step, **more)
+        return update(engine, now, limit)
 
-    def spoiled_backward(engine, tokens):
-        loss = backward(engine, tokens)
+    def spoiled_backward(passes, tokens):
+        loss, engine = backward(passes, tokens), passes.engine
         engine.n_passes = getattr(engine, "n_passes", 0) + 1
         step = (engine.n_passes - 1) // (engine.micro_batches // engine.world) + 1
         if faults.get(step) == "loss" and engine.rank == on_rank:
             loss = loss * math.nan
         return loss
 
-    Engine.update, Engine.backward = spoiled_update, spoiled_backward
+    Engine._update, Step.backward = spoiled_update, spoiled_backward
     try:
         return train(configuration, stop_at)
     finally:
-        Engine.update, Engine.backward = update, backward
+        Engine._update, Step.backward = update, backward
 
 
 STEPS = (3, 4, 9)
@@ -149,24 +150,24 @@ def train_with_spike(configuration, at, *, stop_at=None):
     Returns the summary and the first samples of all micro-batches that were asked for.
     """
     from lowbit_dist import data
-    from lowbit_dist.zero import Engine
+    from lowbit_dist.zero.engine import Step
 
-    backward, micro_batch = Engine.backward, data.Batches.micro_batch
+    backward, micro_batch = Step.backward, data.Batches.micro_batch
     asked, n = [], 4 * at - 4
 
     def remembering(batches, first_sample, size):
         asked.append(first_sample)
         return micro_batch(batches, first_sample, size)
 
-    def spoiled(engine, tokens):
-        loss = backward(engine, tokens)
+    def spoiled(passes, tokens):
+        loss = backward(passes, tokens)
         return loss + 50 if n <= asked[-1] < n + 4 else loss
 
-    Engine.backward, data.Batches.micro_batch = spoiled, remembering
+    Step.backward, data.Batches.micro_batch = spoiled, remembering
     try:
         return train(configuration, stop_at), asked
     finally:
-        Engine.backward, data.Batches.micro_batch = backward, micro_batch
+        Step.backward, data.Batches.micro_batch = backward, micro_batch
 
 
 SPIKE = {"steps": 30, "save_every": 5, "log_every": 1, "eval_every": 30, "on_spike": "rollback"}
@@ -207,24 +208,24 @@ def test_a_spike_is_only_mentioned_if_nothing_else_is_asked(ranks, small, tmp_pa
 
 
 def spiking_for_ever(configuration):
-    from lowbit_dist.zero import Engine
+    from lowbit_dist.zero.engine import Step
 
-    backward = Engine.backward
+    backward = Step.backward
     n = 0
 
-    def spoiled(engine, tokens):
+    def spoiled(passes, tokens):
         nonlocal n
         n += 1
-        loss = backward(engine, tokens)
+        loss = backward(passes, tokens)
         return loss + 50 if n > 40 and n % 4 < 2 else loss
 
-    Engine.backward = spoiled
+    Step.backward = spoiled
     try:
         train(configuration)
     except guard.Diverged as error:
         return str(error)
     finally:
-        Engine.backward = backward
+        Step.backward = backward
     raise AssertionError("the run went on")
 
 

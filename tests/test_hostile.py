@@ -15,12 +15,10 @@ import pytest
 import torch
 
 import lowbit_dist
-from lowbit_dist import checkpoint, data
+from lowbit_dist import checkpoint, configfile, data, documents
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.cli import inspection
-from lowbit_dist.config import ConfigError, Data, RunConfig
-from lowbit_dist.data import documents
-from lowbit_dist import configfile
+from lowbit_dist.config import ConfigError, Data
 
 SEQ = 64
 STEAL = "!!python/object/apply:os.system ['touch stolen']"

@@ -1,24 +1,34 @@
-"""The architecture as a test: files import downwards, and each dependency has one home."""
+"""The architecture as a test: files import downwards and in no circle, each dependency has one home, and what
+a method is called stays in few places.
+"""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lowbit_dist
+from lowbit_dist.methods import METHODS
 
 PACKAGE = Path(lowbit_dist.__file__).parent
 
-# A module imports its own floor or lower.
+# A file imports its own floor or lower.
 FLOOR = {
-    "grid": 0, "answers": 0, "files": 0, "yamlfile": 0, "config": 0, "schedule": 0, "guard": 0, "pulse": 0,
-    "ops": 1,
-    "packed": 2, "linear": 2, "charts": 2,
-    "methods": 3, "model": 3, "tokenizer": 3, "data": 3, "zero": 3, "memory": 4, "tracking": 3,
-    "checkpoint": 4, "runs": 4,
-    "train": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
+    "grid": 0, "answers": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "registry": 0,
+    "guard": 0, "pulse": 0,
+    "ops": 1, "documents": 1,
+    "packed": 2, "linear": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
+    "methods": 3, "optim": 3, "config": 3, "configfile": 3, "schedule": 3,
+    "model": 3, "data": 3, "zero": 3, "tracking": 3, "statistics": 3,
+    "memory": 4, "checkpoint": 4, "runs": 4, "convert": 4,
+    "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
     "cluster": 6, "compare": 6, "sweep": 6,
     "cli": 7, "__main__": 7,
+    "__init__": 8,  # the Python API: nothing in the package imports from it
 }  # fmt: skip
 
 HOMES = {
@@ -30,49 +40,109 @@ HOMES = {
     "typer": {"cli"},
     "matplotlib": {"charts"},
     "yaml": {"yamlfile"},
-    "pyarrow": {"data"},
-    "zstandard": {"data"},
-    "safetensors": {"checkpoint", "model"},
+    "pyarrow": {"documents"},
+    "zstandard": {"documents"},
+    "fcntl": {"files"},
+    "safetensors": {"checkpoint", "pretrained"},
     "ray": {"cluster", "data", "tracking"},  # cluster: Train and Jobs; data: Ray Data; tracking: metrics
 }
 
+FILES = {
+    ".".join(("lowbit_dist", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in PACKAGE.rglob("*.py")
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-def module_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+def part(name: str) -> str:
+    """The key of a module's floor."""
+    return [*name.split("."), "__init__"][1]
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(name: str) -> set[str]:
+    """What a module imports when it runs, inside functions too: modules, and names of packages."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [TREES[name]]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+            continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "lowbit_dist":
-                yield from (f"lowbit_dist.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import; write the module's whole name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        nodes += ast.iter_child_nodes(node)
+    return found
 
 
-def sources():
-    return [path for path in PACKAGE.rglob("*.py") if module_of(path) != "__init__"]
+def needs(name: str) -> set[str]:
+    """The files of the package that a module imports, with the `__init__` of each package that it enters."""
+    found = set()
+    for target in imports(name):
+        if target.split(".")[0] == "lowbit_dist":
+            target = target if target in FILES else target.rpartition(".")[0]
+            found.add(target)
+            while not f"{name}.".startswith(f"{(target := target.rpartition('.')[0])}."):
+                found.add(target)
+    return found
 
 
-def test_every_module_has_a_floor():
-    assert {module_of(path) for path in sources()} <= set(FLOOR)
+def calls(name: str, *functions: str) -> list[ast.Call]:
+    return [
+        node
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions
+    ]
 
 
-def test_imports_point_downwards():
-    for path in sources():
-        for name in imports(path):
-            if name.startswith("lowbit_dist."):
-                other = name.split(".")[1]
-                assert FLOOR[other] <= FLOOR[module_of(path)], f"{path} imports {other} from a higher floor"
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_downwards(name):
+    assert part(name) in FLOOR, f"{FILES[name]} has no floor yet; give it one"
+    for other in needs(name):
+        assert FLOOR[part(other)] <= FLOOR[part(name)], f"{name} imports {other} from a higher floor"
 
 
-def test_each_dependency_has_one_home():
-    for path in sources():
-        for name in imports(path):
-            homes = HOMES.get(name.split(".")[0])
-            assert homes is None or module_of(path) in homes, f"{name} belongs to {homes}, not to {path}"
+def test_files_form_no_circle():
+    graphlib.TopologicalSorter({name: needs(name) for name in FILES}).prepare()  # CycleError names the circle
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_dependency_has_one_home(name):
+    for target in imports(name):
+        homes = HOMES.get(target.split(".")[0])
+        assert homes is None or part(name) in homes, f"{target} belongs to {homes}, not to {name}"
+
+
+def test_methods_are_listed_in_three_files_at_most():
+    found = [name for name, path in FILES.items() if re.search(r"\bMETHODS\b", path.read_text())]
+    assert len(found) <= 3, f"{found} name METHODS"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_asks_for_a_methods_class(name):
+    """A method answers for itself: there is no other behaviour for one of them in shared code."""
+    classes = {place.rpartition(":")[2] for place in METHODS.values()}
+    for call in calls(name, "isinstance", "issubclass"):
+        asked = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(call.args[1])}
+        assert not asked & classes, f"{name} line {call.lineno}: {ast.unparse(call)}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_attributes_are_there_or_not_but_are_not_asked_for(name):
+    """Outside of what hangs its own attributes onto DeepSpeed's parameters."""
+    if part(name) != "zero":
+        found = [f"line {call.lineno}: {ast.unparse(call)}" for call in calls(name, "hasattr")]
+        assert not found, f"{name} {found}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_in_one_sitting(name):
+    n_lines = len(FILES[name].read_text().splitlines())
+    assert n_lines <= 400, f"{FILES[name]} has {n_lines} lines; cut it where its subject changes"
 
 
 def test_importing_the_package_stays_light():

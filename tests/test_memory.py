@@ -7,6 +7,8 @@ from time import process_time
 import pytest
 import torch
 
+from lowbit_dist import ops
+
 VOCAB = 640  # with 96 tokens a pass, no activation and no ordinary tensor has the size of a low-bit weight
 SEQ_LEN = 48
 MODEL = {"hidden_size": 256, "intermediate_size": 512, "layers": 3, "heads": 4, "kv_heads": 2}
@@ -50,9 +52,11 @@ class Training:
 
     def step(self):
         self.n_steps += 1
-        for _ in range(self.engine.micro_batches // self.engine.world):
-            self.engine.backward(self.tokens)
-        return self.engine.update(step=self.n_steps, lr=1e-3, weight_decay=0.01)
+        now = ops.Now(lr=1e-3, weight_decay=0.01, step=self.n_steps, seed=0)
+        with self.engine.step(now) as step:
+            for _ in range(self.engine.micro_batches // self.engine.world):
+                step.backward(self.tokens)
+        return step.done
 
     def low_bit_numels(self):
         return [self.engine.numels[name] for name in self.engine.low_bit]

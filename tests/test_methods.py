@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_dist.linear import Linear, linear
-from lowbit_dist.methods import METHODS
-from lowbit_dist.methods.bitnet import BitNet
-from lowbit_dist.methods.dqt import DQT, RMS_RANGE
+from lowbit_dist.linear import IntPerToken, Linear, linear
+from lowbit_dist.methods import DQT, BitNet, Dense
+from lowbit_dist.methods.dqt import RMS_RANGE
 from lowbit_dist.packed import PackedTensor
 
 GRIDS = {"ternary": (-1, 1), "int2": (-2, 1), "int3": (-4, 3), "int4": (-8, 7), "int8": (-128, 127)}
@@ -67,7 +66,7 @@ def test_bitnet_normalises_the_inputs_that_llama_does_not():
 
 def test_the_head_is_an_ordinary_layer_under_every_method():
     x, weight, _ = case()
-    for method in METHODS.values():
+    for method in (DQT, BitNet, Dense):
         assert torch.equal(layer_of(method(), weight, is_head=True)(x), x @ weight.t())
 
 
@@ -86,7 +85,7 @@ def test_a_linear_with_bias_has_the_gradients_of_torch():
 def test_activations_are_rounded_per_token_straight_through(bits):
     x, weight, dy = case()
     x.requires_grad_()
-    y = linear(x, weight, activation_bits=bits)
+    y = linear(IntPerToken(bits)(x), weight)
     torch.testing.assert_close(
         y.double(), rounded_tokens(x.detach(), bits) @ weight.double().t(), rtol=1e-5, atol=1e-6
     )
@@ -95,13 +94,22 @@ def test_activations_are_rounded_per_token_straight_through(bits):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize(
+    ("granularity", "size", "inputs"),
+    [({"granularity": "tensor"}, 6 * 512, 512), ({"granularity": "row"}, 512, 512), ({"granularity": "group"}, 128, 512),
+     ({"granularity": "group", "group": 64}, 64, 512), ({"granularity": "group", "group": 256}, 256, 512),
+     ({"granularity": "tensor"}, 8 * 576, 576), ({"granularity": "row"}, 576, 576), ({"granularity": "row"}, 896, 896),
+     ({"granularity": "group"}, 128, 896), ({"granularity": "group", "group": 448}, 448, 896)],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("scale", ["absmean", "absmax", "rms"])
-def test_initial_codes_and_scales_follow_the_formulas(grid, granularity, scale):
+def test_initial_codes_and_scales_follow_the_formulas(grid, granularity, size, inputs, scale):
     low, high = GRIDS[grid]
-    _, weight, _ = case(out=6)
-    packed = DQT(grid=grid, granularity=granularity, scale=scale).quantize(weight)
-    rows = weight.double().reshape(1, -1) if granularity == "tensor" else weight.double()
+    every = size
+    _, weight, _ = case(out=6 if inputs == 512 else 8, inputs=inputs)
+    packed = DQT(grid=grid, scale=scale, **granularity).quantize(weight)
+    assert packed.scale_every == every
+    rows = weight.double().reshape(-1, every)
     if scale == "absmean":
         size = rows.abs().mean(1) / high
     elif scale == "absmax":
@@ -110,10 +118,11 @@ def test_initial_codes_and_scales_follow_the_formulas(grid, granularity, scale):
         size = (rows**2).mean(1).sqrt() * 2 * RMS_RANGE[grid] / (high - low)
     size = size.half().double()
     assert torch.equal(packed.scale.double(), size)
-    levels = (weight.double() / size.view(-1, 1)).round().clamp(low, high)
-    near_tie = ((weight.double() / size.view(-1, 1)).frac().abs() - 0.5).abs() < 1e-5
+    levels = (rows / size.view(-1, 1)).round().clamp(low, high).view(weight.shape)
+    near_tie = ((rows / size.view(-1, 1)).frac().abs() - 0.5).abs().view(weight.shape) < 1e-5
     assert torch.equal(packed.levels().double()[~near_tie], levels[~near_tie])
-    assert torch.equal(packed.dequantize(torch.float32), packed.levels() * packed.scale.view(-1, 1))
+    decoded = packed.levels().view(-1, every) * packed.scale.view(-1, 1)
+    assert torch.equal(packed.dequantize(torch.float32), decoded.view(weight.shape))
 
 
 def test_scales_survive_float16_and_no_tensor_is_without_one():
@@ -123,9 +132,9 @@ def test_scales_survive_float16_and_no_tensor_is_without_one():
     assert math.isfinite(DQT(grid="int8").quantize(torch.full((2, 256), 1e6)).scale.item())
 
 
-def test_a_packed_tensor_needs_whole_blocks_in_a_row():
-    with pytest.raises(ValueError, match="multiple of 256, not 100"):
-        PackedTensor.quantize(torch.zeros(3, 100), torch.ones(1), DQT().levels)
+def test_a_packed_tensor_needs_whole_blocks():
+    with pytest.raises(ValueError, match=r"multiple of 256 elements, not 300 \(3, 100\)"):
+        PackedTensor.quantize(torch.zeros(3, 100), torch.ones(1), DQT().stored)
 
 
 def test_which_tensors_are_low_bit():

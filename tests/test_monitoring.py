@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowbit_dist.config import RunConfig
-from lowbit_dist.memory import COMPONENTS
 from lowbit_dist import configfile
+from lowbit_dist.memory import COMPONENTS
 from lowbit_dist.tracking import gauges
 
 MONITORING = Path(__file__).parent.parent / "launch" / "monitoring"
@@ -316,8 +315,7 @@ def test_what_is_closed_is_forgotten(ray_port, worker):
 def test_in_a_process_without_ray_nothing_is_handed_on_and_ray_is_not_imported(tmp_path):
     code = (
         "import sys, threading\n"
-        "from lowbit_dist.config import RunConfig\n"
-        "from lowbit_dist.methods import METHODS\n"
+        "from lowbit_dist import configfile\n"
         "from lowbit_dist.tracking import gauges\n"
         f"content = {{'run': {{'dir': {str(tmp_path)!r}}}, 'data': {{'path': 'x'}}}}\n"
         "config = configfile.from_dict(content)\n"

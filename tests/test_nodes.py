@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from lowbit_dist.cluster.nodes import Node, chosen, places, that_answer
 from lowbit_dist import configfile
+from lowbit_dist.cluster.nodes import Node, largest_worker_count, reachable, worker_slots
 
 
 def node(name, cpus=0.0, gpus=0.0, port=1):
@@ -22,9 +22,9 @@ def test_a_machine_that_takes_no_connection_is_left_out():
         here = node("here", port=listening.getsockname()[1])
         with socket.create_server(("127.0.0.1", 0)) as other:
             gone = node("gone", port=other.getsockname()[1])
-        assert that_answer([gone, here]) == [here]
-    assert that_answer([gone, here]) == []
-    assert that_answer([]) == []
+        assert reachable([gone, here]) == [here]
+    assert reachable([gone, here]) == []
+    assert reachable([]) == []
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_a_machine_that_takes_no_connection_is_left_out():
 def test_each_machine_has_as_many_places_as_its_free_processors_allow(free, cluster, expected, small):
     found = [node(name, cpus, gpus) for name, (cpus, gpus) in free.items()]
     config = configured(small, 1, **cluster)
-    assert places(config, found, gpus=sum(each.gpus for each in found)) == expected
+    assert worker_slots(config, found, gpus=sum(each.gpus for each in found)) == expected
 
 
 @pytest.mark.parametrize(
-    ("workers", "n_places", "expected"),
+    ("workers", "n_slots", "expected"),
     [
         ({"min": 1, "max": 4}, 0, 0),
         ({"min": 1, "max": 4}, 1, 1),
@@ -60,6 +60,6 @@ def test_each_machine_has_as_many_places_as_its_free_processors_allow(free, clus
     ],
 )
 def test_as_many_workers_as_there_are_places_for_and_the_batch_can_be_divided_among(
-    workers, n_places, expected, small
+    workers, n_slots, expected, small
 ):
-    assert chosen(configured(small, workers), n_places) == expected
+    assert largest_worker_count(configured(small, workers), n_slots) == expected

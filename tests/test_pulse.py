@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowbit_dist import pulse
+from lowbit_dist import configfile, pulse
 from lowbit_dist.cluster import watch
-from lowbit_dist import configfile
 
 
 @pytest.fixture

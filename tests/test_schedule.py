@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lowbit_dist.config import Schedule
-from lowbit_dist.schedule import rate
+from lowbit_dist.optim.schedule import rate
 
 NAMES = ("cosine", "linear", "constant", "two_stage")
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_dist import runs
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist import configfile
+from lowbit_dist import configfile, runs
+from lowbit_dist.config import ConfigError
 from lowbit_dist.sweep import Sweep, running
 from lowbit_dist.tracking import Parent
 

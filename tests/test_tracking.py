@@ -9,9 +9,8 @@ import time
 import pytest
 from mlflow_server import Server
 
-from lowbit_dist import tracking
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist import configfile
+from lowbit_dist import configfile, tracking
+from lowbit_dist.config import ConfigError
 from lowbit_dist.tracking import mlflow_run, record
 
 
@@ -30,7 +29,8 @@ def config(store, tmp_path):
                 "method": {"name": "dqt"},
                 "data": {"path": "data"},
                 "tracking": {"mlflow": uri, "experiment": "tests"},
-            })
+            }
+        )
         made.run_dir.mkdir(exist_ok=True)
         (made.run_dir / "config.yaml").write_text(made.to_yaml())
         return made

@@ -15,9 +15,8 @@ def train(configuration, stop_at=None):
     import logging
 
     logging.disable(logging.INFO)
-    from lowbit_dist import loop as training
-    from lowbit_dist.config import RunConfig
     from lowbit_dist import configfile
+    from lowbit_dist import loop as training
 
     config = configfile.from_dict(configuration)
     if stop_at is None:
@@ -181,9 +180,7 @@ def step_with_infinite_gradient(configuration):
     """(skipped, unchanged) of an engine whose second micro-batch has an infinite loss on one worker."""
     import torch
 
-    from lowbit_dist import model
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist import configfile
+    from lowbit_dist import configfile, model, ops
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
@@ -191,20 +188,18 @@ def step_with_infinite_gradient(configuration):
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     tokens = torch.arange(2 * 64).view(2, 64)
-    for _ in range(engine.micro_batches // engine.world):
-        engine.backward(tokens)
-    if engine.rank == engine.world - 1:
-        engine.gradients()[0][5] = float("nan")
-    before = [
-        t.clone()
-        for shard in engine.shards
-        for t in (shard.codes, shard.weight, shard.moments.m)
-        if t is not None
-    ]
-    update = engine.update(step=1, lr=1e-3, weight_decay=0.0)
-    after = [
-        t for shard in engine.shards for t in (shard.codes, shard.weight, shard.moments.m) if t is not None
-    ]
+
+    def kept():
+        own = [t for shard in engine.shards for t in (shard.codes, shard.weight) if t is not None]
+        return own + [t for shard in engine.shards for slot in shard.state for t in slot.tensors]
+
+    with engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=1, seed=0)) as step:
+        for _ in range(engine.micro_batches // engine.world):
+            step.backward(tokens)
+        if engine.rank == engine.world - 1:
+            engine.gradients()[0][5] = float("nan")
+        before = [t.clone() for t in kept()]
+    update, after = step.done, kept()
     engine.close()
     return update.skipped, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

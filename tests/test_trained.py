@@ -1,4 +1,4 @@
-"""A trained model, of a run or of a Hugging Face folder: the same weights, tokens and logits as whoever made it."""
+"""A trained model, of a run or a Hugging Face folder: its weights, ids and logits are those of its maker."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def run(few_steps):
 
 @pytest.fixture
 def folder(tmp_path, corpus):
-    """`folder("tied")`: a Hugging Face folder with that model, in random weights, and the corpus's tokenizer."""
+    """`folder("tied")`: a Hugging Face folder, with random weights and the corpus's tokenizer."""
 
     def written(name, dtype=torch.float32, **saving):
         torch.manual_seed(0)
@@ -253,7 +253,8 @@ BROKEN = {
     "a weight that is missing": (
         lambda at: resaved(at, lambda w: w.pop(UP)), (UP, "none of its safetensors files")),
     "a weight that the model does not have": (
-        lambda at: resaved(at, lambda w: w.update(bias=torch.zeros(3))), ("bias", "no parameter of the model")),
+        lambda at: resaved(at, lambda w: w.update(bias=torch.zeros(3))),
+        ("bias", "no parameter of the model")),
     "a weight in codes": (
         lambda at: resaved(at, lambda w: w.update({UP: torch.zeros(128, 64, dtype=torch.uint8)})),
         (UP, "of type U8", "not quantised")),
@@ -292,7 +293,9 @@ TOKENIZERS = {
         lambda at: ((at / "tokenizer.model").unlink(), (at / "tokenizer.json").write_text("{}")),
         "tokenizer.json cannot be read"),
     "one of more pieces than the model has": (
-        lambda at: tokenizer.train([at], 600, at / "other") and shutil.copy(at / "other/tokenizer.model", at),
+        lambda at: (
+            tokenizer.train([at / "text.txt"], 600, at / "other"),
+            shutil.copy(at / "other/tokenizer.model", at)),
         "a tokenizer of 600 pieces and a model of 512"),
 }  # fmt: skip
 

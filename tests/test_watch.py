@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from lowbit_dist.cli import plots
 from lowbit_dist import configfile
+from lowbit_dist.cli import plots
 
 COMPONENTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 STEPS = 40

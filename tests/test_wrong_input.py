@@ -37,9 +37,8 @@ def train(folder, text):
     """One worker's run, with the relative paths of `folder`."""
     import yaml
 
-    from lowbit_dist import loop as training
-    from lowbit_dist.config import RunConfig
     from lowbit_dist import configfile
+    from lowbit_dist import loop as training
 
     before = os.getcwd()
     os.chdir(folder)
@@ -654,9 +653,8 @@ def test_wrong_input_is_answered_in_one_line_before_anything_starts(case, place,
 
 def test_without_a_mistake_the_same_commands_go_on(place, lowbit):
     """The folder of all cases is right: what is refused in them is their mistake alone."""
-    from lowbit_dist.cluster import check
-    from lowbit_dist.config import RunConfig
     from lowbit_dist import configfile
+    from lowbit_dist.cluster import check
 
     assert lowbit("train", "run.yaml").returncode == 0
     assert lowbit("inspect", "small").returncode == 0
@@ -668,10 +666,9 @@ def test_without_a_mistake_the_same_commands_go_on(place, lowbit):
 
 def test_a_latest_that_names_what_is_gone_loses_no_run(place, lowbit):
     """An older checkpoint is there, and is used."""
+    from lowbit_dist import configfile
     from lowbit_dist.cluster import check
     from lowbit_dist.cluster.checks import newest_checkpoint
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist import configfile
 
     assert (place / "runs/small/latest").read_text().strip() == "step-2"
     shutil.rmtree(place / STEP)

@@ -27,7 +27,7 @@ def norm_of_part(values, cuts):
     """The global norm when this rank holds the elements between its two cuts, in pieces."""
     import torch.distributed as dist
 
-    from lowbit_dist.zero.stage3 import global_norm
+    from lowbit_dist.optim.clipping import global_norm
 
     first, last = cuts[dist.get_rank()], cuts[dist.get_rank() + 1]
     mine = values[first:last]
@@ -56,9 +56,7 @@ def pretrained_weights(configuration, folder):
     """This rank's codes and weights of a model initialised from `folder`, by name and start."""
     import torch
 
-    from lowbit_dist import model
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist import configfile
+    from lowbit_dist import configfile, model
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
@@ -103,18 +101,17 @@ def test_a_pretrained_model_is_rounded_to_the_grid_once(world, ranks, small, tmp
 def test_a_pretrained_folder_of_pickles_is_refused(tmp_path, small):
     from lowbit_dist import model
     from lowbit_dist.config import ConfigError
+    from lowbit_dist.methods import Dense
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
-        model.InitialWeights(torch.nn.Linear(2, 2), 0, tmp_path)
+        model.InitialWeights(torch.nn.Linear(2, 2), Dense(), 0, tmp_path)
 
 
 def flips_of_one_step(configuration):
     """What a step says of its flips, and the codes of this rank's shards that it changed."""
-    from lowbit_dist import model, ops
-    from lowbit_dist.config import RunConfig
-    from lowbit_dist import configfile
+    from lowbit_dist import configfile, model, ops
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
@@ -122,11 +119,12 @@ def flips_of_one_step(configuration):
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
-    for _ in range(engine.micro_batches // engine.world):
-        engine.backward(tokens)
     packed = [shard for shard in engine.shards if shard.codes is not None]
     before = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
-    update = engine.update(step=1, lr=5e-3, weight_decay=0.0)
+    with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=1, seed=0)) as step:
+        for _ in range(engine.micro_batches // engine.world):
+            step.backward(tokens)
+    update = step.done
     after = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
     changed = {s.name: int((a != b).sum()) for s, a, b in zip(packed, after, before, strict=True)}
     engine.close()

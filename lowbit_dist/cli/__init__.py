@@ -13,7 +13,14 @@ import typer
 
 from lowbit_dist.cli import comparing, console, jobs, watching
 from lowbit_dist.cli.arguments import (
-    Config, Inputs, Json, Overrides, RunOrCheckpoint, RunOrFolder, load, pairs,
+    Config,
+    Inputs,
+    Json,
+    Overrides,
+    RunOrCheckpoint,
+    RunOrFolder,
+    load,
+    pairs,
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
 

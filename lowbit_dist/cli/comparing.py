@@ -146,7 +146,7 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
         "steps": run.config.train.steps,
         "loss": run.last("loss"),
         "val_loss": run.last("val_loss"),
-        "method": run.method,
+        "method": run.config.method.label,
         "seed": run.config.run.seed,
         "age_seconds": runs.age(run),
         "why": run.why,

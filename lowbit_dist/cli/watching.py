@@ -94,7 +94,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return {
         "run": run.config.run.name,
         "folder": str(folder),
-        "method": run.method,
+        "method": run.config.method.label,
         "state": "running" if is_alive else run.state,
         "is_alive": is_alive,
         "why": run.why,

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowbit_dist import runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
-from lowbit_dist.cluster.checks import alone, check, finished
+from lowbit_dist.cluster.checks import check, finished, run_lock
 from lowbit_dist.cluster.following import Progress
 from lowbit_dist.cluster.session import Stopped, signals_stop
 from lowbit_dist.config import RunConfig
@@ -29,7 +29,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
     check(config)
     for remark in config.remarks():
         progress.say(remark)
-    with alone(config), signals_stop() as signals:
+    with run_lock(config), signals_stop() as signals:
         if (summary := finished(config)) is not None:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.network import why_no_answer
 
 
 def check(config: RunConfig) -> None:
@@ -26,9 +25,10 @@ def check(config: RunConfig) -> None:
     manifest = data.check(config)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
-    if config.model.pretrained is not None:
-        from lowbit_dist import model
+    from lowbit_dist import model
 
+    model.check_shapes(config.model, manifest.vocab_size, config.method)
+    if config.model.pretrained is not None:
         model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, config.method)
     from lowbit_dist import tracking
 
@@ -62,7 +62,7 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
         ("GPUs", "gpus_per_worker", gpus, gpus_per_worker(config, gpus)),
     ]
     for what, field, have, each in asked:
-        if n <= (fit := times(have, each)):
+        if n <= (fit := how_many_fit(have, each)):
             continue
         suggested = max((m for m in range(1, int(fit) + 1) if _divides(config, m)), default=None)
         ways = [] if suggested is None else [f"cluster.workers={suggested}"]
@@ -75,11 +75,11 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             f"{have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; write {' or '.join(ways)}"
         )
     return next(
-        m for m in config.worker_counts() if all(m <= times(have, each) for _, _, have, each in asked)
+        m for m in config.worker_counts() if all(m <= how_many_fit(have, each) for _, _, have, each in asked)
     )
 
 
-def times(have: float, each: float) -> float:
+def how_many_fit(have: float, each: float) -> float:
     """How often `each` is in `have`, though fractions are not exact; without end if nothing is asked."""
     return int(have / each * (1 + 1e-9)) if each else float("inf")
 
@@ -88,14 +88,11 @@ def check_answers(address: str) -> None:
     """ConfigError unless something listens at a Ray address; Ray itself would wait for minutes."""
     if address == "auto":  # the cluster whose node this machine is; Ray finds it, or says that there is none
         return
-    try:
-        parts = urlsplit(address if "://" in address else f"gcs://{address}")
-        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=10).close()
-    except (OSError, ValueError) as error:
+    if why := why_no_answer(address, port=6379, timeout=10):
         raise ConfigError(
-            f"RAY_ADDRESS ({address}) does not answer ({error}); write HOST:PORT of a Ray head, or "
+            f"RAY_ADDRESS ({address}) does not answer ({why}); write HOST:PORT of a Ray head, or "
             "unset it to train on this machine"
-        ) from None
+        )
 
 
 def gpus_per_worker(config: RunConfig, gpus: float) -> float:
@@ -116,7 +113,10 @@ def check_run(config: RunConfig) -> None:
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
     if (folder / "config.yaml").exists():
-        earlier = configfile.load(folder / "config.yaml")
+        try:
+            earlier = configfile.load(folder / "config.yaml")
+        except ConfigError as mistake:
+            raise ConfigError(f"run.name ({config.run.name}): {folder / 'config.yaml'}: {mistake}") from None
         _check_same(config, earlier, f"run.name ({config.run.name})")
     from lowbit_dist.checkpoint import Checkpoint, newest_first
 
@@ -180,7 +180,7 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     return summary if summary.get("steps") == config.train.steps else None
 
 
-def alone(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+def run_lock(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
     """ConfigError if this run is being launched already."""
     from lowbit_dist import runs
 

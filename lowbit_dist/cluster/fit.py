@@ -17,7 +17,7 @@ from lowbit_dist.cluster.checks import check_workers, gpus_per_worker
 from lowbit_dist.cluster.driver import Change, Failure, Outcome, Work
 from lowbit_dist.cluster.failures import failure, last_line
 from lowbit_dist.cluster.following import LOG
-from lowbit_dist.cluster.nodes import await_places, nodes
+from lowbit_dist.cluster.nodes import await_worker_slots, nodes
 from lowbit_dist.cluster.probe import CHECKED, probe
 from lowbit_dist.cluster.session import ray_session
 from lowbit_dist.cluster.watch import Watch
@@ -121,7 +121,7 @@ class _Fit:
         else:
             if not self.probed and self.config.cluster.start_timeout == "auto":
                 check_workers(self.config, cpus=cpus, gpus=gpus, place="the Ray cluster")
-            machines = await_places(self.config, self.say)
+            machines = await_worker_slots(self.config, self.say)
             if not machines:
                 least = self.config.worker_counts()[-1]
                 return Failure(f"the cluster has no room for {least} worker{'' if least == 1 else 's'}")

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from lowbit_dist import tracking
+from lowbit_dist import configfile, tracking
 from lowbit_dist.cluster.probe import CHECKED
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.network import why_no_answer
 
 LOCAL = "http://127.0.0.1:8265"
 GRACE = 120  # seconds that a job which is stopped has to save a checkpoint
@@ -42,7 +42,7 @@ class Jobs:
         from ray.job_submission import JobSubmissionClient
 
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or LOCAL
-        if urlsplit(self.address).scheme not in ("http", "https"):
+        if not re.match("https?://", self.address, re.IGNORECASE):
             raise ConfigError(
                 f"--address ({self.address}) must be http://HOST:PORT of the cluster's dashboard; write "
                 f"{LOCAL}, for example"
@@ -83,7 +83,17 @@ class Jobs:
                 ),
             )
         say(f"submitted {job} to {self.address}")
-        self._await_checks(job, say)
+        try:
+            self._await_checks(job, say)
+        except ConfigError as mistake:
+            needed = configfile.providers(config.to_dict())
+            if not (needed and str(mistake).startswith(("method.name ", "optimizer.name "))):
+                raise
+            packages = " and ".join(f"{name} {version}" for name, version in needed.items())
+            raise ConfigError(  # a name that is known here, and not there
+                f"the head of {self.address} cannot read this run's configuration ({mistake}); install "
+                f"{packages} on all machines"
+            ) from None
         return job
 
     def list(self) -> list[dict[str, Any]]:
@@ -145,7 +155,7 @@ class Jobs:
         return {
             "job": info.submission_id,
             "run": metadata.get("run"),
-            "status": str(info.status.value if hasattr(info.status, "value") else info.status),
+            "status": str(info.status),
             "started": info.start_time and info.start_time / 1000,
             "ended": info.end_time and info.end_time / 1000,
             "folder": metadata.get("folder"),
@@ -260,17 +270,12 @@ def _show_token() -> None:
 
 def _check_answers(address: str) -> None:
     """ConfigError unless something listens there; Ray's client tries for long, and says little."""
-    import socket
-
-    parts = urlsplit(address)
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname or "", port), timeout=ANSWER).close()
-    except (OSError, ValueError) as error:
+    port = 443 if address.lower().startswith("https:") else 80
+    if why := why_no_answer(address, port=port, timeout=ANSWER):
         raise ConfigError(
-            f"--address ({address}) does not answer ({error}); write http://HOST:PORT of the cluster's "
+            f"--address ({address}) does not answer ({why}); write http://HOST:PORT of the cluster's "
             "dashboard, whose port is 8265 unless told otherwise"
-        ) from None
+        )
 
 
 def _answered(address: str, ask: Callable[[], Any]) -> Any:

@@ -1,13 +1,13 @@
 """The machines of a Ray cluster, and which of them a run's workers go to."""
 
-import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lowbit_dist.cluster.checks import gpus_per_worker, times
+from lowbit_dist.cluster.checks import gpus_per_worker, how_many_fit
 from lowbit_dist.config import RunConfig
+from lowbit_dist.network import why_no_answer
 
 ANSWER = 3.0  # seconds that a machine has to take a connection
 SETTLE = 3.0  # seconds for which a smaller number of places must stay the same before it is taken
@@ -27,11 +27,8 @@ class Node:
 
     def answers(self) -> bool:
         """Whether it takes a connection; Ray learns only after a while that a machine is gone."""
-        try:
-            socket.create_connection((self.ip, self.port), timeout=ANSWER).close()
-        except OSError:
-            return False
-        return True
+        host = f"[{self.ip}]" if ":" in self.ip else self.ip
+        return why_no_answer(host, port=self.port, timeout=ANSWER) is None
 
 
 def nodes(among: Iterable[str] | None = None) -> list[Node]:
@@ -62,26 +59,26 @@ def leaving_nodes() -> set[str]:
     return set(state.state.get_draining_nodes() or ())
 
 
-def that_answer(found: list[Node]) -> list[Node]:
+def reachable(found: list[Node]) -> list[Node]:
     with ThreadPoolExecutor(min(32, len(found) or 1)) as pool:
         return [node for node, answers in zip(found, pool.map(Node.answers, found), strict=True) if answers]
 
 
-def places(config: RunConfig, found: list[Node], gpus: float) -> list[str]:
+def worker_slots(config: RunConfig, found: list[Node], gpus: float) -> list[str]:
     """The machine of each place for a worker, fullest machines first; `gpus`: all of the cluster."""
     cpu, gpu = config.cluster.cpus_per_worker, gpus_per_worker(config, gpus)
-    room = {node: int(min(times(node.cpus, cpu), times(node.gpus, gpu))) for node in found}
+    room = {node: int(min(how_many_fit(node.cpus, cpu), how_many_fit(node.gpus, gpu))) for node in found}
     return [
         node.id for node in sorted(found, key=lambda node: (-room[node], node.id)) for _ in range(room[node])
     ]
 
 
-def chosen(config: RunConfig, n_places: int) -> int:
+def largest_worker_count(config: RunConfig, n_slots: int) -> int:
     """The largest number of workers for which there are places; 0 if there are too few."""
-    return next((n for n in config.worker_counts() if n <= n_places), 0)
+    return next((n for n in config.worker_counts() if n <= n_slots), 0)
 
 
-def await_places(config: RunConfig, say: Callable[[str], None]) -> list[str]:
+def await_worker_slots(config: RunConfig, say: Callable[[str], None]) -> list[str]:
     """The machine of each worker, of as many workers as there is room for; none after `start_timeout`.
 
     Fewer than the most are taken when their number has not changed for a while: machines of a run that has
@@ -92,8 +89,8 @@ def await_places(config: RunConfig, say: Callable[[str], None]) -> list[str]:
     last, told = -1, False
     try:
         while True:
-            found = places(config, that_answer(nodes()), _gpus())
-            n = chosen(config, len(found))
+            found = worker_slots(config, reachable(nodes()), _gpus())
+            n = largest_worker_count(config, len(found))
             now = time.monotonic()
             if n != last:
                 last, settled = n, now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import uuid
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit_dist.answers import why_not_writable
 from lowbit_dist.cluster.nodes import Node
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.registry import fingerprint
 
 if TYPE_CHECKING:  # it imports torch, and others here want to be quick
     from lowbit_dist.memory import Room
@@ -34,6 +34,9 @@ def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> Room | Non
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from lowbit_dist import configfile
+
+    content = config.to_dict()
     mark = config.run_dir / MARK
     word = uuid.uuid4().hex
     mark.write_text(word)
@@ -42,16 +45,18 @@ def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> Room | Non
         tasks = [
             ask.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-            ).remote(config.to_dict(), os.getcwd(), bool(gpus))
+            ).remote(content, os.getcwd(), bool(gpus))
             for node in machines
         ]
         done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=SECONDS)
-        here = packages()
+        here, own = packages(), configfile.providers(content)
         answers = []
         for node, task in zip(machines, tasks, strict=True):
             if task in done:
                 answer = ray.get(task)
-                _check(config, f"machine {node.name} ({node.ip})", answer, here, word)
+                name = f"machine {node.name} ({node.ip})"
+                check_packages(name, answer, here, own)
+                _check_folders(config, name, answer, word)
                 answers.append(answer)
     finally:
         mark.unlink(missing_ok=True)
@@ -73,11 +78,7 @@ def packages() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "absent"
-    root = Path(__file__).parent.parent
-    sha = hashlib.sha256()
-    for file in sorted(file for kind in ("*.py", "*.c") for file in root.rglob(kind)):
-        sha.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return found | {"lowbit-dist": sha.hexdigest()[:12]}
+    return found | {"lowbit-dist": fingerprint([Path(__file__).parent.parent])}
 
 
 def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any]:
@@ -90,9 +91,13 @@ def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any
 
     if os.path.isdir(folder):
         os.chdir(folder)
-    config = configfile.from_dict(content)
+    installed = packages() | configfile.providers(content)
+    try:
+        config = configfile.from_dict(content)
+    except ConfigError as mistake:  # a package that the run needs is absent here, or is another one
+        return {"packages": installed, "mistake": str(mistake)}
     found: dict[str, Any] = {
-        "packages": packages(),
+        "packages": installed,
         "memory": smallest_gpu() if on_gpu else available_memory(),
         "word": None,
         "data": None,
@@ -109,13 +114,28 @@ def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any
     return found
 
 
-def _check(config: RunConfig, name: str, answer: dict[str, Any], here: dict[str, str], word: str) -> None:
-    for package, version in here.items():
-        if (theirs := answer["packages"].get(package)) != version:
+def check_packages(name: str, answer: dict[str, Any], here: dict[str, str], own: dict[str, str]) -> None:
+    """ConfigError unless a machine has what is `here`, and the packages that the run's method and optimizer
+    come from (`own`).
+    """
+    for package, version in (here | own).items():
+        theirs = answer["packages"].get(package)
+        if package in own and theirs is None:
+            raise ConfigError(
+                f"{name} lacks {package} {version}, from which this run's method or optimizer comes; install "
+                "it on all machines"
+            )
+        if theirs != version:
+            source = "" if package in own else ", with the versions of constraints.txt"
             raise ConfigError(
                 f"{name} has {package} {theirs}, but {version} is where the run was started: install "
-                "the same packages on all machines, with the versions of constraints.txt"
+                f"the same packages on all machines{source}"
             )
+    if "mistake" in answer:
+        raise ConfigError(f"{name}: {answer['mistake']}")
+
+
+def _check_folders(config: RunConfig, name: str, answer: dict[str, Any], word: str) -> None:
     if answer["word"] != word:
         raise ConfigError(
             f"run.dir ({config.run.dir}): {name} does not see {config.run_dir}; write a folder that all "

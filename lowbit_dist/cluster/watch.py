@@ -12,7 +12,7 @@ from typing import Any
 
 from lowbit_dist import pulse
 from lowbit_dist.cluster.driver import Failure
-from lowbit_dist.cluster.nodes import chosen, leaving_nodes, nodes, places, that_answer
+from lowbit_dist.cluster.nodes import largest_worker_count, leaving_nodes, nodes, reachable, worker_slots
 from lowbit_dist.cluster.stacks import stacks_of
 from lowbit_dist.config import RunConfig
 
@@ -68,7 +68,7 @@ class Watch:
     def _lost(self) -> Failure | None:
         """A machine that has not answered for too long, as one without power or network."""
         now = time.monotonic()
-        for node in that_answer(list(self._addresses.values())):
+        for node in reachable(list(self._addresses.values())):
             self._answered[node.id] = time.monotonic()
         for id, answered in self._answered.items():
             if now - answered > SILENCE:
@@ -118,7 +118,9 @@ class Watch:
         if self._workers == self._config.workers or not steps:
             self._roomy_since = None
             return None
-        n = chosen(self._config, self._workers + len(places(self._config, that_answer(nodes()), self._gpus)))
+        n = largest_worker_count(
+            self._config, self._workers + len(worker_slots(self._config, reachable(nodes()), self._gpus))
+        )
         now = time.monotonic()
         if n <= self._workers:
             self._roomy_since = None

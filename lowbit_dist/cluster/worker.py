@@ -1,18 +1,17 @@
 """What runs inside each worker process before the training loop does."""
 
 import contextlib
-import fcntl
 import logging
 import os
-import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.files import locked
 from lowbit_dist.pulse import Pulse
 
-OTHERS_END = 60.0  # seconds
+STALE_WRITER_TIMEOUT = 60.0  # seconds
 log = logging.getLogger(__name__)
 
 
@@ -54,20 +53,11 @@ def _only_writer(config: RunConfig) -> Iterator[None]:
         yield
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with (config.run_dir / ".writer").open("w") as lock:
-        deadline = time.monotonic() + OTHERS_END
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"another process still trains {config.run.name} after {OTHERS_END:.0f} s; end it"
-                    ) from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
+    complaint = RuntimeError(
+        f"another process still trains {config.run.name} after {STALE_WRITER_TIMEOUT:.0f} s; end it"
+    )
+    file = config.run_dir / ".writer"
+    with locked(file, timeout=STALE_WRITER_TIMEOUT, complaint=complaint, if_possible=True):
         yield
 
 

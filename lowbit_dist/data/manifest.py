@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from lowbit_dist import tokenizer
-from lowbit_dist.answers import show
-from lowbit_dist.config import ConfigError, Data, RunConfig, Section
+from lowbit_dist.answers import ConfigError, show
+from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data.library import import_streaming
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
+from lowbit_dist.section import Section
+from lowbit_dist.tokenizer import FILES, MODEL
+from lowbit_dist.tokenizer import load as load_tokenizer
 
 FORMAT = 1  # of the prepared folder
 MANIFEST = "manifest.json"
@@ -164,23 +166,23 @@ def check(config: RunConfig) -> Manifest:
             f"data.seq_len ({data.seq_len}) must be {manifest.seq_len}, with which {data.path} was prepared; "
             f"write data.seq_len: {manifest.seq_len}, or prepare the data with --seq-len {data.seq_len}"
         )
-    if data.tokenizer is not None and tokenizer.load(data.tokenizer).sha256 != manifest.tokenizer_sha256:
+    if data.tokenizer is not None and load_tokenizer(data.tokenizer).sha256 != manifest.tokenizer_sha256:
         raise ConfigError(
             f"data.tokenizer ({data.tokenizer}) is not the one that {data.path} was prepared with; leave it "
             "out, or prepare the data with this tokenizer"
         )
     if not is_remote(data.path):
         folder = Path(data.path)
-        words = tokenizer.load(folder / "tokenizer")
-        if words.sha256 != manifest.tokenizer_sha256:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        if tokenizer.sha256 != manifest.tokenizer_sha256:
             raise ConfigError(
-                f"data.path ({data.path}): its tokenizer/{tokenizer.MODEL} is not the one its shards were "
+                f"data.path ({data.path}): its tokenizer/{MODEL} is not the one its shards were "
                 f"written with; {AGAIN}"
             )
-        if words.vocab_size != manifest.vocab_size:
+        if tokenizer.vocab_size != manifest.vocab_size:
             raise ConfigError(
                 f"data.path ({data.path}): its {MANIFEST} has vocab_size {manifest.vocab_size:,}, its "
-                f"tokenizer {words.vocab_size:,} pieces; {AGAIN}"
+                f"tokenizer {tokenizer.vocab_size:,} pieces; {AGAIN}"
             )
         for split in SPLITS:
             check_files(folder, split, manifest)
@@ -250,11 +252,11 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
 def copy_tokenizer(data: Data, folder: Path) -> None:
     """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in tokenizer.FILES:
+    for name in FILES:
         source, copy = f"{data.path}/tokenizer/{name}", folder / name
         if is_remote(data.path):
-            with whole(copy) as draft:
+            with atomic_write(copy) as draft:
                 download(source, draft)
         elif Path(source).exists() and not (copy.exists() and filecmp.cmp(source, copy, shallow=False)):
-            with whole(copy) as draft:
+            with atomic_write(copy) as draft:
                 shutil.copyfile(source, draft)

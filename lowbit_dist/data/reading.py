@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from lowbit_dist.data.manifest import (
     parse_index,
     parse_manifest,
 )
-from lowbit_dist.files import is_full
+from lowbit_dist.files import atomic_write, is_full, locked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,7 +179,7 @@ class _Shards:
         except OSError as error:
             raise _not_writable(folder, error.strerror or str(error)) from None
         try:
-            with _locked(folder / "index.json.lock"):
+            with locked(folder / "index.json.lock"):
                 index = self._checked_read("index.json", manifest.splits[split].index_sha256, _sha256)
         except OSError as error:
             raise self._without_room(error) from error
@@ -236,7 +235,7 @@ class _Shards:
             return
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(file.with_name(f"{file.name}.lock")):
+            with locked(file.with_name(f"{file.name}.lock")):
                 if file.exists() and _hash(file.read_bytes()) == raw.hashes[HASH]:
                     return
                 info = zipped or raw
@@ -250,12 +249,8 @@ class _Shards:
                     raise DamagedData(
                         f"{file.name} of {self.path} is not what its index says; prepare it again"
                     )
-                draft = file.with_name(f"{file.name}.partial")
-                try:
+                with atomic_write(file) as draft:
                     draft.write_bytes(data)
-                    draft.rename(file)
-                finally:
-                    draft.unlink(missing_ok=True)
         except OSError as error:
             raise self._without_room(error) from error
 
@@ -297,14 +292,6 @@ class _Shards:
         finally:
             draft.unlink(missing_ok=True)
             Path(f"{draft}.tmp").unlink(missing_ok=True)  # where Streaming downloads to
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Alone on this machine; the lock ends with its process, whatever ends it."""
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _hash(data: bytes) -> str:

@@ -103,24 +103,16 @@ def _resident_standard(config: RunConfig, model: nn.Module, workers: int, stage:
     dtype = compute_dtype(config)
     found = dict.fromkeys(RESIDENT, 0)
     found["buffers"] = _bytes_of(model.buffers())
+    numels = [p.numel() for p in model.parameters()]
     if stage == 0:  # float32 weights are updated themselves, others have float32 copies
-        parts = [p.numel() for p in model.parameters()]
-        found["other_weights"] = sum(parts) * (dtype.itemsize + (4 if dtype != torch.float32 else 0))
+        found["other_weights"] = sum(numels) * (dtype.itemsize + (4 if dtype != torch.float32 else 0))
+        parts = numels
     else:
-        flats = [flat_numel(n, workers) for n in group_numels(config, model)]
-        parts = [n // workers for n in flats]
-        found["other_weights"] = sum(flats) * dtype.itemsize + sum(parts) * 4
+        n = flat_numel(sum(numels), workers)
+        found["other_weights"] = n * dtype.itemsize + n // workers * 4
+        parts = [n // workers]
     found["optimizer_states"] = sum(state_bytes(config.optimizer, n) for n in parts)
     return found
-
-
-def group_numels(config: RunConfig, model: nn.Module) -> list[int]:
-    """Elements of each group of parameters with rates of its own, in the order of its first parameter."""
-    found: dict[tuple[float, float], int] = {}
-    for name, p in model.named_parameters():
-        rates = config.method.rates(name, tuple(p.shape))
-        found[rates] = found.get(rates, 0) + p.numel()
-    return list(found.values())
 
 
 def flat_numel(numel: int, workers: int) -> int:

@@ -263,6 +263,13 @@ INLINE void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint
         m_largest = larger(m_largest, bits_of(m[j]) & 0x7FFFFFFF);
         if (rule == ADAMW) v_largest = larger(v_largest, bits_of(v[j]));
     }
+    /* Both slots' divisions come before the loops, which then need not wait for them. */
+    float v_inverse = 0, root_of_scaled = 0;
+    if (rule == ADAMW) {
+        *v_scale = block_scale(v_largest, UNSIGNED_FOURTH);
+        v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
+        root_of_scaled = sqrtf(v_inverse / correction2);
+    }
     *m_scale = block_scale(m_largest, SIGNED_SQUARE);
     const float m_inverse = *m_scale > 0 ? 1.0f / *m_scale : 0.0f;
     for (int j = 0; j < BLOCK; j++) {
@@ -271,9 +278,6 @@ INLINE void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint
         m_code[j] = (int8_t)(m[j] < 0 ? -code : code);
     }
     if (rule != ADAMW) return;
-    *v_scale = block_scale(v_largest, UNSIGNED_FOURTH);
-    const float v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
-    const float root_of_scaled = sqrtf(v_inverse / correction2);
     for (int j = 0; j < BLOCK; j++) {
         uint32_t code = code_of(v[j] * v_inverse, low_root(root[j] * root_of_scaled), 1);
         v_code[j] = (uint8_t)(code > 0x4B000001 ? code : 0x4B000001); /* at least 1; the exponent's bits fall off */

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.ops.fused import NO_FACTORS, Factors, factors
+from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
 from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
 from lowbit_dist.ops.states import STATES, Stored
 
@@ -50,10 +50,6 @@ _TUNINGS = [
     ["-march=native"],
     [],
 ]
-
-
-# As `enum rules` of cpu.c has them: what is fused, then a direction that is given.
-_RULES = ("adamw", "lion", None)
 
 
 class _Step(ctypes.Structure):
@@ -88,11 +84,11 @@ def available() -> bool:
 
 def step_(target: Codes | Weights, grad: Tensor, state: list[Stored], *, rule: Rule, now: Now) -> Tensor:
     """`rule.fused` names one of fused.py."""
-    return _step(target, _state(state, grad), factors(rule, now), _RULES.index(rule.fused), now)
+    return _step(target, _state(state, grad), factors(rule, now), RULES.index(rule.fused), now)
 
 
 def apply_(target: Codes | Weights, u: Tensor, *, now: Now) -> Tensor:
-    return _step(target, _state([], u), NO_FACTORS, _RULES.index(None), now)
+    return _step(target, _state([], u), NO_FACTORS, RULES.index(None), now)
 
 
 def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, now: Now) -> Tensor:

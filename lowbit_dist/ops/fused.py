@@ -12,6 +12,8 @@ from lowbit_dist.ops.reference import Now
 
 # Whether each slot of a rule is signed.
 SLOTS: dict[str, tuple[bool, ...]] = {"adamw": (True, False), "lion": (True,)}
+# A rule's place is its number in C and in Triton; None is no rule, but a direction that is given.
+RULES = ("adamw", "lion", None)
 
 
 @dataclass(frozen=True)
@@ -37,5 +39,5 @@ def factors(rule: Any, now: Now) -> Factors:
     return Factors(*plain, 1 / (1 - beta1**now.step), 1 / (1 - beta2**now.step), rule.eps)
 
 
-# What a direction that is given takes: nothing of this.
+# With a direction that is given none of them is used.
 NO_FACTORS = Factors(1.0, 0.0, 0.0, 0.0, 0.0)

@@ -1,4 +1,5 @@
-"""The ops of `lowbit_dist.ops` in Triton, for NVIDIA GPUs: the same bytes as `lowbit_dist.ops.reference`.
+"""The ops of reference.py and states.py in Triton, for NVIDIA GPUs, with the rules of optim/adamw.py and
+optim/lion.py fused in: the same bytes; see there for what they mean.
 
 Shown for Triton's interpreter on a CPU, and compiled for sm_90 (H100, H200): **not yet run on a GPU**.
 What makes the bytes equal everywhere, and must stay:
@@ -6,12 +7,15 @@ What makes the bytes equal everywhere, and must stay:
 * division and square root of the update are the correctly rounded ones (`tl.div_rn`, `tl.sqrt_rn`);
 * every kernel is launched with `enable_fp_fusion=False`: a multiply-add that rounds once instead of twice
   gives another number, and in Triton before 3.10 fusing is the default;
-* 8-bit moments are rounded by comparing with exact thresholds, so that the square root behind the first
+* 8-bit slots are rounded by comparing with exact thresholds, so that the square root behind the first
   guess may be an approximate one;
 * bfloat16 is converted by integer arithmetic: the interpreter's own casts truncate and lose subnormals.
 
 A program works on a few blocks of 256 elements. In the kernels for codes a block is four planes
 of 64: lane i of the Philox call j rounds element j + 64 * i, in whichever bits of which byte its code lies.
+
+Scales are found by 32-bit divisions, none where one scale serves the whole shard, one a block where a scale
+serves whole blocks, else one for each plane of 64 elements.
 
 Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 """
@@ -19,6 +23,7 @@ Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 # Triton gives the parameters of kernels their types when it compiles them.
 # mypy: disable-error-code="no-untyped-def"
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -26,16 +31,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.ops.reference import (
-    LARGEST_STEP,
-    M_LEVELS,
-    M_SQUARE,
+from lowbit_dist.grid import BLOCK, PLANE, Grid
+from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.reference import LARGEST_STEP, Codes, Now, Rule, Weights
+from lowbit_dist.ops.states import (
+    SIGNED_SQUARE,
+    SIGNED_TOP,
     SMALLEST_SCALE,
-    V_FOURTH,
-    V_LEVELS,
-    AdamWStep,
-    Moments,
+    UNSIGNED_FOURTH,
+    UNSIGNED_TOP,
+    Stored,
 )
 
 # Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks
@@ -46,10 +51,12 @@ WEIGHT_BLOCKS = 4
 # A kernel reads globals of this type only.
 _LARGEST_STEP = tl.constexpr(LARGEST_STEP)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
-_M_SQUARE = tl.constexpr(M_SQUARE)
-_M_TOP = tl.constexpr(float(M_LEVELS))
-_V_FOURTH = tl.constexpr(V_FOURTH)
-_V_TOP = tl.constexpr(float(V_LEVELS))
+_SIGNED_SQUARE = tl.constexpr(SIGNED_SQUARE)
+_SIGNED_TOP = tl.constexpr(float(SIGNED_TOP))
+_UNSIGNED_FOURTH = tl.constexpr(UNSIGNED_FOURTH)
+_UNSIGNED_TOP = tl.constexpr(float(UNSIGNED_TOP))
+_ADAMW = tl.constexpr(RULES.index("adamw"))
+_APPLY = tl.constexpr(RULES.index(None))
 
 
 @triton.jit
@@ -128,7 +135,7 @@ def _store_codes(codes_ptr, block, j, mask, c0, c1, c2, c3, BITS: tl.constexpr, 
 
 
 @triton.jit
-def _load_m(pointer, scale, mask, QUANTISED: tl.constexpr):
+def _load_signed(pointer, scale, mask, QUANTISED: tl.constexpr):
     if QUANTISED:
         q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
         return (q * tl.abs(q)) * scale
@@ -137,7 +144,7 @@ def _load_m(pointer, scale, mask, QUANTISED: tl.constexpr):
 
 
 @triton.jit
-def _load_v(pointer, scale, mask, QUANTISED: tl.constexpr):
+def _load_unsigned(pointer, scale, mask, QUANTISED: tl.constexpr):
     if QUANTISED:
         q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
         q = q * q
@@ -173,24 +180,40 @@ def _nearest_root(y, FOURTH: tl.constexpr):
 
 
 @triton.jit
-def _quantised_m(m, inverse_scale):
-    q = tl.minimum(_nearest_root(tl.abs(m) * inverse_scale, False), _M_TOP)
-    return tl.where(m < 0, -q, q).to(tl.int8)
+def _quantised_signed(x, inverse_scale):
+    q = tl.minimum(_nearest_root(tl.abs(x) * inverse_scale, False), _SIGNED_TOP)
+    return tl.where(x < 0, -q, q).to(tl.int8)
 
 
 @triton.jit
-def _quantised_v(v, inverse_scale):
-    q = tl.minimum(_nearest_root(v * inverse_scale, True), _V_TOP)
-    # A second moment that decodes to 0 would make the next update explode.
+def _quantised_unsigned(x, inverse_scale):
+    q = tl.minimum(_nearest_root(x * inverse_scale, True), _UNSIGNED_TOP)
+    # A mean of squares that decodes to 0 would make the next update explode.
     return tl.maximum(q, 1.0).to(tl.uint8)
 
 
 @triton.jit
-def _adamw(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps):
-    m = m * beta1 + g * rest1
-    v = v * beta2 + (g * g) * rest2
-    update = tl.div_rn(m * correction1, tl.sqrt_rn(v * correction2) + eps)
-    return m, v, update
+def _moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE: tl.constexpr):
+    """The direction, and the slots' new values; v with AdamW only."""
+    if RULE == _ADAMW:
+        m = m * beta1 + g * rest1
+        v = v * beta2 + (g * g) * rest2
+        u = tl.div_rn(m * correction1, tl.sqrt_rn(v * correction2) + eps)
+    else:
+        mixed = m * beta1 + g * rest1
+        u = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
+        m = m * beta2 + g * rest2
+    return u, m, v
+
+
+@triton.jit
+def _scale(scale_ptr, block, live, offset, units_per_scale, i: tl.constexpr, UNITS: tl.constexpr):
+    """The scale of plane `i` of each block, [blocks, 1]; the same for all, a scalar, if UNITS is 0."""
+    if UNITS == 0:
+        return tl.load(scale_ptr)
+    else:
+        unit = offset + block * UNITS + (i if UNITS > 1 else 0)
+        return tl.load(scale_ptr + unit // units_per_scale, mask=live, other=1.0)[:, None]
 
 
 @triton.jit
@@ -205,13 +228,13 @@ def _rounded_step(level, step, random, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 # Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16).
 @triton.jit(
-    do_not_specialize=["n_blocks", "first_block", "offset", "blocks_per_scale", "seed", "step", "tensor"]
+    do_not_specialize=["n_blocks", "first_block", "offset", "units_per_scale", "seed", "step", "tensor"]
 )
-def _adamw_codes(
+def _step_codes(
     codes_ptr, scale_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n_flips_ptr,
-    n_blocks, first_block, offset, blocks_per_scale, seed, step, tensor,
+    n_blocks, first_block, offset, units_per_scale, seed, step, tensor,
     grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay,
-    LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, ONE_SCALE: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, RULE: tl.constexpr,
     QUANTISED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -232,16 +255,13 @@ def _adamw_codes(
         tl.zeros_like(counter_low) + tensor.to(tl.uint32),
     )
 
-    if ONE_SCALE:
-        levels_per_update = tl.div_rn(lr, tl.load(scale_ptr))
-    else:
-        scale = tl.load(scale_ptr + (offset + block) // blocks_per_scale, mask=live, other=1.0)
-        levels_per_update = tl.div_rn(lr, scale)[:, None]
+    levels_per_unit = tl.div_rn(lr, _scale(scale_ptr, block, live, offset, units_per_scale, 0, UNITS))
     m_scale = 0.0
     v_scale = 0.0
     if QUANTISED:
         m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
-        v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
+        if RULE == _ADAMW:
+            v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
 
     old = _load_codes(codes_ptr, block, j, mask, BITS)
     new = ()  # type: tuple[Tensor, ...]
@@ -252,20 +272,30 @@ def _adamw_codes(
     n_flips = tl.zeros([BLOCKS, 64], tl.int32)
     for i in tl.static_range(4):
         at = element + 64 * i
-        g = _load(grad_ptr + at, mask) * grad_scale
-        m = _load_m(m_ptr + at, m_scale, mask, QUANTISED)
-        v = _load_v(v_ptr + at, v_scale, mask, QUANTISED)
-        m, v, update = _adamw(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps)
-        if QUANTISED:
-            largest_m = tl.maximum(largest_m, tl.abs(m))
-            largest_v = tl.maximum(largest_v, v)
-            ms += (m,)
-            vs += (v,)
+        if RULE == _APPLY:
+            u = tl.load(grad_ptr + at, mask=mask, other=0.0)
         else:
-            _store(m_ptr + at, m, mask)
-            _store(v_ptr + at, v, mask)
+            g = _load(grad_ptr + at, mask) * grad_scale
+            m = _load_signed(m_ptr + at, m_scale, mask, QUANTISED)
+            v = m
+            if RULE == _ADAMW:
+                v = _load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
+            u, m, v = _moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
+            if QUANTISED:
+                largest_m = tl.maximum(largest_m, tl.abs(m))
+                ms += (m,)
+                if RULE == _ADAMW:
+                    largest_v = tl.maximum(largest_v, v)
+                    vs += (v,)
+            else:
+                _store(m_ptr + at, m, mask)
+                if RULE == _ADAMW:
+                    _store(v_ptr + at, v, mask)
+        if UNITS > 1:
+            scale = _scale(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
+            levels_per_unit = tl.div_rn(lr, scale)
         level = old[i] + LOW
-        levels = -(levels_per_update * update) - decay * level.to(tl.float32)
+        levels = -(levels_per_unit * u) - decay * level.to(tl.float32)
         code = _rounded_step(level, levels, random[i], LOW, HIGH) - LOW
         n_flips += ((code != old[i]) & mask).to(tl.int32)
         new += (code,)
@@ -273,21 +303,22 @@ def _adamw_codes(
     tl.atomic_add(n_flips_ptr, tl.sum(n_flips).to(tl.int64), sem="relaxed")
 
     if QUANTISED:
-        m_scale, m_inverse = _block_scale(tl.max(largest_m, axis=1), _M_SQUARE)
-        v_scale, v_inverse = _block_scale(tl.max(largest_v, axis=1), _V_FOURTH)
+        m_scale, m_inverse = _block_scale(tl.max(largest_m, axis=1), _SIGNED_SQUARE)
         tl.store(m_scale_ptr + block, m_scale, mask=live)
-        tl.store(v_scale_ptr + block, v_scale, mask=live)
         for i in tl.static_range(4):
-            at = element + 64 * i
-            tl.store(m_ptr + at, _quantised_m(ms[i], m_inverse[:, None]), mask=mask)
-            tl.store(v_ptr + at, _quantised_v(vs[i], v_inverse[:, None]), mask=mask)
+            tl.store(m_ptr + element + 64 * i, _quantised_signed(ms[i], m_inverse[:, None]), mask=mask)
+        if RULE == _ADAMW:
+            v_scale, v_inverse = _block_scale(tl.max(largest_v, axis=1), _UNSIGNED_FOURTH)
+            tl.store(v_scale_ptr + block, v_scale, mask=live)
+            for i in tl.static_range(4):
+                tl.store(v_ptr + element + 64 * i, _quantised_unsigned(vs[i], v_inverse[:, None]), mask=mask)
 
 
 @triton.jit
-def _adamw_weights(
+def _step_weights(
     weight_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n,
     grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, keep,
-    QUANTISED: tl.constexpr, BLOCKS: tl.constexpr,
+    RULE: tl.constexpr, QUANTISED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     first = block.to(tl.int64) * 256
@@ -295,45 +326,51 @@ def _adamw_weights(
     at = first[:, None] + tl.arange(0, 256)[None, :]
     mask = at < n
 
-    m_scale = 0.0
-    v_scale = 0.0
-    if QUANTISED:
-        m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
-        v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
-    g = _load(grad_ptr + at, mask) * grad_scale
-    m = _load_m(m_ptr + at, m_scale, mask, QUANTISED)
-    v = _load_v(v_ptr + at, v_scale, mask, QUANTISED)
-    m, v, update = _adamw(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps)
-    weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
-    tl.store(weight_ptr + at, weight * keep - lr * update, mask=mask)
-
-    if QUANTISED:
-        m_scale, m_inverse = _block_scale(tl.max(tl.abs(m), axis=1), _M_SQUARE)
-        v_scale, v_inverse = _block_scale(tl.max(v, axis=1), _V_FOURTH)
-        tl.store(m_scale_ptr + block, m_scale, mask=live)
-        tl.store(v_scale_ptr + block, v_scale, mask=live)
-        tl.store(m_ptr + at, _quantised_m(m, m_inverse[:, None]), mask=mask)
-        tl.store(v_ptr + at, _quantised_v(v, v_inverse[:, None]), mask=mask)
+    if RULE == _APPLY:
+        u = tl.load(grad_ptr + at, mask=mask, other=0.0)
     else:
-        _store(m_ptr + at, m, mask)
-        _store(v_ptr + at, v, mask)
+        m_scale = 0.0
+        v_scale = 0.0
+        if QUANTISED:
+            m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
+            if RULE == _ADAMW:
+                v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
+        g = _load(grad_ptr + at, mask) * grad_scale
+        m = _load_signed(m_ptr + at, m_scale, mask, QUANTISED)
+        v = m
+        if RULE == _ADAMW:
+            v = _load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
+        u, m, v = _moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
+        if QUANTISED:
+            m_scale, m_inverse = _block_scale(tl.max(tl.abs(m), axis=1), _SIGNED_SQUARE)
+            tl.store(m_scale_ptr + block, m_scale, mask=live)
+            tl.store(m_ptr + at, _quantised_signed(m, m_inverse[:, None]), mask=mask)
+            if RULE == _ADAMW:
+                v_scale, v_inverse = _block_scale(tl.max(v, axis=1), _UNSIGNED_FOURTH)
+                tl.store(v_scale_ptr + block, v_scale, mask=live)
+                tl.store(v_ptr + at, _quantised_unsigned(v, v_inverse[:, None]), mask=mask)
+        else:
+            _store(m_ptr + at, m, mask)
+            if RULE == _ADAMW:
+                _store(v_ptr + at, v, mask)
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+    tl.store(weight_ptr + at, weight * keep - lr * u, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "offset", "blocks_per_scale"])
+@triton.jit(do_not_specialize=["n_blocks", "offset", "units_per_scale"])
 def _decode(
-    codes_ptr, scale_ptr, out_ptr, n_blocks, offset, blocks_per_scale,
-    LOW: tl.constexpr, BITS: tl.constexpr, ONE_SCALE: tl.constexpr, BLOCKS: tl.constexpr,
+    codes_ptr, scale_ptr, out_ptr, n_blocks, offset, units_per_scale,
+    LOW: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     live = block < n_blocks
     mask = live[:, None]
     j = tl.arange(0, 64)[None, :]
-    if ONE_SCALE:
-        scale = tl.load(scale_ptr)
-    else:
-        scale = tl.load(scale_ptr + (offset + block) // blocks_per_scale, mask=live, other=0.0)[:, None]
+    scale = _scale(scale_ptr, block, live, offset, units_per_scale, 0, UNITS)
     codes = _load_codes(codes_ptr, block, j, mask, BITS)
     for i in tl.static_range(4):
+        if UNITS > 1:
+            scale = _scale(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
         at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
         _store(out_ptr + at, scale * (codes[i] + LOW).to(tl.float32), mask)
 
@@ -355,54 +392,58 @@ def _code_counts(
     tl.atomic_add(counts_ptr + level, counts.to(tl.int64), mask=level < N_LEVELS, sem="relaxed")
 
 
-def adamw_codes_(
-    codes: Tensor,  # [B * grid.bytes_per_block] uint8, changed in place
-    scale: Tensor,  # [K] float32
-    grad: Tensor,  # [B * 256] float32 or bfloat16
-    moments: Moments,  # of B * 256 elements, changed in place
-    *,
-    grid: Grid,
-    now: AdamWStep,
-    tensor: int,
-    first_block: int,
-    blocks_per_scale: int,
-) -> Tensor:  # [1] int64
-    """One AdamW step on packed codes, rounded stochastically to the grid; how many codes changed."""
-    n_blocks = codes.numel() // grid.bytes_per_block
-    n_flips = torch.zeros(1, dtype=torch.int64, device=codes.device)
-    if n_blocks == 0:
-        return n_flips
-    scale, offset, blocks_per_scale = _scales_of_shard(scale, n_blocks, first_block, blocks_per_scale)
-    with _on(codes.device):
-        _adamw_codes[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
-            codes, scale, grad, moments.m, moments.v, moments.m_scale, moments.v_scale, n_flips,
-            n_blocks, first_block, offset, blocks_per_scale, _signed(now.seed), now.step, tensor,
-            *_factors(now), now.lr, now.decay,
-            LOW=grid.low, HIGH=grid.high, BITS=grid.bits, ONE_SCALE=scale.numel() == 1,
-            QUANTISED=moments.m_scale is not None, BLOCKS=CODE_BLOCKS,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return n_flips
-
-
-def adamw_weights_(
-    weight: Tensor,  # [N] float32, changed in place
+def step_(
+    target: Codes | Weights,
     grad: Tensor,  # [N] float32 or bfloat16
-    moments: Moments,  # of N elements, changed in place
+    state: list[Stored],  # of N elements each, changed in place
     *,
-    now: AdamWStep,
-) -> None:
-    """One AdamW step on ordinary weights."""
-    n = weight.numel()
-    if n == 0:
-        return
-    with _on(weight.device):
-        _adamw_weights[(triton.cdiv(n, WEIGHT_BLOCKS * BLOCK),)](
-            weight, grad, moments.m, moments.v, moments.m_scale, moments.v_scale, n,
-            *_factors(now), now.lr, 1.0 - now.decay,
-            QUANTISED=moments.m_scale is not None, BLOCKS=WEIGHT_BLOCKS,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    rule: Rule,
+    now: Now,
+) -> Tensor:  # [1] int64
+    """One step of a rule that is fused; how many codes changed."""
+    return _step(target, grad, state, factors(rule, now), RULES.index(rule.fused), now)
+
+
+def apply_(
+    target: Codes | Weights,
+    u: Tensor,  # [N] float32
+    *,
+    now: Now,
+) -> Tensor:  # [1] int64
+    """The second half of a step alone; how many codes changed."""
+    return _step(target, u, [], NO_FACTORS, RULES.index(None), now)
+
+
+def _step(
+    target: Codes | Weights, grad: Tensor, state: list[Stored], numbers: Factors, rule: int, now: Now
+) -> Tensor:
+    n_flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    if target.numel == 0:
+        return n_flips
+    slots = _slots(state)
+    quantised = slots[2] is not None
+    of_rule = dataclasses.astuple(numbers)
+    with _on(grad.device):
+        if isinstance(target, Weights):
+            _step_weights[(triton.cdiv(target.numel, WEIGHT_BLOCKS * BLOCK),)](
+                target.weight, grad, *slots, target.numel, *of_rule, now.lr, 1.0 - now.decay,
+                RULE=rule, QUANTISED=quantised, BLOCKS=WEIGHT_BLOCKS,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            grid, n_blocks = target.grid, target.numel // BLOCK
+            scale, offset, units_per_scale, units = _scales_of_shard(
+                target.scale, n_blocks, target.first_block, target.scale_every
+            )
+            _step_codes[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
+                target.codes, scale, grad, *slots, n_flips,
+                n_blocks, target.first_block, offset, units_per_scale,
+                _signed(now.seed), now.step, target.tensor, *of_rule, now.lr, now.decay,
+                LOW=grid.low, HIGH=grid.high, BITS=grid.bits, UNITS=units, RULE=rule,
+                QUANTISED=quantised, BLOCKS=CODE_BLOCKS,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return n_flips
 
 
 def decode(
@@ -411,18 +452,18 @@ def decode(
     *,
     grid: Grid,
     first_block: int,
-    blocks_per_scale: int,
+    scale_every: int,
     out: Tensor,  # [B * 256] float32 or bfloat16, overwritten
 ) -> Tensor:  # out
     """scale * level of every code: a float32 product, rounded to the type of `out`."""
     n_blocks = codes.numel() // grid.bytes_per_block
     if n_blocks == 0:
         return out
-    scale, offset, blocks_per_scale = _scales_of_shard(scale, n_blocks, first_block, blocks_per_scale)
+    scale, offset, units_per_scale, units = _scales_of_shard(scale, n_blocks, first_block, scale_every)
     with _on(codes.device):
         _decode[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
-            codes, scale, out, n_blocks, offset, blocks_per_scale,
-            LOW=grid.low, BITS=grid.bits, ONE_SCALE=scale.numel() == 1, BLOCKS=CODE_BLOCKS,
+            codes, scale, out, n_blocks, offset, units_per_scale,
+            LOW=grid.low, BITS=grid.bits, UNITS=units, BLOCKS=CODE_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -449,31 +490,27 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _scales_of_shard(
-    scale: Tensor, n_blocks: int, first_block: int, blocks_per_scale: int
-) -> tuple[Tensor, int, int]:
-    """(the scales of the shard's blocks, its first block's place under the first of them, blocks under each).
+    scale: Tensor, n_blocks: int, first_block: int, scale_every: int
+) -> tuple[Tensor, int, int, int]:
+    """(the scales of the shard, its first unit's place under the first of them, units under each, units in a
+    block). A unit is a block if scales serve whole blocks, else a plane; with one scale there are none.
 
     The numbers are small enough for 32-bit division, which a GPU does several times faster.
     """
-    first, offset = divmod(first_block, blocks_per_scale)
-    last = (first_block + n_blocks - 1) // blocks_per_scale
-    return scale[first : last + 1], offset, blocks_per_scale
+    start = first_block * BLOCK
+    first, place = divmod(start, scale_every)
+    of_shard = scale[first : (start + n_blocks * BLOCK - 1) // scale_every + 1]
+    unit = PLANE if scale_every % BLOCK else BLOCK
+    return of_shard, place // unit, scale_every // unit, BLOCK // unit if of_shard.numel() > 1 else 0
+
+
+def _slots(state: list[Stored]) -> tuple[Tensor | None, ...]:
+    """(m, v, m's scale, v's scale), None for what a rule lacks."""
+    values = [slot.values for slot in state] + [None] * (2 - len(state))
+    scales = [slot.scale for slot in state] + [None] * (2 - len(state))
+    return *values, *scales
 
 
 def _signed(seed: int) -> int:
     """The same 64 bits as an int64."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
-def _factors(now: AdamWStep) -> tuple[float, ...]:
-    """Computed in float64; each becomes a float32 on its way into a kernel."""
-    return (
-        now.grad_scale,
-        now.beta1,
-        1.0 - now.beta1,
-        now.beta2,
-        1.0 - now.beta2,
-        now.correction1,
-        now.correction2,
-        now.eps,
-    )

@@ -30,9 +30,9 @@ So the step is measured in levels and rounded to an integer by chance, up as oft
     t = uint32((a - n) * 2^32)                                      t = 0.3 * 2^32
     level = clamp(level + sign(d) * (n + (word < t)), low, high)    2 with a chance of 0.3, else 1
 
-    level   0         1    1.3                2        the mean of many such steps is 1.3: nothing that a
-            |---------o-----^-----------------|        gradient says is lost, it is only made rare
-                   70 %                     30 %
+    level    1                             2       the mean of many such steps is 1.3: nothing that a
+             o---------^-------------------|       gradient says is lost, it is only made rare
+            70 %      1.3                30 %
 
 `word` is 32 random bits.  Inside the grid the new level's expectation is `level + d` to 2^-32; beyond, the
 level saturates.  The step is rounded, never `level + d`: near level 128 a float32 sum resolves 1.5e-5 of a

@@ -18,11 +18,11 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 from lowbit_dist import cluster, compare, runs, tracking
-from lowbit_dist.cluster.checks import finished, gpus_per_worker, times
+from lowbit_dist.cluster.checks import finished, gpus_per_worker, how_many_fit
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.cluster.session import free_in_cluster
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
 from lowbit_dist.sweep.definition import Child, Sweep
 
 POLL = 0.2  # seconds
@@ -158,7 +158,7 @@ def _at_once(sweep: Sweep, progress: Progress) -> int:
 def _places(config: RunConfig, cpus: float, gpus: float) -> int:
     """How many such runs find processors."""
     needs = [(cpus, config.cluster.cpus_per_worker), (gpus, gpus_per_worker(config, gpus))]
-    return int(min(times(have, config.workers * each) for have, each in needs))
+    return int(min(how_many_fit(have, config.workers * each) for have, each in needs))
 
 
 def _in_memory(configs: list[RunConfig]) -> int:
@@ -233,7 +233,7 @@ def _start(sweep: Sweep, child: Child, progress: Progress) -> _Running:
     place = sweep.folder / CHILDREN
     place.mkdir(exist_ok=True)
     config = place / f"{child.name}.yaml"
-    with whole(config) as draft:
+    with atomic_write(config) as draft:
         draft.write_text(child.config.to_yaml())
     progress.begins(child)
     follower = Follower(child.config.run_dir, _Rows(child, progress))

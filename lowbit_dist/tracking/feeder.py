@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from lowbit_dist.tracking.stores import alone, make_database, resolve, sqlite_file, without_password
+from lowbit_dist.tracking.stores import make_database, resolve, sqlite_file, sqlite_lock, without_password
 
 FLUSH_SECONDS = 30.0
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Feeder(ABC):
         if self.client is None:
             from mlflow.tracking import MlflowClient
 
-            with alone(self.uri):
+            with sqlite_lock(self.uri):
                 if self.uri.startswith("sqlite:"):
                     make_database(sqlite_file(self.uri))
                 client = MlflowClient(tracking_uri=self.uri)

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
 from lowbit_dist.tracking.feeder import Feeder
 from lowbit_dist.tracking.record import METRICS
 from lowbit_dist.tracking.stores import without_password
@@ -108,7 +108,7 @@ class MlflowRun(Feeder):
             return
         file = self.config.run_dir / RUN_ID
         try:
-            with whole(file) as draft:
+            with atomic_write(file) as draft:
                 draft.write_text(self.run_id)
             self.noted = self.run_id
         except OSError as error:

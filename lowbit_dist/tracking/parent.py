@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
 from lowbit_dist.tracking.feeder import Feeder, is_absent
 from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id, upload
 
@@ -79,7 +79,7 @@ class Parent(Feeder):
 
     def _start(self, client: Any) -> None:
         run = self._find_or_make_run(client, self.experiment, self.name)
-        with whole(self.folder / RUN_ID) as draft:
+        with atomic_write(self.folder / RUN_ID) as draft:
             draft.write_text(run.info.run_id)
 
     def _tag(self, client: Any, run_id: str, tags: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
 
 METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def cut(file: Path, step: int) -> list[dict[str, Any]]:
     if file.exists() and file.read_bytes() == content:
         return rows
     try:
-        with whole(file) as draft:
+        with atomic_write(file) as draft:
             draft.write_bytes(content)
     except OSError:
         if not file.exists():

@@ -1,15 +1,15 @@
 """Stores that MLflow writes to: which can be used, and how an SQLite one is made."""
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.files import locked
 
 DRIVERS = {  # database -> the Python package that SQLAlchemy reaches it through
     "postgresql": "psycopg2",
@@ -87,19 +87,15 @@ def sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
-@contextlib.contextmanager
-def alone(uri: str) -> Iterator[None]:
-    """While this runs, no other process of this machine opens the same SQLite store.
+def sqlite_lock(uri: str) -> contextlib.AbstractContextManager[Any]:
+    """While it is held, no other process of this machine opens the same SQLite store; of others, nothing.
 
     Two that make a new database at the same moment break each other's migrations.
     """
     if not uri.startswith("sqlite:"):
-        yield
-        return
+        return contextlib.nullcontext()
     file = sqlite_file(uri)
-    with file.with_name(f"{file.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return locked(file.with_name(f"{file.name}.lock"))
 
 
 def make_database(file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
-from lowbit_dist.files import whole
+from lowbit_dist.files import atomic_write
 from lowbit_dist.tracking.mlflow_run import COMPLETE, MlflowRun, noted_run_id
 from lowbit_dist.tracking.record import METRICS, Record, rows_of
 
@@ -87,7 +87,7 @@ class Tracker:
 
     def _drawn(self, name: str, draw: Callable[[Path], object]) -> bool:
         try:
-            with whole(self.folder / name) as draft:
+            with atomic_write(self.folder / name) as draft:
                 draw(draft)
         except OSError as error:
             log.warning("%s is not drawn (%s)", self.folder / name, error.strerror or error)

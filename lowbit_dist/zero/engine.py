@@ -61,7 +61,7 @@ class Engine:
             self._partitioner.adopt(model, initial, config.method, set(low_bit))
         else:
             materialize(model, initial, self.device, dtype)
-        groups = _parameter_groups(model, config.method, flat=stage < 3)
+        groups = _parameter_groups(model)
         optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage)
         stage3_class = partial(PackedZero3, accumulation=accumulation_dtype(config, self.world))
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
@@ -83,13 +83,16 @@ class Engine:
         """
         step = Step(self)
         yield step
+        step.done = self._update(now, -1.0 if step.is_dropped else limit)  # no norm is below 0
+
+    def _update(self, now: ops.Now, limit: float) -> Update:
         if self._standard is not None:
-            step.done = self._standard.step(now, step.limit(limit))
-        else:
-            optimizer = self._engine.optimizer
-            optimizer.now, optimizer.limit = now, step.limit(limit)
-            self._engine.step()
-            step.done = optimizer.last_update
+            return self._standard.step(now, limit)
+        optimizer = self._engine.optimizer
+        optimizer.now, optimizer.limit = now, limit
+        self._engine.step()
+        update: Update = optimizer.last_update
+        return update
 
     def _backward(self, tokens: Tensor) -> Tensor:
         loss = self._engine(input_ids=tokens, labels=tokens).loss
@@ -168,21 +171,18 @@ class Step:
     done: Update  # once the step has ended
 
     def __init__(self, engine: Engine):
-        self._engine = engine
-        self._is_dropped = False
+        self.engine = engine
+        self.is_dropped = False
 
     def backward(self, tokens: Tensor) -> Tensor:  # [micro_batch, seq_len] int64 -> [] nats per token
         """Forward and backward of one micro-batch, whose gradients are added to the step's sum; its mean
         negative log-likelihood.
         """
-        return self._engine._backward(tokens)
+        return self.engine._backward(tokens)
 
     def drop(self) -> None:
         """Leave this step's update out."""
-        self._is_dropped = True
-
-    def limit(self, limit: float) -> float:
-        return -1.0 if self._is_dropped else limit  # no norm is below 0
+        self.is_dropped = True
 
 
 class _DeepSpeedEngine(DeepSpeedEngine):
@@ -260,16 +260,12 @@ def accumulation_dtype(config: RunConfig, world: int) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" and one_each else torch.float32
 
 
-def _parameter_groups(model: nn.Module, method: Method, *, flat: bool) -> list[dict[str, Any]]:
-    """Low-bit parameters apart from the others, as DeepSpeed's sub-groups must be of one kind; if it lays a
-    group's parameters end to end (`flat`), those of other rates apart too.
-    """
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for p in model.parameters():
-        rates = method.rates(p.lowbit_name, tuple(getattr(p, "ds_shape", p.shape)))  # type: ignore[attr-defined]
-        kind = (hasattr(p, "packed"), *(rates if flat else ()))
-        groups.setdefault(kind, {"params": [], "rates": rates})["params"].append(p)
-    return [groups[kind] for kind in sorted(groups, key=lambda kind: kind[0])]
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Low-bit parameters apart from the others, as DeepSpeed's sub-groups must be of one kind."""
+    parameters = list(model.parameters())
+    packed = [p for p in parameters if hasattr(p, "packed")]
+    ordinary = [p for p in parameters if not hasattr(p, "packed")]
+    return [{"params": group} for group in (ordinary, packed) if group]
 
 
 class _Unused(torch.optim.Optimizer):

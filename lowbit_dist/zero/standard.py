@@ -20,7 +20,7 @@ LEFT_OUT = Update(math.inf, flips=0, skipped=True)
 
 class RuleOptimizer(torch.optim.Optimizer):
     """The run's optimizer in float32 on the tensors that DeepSpeed hands over, its slots in the precision
-    asked for.  Each group has `rates`: its factors on learning rate and weight decay.
+    asked for.
     """
 
     now: ops.Now | None = None  # set before each step
@@ -29,7 +29,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], config: RunConfig, stage: int):
         super().__init__(groups, {"lr": config.optimizer.lr})
-        self.rule = config.optimizer
+        self.rule, self.method = config.optimizer, config.method
+        # Tensor -> the runs of its elements that belong to one parameter each, with the parameter's rates.
+        self.parts: dict[Tensor, list[tuple[slice, tuple[float, float]]]] = {}
         self.clip_norm = config.train.clip_norm
         self.copies = 1 if stage else dist.get_world_size()  # stage 0: every worker has every gradient
 
@@ -37,28 +39,34 @@ class RuleOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.now is None:  # DeepSpeed's bf16 wrapper steps once while it sets up
             return
-        params = [(p, group["rates"]) for group in self.param_groups for p in group["params"]]
-        params = [(p, rates) for p, rates in params if p.grad is not None]
-        norm = global_norm([p.grad.view(-1) for p, _ in params], copies=self.copies).item()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm([p.grad for p in params], copies=self.copies).item()
         apply = math.isfinite(norm) and norm <= self.limit
         if apply:
-            scale = clip_factor(norm, self.clip_norm)
-            for p, rates in params:
-                self._move(p, at_rates(self.now, rates, scale))
+            for p in params:
+                for here, rates in self.parts[p]:
+                    self._move(p, here, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
         self.last_update = Update(norm, flips=0, skipped=not apply)
 
-    def _move(self, p: Tensor, now: ops.Now) -> None:
+    def _move(self, p: Tensor, here: slice, now: ops.Now) -> None:
         assert p.grad is not None, "parameters without a gradient are left out"
-        target, state = ops.Weights(p.data.view(-1)), self.stored(p)
+        target = ops.Weights(p.data.view(-1)[here])
         if self.rule.scope == "element":
-            ops.step_(target, p.grad.float().view(-1), state, rule=self.rule, now=now)
+            grad = p.grad.view(-1)[here].float()
+            ops.step_(target, grad, part_of(self.stored(p), here), rule=self.rule, now=now)
             return
         # Under stage 0, the only one that such a rule is allowed with, each tensor is whole and has its shape.
+        state = self.stored(p)
         slots = (each.load(0, p.numel()).view(p.shape) for each in state)
         u, *moved = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
         for each, x in zip(state, moved, strict=True):
             each.store(0, p.numel(), x.reshape(-1))
         ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+
+    def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
+        """Know the elements `here` of p as those of a parameter; what the rule remembers of them."""
+        self.parts.setdefault(p, []).append((here, self.method.rates(name, shape)))
+        return part_of(self.stored(p), here)
 
     def stored(self, p: Tensor) -> list[ops.Stored]:
         """What the rule remembers of a tensor; zeros before its first step."""
@@ -69,6 +77,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             ]
         slots: list[ops.Stored] = state["slots"]
         return slots
+
+
+def part_of(state: list[ops.Stored], here: slice) -> list[ops.Stored]:
+    """A run of a tensor's slots; 8-bit ones, whose blocks cannot follow every border, only as a whole."""
+    if state and len(state[0].values) == len(range(*here.indices(len(state[0].values)))):
+        return state
+    assert all(each.scale is None for each in state), "configurations with parts of 8-bit slots are refused"
+    return [ops.Stored(each.slot, each.values[here]) for each in state]
 
 
 def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype: torch.dtype) -> None:
@@ -102,8 +118,9 @@ class StandardZero:
                 for p, master in zip(group, masters, strict=True)
             ]
         for p, weight in pairs:
-            state = self.optimizer.stored(p if self.zero is self.optimizer else weight)
-            yield Shard(p.lowbit_name, tuple(p.shape), 0, p.numel(), state, weight=weight.detach().view(-1))
+            name, shape, whole = p.lowbit_name, tuple(p.shape), slice(0, p.numel())
+            state = self.optimizer.take(p if self.zero is self.optimizer else weight, whole, name, shape)
+            yield Shard(name, shape, 0, p.numel(), state, weight=weight.detach().view(-1))
 
     def _flat_shards(self) -> Iterator[Shard]:
         """Stages 1 and 2: a worker updates one run of each group's parameters laid end to end."""
@@ -116,16 +133,13 @@ class StandardZero:
         )
         for params, offsets, master in groups:
             first = master.numel() * dist.get_rank()
-            state = self.optimizer.stored(master)
             for p, offset in zip(params, offsets, strict=True):
                 start = max(0, first - offset)
                 numel = max(0, min(p.numel(), first + master.numel() - offset) - start)
                 here = slice(offset + start - first, offset + start - first + numel) if numel else slice(0, 0)
-                # No 8-bit slots here: their blocks cannot follow these borders.
-                part = [ops.Stored(each.slot, each.values[here]) for each in state]
-                yield Shard(
-                    p.lowbit_name, tuple(p.shape), start, numel, part, weight=master.detach()[here]
-                )  # fmt: skip
+                name, shape = p.lowbit_name, tuple(p.shape)
+                state = self.optimizer.take(master, here, name, shape)
+                yield Shard(name, shape, start, numel, state, weight=master.detach()[here])
 
     def refresh(self) -> None:
         """Make the forward pass see what `shards` now hold."""

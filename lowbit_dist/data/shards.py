@@ -1,0 +1,149 @@
+"""Chunks of tokenised documents become two datasets of hashed shards, train and val."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit_dist.answers import ConfigError
+from lowbit_dist.data.library import import_streaming
+from lowbit_dist.data.manifest import HASH, SPLITS
+
+SHARD_BYTES = 1 << 24  # uncompressed
+HELD_TOKENS = 1 << 22  # a corpus of fewer tokens is held in memory until its split is decided
+
+Array = NDArray[Any]
+
+
+class Writer:
+    """Chunks in, two MDS datasets out."""
+
+    def __init__(self, folder: Path, vocab_size: int, seq_len: int, val_fraction: float):
+        self.dtype: Any = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        self.val_fraction = val_fraction
+        self.limit = int(val_fraction * 2**64)  # documents whose place is below go to val
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        self.held: list[dict[str, Array]] | None = []
+        self.n_held = self.n_empty = 0
+        self.splits = {name: SplitWriter(folder / name, self) for name in SPLITS}
+        self.n_tokens = 0
+
+    def bytes_with(self, row: Mapping[str, Any]) -> float:
+        """What all chunks up to this one need on disk when nothing of it can be compressed."""
+        self.n_tokens += len(row["tokens"]) // 4
+        return self.n_tokens * (np.dtype(self.dtype).itemsize + 8 / self.seq_len)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        chunk: dict[str, Array] = {
+            "tokens": np.frombuffer(row["tokens"], np.int32),
+            "lengths": np.frombuffer(row["lengths"], np.int32),
+            "sizes": np.frombuffer(row["sizes"], np.int64),
+            "places": np.frombuffer(row["places"], np.uint64),
+        }
+        self.n_empty += int(row["n_empty"])
+        if self.held is None:
+            self._write(chunk)
+            return
+        self.held.append(chunk)
+        self.n_held += len(chunk["tokens"])
+        if self.n_held >= HELD_TOKENS:
+            self._release()
+
+    def _release(self) -> None:
+        held, self.held = self.held or [], None
+        for chunk in held:
+            self._write(chunk)
+
+    def _write(self, chunk: Mapping[str, Array]) -> None:
+        is_val = chunk["places"] < self.limit
+        for name, chosen in (("train", ~is_val), ("val", is_val)):
+            tokens = chunk["tokens"][np.repeat(chosen, chunk["lengths"])]
+            self.splits[name].add(tokens, int(chosen.sum()), int(chunk["sizes"][chosen].sum()))
+
+    def _limit_of_few(self) -> int:
+        """Of few documents, perhaps none has a place below the limit; then the lowest of all go to val."""
+        chunks = self.held or []
+        places = np.concatenate([np.empty(0, np.uint64), *(chunk["places"] for chunk in chunks)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(chunk["lengths"] for chunk in chunks)])
+        if lengths[places < self.limit].sum() >= self.seq_len:
+            return self.limit
+        each, where = np.unique(places, return_inverse=True)
+        tokens = np.bincount(where, lengths, len(each)).cumsum()  # in documents up to this place
+        enough = max(self.seq_len, self.val_fraction * self.n_held)
+        n = int(np.searchsorted(tokens, enough)) + 1
+        if n >= len(each) or tokens[-1] - tokens[n - 1] < self.seq_len:
+            raise ConfigError(
+                f"--input has {len(places):,} documents with {self.n_held:,} tokens, too few for a "
+                f"training and a validation sample of --seq-len {self.seq_len} tokens from different "
+                "documents; give more text"
+            )
+        return int(each[n])
+
+    def finish(self) -> dict[str, Any]:
+        """Close the shards; what the manifest says of them."""
+        if self.held is not None:
+            self.limit = self._limit_of_few()
+            self._release()
+        splits = {name: writer.finish() for name, writer in self.splits.items()}
+        for name, split in splits.items():
+            if not split["samples"]:
+                raise ConfigError(
+                    f"--val-fraction ({self.val_fraction}) leaves {name} {split['dropped_tokens']:,} tokens, "
+                    f"less than one sample of {self.seq_len}; write a "
+                    f"{'larger' if name == 'val' else 'smaller'} one"
+                )
+        train, val = (self.splits[name].counts for name in SPLITS)
+        nats = np.log(train.sum() + self.vocab_size) - np.log(train + 1.0)
+        return {
+            "dtype": np.dtype(self.dtype).name,
+            "splits": splits,
+            "unigram_entropy": float((nats * val).sum() / val.sum()),
+            "empty_documents": self.n_empty,
+        }
+
+
+class SplitWriter:
+    def __init__(self, folder: Path, settings: Writer):
+        import_streaming()
+        from streaming import MDSWriter
+
+        self.folder = folder
+        self.seq_len, self.dtype = settings.seq_len, settings.dtype
+        self.mds = MDSWriter(
+            columns={"tokens": f"ndarray:{np.dtype(self.dtype).name}:{self.seq_len}"},
+            out=str(folder),
+            compression="zstd",
+            hashes=["sha256", HASH],
+            size_limit=max(SHARD_BYTES, 1 << 12 | 8 * self.seq_len),
+        )
+        self.rest = np.empty(0, np.int32)
+        self.counts = np.zeros(settings.vocab_size, np.int64)  # of each token in the samples
+        self.samples = self.documents = self.bytes = 0
+
+    def add(self, tokens: Array, n_documents: int, n_bytes: int) -> None:
+        tokens = np.concatenate([self.rest, tokens])
+        n = len(tokens) // self.seq_len
+        complete, self.rest = tokens[: n * self.seq_len], tokens[n * self.seq_len :]
+        for sample in complete.astype(self.dtype).reshape(n, self.seq_len):
+            self.mds.write({"tokens": sample})
+        self.counts += np.bincount(complete, minlength=len(self.counts))
+        self.samples += n
+        self.documents += n_documents
+        self.bytes += n_bytes
+
+    def finish(self) -> dict[str, Any]:
+        self.mds.finish()
+        return {
+            "samples": self.samples,
+            "tokens": self.samples * self.seq_len,
+            "dropped_tokens": len(self.rest),
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "index_sha256": hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest(),
+        }

@@ -1,0 +1,164 @@
+"""Documents become chunks of tokens, in parallel and in the order of the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit_dist import documents
+from lowbit_dist.answers import ConfigError
+from lowbit_dist.documents import text
+from lowbit_dist.tokenizer import Tokenizer
+
+TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
+
+Array = NDArray[Any]
+
+
+def tokenised(
+    chosen: Sequence[documents.Part], tokenizer: Tokenizer, seed: int, workers: int | None
+) -> Iterator[dict[str, Any]]:
+    """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
+    # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+    import ray.data
+
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _start_ray(workers)
+    context = ray.data.DataContext.get_current()
+    before = (context.enable_progress_bars, context.print_on_execution_start)
+    loggers = {name: logging.getLogger(name).level for name in ("ray.data", "ray.data.dataset")}
+    try:
+        context.enable_progress_bars = context.print_on_execution_start = False
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        bundles = _bundles(chosen)
+        dataset = ray.data.from_items([{"parts": each} for each in bundles], override_num_blocks=len(bundles))
+        dataset.context.execution_options.preserve_order = True
+        tokenise: Any = _tokenise  # Ray's types know no further arguments
+        chunks: Any = dataset.map_batches(
+            tokenise,
+            batch_size=1,
+            fn_kwargs={"model": ray.put(tokenizer.model), "sha256": tokenizer.sha256, "seed": seed},
+            concurrency=workers,
+        )
+        for table in chunks.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for chunk in table.to_pylist():
+                if chunk["error"]:
+                    raise ConfigError(chunk["error"])
+                yield chunk
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = before
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
+        if is_ours:
+            ray.shutdown()
+
+
+def _start_ray(workers: int | None) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    ray.init(
+        address="local",
+        num_cpus=workers or os.cpu_count(),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        object_store_memory=1 << 29,
+        **quiet,
+    )
+
+
+def _bundles(chosen: Sequence[documents.Part]) -> list[str]:
+    """Consecutive parts, some MB together, as JSON; at most some ten thousand tasks."""
+    enough = max(text.PART, sum(part.size for part in chosen) // 10_000)
+    bundles: list[list[documents.Part]] = []
+    size = enough
+    for part in chosen:
+        if size >= enough:
+            bundles.append([])
+            size = 0
+        bundles[-1].append(part)
+        size += part.size
+    return [json.dumps(bundle) for bundle in bundles]
+
+
+_loaded: dict[str, Tokenizer] = {}  # by hash; a Ray worker process serves many tasks
+
+
+def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> Iterator[dict[str, Array]]:
+    """The documents of one bundle of parts, as rows of about TEXT_CHUNK bytes of text.
+
+    `tokens` int32, every document with its <s> and </s>; of every document its `lengths` int32 in tokens, the
+    `sizes` int64 of its text in bytes, and its `places` uint64, a hash that says into which split it goes.
+    """
+    import ray
+
+    if sha256 not in _loaded:
+        _loaded[sha256] = Tokenizer(ray.get(model))
+    tokenizer = _loaded[sha256]
+    parts = [documents.Part(*part) for part in json.loads(batch["parts"][0])]
+    left = sum(part.size for part in parts)  # of the input, in bytes, for the progress bar
+    key = seed.to_bytes(8, "little")
+    chunk = _Chunk()
+    error = ""
+    try:
+        for document in documents.read(parts):
+            data = document.encode()
+            if not data:
+                chunk.n_empty += 1
+                continue
+            place = hashlib.blake2b(data, digest_size=8, key=key).digest()
+            chunk.add([tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id], len(data), place)
+            if chunk.n_bytes >= TEXT_CHUNK:
+                size = min(left, chunk.n_bytes)
+                left -= size
+                yield chunk.row(size)
+                chunk = _Chunk()
+    except ConfigError as mistake:
+        # Raised in a task, it would reach the user inside Ray's own report of a failed task.
+        error = str(mistake)
+    yield chunk.row(left, error)
+
+
+class _Chunk:
+    def __init__(self) -> None:
+        self.tokens: list[Array] = []
+        self.sizes: list[int] = []
+        self.places: list[bytes] = []
+        self.n_empty = self.n_bytes = 0
+
+    def add(self, tokens: list[int], size: int, place: bytes) -> None:
+        self.tokens.append(np.array(tokens, np.int32))
+        self.sizes.append(size)
+        self.places.append(place)
+        self.n_bytes += size
+
+    def row(self, size: int, error: str = "") -> dict[str, Array]:
+        lengths = np.array([len(each) for each in self.tokens], np.int32)
+        columns = {
+            "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]).tobytes(),
+            "lengths": lengths.tobytes(),
+            "sizes": np.array(self.sizes, np.int64).tobytes(),
+            "places": b"".join(self.places),
+        }
+        row: dict[str, Array] = {name: np.array([data], dtype=object) for name, data in columns.items()}
+        return {
+            **row,
+            "n_empty": np.array([self.n_empty]),
+            "size": np.array([size]),
+            "error": np.array([error], dtype=object),
+        }
