@@ -123,8 +123,8 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
         if not isinstance(module, Linear) and any(p is not None for p in module._parameters.values()):
             module.register_forward_pre_hook(_sum_first)
     for name in weights if method.stored is not None else ():
-        layer: Any = model.get_submodule(name.removesuffix(".weight"))
-        pack_(layer, method.quantize(layer.weight.detach().float()))
+        replaced: Any = model.get_submodule(name.removesuffix(".weight"))
+        pack_(replaced, method.quantize(replaced.weight.detach().float()))
     model.lowbit_method = method  # type: ignore[assignment]
     return model
 
