@@ -82,9 +82,9 @@ class PackedLinear(Linear):
         for key, mine in (("codes", t.codes), ("scale", t.scale)):
             theirs = state_dict.pop(f"{prefix}weight.{key}", None)
             if theirs is None or theirs.shape != mine.shape:
+                found = "absent" if theirs is None else list(theirs.shape)
                 raise ValueError(
-                    f"{prefix}weight.{key} is {'absent' if theirs is None else list(theirs.shape)}; this layer "
-                    f"has {list(mine.shape)}: load what a model converted by the same method saved"
+                    f"{prefix}weight.{key} is {found}; this layer has {list(mine.shape)}: load what a model converted by the same method saved"
                 )
             with torch.no_grad():
                 mine.copy_(theirs)
@@ -142,8 +142,8 @@ class _Boundary(torch.autograd.Function):
 
 
 def _sum_first(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For a forward pre-hook: what a module (a norm, for instance) adds to the gradient of its input is summed
-    before that of others is added.
+    """For a forward pre-hook: what a module (a norm, for instance) adds to the gradient of its input is
+    summed before that of others is added.
 
     DeepSpeed's own hooks do so.  Sums of floats depend on their order: with it, both give the same bits.
     """

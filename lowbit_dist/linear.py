@@ -8,11 +8,11 @@ The layer decodes, not the gather: a low-bit weight is a stub of one element, it
 
 What is safe under ZeRO-3, where weights are gathered before a module runs and released after it:
 
-* A view may read `w` only while it is called, forward and backward; it keeps nothing between the two.  It has
-  no parameters of its own, and gives the same values for the same `w`.
-* An activation quantiser is a module, so DeepSpeed gathers its parameters around its own forward and backward.
-  It may let autograd save a parameter itself, never a view or a copy of one: a parameter's values are gathered
-  again before the backward pass, a copy of them is a weight that stays.
+* A view may read `w` only while it is called, forward and backward; it keeps nothing between the two.  It
+  has no parameters of its own, and gives the same values for the same `w`.
+* An activation quantiser is a module, so DeepSpeed gathers its parameters around its own forward and
+  backward.  It may let autograd save a parameter itself, never a view or a copy of one: a parameter's values
+  are gathered again before the backward pass, a copy of them is a weight that stays.
 
 `nn.functional.linear` on a CPU saves the transposed *view* of its weight; `linear` below saves the parameter.
 

@@ -217,6 +217,57 @@ def test_a_save_that_dies_at_any_moment_leaves_the_checkpoint_before_or_its_own(
     assert fresh == sorted(fresh), "once it is published it stays"
 
 
+def to_format_1(path):
+    """What version 0.1 wrote: AdamW's m and v beside the codes, and no `scale_every`."""
+    from safetensors.torch import load_file, save_file
+
+    from lowbit_dist.checkpoint.layout import sha256, sums_text
+
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest["format"] = 1
+    for tensor in manifest["tensors"].values():
+        tensor.pop("scale_every", None)
+    for file, info in manifest["files"].items():
+        held = load_file(path / file)
+        old = {}
+        for key, value in held.items():
+            name, _, kind = key.partition("/")
+            slot, _, scale = kind.removeprefix("slots/").partition("/")
+            old[f"{name}/{slot}_{scale}" if scale else f"{name}/{slot}"] = value
+        assert any(key.endswith("/v_scale") for key in old) and not any("slots" in key for key in old)
+        save_file(old, path / file)
+        info["bytes"] = (path / file).stat().st_size
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    sums = {file: sha256(path / file) for file in (*manifest["files"], checkpoint.MANIFEST)}
+    (path / checkpoint.SUMS).write_text(sums_text(sums))
+
+
+def test_a_checkpoint_of_format_1_resumes_exactly(ranks, small, tmp_path):
+    configuration = small(train={"steps": 6, "save_every": 3, "eval_every": 6}, method={"granularity": "row"})
+    expected = ranks(2).run(train, {**configuration, "run": {**configuration["run"], "name": "whole"}})[0]
+    ranks(2).run(train, configuration, stop_at=3)
+    to_format_1(tmp_path / "small" / "checkpoints" / "step-3")
+    old = Checkpoint.open(tmp_path / "small" / "checkpoints" / "step-3")
+    assert old.verify() == [] and old.tensor("model.layers.0.mlp.up_proj.weight").scale_every == 256
+    assert ranks(2).run(train, configuration)[0]["digest"] == expected["digest"]
+    assert json.loads((tmp_path / "small/checkpoints/step-6/manifest.json").read_text())["format"] == 2
+
+
+def test_a_checkpoint_of_another_granularity_is_refused(run):
+    opened = Checkpoint.open(checkpoint.latest(run))
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole = opened.tensor(name)
+    from lowbit_dist.zero import Shard
+
+    shards = [
+        Shard(n, opened.shape(n), 0, 0, [], grid=opened.grid(n), scale_every=128 if n == name else 10**9)
+        for n in opened.names
+    ]
+    with pytest.raises(ConfigError, match="has a scale for each") as refused:
+        opened.check_fits([shard for shard in shards if shard.name == name])
+    assert f"{whole.numel:,} weights there, for each 128 here" in str(refused.value)
+
+
 def test_a_checkpoint_of_another_model_or_grid_is_refused(run, ranks, small):
     for changes in ({"method": {"grid": "int4"}}, {"model": {"layers": 1}}):
         message = ranks(2).run(refusal, small(**changes))

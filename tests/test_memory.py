@@ -311,6 +311,9 @@ def measured(content):
 
 CHECKPOINTED = {"activation_checkpointing": True}
 TWO_PASSES = {"batch_tokens": 8 * SEQ_LEN}  # a step of two micro-batches on each of two workers
+# Widths of published models (SmolLM, Qwen2) that are no multiples of 256.
+WIDTH_576 = {"hidden_size": 576, "intermediate_size": 1536, "heads": 9, "kv_heads": 3}
+WIDTH_896 = {"hidden_size": 896, "intermediate_size": 1792, "heads": 14, "kv_heads": 2}
 CASES = [
     {},
     {"method": {"grid": "int2", "granularity": "row"}, "optimizer": {"states": "fp32"}},
@@ -361,6 +364,14 @@ CASES = [
         "train": CHECKPOINTED,
     },
     {"method": {"name": "dense"}, "zero": {"stage": 3}, "precision": "bf16"},
+    {"model": WIDTH_576},
+    {"model": WIDTH_896, "precision": "bf16", "train": CHECKPOINTED},
+    {"model": WIDTH_896, "method": {"granularity": "row", "grid": "int4"}},
+    {"method": {"granularity": "group"}, "zero": {"residency": "replicated"}},
+    {"method": {"granularity": "group", "group": 64, "grid": "int8"}, "precision": "bf16"},
+    {"optimizer": {"name": "lion"}, "method": {"grid": "int8"}},
+    {"optimizer": {"name": "lion", "states": "bf16"}, "method": {"name": "dense"}, "zero": {"stage": 2}},
+    {"optimizer": {"name": "lion", "states": "fp32"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}},
 ]
 
 

@@ -74,6 +74,9 @@ def test_the_digest_sees_the_seed_and_the_learning_rate(ranks, small):
         {"method": {"name": "dense"}, "zero": {"stage": 0}},
         {"method": {"name": "dense"}, "zero": {"stage": 2}, "optimizer": {"states": "fp32"}},
         {"method": {"granularity": "row", "tensors": "all"}, "precision": "bf16"},
+        {"method": {"grid": "int4", "granularity": "group", "group": 64}},
+        {"optimizer": {"name": "lion", "lr": 3e-4}},
+        {"optimizer": {"name": "lion", "states": "bf16"}, "method": {"name": "bitnet"}, "zero": {"stage": 2}},
     ],
     ids=str,
 )  # fmt: skip
@@ -112,6 +115,55 @@ def test_reproducible_runs_are_equal_on_any_number_of_workers_and_in_both_reside
     worlds = (1, 2, 3, 4) if grid == "ternary" else (1, 3)
     found = digests(ranks, small, grid, states, worlds, replicated_on=(2,))
     assert len(set(found.values())) == 1, found
+
+
+SIX = {"steps": 8, "batch_tokens": 6 * 64, "micro_batch": 1, "reproducible": True, "save_every": 4}
+# Widths of published models (SmolLM, Qwen2) that are no multiples of 256.
+WIDTH_576 = {"hidden_size": 576, "intermediate_size": 1536, "heads": 9, "kv_heads": 3, "layers": 1}
+WIDTH_896 = {"hidden_size": 896, "intermediate_size": 1792, "heads": 14, "kv_heads": 2, "layers": 1}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optimizer": {"name": "lion", "lr": 3e-4, "states": "int8"}, "model": SMALLER},
+        {"optimizer": {"name": "lion", "lr": 3e-4, "states": "bf16"}, "model": SMALLER, "method": {"grid": "int8"}},
+        {"optimizer": {"name": "lion", "states": "fp32"}, "model": SMALLER, "method": {"name": "bitnet"}},
+        {"method": {"granularity": "group", "grid": "int4"}, "model": SMALLER},
+        {"method": {"granularity": "group", "group": 64}, "model": SMALLER},
+        {"model": WIDTH_576},
+        {"model": WIDTH_896, "method": {"granularity": "row"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rules_granularities_and_widths_give_one_digest_on_any_number_of_workers(sections, ranks, small):
+    def run(name, world, stop_at=None):
+        return ranks(world).run(train, small(run={"name": name}, train=SIX, **sections), stop_at)[0]
+
+    found = {world: run(f"on{world}", world)["digest"] for world in (1, 2, 3)}
+    run("cut", 3, stop_at=4)
+    found["resumed on 2"] = run("cut", 2)["digest"]
+    assert len(set(found.values())) == 1, found
+
+
+def test_a_rule_that_sees_the_matrix_gives_one_digest_on_any_number_of_workers(ranks, small):
+    """Each worker sees all of it, slots in 8 bits included, and applies its own part."""
+    sections = {"optimizer": {"name": "rows"}, "method": {"grid": "int8"}, "model": SMALLER, "train": SIX}
+    found = {w: ranks(w).run(train_by_rows, small(run={"name": f"m{w}"}, **sections))[0] for w in (1, 2, 3)}
+    assert len({each["digest"] for each in found.values()}) == 1
+    stage0 = {
+        **sections, "method": {"name": "dense"}, "zero": {"stage": 0},
+        "optimizer": {"name": "rows", "states": "fp32"},
+    }  # fmt: skip
+    found = {w: ranks(w).run(train_by_rows, small(run={"name": f"z{w}"}, **stage0))[0] for w in (1, 2)}
+    assert len({each["digest"] for each in found.values()}) == 1
+    assert found[1]["val_loss"] < 6.2, "it must learn"
+
+
+def train_by_rows(configuration):
+    import toys  # noqa: F401  (registers the rule)
+
+    return train(configuration)
 
 
 @pytest.mark.exhaustive

@@ -2,7 +2,7 @@
 would write it.  Not for use: the real ones come with tests of their papers.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from lowbit_dist import ops
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import IntPerToken, Linear
 from lowbit_dist.methods import METHODS, Method
+from lowbit_dist.optim import OPTIMIZERS, Rule
 from lowbit_dist.packed import PackedShard, PackedTensor, representable
 
 
@@ -127,5 +128,18 @@ class LearnedActivation(Method):
         return torch.full(shape, 0.25) if name.endswith(".activation.alpha") else None
 
 
+class Rows(Rule):
+    """Each row's momentum by its own length."""
+
+    name: Literal["rows"] = "rows"
+    slots: ClassVar = (ops.Slot("momentum", signed=True),)
+    scope: ClassVar = "row"
+
+    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
+        momentum = 0.9 * slots[0] + g
+        return momentum / (momentum.square().mean(-1, keepdim=True).sqrt() + 1e-8), momentum
+
+
+OPTIMIZERS["rows"] = "toys:Rows"
 TOYS = {"fine-stored": FineStored, "biased": Biased, "learned-activation": LearnedActivation}
 METHODS |= {name: f"toys:{toy.__name__}" for name, toy in TOYS.items()}

@@ -155,8 +155,8 @@ class Checkpoint:
             if shard.grid and every.get(shard.name) not in (None, shard.scale_every):  # format 1 does not say
                 raise ConfigError(
                     f"{self.path} is a checkpoint of another model: {shard.name} has a scale for each "
-                    f"{every[shard.name]:,} weights there, for each {shard.scale_every:,} here; choose another "
-                    "run.name"
+                    f"{every[shard.name]:,} weights there, for each {shard.scale_every:,} here; choose "
+                    "another run.name"
                 )
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
