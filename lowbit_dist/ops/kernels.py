@@ -23,7 +23,6 @@ Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 # Triton gives the parameters of kernels their types when it compiles them.
 # mypy: disable-error-code="no-untyped-def"
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -422,11 +421,10 @@ def _step(
         return n_flips
     slots = _slots(state)
     quantised = slots[2] is not None
-    of_rule = dataclasses.astuple(numbers)
     with _on(grad.device):
         if isinstance(target, Weights):
             _step_weights[(triton.cdiv(target.numel, WEIGHT_BLOCKS * BLOCK),)](
-                target.weight, grad, *slots, target.numel, *of_rule, now.lr, 1.0 - now.decay,
+                target.weight, grad, *slots, target.numel, *numbers, now.lr, 1.0 - now.decay,
                 RULE=rule, QUANTISED=quantised, BLOCKS=WEIGHT_BLOCKS,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
@@ -438,7 +436,7 @@ def _step(
             _step_codes[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
                 target.codes, scale, grad, *slots, n_flips,
                 n_blocks, target.first_block, offset, units_per_scale,
-                _signed(now.seed), now.step, target.tensor, *of_rule, now.lr, now.decay,
+                _signed(now.seed), now.step, target.tensor, *numbers, now.lr, now.decay,
                 LOW=grid.low, HIGH=grid.high, BITS=grid.bits, UNITS=units, RULE=rule,
                 QUANTISED=quantised, BLOCKS=CODE_BLOCKS,
                 num_warps=4, enable_fp_fusion=False,
