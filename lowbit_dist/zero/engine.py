@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.linear import values
-from lowbit_dist.methods.method import Method
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner
 from lowbit_dist.zero.stage3 import PackedZero3, Update
