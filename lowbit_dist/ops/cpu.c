@@ -30,6 +30,8 @@
 
 /* A call on fewer blocks than this is not worth waking threads. */
 #define PARALLEL_BLOCKS 512
+/* Blocks that a thread takes at a time. */
+#define RUN 64
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -418,7 +420,7 @@ INLINE void scales_of_block(float *of_plane /* [4] */, const float *scale, const
     for (int i = 0; i < 4; i++) {
         of_plane[i] = scale[number];
         within += PLANE;
-        if (shard->n_scales > 1 && within == shard->scale_every) {
+        if (within == shard->scale_every) {
             within = 0;
             number++;
         }
@@ -456,31 +458,36 @@ INLINE void step_weights(float *restrict weight, const State *state, const Step 
     store_slots(&work, state, block, now.correction2, rule);
 }
 
+/* A run of blocks by each rule. */
 #define SPECIALISED(NAME, RULE) \
     static int64_t NAME##_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, \
-                                const Step *now, int64_t block) { \
-        return step_codes(codes, scale, state, shard, now, block, RULE); \
+                                const Step *now, int64_t block, int64_t end) { \
+        int64_t flips = 0; \
+        for (; block < end; block++) flips += step_codes(codes, scale, state, shard, now, block, RULE); \
+        return flips; \
     } \
-    static void NAME##_weights(float *weight, const State *state, const Step *now, int64_t block) { \
-        step_weights(weight, state, now, block, RULE); \
+    static void NAME##_weights(float *weight, const State *state, const Step *now, int64_t block, int64_t end) { \
+        for (; block < end; block++) step_weights(weight + block * BLOCK, state, now, block, RULE); \
     }
 SPECIALISED(adamw, ADAMW)
 SPECIALISED(lion, LION)
 SPECIALISED(apply, APPLY)
 
-typedef int64_t StepCodes(uint8_t *, const float *, const State *, const Shard *, const Step *, int64_t);
-typedef void StepWeights(float *, const State *, const Step *, int64_t);
+typedef int64_t StepCodes(uint8_t *, const float *, const State *, const Shard *, const Step *, int64_t, int64_t);
+typedef void StepWeights(float *, const State *, const Step *, int64_t, int64_t);
+
+INLINE int64_t end_of(int64_t block, int64_t n_blocks) { return block + RUN < n_blocks ? block + RUN : n_blocks; }
 
 /* One step of the codes of a shard; how many changed. */
 int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, const Step *now,
                           int32_t rule) {
-    StepCodes *const step_block =
+    StepCodes *const step_run =
         (StepCodes *[]){[ADAMW] = adamw_codes, [LION] = lion_codes, [APPLY] = apply_codes}[rule];
     int64_t flips = 0;
 #pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
     if (shard->n_blocks >= PARALLEL_BLOCKS)
-    for (int64_t block = 0; block < shard->n_blocks; block++)
-        flips += step_block(codes, scale, state, shard, now, block);
+    for (int64_t block = 0; block < shard->n_blocks; block += RUN)
+        flips += step_run(codes, scale, state, shard, now, block, end_of(block, shard->n_blocks));
     return flips;
 }
 
@@ -490,7 +497,7 @@ INLINE void copy(void *to, const void *from, size_t n, size_t width) {
 }
 
 /* The last `n` < BLOCK elements, by way of a whole block whose other elements are 0. */
-static void step_short_block(StepWeights *step_block, float *weight, const State *state, int64_t block, size_t n,
+static void step_short_block(StepWeights *step_run, float *weight, const State *state, int64_t block, size_t n,
                              const Step *now) {
     float grad[BLOCK] = {0}, m[BLOCK] = {0}, v[BLOCK] = {0}, whole[BLOCK] = {0};
     const size_t at = (size_t)block * BLOCK;
@@ -506,7 +513,7 @@ static void step_short_block(StepWeights *step_block, float *weight, const State
     copy(v, v_at, n, width);
     copy(whole, weight + at, n, sizeof(float));
 
-    step_block(whole, &only, now, 0);
+    step_run(whole, &only, now, 0, 1);
 
     copy(m_at, m, n, width);
     copy(v_at, v, n, width);
@@ -516,12 +523,13 @@ static void step_short_block(StepWeights *step_block, float *weight, const State
 /* One step of `n` ordinary weights. */
 void lowbit_step_weights(float *weight, const State *state, int64_t n, int32_t n_threads, const Step *now,
                          int32_t rule) {
-    StepWeights *const step_block =
+    StepWeights *const step_run =
         (StepWeights *[]){[ADAMW] = adamw_weights, [LION] = lion_weights, [APPLY] = apply_weights}[rule];
     const int64_t n_blocks = n / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_blocks >= PARALLEL_BLOCKS)
-    for (int64_t block = 0; block < n_blocks; block++) step_block(weight + block * BLOCK, state, now, block);
-    if (n % BLOCK) step_short_block(step_block, weight, state, n_blocks, (size_t)(n % BLOCK), now);
+    for (int64_t block = 0; block < n_blocks; block += RUN)
+        step_run(weight, state, now, block, end_of(block, n_blocks));
+    if (n % BLOCK) step_short_block(step_run, weight, state, n_blocks, (size_t)(n % BLOCK), now);
 }
 
 static void scale_levels(const int32_t *restrict level, const float *restrict of_plane, float *restrict out) {

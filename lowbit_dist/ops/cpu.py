@@ -7,7 +7,6 @@ reference.py: the same bytes, many times slower.
 """
 
 import ctypes
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -152,7 +151,7 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 def _numbers(numbers: Factors, now: Now, *, tensor: int) -> object:
     return ctypes.byref(
         _Step(
-            **dataclasses.asdict(numbers),
+            **numbers._asdict(),
             lr=now.lr,
             decay=now.decay,
             keep=1 - now.decay,

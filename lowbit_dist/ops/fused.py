@@ -5,8 +5,7 @@ adamw    m = m * beta1 + g * rest1      v = v * beta2 + (g * g) * rest2
 lion     u = sign(m * beta1 + g * rest1)      m = m * beta2 + g * rest2
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowbit_dist.ops.reference import Now
 
@@ -16,8 +15,7 @@ SLOTS: dict[str, tuple[bool, ...]] = {"adamw": (True, False), "lion": (True,)}
 RULES = ("adamw", "lion", None)
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """In double; each becomes a float32 where it is used."""
 
     grad_scale: float

@@ -23,7 +23,6 @@ Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 # Triton gives the parameters of kernels their types when it compiles them.
 # mypy: disable-error-code="no-untyped-def"
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -32,198 +31,32 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
-from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import LARGEST_STEP, Codes, Now, Rule, Weights
-from lowbit_dist.ops.states import (
-    SIGNED_SQUARE,
-    SIGNED_TOP,
-    SMALLEST_SCALE,
-    UNSIGNED_FOURTH,
-    UNSIGNED_TOP,
-    Stored,
+from lowbit_dist.ops.device_functions import (
+    ADAMW,
+    APPLY,
+    LARGEST_SIGNED,
+    LARGEST_UNSIGNED,
+    block_scale,
+    load,
+    load_codes,
+    load_signed,
+    load_unsigned,
+    moved,
+    quantised_signed,
+    quantised_unsigned,
+    rounded_step,
+    scale_of_plane,
+    store,
+    store_codes,
 )
+from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
+from lowbit_dist.ops.states import Stored
 
 # Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks
 # of codes several threads would hold the same element, and one could read what another has overwritten.
 CODE_BLOCKS = 8
 WEIGHT_BLOCKS = 4
-
-# A kernel reads globals of this type only.
-_LARGEST_STEP = tl.constexpr(LARGEST_STEP)
-_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
-_SIGNED_SQUARE = tl.constexpr(SIGNED_SQUARE)
-_SIGNED_TOP = tl.constexpr(float(SIGNED_TOP))
-_UNSIGNED_FOURTH = tl.constexpr(UNSIGNED_FOURTH)
-_UNSIGNED_TOP = tl.constexpr(float(UNSIGNED_TOP))
-_ADAMW = tl.constexpr(RULES.index("adamw"))
-_APPLY = tl.constexpr(RULES.index(None))
-
-
-@triton.jit
-def _load(pointer, mask):
-    """float32 from float32 or bfloat16, exactly."""
-    x = tl.load(pointer, mask=mask, other=0)
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x
-
-
-@triton.jit
-def _store(pointer, x, mask):
-    """float32 to float32, or to bfloat16 with round to nearest even; a NaN stays one."""
-    if pointer.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(x == x, bits, 0x7FC0)
-        tl.store(pointer, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.store(pointer, x, mask=mask)
-
-
-@triton.jit
-def _load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
-    """The codes of elements j, j + 64, j + 128, j + 192 of each block: four int32 [blocks, 64]."""
-    byte_ptr = codes_ptr + block.to(tl.int64)[:, None] * (32 * BITS)
-    if BITS == 2:
-        byte = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
-        return byte & 3, (byte >> 2) & 3, (byte >> 4) & 3, byte >> 6
-    elif BITS == 3:
-        low = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
-        # Bit i of high byte j % 32 belongs to element j % 32 + 32 * i.
-        high = tl.load(byte_ptr + 64 + (j & 31), mask=mask, other=0).to(tl.int32) >> (j >> 5)
-        return (
-            (low & 3) | ((high & 1) << 2),
-            ((low >> 2) & 3) | (high & 4),
-            ((low >> 4) & 3) | ((high >> 2) & 4),
-            (low >> 6) | ((high >> 4) & 4),
-        )
-    elif BITS == 4:
-        even = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
-        odd = tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32)
-        return even & 15, odd & 15, even >> 4, odd >> 4
-    else:
-        return (
-            tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32),
-            tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32),
-            tl.load(byte_ptr + 128 + j, mask=mask, other=0).to(tl.int32),
-            tl.load(byte_ptr + 192 + j, mask=mask, other=0).to(tl.int32),
-        )
-
-
-@triton.jit
-def _store_codes(codes_ptr, block, j, mask, c0, c1, c2, c3, BITS: tl.constexpr, BLOCKS: tl.constexpr):
-    byte_ptr = codes_ptr + block.to(tl.int64)[:, None] * (32 * BITS)
-    if BITS == 2:
-        byte = c0 | (c1 << 2) | (c2 << 4) | (c3 << 6)
-        tl.store(byte_ptr + j, byte.to(tl.uint8), mask=mask)
-    elif BITS == 3:
-        low = (c0 & 3) | ((c1 & 3) << 2) | ((c2 & 3) << 4) | ((c3 & 3) << 6)
-        tl.store(byte_ptr + j, low.to(tl.uint8), mask=mask)
-        high = (c0 >> 2) | (c1 & 4) | ((c2 & 4) << 2) | ((c3 & 4) << 4)
-        # Columns j and j + 32 fill different bits of one byte: their sum is their union.
-        high = tl.sum(tl.reshape(high << (j >> 5), [BLOCKS, 2, 32]), axis=1)
-        tl.store(byte_ptr + 64 + tl.arange(0, 32)[None, :], high.to(tl.uint8), mask=mask)
-    elif BITS == 4:
-        tl.store(byte_ptr + j, (c0 | (c2 << 4)).to(tl.uint8), mask=mask)
-        tl.store(byte_ptr + 64 + j, (c1 | (c3 << 4)).to(tl.uint8), mask=mask)
-    else:
-        tl.store(byte_ptr + j, c0.to(tl.uint8), mask=mask)
-        tl.store(byte_ptr + 64 + j, c1.to(tl.uint8), mask=mask)
-        tl.store(byte_ptr + 128 + j, c2.to(tl.uint8), mask=mask)
-        tl.store(byte_ptr + 192 + j, c3.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _load_signed(pointer, scale, mask, QUANTISED: tl.constexpr):
-    if QUANTISED:
-        q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
-        return (q * tl.abs(q)) * scale
-    else:
-        return _load(pointer, mask)
-
-
-@triton.jit
-def _load_unsigned(pointer, scale, mask, QUANTISED: tl.constexpr):
-    if QUANTISED:
-        q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
-        q = q * q
-        return (q * q) * scale
-    else:
-        return _load(pointer, mask)
-
-
-@triton.jit
-def _block_scale(largest, DIVISOR: tl.constexpr):
-    """(scale, 1 / scale), both 0 for a block too small to be divided by its scale."""
-    scale = tl.div_rn(largest, DIVISOR)
-    usable = scale >= _SMALLEST_SCALE
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
-    return tl.where(usable, scale, 0.0), inverse
-
-
-@triton.jit
-def _nearest_root(y, FOURTH: tl.constexpr):
-    """The number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4: a rounded root that needs no exact root."""
-    guess = tl.sqrt(y)
-    if FOURTH:
-        guess = tl.sqrt(guess)
-    q = tl.floor(guess + 0.5)
-    below = q - 0.5
-    below = below * below
-    above = q + 0.5
-    above = above * above
-    if FOURTH:
-        below = below * below
-        above = above * above
-    return tl.where((y < below) & (q > 0.5), q - 1.0, tl.where(y >= above, q + 1.0, q))
-
-
-@triton.jit
-def _quantised_signed(x, inverse_scale):
-    q = tl.minimum(_nearest_root(tl.abs(x) * inverse_scale, False), _SIGNED_TOP)
-    return tl.where(x < 0, -q, q).to(tl.int8)
-
-
-@triton.jit
-def _quantised_unsigned(x, inverse_scale):
-    q = tl.minimum(_nearest_root(x * inverse_scale, True), _UNSIGNED_TOP)
-    # A mean of squares that decodes to 0 would make the next update explode.
-    return tl.maximum(q, 1.0).to(tl.uint8)
-
-
-@triton.jit
-def _moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE: tl.constexpr):
-    """The direction, and the slots' new values; v with AdamW only."""
-    if RULE == _ADAMW:
-        m = m * beta1 + g * rest1
-        v = v * beta2 + (g * g) * rest2
-        u = tl.div_rn(m * correction1, tl.sqrt_rn(v * correction2) + eps)
-    else:
-        mixed = m * beta1 + g * rest1
-        u = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
-        m = m * beta2 + g * rest2
-    return u, m, v
-
-
-@triton.jit
-def _scale(scale_ptr, block, live, offset, units_per_scale, i: tl.constexpr, UNITS: tl.constexpr):
-    """The scale of plane `i` of each block, [blocks, 1]; the same for all, a scalar, if UNITS is 0."""
-    if UNITS == 0:
-        return tl.load(scale_ptr)
-    else:
-        unit = offset + block * UNITS + (i if UNITS > 1 else 0)
-        return tl.load(scale_ptr + unit // units_per_scale, mask=live, other=1.0)[:, None]
-
-
-@triton.jit
-def _rounded_step(level, step, random, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """`level` + `step` rounded stochastically: up with a probability that is exact to 2^-32."""
-    size = tl.minimum(tl.abs(step), _LARGEST_STEP)
-    whole = tl.floor(size)
-    threshold = ((size - whole) * 4294967296.0).to(tl.uint32)
-    n = whole.to(tl.int32) + (random < threshold).to(tl.int32)
-    return tl.minimum(tl.maximum(level + tl.where(step < 0, -n, n), LOW), HIGH)
 
 
 # Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16).
@@ -255,15 +88,15 @@ def _step_codes(
         tl.zeros_like(counter_low) + tensor.to(tl.uint32),
     )
 
-    levels_per_unit = tl.div_rn(lr, _scale(scale_ptr, block, live, offset, units_per_scale, 0, UNITS))
+    levels_per_unit = tl.div_rn(lr, scale_of_plane(scale_ptr, block, live, offset, units_per_scale, 0, UNITS))
     m_scale = 0.0
     v_scale = 0.0
     if QUANTISED:
         m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
-        if RULE == _ADAMW:
+        if RULE == ADAMW:
             v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
 
-    old = _load_codes(codes_ptr, block, j, mask, BITS)
+    old = load_codes(codes_ptr, block, j, mask, BITS)
     new = ()  # type: tuple[Tensor, ...]
     ms = ()  # type: tuple[Tensor, ...]
     vs = ()  # type: tuple[Tensor, ...]
@@ -272,46 +105,46 @@ def _step_codes(
     n_flips = tl.zeros([BLOCKS, 64], tl.int32)
     for i in tl.static_range(4):
         at = element + 64 * i
-        if RULE == _APPLY:
+        if RULE == APPLY:
             u = tl.load(grad_ptr + at, mask=mask, other=0.0)
         else:
-            g = _load(grad_ptr + at, mask) * grad_scale
-            m = _load_signed(m_ptr + at, m_scale, mask, QUANTISED)
+            g = load(grad_ptr + at, mask) * grad_scale
+            m = load_signed(m_ptr + at, m_scale, mask, QUANTISED)
             v = m
-            if RULE == _ADAMW:
-                v = _load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
-            u, m, v = _moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
+            if RULE == ADAMW:
+                v = load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
+            u, m, v = moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
             if QUANTISED:
                 largest_m = tl.maximum(largest_m, tl.abs(m))
                 ms += (m,)
-                if RULE == _ADAMW:
+                if RULE == ADAMW:
                     largest_v = tl.maximum(largest_v, v)
                     vs += (v,)
             else:
-                _store(m_ptr + at, m, mask)
-                if RULE == _ADAMW:
-                    _store(v_ptr + at, v, mask)
+                store(m_ptr + at, m, mask)
+                if RULE == ADAMW:
+                    store(v_ptr + at, v, mask)
         if UNITS > 1:
-            scale = _scale(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
+            scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
             levels_per_unit = tl.div_rn(lr, scale)
         level = old[i] + LOW
         levels = -(levels_per_unit * u) - decay * level.to(tl.float32)
-        code = _rounded_step(level, levels, random[i], LOW, HIGH) - LOW
+        code = rounded_step(level, levels, random[i], LOW, HIGH) - LOW
         n_flips += ((code != old[i]) & mask).to(tl.int32)
         new += (code,)
-    _store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
+    store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
     tl.atomic_add(n_flips_ptr, tl.sum(n_flips).to(tl.int64), sem="relaxed")
 
     if QUANTISED:
-        m_scale, m_inverse = _block_scale(tl.max(largest_m, axis=1), _SIGNED_SQUARE)
+        m_scale, m_inverse = block_scale(tl.max(largest_m, axis=1), LARGEST_SIGNED)
         tl.store(m_scale_ptr + block, m_scale, mask=live)
         for i in tl.static_range(4):
-            tl.store(m_ptr + element + 64 * i, _quantised_signed(ms[i], m_inverse[:, None]), mask=mask)
-        if RULE == _ADAMW:
-            v_scale, v_inverse = _block_scale(tl.max(largest_v, axis=1), _UNSIGNED_FOURTH)
+            tl.store(m_ptr + element + 64 * i, quantised_signed(ms[i], m_inverse[:, None]), mask=mask)
+        if RULE == ADAMW:
+            v_scale, v_inverse = block_scale(tl.max(largest_v, axis=1), LARGEST_UNSIGNED)
             tl.store(v_scale_ptr + block, v_scale, mask=live)
             for i in tl.static_range(4):
-                tl.store(v_ptr + element + 64 * i, _quantised_unsigned(vs[i], v_inverse[:, None]), mask=mask)
+                tl.store(v_ptr + element + 64 * i, quantised_unsigned(vs[i], v_inverse[:, None]), mask=mask)
 
 
 @triton.jit
@@ -326,33 +159,33 @@ def _step_weights(
     at = first[:, None] + tl.arange(0, 256)[None, :]
     mask = at < n
 
-    if RULE == _APPLY:
+    if RULE == APPLY:
         u = tl.load(grad_ptr + at, mask=mask, other=0.0)
     else:
         m_scale = 0.0
         v_scale = 0.0
         if QUANTISED:
             m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
-            if RULE == _ADAMW:
+            if RULE == ADAMW:
                 v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
-        g = _load(grad_ptr + at, mask) * grad_scale
-        m = _load_signed(m_ptr + at, m_scale, mask, QUANTISED)
+        g = load(grad_ptr + at, mask) * grad_scale
+        m = load_signed(m_ptr + at, m_scale, mask, QUANTISED)
         v = m
-        if RULE == _ADAMW:
-            v = _load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
-        u, m, v = _moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
+        if RULE == ADAMW:
+            v = load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
+        u, m, v = moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
         if QUANTISED:
-            m_scale, m_inverse = _block_scale(tl.max(tl.abs(m), axis=1), _SIGNED_SQUARE)
+            m_scale, m_inverse = block_scale(tl.max(tl.abs(m), axis=1), LARGEST_SIGNED)
             tl.store(m_scale_ptr + block, m_scale, mask=live)
-            tl.store(m_ptr + at, _quantised_signed(m, m_inverse[:, None]), mask=mask)
-            if RULE == _ADAMW:
-                v_scale, v_inverse = _block_scale(tl.max(v, axis=1), _UNSIGNED_FOURTH)
+            tl.store(m_ptr + at, quantised_signed(m, m_inverse[:, None]), mask=mask)
+            if RULE == ADAMW:
+                v_scale, v_inverse = block_scale(tl.max(v, axis=1), LARGEST_UNSIGNED)
                 tl.store(v_scale_ptr + block, v_scale, mask=live)
-                tl.store(v_ptr + at, _quantised_unsigned(v, v_inverse[:, None]), mask=mask)
+                tl.store(v_ptr + at, quantised_unsigned(v, v_inverse[:, None]), mask=mask)
         else:
-            _store(m_ptr + at, m, mask)
-            if RULE == _ADAMW:
-                _store(v_ptr + at, v, mask)
+            store(m_ptr + at, m, mask)
+            if RULE == ADAMW:
+                store(v_ptr + at, v, mask)
     weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
     tl.store(weight_ptr + at, weight * keep - lr * u, mask=mask)
 
@@ -366,13 +199,13 @@ def _decode(
     live = block < n_blocks
     mask = live[:, None]
     j = tl.arange(0, 64)[None, :]
-    scale = _scale(scale_ptr, block, live, offset, units_per_scale, 0, UNITS)
-    codes = _load_codes(codes_ptr, block, j, mask, BITS)
+    scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, 0, UNITS)
+    codes = load_codes(codes_ptr, block, j, mask, BITS)
     for i in tl.static_range(4):
         if UNITS > 1:
-            scale = _scale(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
+            scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
         at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
-        _store(out_ptr + at, scale * (codes[i] + LOW).to(tl.float32), mask)
+        store(out_ptr + at, scale * (codes[i] + LOW).to(tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -382,7 +215,7 @@ def _code_counts(
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     mask = (block < n_blocks)[:, None]
     j = tl.arange(0, 64)[None, :]
-    codes = _load_codes(codes_ptr, block, j, mask, BITS)
+    codes = load_codes(codes_ptr, block, j, mask, BITS)
     live = tl.reshape(mask & (j >= 0), [BLOCKS * 64])
     N_BINS: tl.constexpr = 2**BITS
     counts = tl.zeros([N_BINS], tl.int32)
@@ -422,11 +255,10 @@ def _step(
         return n_flips
     slots = _slots(state)
     quantised = slots[2] is not None
-    of_rule = dataclasses.astuple(numbers)
     with _on(grad.device):
         if isinstance(target, Weights):
             _step_weights[(triton.cdiv(target.numel, WEIGHT_BLOCKS * BLOCK),)](
-                target.weight, grad, *slots, target.numel, *of_rule, now.lr, 1.0 - now.decay,
+                target.weight, grad, *slots, target.numel, *numbers, now.lr, 1.0 - now.decay,
                 RULE=rule, QUANTISED=quantised, BLOCKS=WEIGHT_BLOCKS,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
@@ -438,7 +270,7 @@ def _step(
             _step_codes[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
                 target.codes, scale, grad, *slots, n_flips,
                 n_blocks, target.first_block, offset, units_per_scale,
-                _signed(now.seed), now.step, target.tensor, *of_rule, now.lr, now.decay,
+                _signed(now.seed), now.step, target.tensor, *numbers, now.lr, now.decay,
                 LOW=grid.low, HIGH=grid.high, BITS=grid.bits, UNITS=units, RULE=rule,
                 QUANTISED=quantised, BLOCKS=CODE_BLOCKS,
                 num_warps=4, enable_fp_fusion=False,
