@@ -1,18 +1,21 @@
-"""Text from a checkpoint, sampled token by token."""
+"""Text from a trained model, sampled token by token."""
+
+from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit_dist.checkpoint import Checkpoint
-from lowbit_dist.config import ConfigError
-from lowbit_dist.evaluate import load, run_tokenizer
+from lowbit_dist.answers import ConfigError
+
+if TYPE_CHECKING:
+    from lowbit_dist.trained import Trained
 
 
 def generate(
-    checkpoint: Checkpoint,
+    trained: Trained,
     prompt: str,
     *,
     max_new_tokens: int = 100,
@@ -34,15 +37,21 @@ def generate(
         raise ConfigError(f"--top-p ({top_p}) must be more than 0, at most 1; write 0.95, for example")
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed ({seed}) must be at least 0 and less than 2^63; write 0, for example")
-    words = run_tokenizer(checkpoint)
-    ids = [words.bos_id, *words.encode(prompt)]
-    longest = checkpoint.config.model.max_seq_len
-    if len(ids) + max_new_tokens > longest:
+    tokenizer = trained.tokenizer
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
+    if not ids:
+        raise ConfigError(
+            "--prompt () has no tokens, and this model has none that begins a text; write some text"
+        )
+    longest = trained.max_positions
+    if longest is not None and len(ids) + max_new_tokens > longest:
         raise ConfigError(
             f"--prompt has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} they are more than the "
             f"model's max_seq_len {longest}; write fewer, or a shorter text"
         )
-    network: Any = load(checkpoint)
+    network: Any = trained.network()
     device = next(network.parameters()).device
     torch.manual_seed(seed)
     chance = (
@@ -58,18 +67,18 @@ def generate(
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
             use_cache=True,
-            bos_token_id=words.bos_id,
-            eos_token_id=words.eos_id,
-            pad_token_id=words.eos_id,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.eos_id,
             **chance,
         )
     new = out[0, len(ids) :].tolist()
     seconds = time.monotonic() - started
     return {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
+        "checkpoint": str(trained.path),
+        "step": trained.step,
         "prompt": prompt,
-        "text": words.decode([token for token in new if token != words.eos_id]),
+        "text": tokenizer.decode([token for token in new if token != tokenizer.eos_id]),
         "tokens": len(new),
         "tokens_per_second": len(new) / seconds,
     }

@@ -6,7 +6,6 @@ the parameter's name alone: it is the same on every rank and for any number of t
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
@@ -19,6 +18,7 @@ from lowbit_dist.config import ConfigError, Model
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import check_shape
+from lowbit_dist.pretrained import Pretrained
 
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
@@ -29,13 +29,16 @@ def build(config: Model, vocab_size: int, method: Method, dtype: torch.dtype) ->
 
     `vocab_size` is the tokenizer's; a pretrained model with another one is refused.
     """
+    return of_hf_config(hf_config(config, vocab_size), method, dtype)
+
+
+def of_hf_config(config, method: Method, dtype: torch.dtype) -> nn.Module:  # type: ignore[no-untyped-def]
+    """`build`, of a Hugging Face configuration."""
     import transformers
     from transformers.integrations.accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(
-            hf_config(config, vocab_size), attn_implementation="sdpa"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model.to(dtype)  # buffers that must stay float32 (rotary frequencies) are restored below
     _replace_linears(model, method)
     _restore_rotary(model)
@@ -143,8 +146,9 @@ def _restore_rotary(model: nn.Module) -> None:
     every position.
     """
     for module in model.modules():
-        if hasattr(module, "inv_freq") and hasattr(module, "rope_init_fn"):
-            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, None)  # type: ignore[operator]
+        first_frequencies = getattr(module, "rope_init_fn", None)
+        if "inv_freq" in module._buffers and first_frequencies is not None:
+            module.inv_freq, module.attention_scaling = first_frequencies(module.config, None)
             module.original_inv_freq = module.inv_freq
 
 
@@ -187,15 +191,12 @@ class InitialWeights:
     def __init__(self, model: nn.Module, method: Method, seed: int, pretrained: Path | str | None):
         self.method, self.seed = method, seed
         self.std = getattr(getattr(model, "config", None), "initializer_range", INITIAL_STD)
-        self.files = _safetensors_index(Path(pretrained)) if pretrained is not None else {}
+        self.pretrained = None if pretrained is None else Pretrained(Path(pretrained), "model.pretrained")
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:  # `shape` float32 on the CPU
         self.check(name, shape)
-        if name in self.files:
-            from safetensors import safe_open
-
-            with safe_open(self.files[name], "pt") as file:
-                return file.get_tensor(name).float()
+        if self.pretrained is not None and name in self.pretrained:
+            return self.pretrained.tensor(name)
         if (value := self.method.initial(name, tuple(shape))) is not None:
             return value
         if len(shape) == 1:
@@ -206,53 +207,12 @@ class InitialWeights:
 
     def check(self, name: str, shape: torch.Size) -> None:
         """ConfigError unless a pretrained folder has this tensor in this shape."""
-        if name in self.files:
-            found = _shape(self.files[name], name)
-            if found != tuple(shape):
-                raise ConfigError(
-                    f"model.pretrained: {name} in {self.files[name]} has shape {found}, the model "
-                    f"{tuple(shape)}; write the folder of a model whose config.json and weights fit together"
-                )
-        elif self.files and self.method.initial(name, tuple(shape)) is None:
+        if self.pretrained is None:
+            return
+        if name in self.pretrained:
+            self.pretrained.check_shape(name, tuple(shape))
+        elif self.method.initial(name, tuple(shape)) is None:
             raise ConfigError(
                 f"model.pretrained: {name} is in none of the folder's safetensors files; write the folder of "
                 "a whole model"
             )
-
-
-def _shape(file: Path, name: str) -> tuple[int, ...]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            return tuple(opened.get_slice(name).get_shape())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"model.pretrained: {file} cannot be read for {name} ({error}); copy the model again"
-        ) from None
-
-
-def _safetensors_index(folder: Path) -> dict[str, Path]:
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            return {name: folder / Path(file).name for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"model.pretrained: {index} cannot be read ({type(error).__name__}: {error}); "
-                "copy the model again"
-            ) from None
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise ConfigError(
-            f"model.pretrained ({folder}) has no model.safetensors; other formats are not read, "
-            "since loading them can run code; convert it, or write another folder"
-        )
-    try:
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"model.pretrained: {single} cannot be read ({error}); copy it again") from None

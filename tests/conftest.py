@@ -1,5 +1,6 @@
 """What several test files share: prepared data and living ranks, made once per session."""
 
+import json
 import os
 import sys
 
@@ -43,6 +44,44 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
     yield get
     for each in alive.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def few_steps(
+    ranks: Callable[[int], Ranks], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """`few_steps(method={...}, model={...}, ...)`: the summary of a run of four steps in fp32, made once."""
+    folder = tmp_path_factory.mktemp("few")
+    made: dict[str, dict[str, Any]] = {}
+
+    def summary(**sections: Any) -> dict[str, Any]:
+        if (key := json.dumps(sections, sort_keys=True)) not in made:
+            configuration: dict[str, Any] = {
+                "run": {"name": f"run-{len(made)}", "dir": str(folder)},
+                "model": {
+                    "hidden_size": 256, "intermediate_size": 512, "layers": 2, "heads": 4, "kv_heads": 2
+                },
+                "data": {"path": str(corpus), "seq_len": SEQ_LEN},
+                "optimizer": {"lr": 2e-3},
+                "schedule": {"warmup_steps": 1},
+                "precision": "fp32",
+                "train": {"steps": 4, "batch_tokens": 256, "micro_batch": 2, "eval_samples": 6},
+                "cluster": {"workers": 1},
+                "tracking": {"mlflow": None},
+            }  # fmt: skip
+            for section, content in sections.items():
+                mapping = isinstance(content, dict)
+                configuration[section] = {**configuration.get(section, {}), **content} if mapping else content
+            (made[key],) = ranks(1).run(_train, configuration)
+        return made[key]
+
+    return summary
+
+
+def _train(configuration: dict[str, Any]) -> dict[str, Any]:
+    from lowbit_dist import configfile, loop
+
+    return loop.run(configfile.from_dict(configuration))
 
 
 @pytest.fixture

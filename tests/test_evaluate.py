@@ -9,10 +9,12 @@ import torch
 from lowbit_dist import tokenizer
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
-from lowbit_dist.evaluate import evaluate, load, run_tokenizer
+from lowbit_dist.evaluate import evaluate
 from lowbit_dist.generate import generate
+from lowbit_dist.grid import GRIDS
 from lowbit_dist.methods import DQT
 from lowbit_dist.packed import PackedTensor
+from lowbit_dist.trained import of_checkpoint
 
 RUNS = {
     "dqt": {"method": {"name": "dqt", "grid": "int3"}},
@@ -22,44 +24,21 @@ RUNS = {
 }
 
 
-def train(configuration):
-    from lowbit_dist import configfile
-    from lowbit_dist import loop as training
-
-    return training.run(configfile.from_dict(configuration))
-
-
 @pytest.fixture(scope="module")
-def trained(ranks, corpus, tmp_path_factory):
-    """name -> (checkpoint, summary) of a few steps with each of RUNS, made when first asked for."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+def trained(few_steps):
+    """name -> (trained model, summary) of a few steps with each of RUNS."""
 
     def get(name):
-        if name not in made:
-            configuration = {
-                "run": {"name": name, "dir": str(folder)},
-                "data": {"path": str(corpus), "seq_len": 64},
-                "schedule": {"warmup_steps": 1},
-                "precision": "fp32",
-                "train": {"steps": 4, "batch_tokens": 256, "micro_batch": 2, "eval_samples": 6},
-                "cluster": {"workers": 1},
-                "tracking": {"mlflow": None},
-            }
-            sizes = {"hidden_size": 256, "intermediate_size": 512, "layers": 2, "heads": 4, "kv_heads": 2}
-            sections = RUNS[name]
-            configuration |= {"method": sections["method"], "model": sizes | sections.get("model", {})}
-            configuration["optimizer"] = {"lr": 2e-3} | sections.get("optimizer", {})
-            (summary,) = ranks(1).run(train, configuration)
-            made[name] = Checkpoint.open(summary["checkpoint"]), summary
-        return made[name]
+        summary = few_steps(**RUNS[name])
+        return of_checkpoint(Checkpoint.open(summary["checkpoint"])), summary
 
     return get
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_loss_is_that_of_the_training_loop(name, trained, corpus):
-    checkpoint, summary = trained(name)
-    found = evaluate(checkpoint, str(corpus))
+    model, summary = trained(name)
+    found = evaluate(model, str(corpus))
     assert found["loss"] == pytest.approx(summary["val_loss"], abs=1e-5)
     assert found["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], rel=1e-5)
@@ -67,107 +46,109 @@ def test_the_loss_is_that_of_the_training_loop(name, trained, corpus):
 
 
 def test_more_samples_are_read_when_asked_for(trained, corpus):
-    checkpoint, summary = trained("dqt")
-    found = evaluate(checkpoint, str(corpus), n_samples=10)
+    model, summary = trained("dqt")
+    found = evaluate(model, str(corpus), n_samples=10)
     assert found["samples"] == 10
     assert found["loss"] != summary["val_loss"]
 
 
 def test_the_low_bit_grid_itself_changes_nothing_and_a_coarser_one_does(trained, corpus):
-    checkpoint, summary = trained("row")
-    assert checkpoint.config.method.grid == "int8"
-    plain = load(checkpoint).state_dict()
-    through = load(checkpoint, forward="ternary").state_dict()
+    model, summary = trained("row")
+    assert model.method.grid == "int8"
+    plain = model.network().state_dict()
+    through = model.network(forward=GRIDS["ternary"]).state_dict()
     method = DQT(grid="ternary", granularity="row")
     for name, weight in plain.items():
         expected = weight
-        if isinstance(checkpoint.tensor(name), PackedTensor):
+        if isinstance(model.tensor(name), PackedTensor):
             expected = method.quantize(weight).dequantize(torch.float32)
             assert not torch.equal(expected, weight), "the case must change low-bit weights"
         assert torch.equal(through[name], expected), name
-    assert evaluate(checkpoint, str(corpus), forward="ternary")["loss"] != summary["val_loss"]
+    assert evaluate(model, str(corpus), forward="ternary")["loss"] != summary["val_loss"]
 
 
 def test_bitnet_through_its_own_ternary_grid_has_its_own_loss_up_to_the_scales_float16(trained, corpus):
-    checkpoint, summary = trained("bitnet")
-    found = evaluate(checkpoint, str(corpus), forward="ternary")
+    model, summary = trained("bitnet")
+    found = evaluate(model, str(corpus), forward="ternary")
     assert found["loss"] == pytest.approx(summary["val_loss"], abs=2e-3)
 
 
 def test_text_is_cut_into_samples_of_the_runs_length(trained, tmp_path):
-    checkpoint, _ = trained("dqt")
-    words = run_tokenizer(checkpoint)
+    model, _ = trained("dqt")
     text = "def main():\n    return 1\n" * 40
     (tmp_path / "text.py").write_text(text)
-    n = len(words.encode(text)) + 2
-    found = evaluate(checkpoint, str(tmp_path / "text.py"))
+    n = len(model.tokenizer.encode(text)) + 2
+    found = evaluate(model, str(tmp_path / "text.py"))
     samples = n // 64 // 2 * 2  # whole micro-batches of two
     assert samples > 2
     assert (found["samples"], found["tokens"]) == (samples, samples * 64)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * n / len(text))
 
     (tmp_path / "short.txt").write_text("a few words")
-    short = evaluate(checkpoint, str(tmp_path / "short.txt"))
-    assert (short["samples"], short["tokens"]) == (1, len(words.encode("a few words")) + 2)
+    short = evaluate(model, str(tmp_path / "short.txt"))
+    assert (short["samples"], short["tokens"]) == (1, len(model.tokenizer.encode("a few words")) + 2)
 
 
 def test_the_loss_of_text_is_the_mean_negative_log_probability_of_its_tokens(trained, tmp_path):
-    checkpoint, _ = trained("dqt")
+    model, _ = trained("dqt")
     (tmp_path / "text.txt").write_text("import os, sys")
-    words = run_tokenizer(checkpoint)
-    ids = torch.tensor([[words.bos_id, *words.encode("import os, sys"), words.eos_id]])
+    ids = torch.tensor(
+        [[model.tokenizer.bos_id, *model.tokenizer.encode("import os, sys"), model.tokenizer.eos_id]]
+    )
     with torch.inference_mode():
-        logs = load(checkpoint)(input_ids=ids).logits.double().log_softmax(-1)
+        logs = model.network()(input_ids=ids).logits.double().log_softmax(-1)
     expected = -logs[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
-    assert evaluate(checkpoint, str(tmp_path / "text.txt"))["loss"] == pytest.approx(expected, abs=1e-5)
+    assert evaluate(model, str(tmp_path / "text.txt"))["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_does_not_belong_to_the_run_is_refused(trained, corpus, tmp_path):
-    checkpoint, _ = trained("dqt")
+    model, _ = trained("dqt")
     with pytest.raises(ConfigError, match=r"--forward \(int5\) must be one of ternary"):
-        evaluate(checkpoint, str(corpus), forward="int5")
+        evaluate(model, str(corpus), forward="int5")
     with pytest.raises(ConfigError, match=r"--data.*absent"):
-        evaluate(checkpoint, str(tmp_path / "absent"))
+        evaluate(model, str(tmp_path / "absent"))
     run = tmp_path / "run"
-    shutil.copytree(checkpoint.path.parent.parent, run)
-    moved = Checkpoint.open(run / "checkpoints" / checkpoint.path.name)
-    assert run_tokenizer(moved).sha256 == run_tokenizer(checkpoint).sha256
+    shutil.copytree(model.path.parent.parent, run)
+    moved = Checkpoint.open(run / "checkpoints" / model.path.name)
+    assert of_checkpoint(moved).tokenizer.sha256 == model.tokenizer.sha256
     source = tmp_path / "text.txt"
     source.write_text("other words for another tokenizer " * 50)
     shutil.rmtree(run / "tokenizer")
     tokenizer.train([source], 275, run / "tokenizer")
     with pytest.raises(ConfigError, match="is not the tokenizer of"):
-        evaluate(moved, str(corpus))
+        evaluate(of_checkpoint(moved), str(corpus))
 
 
 def test_data_of_another_tokenizer_is_refused(trained, corpus, tmp_path):
     import json
 
-    checkpoint, _ = trained("dqt")
+    model, _ = trained("dqt")
     other = tmp_path / "other"
     shutil.copytree(corpus, other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
     with pytest.raises(ConfigError, match="was prepared with another tokenizer"):
-        evaluate(checkpoint, str(other))
+        evaluate(model, str(other))
 
 
 def test_text_is_sampled_reproducibly_and_with_the_cache_as_without(trained):
-    checkpoint, _ = trained("dqt")
-    first = generate(checkpoint, "def ", max_new_tokens=12, seed=1)
-    assert generate(checkpoint, "def ", max_new_tokens=12, seed=1)["text"] == first["text"]
-    assert generate(checkpoint, "def ", max_new_tokens=12, seed=2)["text"] != first["text"]
+    model, _ = trained("dqt")
+    first = generate(model, "def ", max_new_tokens=12, seed=1)
+    assert generate(model, "def ", max_new_tokens=12, seed=1)["text"] == first["text"]
+    assert generate(model, "def ", max_new_tokens=12, seed=2)["text"] != first["text"]
     assert 1 <= first["tokens"] <= 12
 
     # Without chance: the likeliest token again and again, each time from the whole text.
-    words, network = run_tokenizer(checkpoint), load(checkpoint)
-    ids = [words.bos_id, *words.encode("import ")]
+    network = model.network()
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode("import ")]
     begin = len(ids)
     with torch.inference_mode():
-        while len(ids) < begin + 12 and ids[-1] != words.eos_id:
+        while len(ids) < begin + 12 and ids[-1] != model.tokenizer.eos_id:
             ids.append(int(network(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    greedy = generate(checkpoint, "import ", max_new_tokens=12, temperature=0)
-    assert greedy["text"] == words.decode([each for each in ids[begin:] if each != words.eos_id])
+    greedy = generate(model, "import ", max_new_tokens=12, temperature=0)
+    assert greedy["text"] == model.tokenizer.decode(
+        [each for each in ids[begin:] if each != model.tokenizer.eos_id]
+    )
 
 
 @pytest.mark.parametrize(

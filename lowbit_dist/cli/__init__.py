@@ -12,7 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from lowbit_dist.cli import comparing, console, jobs, watching
-from lowbit_dist.cli.arguments import Config, Inputs, Json, Overrides, RunOrCheckpoint, load, pairs
+from lowbit_dist.cli.arguments import (
+    Config,
+    Inputs,
+    Json,
+    Overrides,
+    RunOrCheckpoint,
+    RunOrFolder,
+    load,
+    pairs,
+)  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
 
 app = typer.Typer(
@@ -142,7 +151,7 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
 @app.command("eval")
 def evaluate(
-    run: RunOrCheckpoint,
+    run: RunOrFolder,
     data: Annotated[
         str,
         typer.Option(
@@ -155,24 +164,24 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Of prepared data; the run's eval_samples if not given."),
+        typer.Option(metavar="N", min=1, help="Instead of the run's eval_samples; 256 of a folder's."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint.
+    """Loss, perplexity and bits per byte of a trained model.
 
     Example: lowbit eval quickstart --data data/stdlib --json
     """
     with console.answering(as_json) as answer:
-        from lowbit_dist.evaluate import evaluate
+        from lowbit_dist import trained
 
-        found = evaluate(_checkpoint(run), data, forward=forward, n_samples=samples)
+        found = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
         answer(found, pairs(found))
 
 
 @app.command()
 def generate(
-    run: RunOrCheckpoint,
+    run: RunOrFolder,
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="What the text begins with.", show_default=False)
     ],
@@ -192,10 +201,10 @@ def generate(
     Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
     """
     with console.answering(as_json) as answer:
-        from lowbit_dist.generate import generate
+        from lowbit_dist import trained
 
-        found = generate(
-            _checkpoint(run), prompt,
+        found = trained.open(run).generate(
+            prompt,
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         )  # fmt: skip
         answer(found, lambda terminal: terminal.print(prompt + found["text"], markup=False))
@@ -279,7 +288,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LOWBIT_DEBUG") == "1":
             raise
-        if hasattr(error, "format_message"):  # typer's own complaints about arguments
+        if getattr(error, "format_message", None) is not None:  # typer's own complaints about arguments
             code = _fail(_complaint(error), 2)
         else:
             code = _fail(f"{type(error).__name__}: {error} (LOWBIT_DEBUG=1 shows where)", 1)
@@ -325,17 +334,6 @@ def _log_to_stderr() -> None:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="lowbit: %(message)s", stream=sys.stderr)
-
-
-def _checkpoint(run: str) -> Any:
-    from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
-
-    path = resolve(run)
-    found = Checkpoint.open(path)
-    # A run's checkpoints have been verified to find its newest; one that is named itself has not.
-    if (Path(run) / MANIFEST).exists() and (problems := found.verify()):
-        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
-    return found
 
 
 def _vocab_size(config: RunConfig, given: int | None) -> int:

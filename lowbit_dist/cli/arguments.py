@@ -31,6 +31,15 @@ RunOrCheckpoint = Annotated[
     ),
 ]
 
+RunOrFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_FOLDER",
+        help="A run's name or folder, a checkpoint's folder, or a Hugging Face model's.",
+        show_default=False,
+    ),
+]
+
 
 def load(config: Path, overrides: list[str] | None) -> RunConfig:
     from lowbit_dist import configfile

@@ -9,24 +9,26 @@ from lowbit_dist.checkpoint import Checkpoint, resolve
 
 def inspect(run_or_checkpoint: str, *, verify: bool) -> dict[str, Any]:
     """Without `verify`, sizes are compared with the manifest; with it, every byte is, by its hash."""
-    found = Checkpoint.open(resolve(run_or_checkpoint))
-    problems = found.verify() if verify else _wrong_sizes(found)
-    config = found.config
+    checkpoint = Checkpoint.open(resolve(run_or_checkpoint))
+    problems = checkpoint.verify() if verify else _wrong_sizes(checkpoint)
+    config = checkpoint.config
     components, digest = {}, None
     if not problems:
         try:
-            components, digest = found.components(), found.digest()
+            components, digest = checkpoint.components(), checkpoint.digest()
         except Exception as error:  # a file of the right size with other content; readers raise many kinds
-            problems = found.verify() or [f"its tensors cannot be read ({type(error).__name__}: {error})"]
+            problems = checkpoint.verify() or [
+                f"its tensors cannot be read ({type(error).__name__}: {error})"
+            ]
     return {
-        "checkpoint": str(found.path),
+        "checkpoint": str(checkpoint.path),
         "run": config.run.name,
         "method": config.method.label,
-        "step": found.step,
-        "tokens": found.position.tokens,
-        "mlflow_run_id": found.position.mlflow_run_id,
-        "parameters": sum(prod(found.shape(name)) for name in found.names),
-        "workers": len(found.manifest["files"]),
+        "step": checkpoint.step,
+        "tokens": checkpoint.position.tokens,
+        "mlflow_run_id": checkpoint.position.mlflow_run_id,
+        "parameters": sum(prod(checkpoint.shape(name)) for name in checkpoint.names),
+        "workers": len(checkpoint.manifest["files"]),
         "components": components,
         "verified": "hashes of all files" if verify else "sizes of all files; --verify reads them",
         "problems": problems,
@@ -34,10 +36,10 @@ def inspect(run_or_checkpoint: str, *, verify: bool) -> dict[str, Any]:
     }
 
 
-def _wrong_sizes(found: Checkpoint) -> list[str]:
+def _wrong_sizes(checkpoint: Checkpoint) -> list[str]:
     problems = []
-    for name, info in found.manifest["files"].items():
-        file = Path(found.path, name)
+    for name, info in checkpoint.manifest["files"].items():
+        file = Path(checkpoint.path, name)
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != info["bytes"]:

@@ -1,0 +1,51 @@
+"""A Hugging Face model's `tokenizer.json`, with the members of `tokenizer.Tokenizer`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowbit_dist.answers import ConfigError
+
+FILE = "tokenizer.json"
+
+
+class FastTokenizer:
+    """A tokenizer that transformers reads from a folder without running code of it; never changes.
+
+    `bos_id` and `eos_id` are what its `tokenizer_config.json` says, or else the given ones, which are the
+    model's; None where a model begins or ends no text with a mark of its own.
+    """
+
+    def __init__(self, folder: Path, *, bos_id: int | None = None, eos_id: int | None = None):
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            self.sha256 = hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+            self._fast = PreTrainedTokenizerFast.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the library's parser in Rust raises `Exception` itself
+            raise ConfigError(
+                f"{folder / FILE} cannot be read ({first_line(error)}); copy the model's tokenizer again"
+            ) from None
+        self.vocab_size: int = len(self._fast)
+        self.bos_id: int | None = bos_id if self._fast.bos_token_id is None else self._fast.bos_token_id
+        self.eos_id: int | None = eos_id if self._fast.eos_token_id is None else self._fast.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without the marks of its beginning and end."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens have none."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in a library, whose messages may be pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,352 @@
+"""A trained model, whatever it was trained by: its weights by name, its tokenizer, its forward pass.
+
+    trained = open("quickstart")                  a run, a checkpoint's folder, a Hugging Face model's folder
+    trained.tensor("model.norm.weight")           a PackedTensor, or float32
+    trained.network()(input_ids=...).logits       with dense weights, or as codes that the layers decode
+    trained.generate("def main():")["text"]
+
+Evaluation, sampling, post-training quantisation and exports work on this alone.  One that is quantised
+after training is `dataclasses.replace` of another, with a method and a `read` of its own.  Opening and
+loading execute nothing of what is read: JSON, safetensors and tokenizers are data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_dist import model, tokenizer
+from lowbit_dist.answers import ConfigError
+from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
+from lowbit_dist.convert import pack_
+from lowbit_dist.grid import Grid
+from lowbit_dist.hf_tokenizer import FILE as FAST
+from lowbit_dist.hf_tokenizer import FastTokenizer, first_line
+from lowbit_dist.linear import Linear
+from lowbit_dist.methods.dense import Dense
+from lowbit_dist.methods.method import Method
+from lowbit_dist.packed import PackedTensor
+from lowbit_dist.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG = "config.json"  # of a Hugging Face model's folder
+TEXT_LENGTH = 2048  # tokens of a sample of text for a model that takes more and has no run to say
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer, of sentencepiece or of Hugging Face."""
+
+    sha256: str
+    vocab_size: int
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What a model is evaluated on where nobody says otherwise: of a run, what its training loop reads."""
+
+    seq_len: int  # tokens of a sample of text
+    number: int = 256  # of samples of prepared data
+    micro_batch: int = 1  # samples of one pass; text is evaluated in whole ones
+    cache: Path | None = None  # where shards of remote data are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained model, read tensor by tensor."""
+
+    path: Path
+    step: int | None  # of its training, where that is known
+    hf_config: PretrainedConfig
+    method: Method
+    precision: Literal["bf16", "fp32"]  # of its computations
+    names: list[str]  # of every parameter, in canonical (sorted) order
+    read: Callable[[str], PackedTensor | Tensor]
+    open_tokenizer: Callable[[], TextTokenizer]
+    samples: Samples
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return self.open_tokenizer()
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a text that the model takes; None: any number."""
+        return _max_positions(self.hf_config)
+
+    def tensor(self, name: str) -> PackedTensor | Tensor:
+        """A whole parameter: packed if it is low-bit, else float32."""
+        return self.read(name)
+
+    def network(self, *, packed: bool = False, forward: Grid | None = None) -> nn.Module:
+        """The model, ready for inference; see `network`."""
+        return network(self, packed=packed, forward=forward)
+
+    def evaluate(self, data: str, **options: Any) -> dict[str, Any]:
+        """Loss, perplexity and bits per byte on prepared data or a text; see `evaluate.evaluate`."""
+        from lowbit_dist.evaluate import evaluate
+
+        return evaluate(self, data, **options)
+
+    def generate(self, prompt: str, **options: Any) -> dict[str, Any]:
+        """A continuation of `prompt`; see `generate.generate`."""
+        from lowbit_dist.generate import generate
+
+        return generate(self, prompt, **options)
+
+
+def open(run_or_folder: str | Path, runs_dir: str | Path = "runs") -> Trained:
+    """What a run's name, a run's folder, a checkpoint's folder or a Hugging Face model's folder holds.
+
+    Of a run the newest checkpoint that is not damaged; ConfigError if a checkpoint that is named itself is.
+    """
+    folder = Path(run_or_folder)
+    if (folder / CONFIG).is_file() and not (folder / MANIFEST).exists():
+        return of_folder(folder)
+    try:
+        path = resolve(run_or_folder, runs_dir)
+    except ConfigError as error:
+        others = " nor a checkpoint's folder"
+        raise ConfigError(
+            str(error).replace(others, f", a checkpoint's folder nor a Hugging Face model's (with {CONFIG})")
+        ) from None
+    checkpoint = Checkpoint.open(path)
+    # A run's checkpoints have been verified to find its newest; one that is named itself has not.
+    if (folder / MANIFEST).exists() and (problems := checkpoint.verify()):
+        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
+    return of_checkpoint(checkpoint)
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> Trained:
+    """The model of a published checkpoint, in the compute precision of its run."""
+    config = checkpoint.config
+
+    def read(name: str) -> PackedTensor | Tensor:
+        try:
+            return checkpoint.tensor(name)
+        except Exception as error:  # of a shard that was made to fit its hash; parsers raise many kinds
+            raise ConfigError(
+                f"{checkpoint.path}: {name} cannot be read ({type(error).__name__}: {error}); name another "
+                "checkpoint of the run"
+            ) from None
+
+    return Trained(
+        path=checkpoint.path,
+        step=checkpoint.step,
+        hf_config=model.hf_config(config.model, checkpoint.manifest["vocab_size"]),
+        method=config.method,
+        precision=config.precision,
+        names=checkpoint.names,
+        read=read,
+        open_tokenizer=partial(_run_tokenizer, checkpoint),
+        samples=Samples(
+            seq_len=config.data.seq_len,
+            number=config.train.eval_samples,
+            micro_batch=config.train.micro_batch,
+            cache=config.data.cache,
+        ),
+    )
+
+
+def of_folder(path: str | Path) -> Trained:
+    """The model of a Hugging Face folder, checked by the headers of its files.
+
+    It is computed in bfloat16 if its `config.json` says that it was trained so, otherwise in float32, which
+    holds every float16.
+    """
+    folder = Path(path)
+    hf_config = _hf_config(folder)
+    method = Dense()
+    files = Pretrained(folder)
+    precision: Literal["bf16", "fp32"] = "bf16" if hf_config.dtype is torch.bfloat16 else "fp32"
+    names = _fitting_names(files, hf_config, method)
+    return Trained(
+        path=folder,
+        step=None,
+        hf_config=hf_config,
+        method=method,
+        precision=precision,
+        names=names,
+        read=files.tensor,
+        open_tokenizer=partial(_folder_tokenizer, folder, hf_config),
+        samples=Samples(seq_len=min(_max_positions(hf_config) or TEXT_LENGTH, TEXT_LENGTH)),
+    )
+
+
+def network(trained: Trained, *, packed: bool = False, forward: Grid | None = None) -> nn.Module:
+    """The model with its weights in its compute precision, ready for inference.
+
+    `packed`: linear layers keep their low-bit weights as codes and decode them whenever they multiply, with
+    the same logits to the bit.  `forward`: the weights are rounded to this grid first.
+    """
+    dtype = torch.bfloat16 if trained.precision == "bf16" else torch.float32
+    built = model.of_hf_config(trained.hf_config, trained.method, dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    if differing := set(shapes) ^ set(trained.names):
+        raise _unfitting(trained, ", ".join(sorted(differing)))
+    requantized = _requantized_names(built, trained.method) if forward is not None else set()
+    weights: dict[str, Tensor] = {}
+    codes: list[tuple[Linear, PackedTensor]] = []
+    for name in trained.names:
+        tensor = trained.tensor(name)
+        if tuple(tensor.shape) != shapes[name]:
+            raise _unfitting(trained, f"{name} has shape {tuple(tensor.shape)}, the model {shapes[name]}")
+        if name in requantized and forward is not None:
+            tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward)
+        owner = built.get_submodule(name.rpartition(".")[0])
+        if packed and isinstance(tensor, PackedTensor) and isinstance(owner, Linear):
+            codes.append((owner, tensor))
+        else:
+            weights[name] = _dense(tensor, dtype)
+    built.load_state_dict(weights, strict=False, assign=True)
+    for layer, tensor in codes:
+        pack_(layer, tensor)
+    if getattr(built.config, "tie_word_embeddings", False):
+        built.tie_weights()  # type: ignore[operator]
+    if forward is not None:
+        for module in built.modules():
+            if isinstance(module, Linear):
+                module.view = None  # the weights have been through a grid already
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return built.to(device).eval().requires_grad_(False)
+
+
+def _requantized_names(built: nn.Module, method: Method) -> set[str]:
+    """What is rounded to another grid: the low-bit weights, or of a method without any the linears' but the
+    head's.
+    """
+    return set(model.linear_weights(built) if method.stored is None else model.low_bit_names(built, method))
+
+
+def _requantized(name: str, weight: Tensor, method: Method, grid: Grid) -> PackedTensor:
+    try:
+        return method.through(weight, grid)
+    except ValueError as error:
+        raise ConfigError(
+            f"--forward ({grid.name}): {name} {list(weight.shape)} cannot be packed: {error}; leave it out"
+        ) from None
+
+
+def _dense(tensor: PackedTensor | Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.dequantize(dtype) if isinstance(tensor, PackedTensor) else tensor.to(dtype)
+
+
+def _unfitting(trained: Trained, what: str) -> ConfigError:
+    return ConfigError(f"{trained.path} does not fit its own configuration: {what}; name another checkpoint")
+
+
+def _run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
+    """The tokenizer of the checkpoint's model: the copy in its run's folder, or its data's."""
+    expected = checkpoint.manifest["tokenizer_sha256"]
+    copied = checkpoint.path.resolve().parent.parent / "tokenizer"
+    path = copied if copied.is_dir() else Path(checkpoint.config.data.path) / "tokenizer"
+    loaded = tokenizer.load(path)
+    if loaded.sha256 != expected:
+        raise ConfigError(
+            f"{path} is not the tokenizer of {checkpoint.path}: its hash is {loaded.sha256[:12]}, "
+            f"the run's {expected[:12]}; put the run's own tokenizer there"
+        )
+    return loaded
+
+
+def _hf_config(folder: Path) -> Any:  # PretrainedConfig
+    import transformers
+
+    try:
+        loaded = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of whatever JSON may hold; the library passes on what its classes raise
+        raise ConfigError(
+            f"{folder / CONFIG} is not a configuration that transformers knows ({first_line(error)}); write "
+            "the folder of a causal language model"
+        ) from None
+    if getattr(loaded, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{folder} holds a model that is quantised already (quantization_config in {CONFIG}); write the "
+            "folder of the model that it was made from"
+        )
+    loaded.use_cache = False
+    return loaded
+
+
+def _fitting_names(files: Pretrained, hf_config: Any, method: Method) -> list[str]:
+    """The model's parameters, each of which the files hold in its shape; ConfigError if they do not, or hold
+    more than that.
+    """
+    folder = files.folder
+    try:
+        built: Any = model.of_hf_config(hf_config, method, torch.float32)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"{folder} is not a causal language model that transformers can build ({first_line(error)}); "
+            "write the folder of one"
+        ) from None
+    parameters = dict(built.named_parameters())
+    for name, parameter in parameters.items():
+        if name not in files:
+            raise ConfigError(
+                f"{folder}: {name} is in none of its safetensors files; write the folder of a whole model"
+            )
+        files.check_shape(name, tuple(parameter.shape))
+    tied = {name for name, _ in built.named_parameters(remove_duplicate=False)}
+    buffers = {name for name, _ in built.named_buffers()}
+    # Older versions of transformers saved what rotary embeddings are computed from.
+    unknown = sorted(
+        name for name in files.files if name not in tied | buffers and not name.endswith(".inv_freq")
+    )
+    if unknown:
+        raise ConfigError(
+            f"{folder}: {unknown[0]} in {files.files[unknown[0]].name} is no parameter of the model that its "
+            f"{CONFIG} describes; write the folder of a model whose files fit together"
+        )
+    return sorted(parameters)
+
+
+def _folder_tokenizer(folder: Path, hf_config: Any) -> TextTokenizer:
+    """Of a Hugging Face folder: the sentencepiece model, with which data is prepared, or `tokenizer.json`."""
+    loaded: TextTokenizer
+    if (folder / FAST).is_file() and not _has_sentencepiece(folder):
+        loaded = FastTokenizer(
+            folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
+        )
+    else:
+        loaded = tokenizer.load(folder)
+    rows = hf_config.get_text_config().vocab_size
+    if loaded.vocab_size > rows:
+        raise ConfigError(
+            f"{folder} has a tokenizer of {loaded.vocab_size:,} pieces and a model of {rows:,}; "
+            "put the model's own tokenizer there"
+        )
+    return loaded
+
+
+def _has_sentencepiece(folder: Path) -> bool:
+    """Whether `tokenizer.model` is one with `<s>` and `</s>`; other libraries use that name, too."""
+    try:
+        tokenizer.load(folder)
+    except ConfigError:
+        return False
+    return True
+
+
+def _max_positions(hf_config: Any) -> int | None:
+    return getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
