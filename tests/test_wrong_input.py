@@ -266,7 +266,21 @@ CASES = {
     "key heads that do not divide": (
         NOTHING, "train run.yaml model.kv_heads=3", ("model.kv_heads", "3", "heads 4", "nearest is")),
     "a hidden size between blocks": (
-        NOTHING, "train run.yaml model.hidden_size=300", ("model.hidden_size", "300", "256", "nearest is")),
+        NOTHING, "train run.yaml run.name=new model.hidden_size=328",
+        ("model: model.layers.0.self_attn.k_proj.weight [164, 328]", "method dqt", "256",
+         "write another size")),
+    "a width that rows of scales do not divide": (
+        NOTHING, "train run.yaml run.name=new model.hidden_size=480 method.granularity=row",
+        ("model: model.layers.0.", "480]", "cannot be packed", "multiple of 64", "write another size")),
+    "a group that does not divide a row": (
+        NOTHING, "train run.yaml run.name=new 'method={granularity: group, group: 192}'",
+        ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "groups of 192", "write another size")),
+    "a method that is not installed": (
+        NOTHING, "train run.yaml method.name=tequila",
+        ("method.name ('tequila')", "must be one of dqt, bitnet, dense", "install the package")),
+    "an option of another optimizer": (
+        NOTHING, "train run.yaml 'optimizer={name: lion, eps: 1e-8}'",
+        ("optimizer:", "'eps'", "belongs to adamw", "leave it out")),
     "a pretrained model of a smaller vocabulary": (
         pretrained(vocab_size=400), LLAMA, ("model.pretrained (llama)", "400", "512", "prepare the data")),
     "a pretrained model of shorter sequences": (
@@ -647,7 +661,7 @@ def test_wrong_input_is_answered_in_one_line_before_anything_starts(case, place,
     assert ray.is_initialized() == was_running
     assert contents(place) == before, "nothing may be written"
     if arguments[0] != "eval":  # which reads data through the cache
-        assert not (place.parent / "cache").exists()
+        assert not (place.parent / "cache" / "lowbit-dist" / "data").exists()
     assert seconds < 10
 
 
