@@ -8,20 +8,39 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
 from lowbit_dist.ops import cpu
+from lowbit_dist.optim import AdamW, Lion, Rule
 
 # Parameters that are timed by default: far beyond the caches, or what plain torch does in a minute.
 _ELEMENTS = {"cuda": 2**27, "cpu": 2**24, "cpu without a compiler": 2**20}
 
+_RULES: dict[str, Rule] = {"adamw": AdamW(betas=(0.9, 0.95)), "lion": Lion()}
+
+
+class _Update(NamedTuple):
+    rule: str
+    grid: str
+    states: str
+    group: int | None = None  # elements that share a scale; None: all of them
+
+    @property
+    def name(self) -> str:
+        return f"update {' '.join(map(str, self))}"
+
+
 _UPDATES = [
-    *((grid, "int8") for grid in ("ternary", "int2", "int3", "int4", "int8")),
-    ("ternary", "bf16"),
-    ("ternary", "fp32"),
+    *(_Update("adamw", grid, "int8") for grid in GRIDS),
+    _Update("adamw", "ternary", "bf16"),
+    _Update("adamw", "ternary", "fp32"),
+    _Update("adamw", "ternary", "int8", group=128),
+    _Update("lion", "ternary", "int8"),
+    _Update("lion", "int8", "int8"),
 ]
 # AdamW on float32 reads weight, gradient and both moments and writes all but the gradient.
 _PEER_BYTES_MOVED, _PEER_BYTES_RESIDENT = 28.0, 16.0
@@ -30,7 +49,7 @@ _PEER_BYTES_MOVED, _PEER_BYTES_RESIDENT = 28.0, 16.0
 def update(
     n: int | None = None, threads: int = 1, repetitions: int = 15, device: str | None = None
 ) -> dict[str, object]:
-    """Times one optimizer step of n packed parameters for each grid, against fused AdamW of float32 ones.
+    """Times one step of n packed parameters by several optimizers, against fused AdamW of float32 ones.
 
     Times are nanoseconds a parameter: the median, and the range that holds the middle half. Bytes are bytes a
     parameter, the gradient included (bfloat16; the peer's is float32, as it demands).
@@ -45,8 +64,8 @@ def update(
 
     with _threads(threads):
         candidates = {"peer": _peer(n, device), "copy": _copy(n, device)}
-        for name, states in _UPDATES:
-            candidates[f"update {name} {states}"] = _update(GRIDS[name], states, n, device)
+        for each in _UPDATES:
+            candidates[each.name] = _update(each, n, device)
         for name in GRIDS:
             candidates[f"decode {name}"] = _decode(GRIDS[name], n, device)
         times = _take_turns(candidates, clock, repetitions)
@@ -82,12 +101,14 @@ def update(
         },
         "update": [
             {
-                "grid": name,
-                "states": states,
-                **measured(f"update {name} {states}", _bytes_moved(GRIDS[name], states)),
-                "bytes_resident_per_parameter": _bytes_resident(GRIDS[name], states),
+                "optimizer": each.rule,
+                "grid": each.grid,
+                "states": each.states,
+                "group": each.group,
+                **measured(each.name, _bytes_moved(each)),
+                "bytes_resident_per_parameter": _bytes_resident(each),
             }
-            for name, states in _UPDATES
+            for each in _UPDATES
         ],
         "decode": [
             {"grid": name, "to": "bfloat16", **measured(f"decode {name}", grid.bytes_per_parameter + 2)}
@@ -96,17 +117,21 @@ def update(
     }
 
 
-def _bytes_of_moments(states: str) -> float:
-    return ops.Moments.zeros(BLOCK, states).nbytes / BLOCK
+def _bytes_kept(update: _Update) -> float:
+    """A parameter's code, its share of a group's scale, and its slots."""
+    slots = [ops.Stored.zeros(slot, BLOCK, update.states) for slot in _RULES[update.rule].slots]
+    scale = 4 / update.group if update.group else 0.0
+    return GRIDS[update.grid].bytes_per_parameter + scale + sum(slot.nbytes for slot in slots) / BLOCK
 
 
-def _bytes_moved(grid: Grid, states: str) -> float:
-    """Codes and moments are read and written, the bfloat16 gradient is read."""
-    return 2 * (grid.bytes_per_parameter + _bytes_of_moments(states)) + 2
+def _bytes_moved(update: _Update) -> float:
+    """Codes and slots are read and written; scales and the bfloat16 gradient are read."""
+    scale = 4 / update.group if update.group else 0.0
+    return 2 * _bytes_kept(update) - scale + 2
 
 
-def _bytes_resident(grid: Grid, states: str) -> float:
-    return grid.bytes_per_parameter + _bytes_of_moments(states) + 2
+def _bytes_resident(update: _Update) -> float:
+    return _bytes_kept(update) + 2
 
 
 def _peer(n: int, device: str) -> Callable[[], object]:
@@ -125,29 +150,19 @@ def _codes(grid: Grid, n: int, device: str) -> torch.Tensor:
     return ops.pack(levels, grid=grid)
 
 
-def _update(grid: Grid, states: str, n: int, device: str) -> Callable[[], object]:
-    codes, moments = _codes(grid, n, device), ops.Moments.zeros(n, states, device)
-    scale = torch.tensor([0.02], device=device)
+def _update(update: _Update, n: int, device: str) -> Callable[[], object]:
+    rule, grid, every = _RULES[update.rule], GRIDS[update.grid], update.group or n
+    scale = torch.full((n // every,), 0.02, device=device)
+    target = ops.Codes(_codes(grid, n, device), scale, every, grid, tensor=0, first_block=0)
+    state = [ops.Stored.zeros(slot, n, update.states, device) for slot in rule.slots]
     grad = (torch.randn(n, device=device) * 1e-3).bfloat16()
     taken = 0
 
     def step() -> torch.Tensor:
         nonlocal taken
         taken += 1
-        numbers = ops.AdamWStep(
-            lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, step=taken, seed=1
-        )
-        return ops.adamw_codes_(
-            codes,
-            scale,
-            grad,
-            moments,
-            grid=grid,
-            now=numbers,
-            tensor=0,
-            first_block=0,
-            blocks_per_scale=n // BLOCK,
-        )
+        now = ops.Now(lr=1e-3, weight_decay=0.01, step=taken, seed=1)
+        return ops.step_(target, grad, state, rule=rule, now=now)
 
     return step
 
@@ -155,7 +170,7 @@ def _update(grid: Grid, states: str, n: int, device: str) -> Callable[[], object
 def _decode(grid: Grid, n: int, device: str) -> Callable[[], object]:
     codes, scale = _codes(grid, n, device), torch.tensor([0.02], device=device)
     out = torch.empty(n, dtype=torch.bfloat16, device=device)
-    return lambda: ops.decode(codes, scale, grid=grid, first_block=0, blocks_per_scale=n // BLOCK, out=out)
+    return lambda: ops.decode(codes, scale, grid=grid, first_block=0, scale_every=n, out=out)
 
 
 def _take_turns(

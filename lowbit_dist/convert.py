@@ -9,6 +9,7 @@ digest of the distributed engine on one worker.
 """
 
 import copy
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -118,11 +119,38 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name, parameter in model.named_parameters():
         if name not in before and (value := method.initial(name, tuple(parameter.shape))) is not None:
             parameter.data.copy_(value)
+    for module in model.modules():
+        if not isinstance(module, Linear) and any(p is not None for p in module._parameters.values()):
+            module.register_forward_pre_hook(_sum_first)
     for name in weights if method.stored is not None else ():
-        layer: Any = model.get_submodule(name.removesuffix(".weight"))
-        pack_(layer, method.quantize(layer.weight.detach().float()))
+        replaced: Any = model.get_submodule(name.removesuffix(".weight"))
+        pack_(replaced, method.quantize(replaced.weight.detach().float()))
     model.lowbit_method = method  # type: ignore[assignment]
     return model
+
+
+class _Boundary(torch.autograd.Function):
+    """The identity."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:  # type: ignore[override]
+        return dx
+
+
+def _sum_first(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For a forward pre-hook: what a module (a norm, for instance) adds to the gradient of its input is summed
+    before that of others is added.
+
+    DeepSpeed's own hooks do so.  Sums of floats depend on their order: with it, both give the same bits.
+    """
+    return tuple(
+        _Boundary.apply(x) if isinstance(x, Tensor) and x.requires_grad else x
+        for x in inputs  # type: ignore[no-untyped-call]
+    )
 
 
 def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -177,11 +205,9 @@ class Optimizer(torch.optim.Optimizer):
         moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
             return loss
-        norm = 0.0
-        if self.clip_norm:
-            norm = global_norm([p.grad for p, _ in moved], over_workers=False).item()
-            if norm != norm or norm == float("inf"):
-                return loss
+        norm = global_norm([p.grad for p, _ in moved if p.grad is not None], over_workers=False).item()
+        if not math.isfinite(norm):
+            return loss
         for group in self.param_groups:
             group["step"] += 1
         for p, group in moved:

@@ -14,7 +14,7 @@ Neighbouring bytes hold neighbouring elements, so that unpacking is a shift and 
 
 from dataclasses import dataclass
 
-# Elements that share a run of code bytes, a pair of 8-bit optimizer-state scales and 64 Philox calls. Shards
+# Elements that share a run of code bytes, a scale of each optimizer slot in 8 bits, and 64 Philox calls. Shards
 # are cut on its borders only, so that none of these depends on the number of workers.
 BLOCK = 256
 # Elements of a block that lie side by side in a 2-bit plane, and the least that share a scale of a weight.

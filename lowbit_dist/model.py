@@ -146,8 +146,9 @@ def _restore_rotary(model: nn.Module) -> None:
     every position.
     """
     for module in model.modules():
-        if hasattr(module, "inv_freq") and hasattr(module, "rope_init_fn"):
-            module.inv_freq, module.attention_scaling = module.rope_init_fn(module.config, None)  # type: ignore[operator]
+        first_frequencies = getattr(module, "rope_init_fn", None)
+        if "inv_freq" in module._buffers and first_frequencies is not None:
+            module.inv_freq, module.attention_scaling = first_frequencies(module.config, None)
             module.original_inv_freq = module.inv_freq
 
 

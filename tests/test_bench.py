@@ -6,6 +6,8 @@ import torch
 from lowbit_dist import bench
 from lowbit_dist.grid import GRIDS
 
+UPDATE = ("optimizer", "grid", "states", "group")
+
 
 @pytest.fixture(scope="module")
 def result():
@@ -13,10 +15,13 @@ def result():
 
 
 def test_every_grid_and_state_is_timed_against_the_peer(result):
-    assert [(row["grid"], row["states"]) for row in result["update"]] == [
-        *((name, "int8") for name in GRIDS),
-        ("ternary", "bf16"),
-        ("ternary", "fp32"),
+    assert [tuple(row[key] for key in UPDATE) for row in result["update"]] == [
+        *(("adamw", name, "int8", None) for name in GRIDS),
+        ("adamw", "ternary", "bf16", None),
+        ("adamw", "ternary", "fp32", None),
+        ("adamw", "ternary", "int8", 128),
+        ("lion", "ternary", "int8", None),
+        ("lion", "int8", "int8", None),
     ]
     assert [row["grid"] for row in result["decode"]] == list(GRIDS)
     for row in [result["peer"], *result["update"], *result["decode"]]:
@@ -32,14 +37,20 @@ def test_every_grid_and_state_is_timed_against_the_peer(result):
 
 def test_bytes_are_those_of_the_tensors(result):
     bytes_of = {
-        (row["grid"], row["states"]): (row["bytes_resident_per_parameter"], row["bytes_moved_per_parameter"])
+        tuple(row[key] for key in UPDATE): (
+            row["bytes_resident_per_parameter"],
+            row["bytes_moved_per_parameter"],
+        )
         for row in result["update"]
     }
-    # Codes, moments with 8 bytes of scales for 256 elements, a bfloat16 gradient; all but that move twice.
-    assert bytes_of["ternary", "int8"] == (4.28125, 6.5625)
-    assert bytes_of["int3", "int8"] == (4.40625, 6.8125)
-    assert bytes_of["int8", "int8"] == (5.03125, 8.0625)
-    assert bytes_of["ternary", "fp32"] == (10.25, 18.5)
+    # Codes, slots with 4 bytes of scale for 256 elements, a bfloat16 gradient; all but that move twice.
+    assert bytes_of["adamw", "ternary", "int8", None] == (4.28125, 6.5625)
+    assert bytes_of["adamw", "int3", "int8", None] == (4.40625, 6.8125)
+    assert bytes_of["adamw", "int8", "int8", None] == (5.03125, 8.0625)
+    assert bytes_of["adamw", "ternary", "fp32", None] == (10.25, 18.5)
+    assert bytes_of["lion", "ternary", "int8", None] == (3.265625, 4.53125)
+    # A group's scale is read, and stays.
+    assert bytes_of["adamw", "ternary", "int8", 128] == (4.28125 + 4 / 128, 6.5625 + 4 / 128)
     assert result["peer"]["bytes_resident_per_parameter"] == 16
 
 

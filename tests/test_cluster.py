@@ -198,7 +198,11 @@ def test_data_that_is_not_there_is_answered_with_the_commands_that_make_it(small
 def test_one_run_is_not_trained_twice_at_once(small):
     config = configuration(small())
     config.run_dir.mkdir()
-    with checks.run_lock(config), pytest.raises(ConfigError, match="by another process"), checks.run_lock(config):
+    with (
+        checks.run_lock(config),
+        pytest.raises(ConfigError, match="by another process"),
+        checks.run_lock(config),
+    ):
         pass
     with checks.run_lock(config):
         pass
@@ -441,7 +445,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(r
     assert "State: T (stopped)" in of_1
     for stack in (of_0, of_1):
         assert '"TrainingThread' in stack
-        assert "run (lowbit_dist/train.py:" in stack
+        assert "run (lowbit_dist/loop.py:" in stack
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -459,7 +463,7 @@ def test_a_worker_that_outlived_its_launcher_is_waited_for(small, ranks):
     content = small()
     config = configuration(content)
     config.run_dir.mkdir()
-    ranks(2).run(len, "")  # their start takes longer than the other process lives
+    ranks(2).run(wait_for_the_writer, content)  # starting takes them longer than the other process lives
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); "
          "fcntl.flock(lock, fcntl.LOCK_EX); print(flush=True); time.sleep(2)", config.run_dir / ".writer"],

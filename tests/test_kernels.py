@@ -14,11 +14,24 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from op_cases import (
+    COMBINATIONS,
+    GRANULARITIES,
+    RULES,
+    assert_equal,
+    assert_equal_state,
+    copy_of,
+    generator,
+    heavy_tailed_grad,
+    now,
+    part,
+    random_codes,
+    zeros,
+)
 
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
-from lowbit_dist.ops import reference
-from lowbit_dist.ops.reference import STATES, AdamWStep, Moments
+from lowbit_dist.ops import STATES, Codes, Rule, Weights, reference
+from lowbit_dist.optim import AdamW
 
 pytest.importorskip("triton", reason="Triton is not installed: torch built for CPUs alone does not bring it")
 
@@ -30,6 +43,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 every_states = pytest.mark.parametrize("states", STATES)
+every_rule = pytest.mark.parametrize("rule", RULES)
 every_float = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is on: nothing is compiled")
 
@@ -64,138 +78,167 @@ def on_each_device(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize("device", devices)(run)
 
 
-def a_step(number: int, **other: Any) -> AdamWStep:
-    numbers: dict[str, Any] = {
-        "lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
-        "seed": 0xFEDCBA9876543210, "grad_scale": 0.7,
-    }  # fmt: skip
-    return AdamWStep(step=number, **(numbers | other))
+def codes_on(device: str, *arguments: Any, **named: Any) -> Codes:
+    codes = random_codes(*arguments, **named)
+    return Codes(
+        codes.codes.to(device),
+        codes.scale.to(device),
+        codes.scale_every,
+        codes.grid,
+        codes.tensor,
+        codes.first_block,
+    )
 
 
-def some_codes(grid: Grid, n_blocks: int) -> Tensor:
-    levels = torch.randint(grid.low, grid.high + 1, (n_blocks * BLOCK,)).to(torch.int8)
-    return reference.pack(levels, grid=grid)
-
-
-def a_gradient(n: int, dtype: torch.dtype) -> Tensor:
-    """Heavy-tailed, with a block of zeros and blocks whose moments underflow in one format or another."""
-    gradient = torch.randn(n) * torch.rand(n) ** 3 * 1e-3
-    for block, factor in ((1, 0.0), (2, 1e-14), (3, 1e-20), (4, 1e-36)):
-        gradient[block * BLOCK : (block + 1) * BLOCK] *= factor
-    return gradient.to(dtype)
-
-
-def copied(moments: Moments, device: str) -> Moments:
-    """Copies, so that in-place changes of one backend stay its own."""
-    return Moments(*(tensor.to(device, copy=True) for tensor in moments.tensors))
-
-
-def part(moments: Moments, first: int, last: int) -> Moments:
-    """The moments of blocks `first..last - 1`, sharing memory."""
-    elements, blocks = slice(first * BLOCK, last * BLOCK), slice(first, last)
-    scales = (moments.m_scale, moments.v_scale)
-    return Moments(moments.m[elements], moments.v[elements], *(s if s is None else s[blocks] for s in scales))
-
-
-def assert_equal(actual: Tensor, expected: Tensor, what: str) -> None:
-    actual = actual.cpu()
-    assert actual.dtype == expected.dtype, what
-    n = int((actual != expected).sum())
-    assert n == 0, f"{what}: {n} of {expected.numel()} differ"
-
-
-def assert_equal_moments(actual: Moments, expected: Moments, what: str) -> None:
-    for i, (a, e) in enumerate(zip(actual.tensors, expected.tensors, strict=True)):
-        assert_equal(a, e, f"{('m', 'v', 'm_scale', 'v_scale')[i]} {what}")
+def compare_two_shards(
+    device: str,
+    rule: Rule,
+    grid: Grid,
+    states: str,
+    scale_every: int,
+    *,
+    n_steps: int,
+    dtype: torch.dtype,
+    first_block: int,
+) -> None:
+    """On both sides of the cut, the last program's last blocks are beyond the shard."""
+    n_blocks, cut = 13, 11
+    place = {"first_block": first_block, "tensor": (1 << 28) | 7}
+    theirs, ours = (
+        random_codes(grid, n_blocks, scale_every, **place),
+        codes_on(device, grid, n_blocks, scale_every, **place),
+    )
+    state = zeros(rule, n_blocks * BLOCK, states)
+    our_state = copy_of(state, device)
+    for number in range(1, n_steps + 1):
+        gradient = heavy_tailed_grad(n_blocks * BLOCK, number, dtype)
+        flips = reference.step_(theirs, gradient, state, rule=rule, now=now(number))
+        our_flips = torch.zeros(1, dtype=torch.int64)
+        for first, last in ((0, cut), (cut, n_blocks)):
+            shard = ours.part(first * BLOCK, last * BLOCK)
+            of_shard = gradient[first * BLOCK : last * BLOCK].to(device)
+            our_flips += kernels.step_(
+                shard, of_shard, part(our_state, first, last), rule=rule, now=now(number)
+            ).cpu()
+        assert_equal(ours.codes, theirs.codes, f"codes after step {number}")
+        assert_equal_state(our_state, state, f"after step {number}")
+        assert_equal(our_flips, flips, f"flips in step {number}")
+        assert flips > 0, "the case must move some codes"
 
 
 @on_each_device
 @every_grid
 @every_states
-def test_two_shards_of_codes_equal_the_whole_of_the_reference(device: str, grid: Grid, states: str) -> None:
-    n_blocks, cut = 13, 11  # on both sides of the cut, the last program's last blocks are beyond the shard
-    k = 3 * list(GRIDS).index(grid.name) + STATES.index(states)
+@every_rule
+def test_two_shards_of_codes_equal_the_whole_of_the_reference(
+    device: str, rule: str, grid: Grid, states: str
+) -> None:
+    k = 3 * list(GRIDS).index(grid.name) + STATES.index(states) + 2 * list(RULES).index(rule)
+    granularity = list(GRANULARITIES)[k % len(GRANULARITIES)]
+    # With one scale the counters pass 2^32 within the tensor.
+    first_block = (1 << 26) - 5 if granularity == "tensor" else 5
+    n_steps = 20 if states == "int8" and rule == "adamw" else 4
     dtype = (torch.float32, torch.bfloat16)[k % 2]
-    # Counters pass 2^32 within the tensor; with a scale per row, a row ends between blocks 3 and 4.
-    first_block = (1 << 26) - 5
-    blocks_per_scale = ((1 << 26) // 3, 10**12)[k // 2 % 2]
-    torch.manual_seed(k)
-    scale = (0.01 + 0.02 * torch.rand(4 if blocks_per_scale < first_block else 1)) / 2 ** (grid.bits - 2)
+    compare_two_shards(
+        device, RULES[rule], grid, states, GRANULARITIES[granularity],
+        n_steps=n_steps, dtype=dtype, first_block=first_block,
+    )  # fmt: skip
 
-    codes = some_codes(grid, n_blocks)
-    moments = Moments.zeros(n_blocks * BLOCK, states)
-    ours, our_moments, before = codes.to(device, copy=True), copied(moments, device), codes.clone()
-    for step in range(1, 21 if states == "int8" else 6):
-        gradient = a_gradient(n_blocks * BLOCK, dtype)
-        same: dict[str, Any] = {
-            "grid": grid, "now": a_step(step), "tensor": (1 << 28) | 7, "blocks_per_scale": blocks_per_scale
-        }  # fmt: skip
-        flips = reference.adamw_codes_(codes, scale, gradient, moments, first_block=first_block, **same)
-        our_flips = torch.zeros(1, dtype=torch.int64)
-        for first, last in ((0, cut), (cut, n_blocks)):
-            our_flips += kernels.adamw_codes_(
-                ours[first * grid.bytes_per_block : last * grid.bytes_per_block],
-                scale.to(device),
-                gradient[first * BLOCK : last * BLOCK].to(device),
-                part(our_moments, first, last),
-                first_block=first_block + first,
-                **same,
-            ).cpu()
-        assert_equal(ours, codes, f"codes after step {step}")
-        assert_equal_moments(our_moments, moments, f"after step {step}")
-        assert_equal(our_flips, flips, f"flips in step {step}")
-        assert flips > 0, "the case must move some codes"
-    assert not torch.equal(before, codes)
+
+@pytest.mark.exhaustive
+@on_each_device
+@pytest.mark.parametrize(("rule", "grid", "states", "granularity"), COMBINATIONS, ids=str)
+def test_all_combinations_equal_the_reference(
+    device: str, rule: str, grid: str, states: str, granularity: str
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        compare_two_shards(
+            device, RULES[rule], GRIDS[grid], states, GRANULARITIES[granularity],
+            n_steps=3, dtype=dtype, first_block=3,
+        )  # fmt: skip
 
 
 @on_each_device
-def test_rows_have_their_own_scales_wherever_a_shard_begins(device: str) -> None:
-    """Rows of 3 blocks whose scales differ by much; the shard begins in the middle of the third row.
+@pytest.mark.parametrize(("scale_every", "n_scales"), [(3 * BLOCK, 6), (320, 14)], ids=["blocks", "planes"])
+def test_rows_have_their_own_scales_wherever_a_shard_begins(
+    device: str, scale_every: int, n_scales: int
+) -> None:
+    """Scales that differ by much; the shard begins in the middle of a row.
 
-    The fifth row's steps are beyond all integers: its codes go to the ends of the grid.
+    The steps of one row are beyond all integers: its codes go to the ends of the grid.
     """
-    grid, n_blocks, first_block = GRIDS["int4"], 10, 7
-    torch.manual_seed(0)
-    codes, gradient = some_codes(grid, n_blocks), a_gradient(n_blocks * BLOCK, torch.float32)
-    moments = Moments.zeros(n_blocks * BLOCK, "fp32")
-    ours, our_moments = codes.to(device, copy=True), copied(moments, device)
-    scale = torch.tensor([1e30, 1e30, 0.003, 0.1, 1e-30, 0.03])
-    same: dict[str, Any] = {
-        "grid": grid, "now": a_step(1), "tensor": 0, "first_block": first_block, "blocks_per_scale": 3
-    }  # fmt: skip
-    reference.adamw_codes_(codes, scale, gradient, moments, **same)
-    kernels.adamw_codes_(ours, scale.to(device), gradient.to(device), our_moments, **same)
+    rule, grid, n_blocks, first_block = RULES["adamw"], GRIDS["int4"], 10, 7
+    numbers = now(weight_decay=0.0)
+    codes = random_codes(grid, n_blocks).codes
+    gradient = heavy_tailed_grad(n_blocks * BLOCK, 1)
+    state = zeros(rule, n_blocks * BLOCK, "fp32")
+    ours, our_state = codes.to(device, copy=True), copy_of(state, device)
+    before = reference.unpack(codes, grid=grid)
+    scale = torch.tensor([1e30, 1e30, 0.003, 0.1, 1e-30, 0.03, 0.3]).repeat(2)[:n_scales]
+    place = (scale_every, grid, 0, first_block)
+    reference.step_(Codes(codes, scale, *place), gradient, state, rule=rule, now=numbers)
+    kernels.step_(
+        Codes(ours, scale.to(device), *place), gradient.to(device), our_state, rule=rule, now=numbers
+    )
     assert_equal(ours, codes, "codes")
+    element = torch.arange(first_block * BLOCK, (first_block + n_blocks) * BLOCK)
+    levels, of_element = reference.unpack(codes, grid=grid), scale[element // scale_every]
+    tiny = (of_element == 1e-30) & (gradient.abs() > 1e-9)
+    assert set(levels[tiny].tolist()) <= {grid.low, grid.high} and tiny.any()
+    assert torch.equal(levels[of_element == 1e30], before[of_element == 1e30])
 
 
 @on_each_device
+@every_rule
 @every_states
 @pytest.mark.parametrize("n", [1, 999, 1024])
-def test_weights_equal_the_reference(device: str, states: str, n: int) -> None:
-    torch.manual_seed(n)
-    weight = torch.randn(n)
-    moments = Moments.zeros(n, states)
-    ours, our_moments, before = weight.to(device, copy=True), copied(moments, device), weight.clone()
-    for step in range(1, 21 if n == 999 else 4):
-        gradient = torch.randn(n) if n == 1 else a_gradient(n, (torch.float32, torch.bfloat16)[step % 2])
-        reference.adamw_weights_(weight, gradient, moments, now=a_step(step))
-        kernels.adamw_weights_(ours, gradient.to(device), our_moments, now=a_step(step))
-        assert_equal(ours, weight, f"weights after step {step}")
-        assert_equal_moments(our_moments, moments, f"after step {step}")
+def test_weights_equal_the_reference(device: str, rule: str, states: str, n: int) -> None:
+    of_rule = RULES[rule]
+    weight = torch.randn(n, generator=generator(n))
+    state = zeros(of_rule, n, states)
+    ours, our_state, before = weight.to(device, copy=True), copy_of(state, device), weight.clone()
+    for number in range(1, 21 if n == 999 else 4):
+        gradient = heavy_tailed_grad(n, number, (torch.float32, torch.bfloat16)[number % 2])
+        flips = kernels.step_(Weights(ours), gradient.to(device), our_state, rule=of_rule, now=now(number))
+        reference.step_(Weights(weight), gradient, state, rule=of_rule, now=now(number))
+        assert_equal(ours, weight, f"weights after step {number}")
+        assert_equal_state(our_state, state, f"after step {number}")
+        assert flips.tolist() == [0]
     assert not torch.equal(before, weight)
 
 
 @on_each_device
+@every_grid
+def test_directions_that_are_given_move_codes_and_weights_as_the_reference_says(
+    device: str, grid: Grid
+) -> None:
+    scale_every = (2**40, 64, 896, 512, 128)[list(GRIDS).index(grid.name)]
+    theirs, ours = random_codes(grid, 11, scale_every), codes_on(device, grid, 11, scale_every)
+    weight = torch.randn(999, generator=generator(1))
+    our_weight = weight.to(device, copy=True)
+    for number in (1, 2):
+        u = torch.randn(11 * BLOCK, generator=generator(number)) * 5
+        flips = reference.apply_(theirs, u, now=now(number))
+        assert_equal(kernels.apply_(ours, u.to(device), now=now(number)), flips, "flips")
+        assert_equal(ours.codes, theirs.codes, "codes")
+        assert flips > 0
+        reference.apply_(Weights(weight), u[:999], now=now(number))
+        kernels.apply_(Weights(our_weight), u[:999].to(device), now=now(number))
+        assert_equal(our_weight, weight, "weights")
+
+
+@on_each_device
 @pytest.mark.parametrize("error", [0.0, 1e-6, -1e-6])
-def test_8_bit_moments_round_exactly_at_their_thresholds(device: str, error: float) -> None:
+def test_8_bit_slots_round_exactly_at_their_thresholds(device: str, error: float) -> None:
     """Though the root behind the first guess be inexact, as a GPU's is: the interpreter's is given an error.
 
-    With both betas 0 the moments are g and g * g; the largest of each block makes its scale 1.
+    With both betas 0 the slots are g and g * g; the largest of each block makes its scale 1.
     """
 
     def inexact(x: Any) -> Any:
         return tl.math.sqrt(x) * (1 + error)
 
+    rule = AdamW(betas=(0.0, 0.0))
     k = torch.arange(1, 256).float()
     at = (k - 0.5) ** 2  # thresholds of m; their squares are those of v
     below = torch.nextafter(at, torch.zeros(()))
@@ -204,15 +247,15 @@ def test_8_bit_moments_round_exactly_at_their_thresholds(device: str, error: flo
         (torch.cat([at, torch.tensor([255.0**2])]), None, k),
         (torch.cat([below, torch.tensor([255.0**2])]), None, (k - 1).clamp(min=1)),
     ):
-        moments = Moments.zeros(BLOCK, "int8", device)
-        now = a_step(1, beta1=0.0, beta2=0.0, grad_scale=1.0)
+        m, v = zeros(rule, BLOCK, "int8", device)
+        weights = Weights(torch.zeros(BLOCK, device=device))
         with mock.patch.object(tl, "sqrt", inexact) if device == "cpu" else nullcontext():
-            kernels.adamw_weights_(torch.zeros(BLOCK, device=device), gradient.to(device), moments, now=now)
+            kernels.step_(weights, gradient.to(device), [m, v], rule=rule, now=now(grad_scale=1.0))
         if expected_m is not None:
-            assert_equal(moments.m[:254], torch.cat(expected_m).to(torch.int8), "m")
+            assert_equal(m.values[:254], torch.cat(expected_m).to(torch.int8), "m")
         if expected_v is not None:
-            assert_equal(moments.v[:255], expected_v.to(torch.uint8), "v")
-            assert moments.v[255] == 255
+            assert_equal(v.values[:255], expected_v.to(torch.uint8), "v")
+            assert v.values[255] == 255
 
 
 @on_each_device
@@ -220,45 +263,40 @@ def test_8_bit_moments_round_exactly_at_their_thresholds(device: str, error: flo
 @every_float
 def test_decoded_weights_equal_the_reference(device: str, grid: Grid, dtype: torch.dtype) -> None:
     n_blocks, first_block = 11, 5
-    torch.manual_seed(0)
-    codes = some_codes(grid, n_blocks)
+    codes = random_codes(grid, n_blocks).codes
     # One row so small that its weights are subnormal, in bfloat16 too.
-    for scale, blocks_per_scale in (
-        (torch.tensor([3.0, 0.3, 0.017, 1e-39]), 4),
-        (torch.tensor([0.7]), 10**12),
+    for scale, scale_every in (
+        (torch.tensor([3.0, 0.3, 0.017, 1e-39]), 4 * BLOCK),
+        (torch.tensor([3.0, 0.3, 0.017, 1e-39, 2.0]), 896),
+        (torch.rand(64, generator=generator(1)), 64),
+        (torch.tensor([0.7]), 2**40),
     ):
         out = torch.full((n_blocks * BLOCK,), torch.nan, dtype=dtype)
         our_out = out.to(device, copy=True)
-        same: dict[str, Any] = {
-            "grid": grid,
-            "first_block": first_block,
-            "blocks_per_scale": blocks_per_scale,
-        }
+        same: dict[str, Any] = {"grid": grid, "first_block": first_block, "scale_every": scale_every}
         reference.decode(codes, scale, out=out, **same)
         returned = kernels.decode(codes.to(device), scale.to(device), out=our_out, **same)
         assert returned is our_out
-        assert_equal(our_out, out, "weights")
+        assert_equal(our_out, out, f"weights with a scale for each {scale_every}")
 
 
 @on_each_device
 @every_grid
 def test_code_counts_equal_the_reference(device: str, grid: Grid) -> None:
-    torch.manual_seed(0)
-    codes = some_codes(grid, 11)
+    codes = random_codes(grid, 11).codes
     actual = kernels.code_counts(codes.to(device), grid=grid)
     assert_equal(actual, reference.code_counts(codes, grid=grid), "counts")
 
 
 def test_an_empty_shard_launches_nothing() -> None:
-    grid, empty = GRIDS["ternary"], torch.empty(0)
-    none = torch.empty(0, dtype=torch.uint8)
-    place: dict[str, Any] = {"grid": grid, "first_block": 9, "blocks_per_scale": 3}
-    moments = Moments.zeros(0, "int8")
-    flips = kernels.adamw_codes_(none, torch.ones(3), empty, moments, now=a_step(1), tensor=0, **place)
-    assert flips.tolist() == [0]
-    kernels.adamw_weights_(empty, empty, moments, now=a_step(1))
-    assert kernels.decode(none, torch.ones(3), out=empty, **place) is empty
-    assert kernels.code_counts(none, grid=grid).tolist() == [0, 0, 0]
+    grid, empty, rule = GRIDS["ternary"], torch.empty(0), RULES["adamw"]
+    target = Codes(torch.empty(0, dtype=torch.uint8), torch.ones(3), 64, grid, 0, 9)
+    for each in (target, Weights(empty)):
+        assert kernels.step_(each, empty, zeros(rule, 0, "int8"), rule=rule, now=now()).tolist() == [0]
+        assert kernels.apply_(each, empty, now=now()).tolist() == [0]
+    place: dict[str, Any] = {"grid": grid, "first_block": 9, "scale_every": 64}
+    assert kernels.decode(target.codes, torch.ones(3), out=empty, **place) is empty
+    assert kernels.code_counts(target.codes, grid=grid).tolist() == [0, 0, 0]
 
 
 class _PaperGPU:
@@ -287,7 +325,7 @@ def compiled(
     options = getattr(request, "param", {})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", _PaperGPU())
-    for name in ("_adamw_codes", "_adamw_weights", "_decode", "_code_counts"):
+    for name in ("_step_codes", "_step_weights", "_decode", "_code_counts"):
         kernel = getattr(kernels, name)
 
         def compile_only(*args: Any, grid: Any, warmup: bool, run: Any = kernel.run, **named: Any) -> None:
@@ -298,20 +336,19 @@ def compiled(
     yield made
 
 
-def compile_codes(grid: Grid, states: str, n_scales: int) -> None:
+def compile_codes(rule: str, grid: Grid, states: str, scale_every: int) -> None:
     """With numbers of every width: Triton compiles anew for a seed, a block or a tensor of 64 bits."""
-    wide = n_scales > 1
-    kernels.adamw_codes_(
-        torch.zeros(7 * grid.bytes_per_block, dtype=torch.uint8),
-        torch.ones(n_scales),
-        torch.zeros(7 * BLOCK, dtype=torch.bfloat16 if wide else torch.float32),
-        Moments.zeros(7 * BLOCK, states),
-        grid=grid,
-        now=a_step(1, seed=(1 << 63) + 5 if wide else 0),
-        tensor=1 << 31 if wide else 1,
-        first_block=1 << 34 if wide else 0,
-        blocks_per_scale=1 << 32 if wide else 10**12,
-    )
+    n, one = 7 * BLOCK, scale_every >= 7 * BLOCK
+    codes = torch.zeros(7 * grid.bytes_per_block, dtype=torch.uint8)
+    scale = torch.ones(1 if one else n // scale_every)
+    tensor, first_block = (1, 0) if one else (1 << 31, 0)
+    target = Codes(codes, scale, scale_every, grid, tensor, first_block)
+    numbers = now(seed=0 if one else (1 << 63) + 5)
+    if rule == "apply":
+        kernels.apply_(target, torch.zeros(n), now=numbers)
+    else:
+        grad = torch.zeros(n, dtype=torch.float32 if one else torch.bfloat16)
+        kernels.step_(target, grad, zeros(RULES[rule], n, states), rule=RULES[rule], now=numbers)
 
 
 def assert_rounds_each_operation(kernel: Any) -> None:
@@ -328,22 +365,42 @@ def assert_rounds_each_operation(kernel: Any) -> None:
 @needs_compiler
 @every_grid
 @every_states
+@every_rule
 def test_codes_compile_for_sm_90_without_fused_multiply_adds(
-    compiled: list[Any], grid: Grid, states: str
+    compiled: list[Any], rule: str, grid: Grid, states: str
 ) -> None:
-    n_scales = 10 if (grid.bits + STATES.index(states)) % 2 else 1
-    compile_codes(grid, states, n_scales)
+    # One scale, scales of whole blocks, scales of planes.
+    scale_every = (10**12, BLOCK, 64)[(grid.bits + STATES.index(states) + len(rule)) % 3]
+    compile_codes(rule, grid, states, scale_every)
     (kernel,) = compiled
     assert_rounds_each_operation(kernel)
-    assert kernel.asm["ptx"].count("div.rn.f32") >= 4 and kernel.asm["ptx"].count("sqrt.rn.f32") >= 4
+    ptx = kernel.asm["ptx"]
+    n_roots = ptx.count("sqrt.rn.f32")
+    assert ptx.count("div.rn.f32") >= 4 and n_roots >= 4 if rule == "adamw" else n_roots == 0
 
 
 @needs_compiler
+@every_grid
+@pytest.mark.parametrize("scale_every", [10**12, BLOCK, 64], ids=["tensor", "blocks", "planes"])
+def test_directions_that_are_given_compile_for_sm_90(
+    compiled: list[Any], grid: Grid, scale_every: int
+) -> None:
+    compile_codes("apply", grid, "fp32", scale_every)
+    kernels.apply_(Weights(torch.zeros(999)), torch.zeros(999), now=now())
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert_rounds_each_operation(kernel)
+
+
+@needs_compiler
+@every_rule
 @every_states
-def test_weights_compile_for_sm_90_without_fused_multiply_adds(compiled: list[Any], states: str) -> None:
+def test_weights_compile_for_sm_90_without_fused_multiply_adds(
+    compiled: list[Any], rule: str, states: str
+) -> None:
     for n in (1, 999, 1024):  # Triton compiles anew for 1 and for multiples of 16
-        moments = Moments.zeros(n, states)
-        kernels.adamw_weights_(torch.zeros(n), torch.zeros(n, dtype=torch.bfloat16), moments, now=a_step(1))
+        state, grad = zeros(RULES[rule], n, states), torch.zeros(n, dtype=torch.bfloat16)
+        kernels.step_(Weights(torch.zeros(n)), grad, state, rule=RULES[rule], now=now())
     assert len({id(kernel) for kernel in compiled}) == 3
     for kernel in compiled:
         assert_rounds_each_operation(kernel)
@@ -353,18 +410,12 @@ def test_weights_compile_for_sm_90_without_fused_multiply_adds(compiled: list[An
 @every_grid
 def test_decode_and_code_counts_compile_for_sm_90(compiled: list[Any], grid: Grid) -> None:
     codes = torch.zeros(7 * grid.bytes_per_block, dtype=torch.uint8)
-    for dtype, scales in ((torch.float32, 1), (torch.bfloat16, 7)):
+    for dtype, scale_every in ((torch.float32, 2**40), (torch.bfloat16, BLOCK), (torch.bfloat16, 64)):
         out = torch.zeros(7 * BLOCK, dtype=dtype)
-        kernels.decode(
-            codes,
-            torch.ones(scales),
-            grid=grid,
-            first_block=0,
-            blocks_per_scale=1 if scales > 1 else 99,
-            out=out,
-        )
+        scale = torch.ones((7 * BLOCK - 1) // scale_every + 1)
+        kernels.decode(codes, scale, grid=grid, first_block=0, scale_every=scale_every, out=out)
     kernels.code_counts(codes, grid=grid)
-    assert len(compiled) == 3
+    assert len(compiled) == 4
     for kernel in compiled:
         assert_rounds_each_operation(kernel)
 
@@ -372,6 +423,6 @@ def test_decode_and_code_counts_compile_for_sm_90(compiled: list[Any], grid: Gri
 @needs_compiler
 @pytest.mark.parametrize("compiled", [{"enable_fp_fusion": True}], indirect=True, ids=["fusing"])
 def test_the_check_would_see_fused_multiply_adds(compiled: list[Any]) -> None:
-    compile_codes(GRIDS["ternary"], "int8", 1)
+    compile_codes("adamw", GRIDS["ternary"], "int8", 10**12)
     (kernel,) = compiled
     assert "fma.rn.f32" in kernel.asm["ptx"]

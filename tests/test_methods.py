@@ -142,3 +142,38 @@ def test_which_tensors_are_low_bit():
     assert not DQT().is_low_bit(False)
     assert DQT(tensors="all").is_low_bit(False)
     assert isinstance(layer_of(DQT(), case()[1]), Linear)
+
+
+def test_the_readmes_method_in_one_file_runs_as_it_stands(small):
+    """Its code, its registration by an entry point's value, one layer's forward and backward pass, its levels."""
+    import re
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
+
+    import lowbit_dist
+
+    text = (Path(lowbit_dist.__file__).parent / "methods" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
+    scope = {"__name__": "readme"}
+    exec(code, scope)
+    method = scope["SignWeights"]()
+    value = re.search(r'sign-weights = "(.*?)"', text)[1]
+    assert EntryPoint("sign-weights", value, "lowbit_dist.methods").attr == type(method).__name__
+
+    x, weight, dy = case()
+    layer, x = layer_of(method, weight), x.requires_grad_()
+    layer(x).backward(dy)
+    signs = torch.where(weight < 0, -1.0, 1.0).double() * weight.double().abs().mean()
+    torch.testing.assert_close(x.grad.double(), dy.double() @ signs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        layer.weight.grad.double(), dy.double().t() @ rounded_tokens(x.detach()), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(method.levels(weight).double(), signs.sign())
+    assert method.stored is None and method.forward_grid.n_levels == 3
+    answers = [
+        line.split("`")[1].partition("(")[0]
+        for line in text.split("| default |")[1].splitlines()
+        if "`" in line
+    ]
+    for answer in answers[: answers.index("finished") + 1]:
+        assert hasattr(lowbit_dist.methods.Method, answer), answer

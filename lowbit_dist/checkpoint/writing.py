@@ -42,7 +42,8 @@ class Part:
             holds[shard.name] = [shard.start, shard.numel]
             stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
             for each in shard.state:
-                stored |= zip(slot_keys(each.slot.name), (each.values, each.scale), strict=True)
+                values, scale = slot_keys(each.slot.name)
+                stored |= {values: each.values, scale: each.scale}
             for key, value in stored.items():
                 if value is not None:
                     held[f"{shard.name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()

@@ -288,7 +288,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LOWBIT_DEBUG") == "1":
             raise
-        if hasattr(error, "format_message"):  # typer's own complaints about arguments
+        if getattr(error, "format_message", None) is not None:  # typer's own complaints about arguments
             code = _fail(_complaint(error), 2)
         else:
             code = _fail(f"{type(error).__name__}: {error} (LOWBIT_DEBUG=1 shows where)", 1)

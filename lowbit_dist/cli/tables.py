@@ -145,13 +145,15 @@ def health(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def update_times(console: Console, found: Mapping[str, Any]) -> None:
-    """One optimizer step of each grid, against the peer."""
+    """One step of each optimizer and grid, against the peer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "ns per parameter", "ratio to peer", "resident B", "moved B", "of copy bandwidth"):
         table.add_column(name, justify="right" if name else "left")
     peer = found["peer"]
     rows = [(peer["name"], peer)]
-    rows += [(f"update {each['grid']}, {each['states']} states", each) for each in found["update"]]
+    for each in found["update"]:
+        scales = f", groups of {each['group']}" if each["group"] else ""
+        rows.append((f"{each['optimizer']}, {each['grid']}, {each['states']} states{scales}", each))
     rows += [(f"decode {each['grid']} to {each['to']}", each) for each in found["decode"]]
     for name, each in rows:
         resident = each.get("bytes_resident_per_parameter")

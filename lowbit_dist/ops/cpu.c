@@ -20,11 +20,11 @@
 #endif
 
 #define BLOCK 256
-#define PLANE 64    /* the least that share a scale; four to a block */
+#define PLANE 64 /* the least that share a scale; four to a block */
 #define COUNTERS 64 /* Philox calls of a block; one gives words to elements j, j + 64, j + 128 and j + 192 */
 
 #define SMALLEST_SCALE 0x1p-126f
-#define SIGNED_SQUARE 16129.0f          /* 127^2 */
+#define SIGNED_SQUARE 16129.0f        /* 127^2 */
 #define UNSIGNED_FOURTH 4228250625.0f /* 255^4 */
 #define LARGEST_STEP_BITS 0x47800000u /* of 65536.0f */
 
@@ -48,7 +48,7 @@ typedef struct {
     int64_t n_blocks, first_block, scale_every, n_scales;
 } Shard;
 
-/* What a block of the update reads and what is remembered of it; v with AdamW only. */
+/* A gradient, and the slots of a rule; v with AdamW only. */
 typedef struct {
     void *m, *v;
     float *m_scale, *v_scale;
@@ -474,7 +474,8 @@ typedef void StepWeights(float *, const State *, const Step *, int64_t);
 /* One step of the codes of a shard; how many changed. */
 int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, const Step *now,
                           int32_t rule) {
-    StepCodes *const step_block = (StepCodes *[]){[ADAMW] = adamw_codes, [LION] = lion_codes, [APPLY] = apply_codes}[rule];
+    StepCodes *const step_block =
+        (StepCodes *[]){[ADAMW] = adamw_codes, [LION] = lion_codes, [APPLY] = apply_codes}[rule];
     int64_t flips = 0;
 #pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
     if (shard->n_blocks >= PARALLEL_BLOCKS)
@@ -493,8 +494,10 @@ static void step_short_block(StepWeights *step_block, float *weight, const State
                              const Step *now) {
     float grad[BLOCK] = {0}, m[BLOCK] = {0}, v[BLOCK] = {0}, whole[BLOCK] = {0};
     const size_t at = (size_t)block * BLOCK;
-    const size_t width = state->states == FP32 ? 4 : state->states == BF16 ? 2 : 1, grad_width = state->grad_is_bf16 ? 2 : 4;
-    char *m_at = state->m ? (char *)state->m + at * width : NULL, *v_at = state->v ? (char *)state->v + at * width : NULL;
+    const size_t width = state->states == FP32 ? 4 : state->states == BF16 ? 2 : 1;
+    const size_t grad_width = state->grad_is_bf16 ? 2 : 4;
+    char *m_at = state->m ? (char *)state->m + at * width : NULL;
+    char *v_at = state->v ? (char *)state->v + at * width : NULL;
     float *m_scale = state->m_scale ? state->m_scale + block : NULL;
     float *v_scale = state->v_scale ? state->v_scale + block : NULL;
     const State only = {m, v, m_scale, v_scale, grad, state->states, state->grad_is_bf16};

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.linear import values
-from lowbit_dist.methods.method import Method
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
-from lowbit_dist.zero.shards import Initial, Partitioner
+from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
 from lowbit_dist.zero.stage3 import PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 
@@ -141,18 +140,18 @@ class Engine:
     def forward_weights(self) -> list[Tensor]:
         """Resident weights of the compute precision (in float32 the same storages as those of `shards`)."""
         if self._standard is None:
-            return [p.ds_tensor for p in self.module.parameters() if not hasattr(p, "packed")]  # type: ignore[attr-defined]
+            return [p.ds_tensor for p in self.module.parameters() if packed_of(p) is None]  # type: ignore[attr-defined]
         return [p.data for p in self.module.parameters()]
 
     def resident_codes(self) -> list[Tensor]:
         """The packed bytes that this worker keeps between steps."""
-        packed = (p.packed for p in self.module.parameters() if hasattr(p, "packed"))  # type: ignore[union-attr]
+        packed = filter(None, map(packed_of, self.module.parameters()))
         return [codes for each in packed for codes in each.resident]
 
     def gathered(self) -> Iterator[Tensor]:
         """What the parameters hold now: values, or the codes that a layer decodes."""
         for p in self.module.parameters():
-            packed = getattr(p, "packed", None)
+            packed = packed_of(p)
             yield p.data if packed is None or packed.whole is None else packed.whole
 
     @property
@@ -263,8 +262,8 @@ def accumulation_dtype(config: RunConfig, world: int) -> torch.dtype:
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Low-bit parameters apart from the others, as DeepSpeed's sub-groups must be of one kind."""
     parameters = list(model.parameters())
-    packed = [p for p in parameters if hasattr(p, "packed")]
-    ordinary = [p for p in parameters if not hasattr(p, "packed")]
+    packed = [p for p in parameters if packed_of(p) is not None]
+    ordinary = [p for p in parameters if packed_of(p) is None]
     return [{"params": group} for group in (ordinary, packed) if group]
 
 

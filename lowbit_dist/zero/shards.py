@@ -162,6 +162,12 @@ class Packed:
         ).view(shape)
 
 
+def packed_of(param: Any) -> Packed | None:
+    """The packed side of a parameter; None of an ordinary one."""
+    packed: Packed | None = getattr(param, "packed", None)
+    return packed
+
+
 class Partitioner(Init):
     """DeepSpeed's `zero.Init` for parameters whose shard may be packed codes."""
 
@@ -244,13 +250,13 @@ class Partitioner(Init):
     def _partition_param(
         self, param: Any, buffer: Any = None, has_been_updated: bool = False, free_data: bool = True
     ) -> None:
-        if has_been_updated and hasattr(param, "packed"):
+        if has_been_updated and packed_of(param) is not None:
             raise RuntimeError(
                 "a low-bit parameter has no dense value to write back; load codes into its shard instead"
             )
         super()._partition_param(param, buffer, has_been_updated=has_been_updated, free_data=free_data)
-        if free_data and hasattr(param, "packed"):
-            param.packed.whole = None
+        if free_data and (packed := packed_of(param)) is not None:
+            packed.whole = None
 
     def _gather(self, params: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> "_Gathers":
         """Start gathering shards; a low-bit parameter is decoded when it is waited for, not before."""
@@ -261,7 +267,7 @@ class Partitioner(Init):
 
     def _gather_one(self, param: Any) -> "_Gather":
         world = dist.get_world_size()
-        packed: Packed | None = getattr(param, "packed", None)
+        packed = packed_of(param)
         shard = param.ds_tensor if packed is None else packed.wire
         if world == 1:
             return _Gather(param, shard, None)
@@ -292,7 +298,7 @@ class _Gather:
             return
         if self.work is not None:
             self.work.wait()
-        packed: Packed | None = getattr(param, "packed", None)
+        packed = packed_of(param)
         if packed is None:
             param.data = self.whole[: param.ds_numel].view(param.ds_shape)
         else:

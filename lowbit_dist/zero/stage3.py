@@ -16,7 +16,7 @@ from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
-from lowbit_dist.zero.shards import Shard
+from lowbit_dist.zero.shards import Shard, packed_of
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         coordinator._PartitionedParameterCoordinator__params_to_release = _own_parameters
 
     def _get_parameter_partitions(self) -> list[Tensor]:
-        ordinary = [p.ds_tensor for group in self.fp16_groups for p in group if not hasattr(p, "packed")]
+        ordinary = [p.ds_tensor for group in self.fp16_groups for p in group if packed_of(p) is None]
         return ordinary or [torch.empty(0, dtype=self.dtype, device=self.device)]  # method.tensors: all
 
     def _set_fp16_partitioned_groups_flat(self) -> None:
         offset = 0
         for group in self.fp16_groups:
             n = sum(p.partition_numel() for p in group)
-            if hasattr(group[0], "packed"):
+            if packed_of(group[0]) is not None:
                 self.fp16_partitioned_groups_flat.append(torch.zeros(1, dtype=torch.uint8).expand(n))
             else:
                 self.fp16_partitioned_groups_flat.append(self.lp_param_buffer.narrow(0, offset, n))
@@ -62,7 +62,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def _create_fp32_partitions(self) -> None:
         for i, flat in enumerate(self.fp16_partitioned_groups_flat):
-            if hasattr(self.fp16_groups[i][0], "packed"):
+            if packed_of(self.fp16_groups[i][0]) is not None:
                 # DeepSpeed needs a tensor of this shape as a key; one element of storage stands for all of
                 # them.
                 whole = torch.zeros(1, dtype=torch.float32, device=self.device).expand(flat.numel())
@@ -96,8 +96,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def refresh(self) -> None:
         """Make the forward pass see what `shards` now hold."""
         for param, shard in zip(self.params, self.shards, strict=True):
-            if hasattr(param, "packed"):
-                param.packed.refresh()
+            if (packed := packed_of(param)) is not None:
+                packed.refresh()
             elif param.ds_tensor.dtype != torch.float32:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 param.ds_tensor[: shard.numel].copy_(shard.weight)
@@ -207,9 +207,9 @@ def _shard(param: Any, master: Tensor, offset: int, rule: Rule) -> Shard:
     numel = max(0, min(n, param.ds_numel - start))
     name, shape = param.lowbit_name, tuple(param.ds_shape)
     state = [ops.Stored.zeros(slot, numel, rule.states, param.ds_tensor.device) for slot in rule.slots]
-    if not hasattr(param, "packed"):
+    if (held := packed_of(param)) is None:
         return Shard(name, shape, start, numel, state, weight=master.detach()[offset : offset + numel])
-    packed = param.packed.stored
+    packed = held.stored
     return Shard(
         name, shape, start, numel, state,
         grid=packed.grid, codes=packed.codes, scale=packed.scale, scale_every=packed.scale_every,

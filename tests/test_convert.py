@@ -1,0 +1,222 @@
+"""Low-bit training in plain PyTorch: README's example, and that it is the distributed engine's training."""
+
+import copy
+import hashlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import train
+from torch import nn
+
+import lowbit_dist as lb
+from lowbit_dist import configfile, data
+from lowbit_dist.linear import Linear
+from lowbit_dist.packed import PackedTensor
+
+README = Path(lb.__file__).parent.parent / "README.md"
+STEPS = 50
+
+
+def example():
+    """README's code for a model, its batches and nothing else."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    return next(block for block in blocks if "lb.convert_(" in block)
+
+
+def llama(config, vocab_size):
+    """The run's model with its first weights, made by transformers alone."""
+    import transformers
+
+    from lowbit_dist import model
+
+    made = transformers.AutoModelForCausalLM.from_config(model.hf_config(config.model, vocab_size))
+    initial = model.InitialWeights(made, config.method, config.run.seed, None)
+    for name, p in made.named_parameters():
+        p.data.copy_(initial(name, p.shape))
+    return made
+
+
+def digest(model):
+    """As a checkpoint's: names in order, each with its int8 levels and scale, or its values."""
+    sha = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        sha.update(name.encode())
+        packed = getattr(p, "packed", None)
+        parts = (p.detach(),) if packed is None else (packed.tensor.levels(), packed.tensor.scale)
+        for part in parts:
+            sha.update(part.contiguous().view(-1).numpy().data)
+    return sha.hexdigest()
+
+
+def test_readmes_two_lines_train_as_the_engine_does(ranks, small):
+    content = small(
+        optimizer={"lr": 1e-3}, schedule={"name": "constant", "warmup_steps": 0}, cluster={"workers": 1},
+        train={"steps": STEPS, "batch_tokens": 128, "micro_batch": 2, "clip_norm": 0.0, "save_every": STEPS},
+    )  # fmt: skip
+    expected = ranks(1).run(train, content)[0]["digest"]
+
+    config = configfile.from_dict(content)
+    torch.set_num_threads(1)
+    model = llama(config, data.read_manifest(config.data.path).vocab_size)
+    read = data.Batches(config.data, "train", 0)
+    first = digest(model)
+    scope = {"model": model, "batches": [read.micro_batch(2 * step, 2) for step in range(STEPS)]}
+    exec(example(), scope)
+    assert digest(model) == expected != first
+    low_bit = [p for p in model.parameters() if hasattr(p, "packed")]
+    assert len(low_bit) == 14 and all(p.untyped_storage().nbytes() == 4 for p in low_bit), (
+        "no dense weight is left"
+    )
+
+
+def network(inputs=256, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 8))
+
+
+def learn(model, optimizer, steps, first=0):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 256, generator=g), torch.randint(8, (64,), generator=g)
+    losses = []
+    for _ in range(first, first + steps):
+        loss = nn.functional.cross_entropy(model(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("rule", [lb.optim.AdamW(lr=2e-2, weight_decay=0.0), lb.optim.Lion(lr=2e-3)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [lb.methods.DQT(grid="int4"), lb.methods.BitNet(), lb.methods.DQT(granularity="group", group=64)],
+    ids=str,
+)
+def test_any_model_of_linears_learns(method, rule):
+    model = lb.convert_(network(), method, keep=["2"])
+    losses = learn(model, lb.Optimizer(model, rule), 60)
+    assert losses[-1] < 0.5 * losses[0], "the case must learn"
+    assert isinstance(model[2], nn.Module) and not hasattr(model[2].weight, "packed"), "kept as it is"
+
+
+def test_a_stopped_training_resumes_exactly_from_state_dicts():
+    def fresh():
+        model = lb.convert_(network(), lb.methods.DQT(grid="int8"))
+        return model, lb.Optimizer(model, lb.optim.AdamW(lr=1e-2), seed=3, clip_norm=1.0)
+
+    whole, optimizer = fresh()
+    learn(whole, optimizer, 10)
+    model, optimizer = fresh()
+    learn(model, optimizer, 4)
+    saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    assert "0.weight" not in saved[0] and saved[0]["0.weight.codes"].dtype == torch.uint8
+    model, optimizer = fresh()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    learn(model, optimizer, 6)
+    assert digest(model) == digest(whole)
+
+
+def test_copies_and_moves_keep_codes():
+    model = lb.convert_(network(), lb.methods.DQT())
+    x = torch.randn(3, 256)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    learn(twin, lb.Optimizer(twin, lb.optim.AdamW(lr=5e-2)), 5)
+    assert digest(twin) != digest(model), "a copy has codes of its own"
+    moved = copy.deepcopy(model).to(torch.bfloat16)
+    assert torch.equal(moved[0].weight.packed.tensor.codes, model[0].weight.packed.tensor.codes)
+    assert moved[0].weight.packed.tensor.scale.dtype == torch.float32
+    assert moved[0].weight.untyped_storage().nbytes() == 2
+    torch.testing.assert_close(moved(x.bfloat16()).float(), model(x), rtol=0.1, atol=0.1)
+
+
+def test_vectors_do_not_decay_unless_the_method_says_so():
+    model = lb.convert_(network(), lb.methods.Dense())
+    optimizer = lb.Optimizer(model, lb.optim.AdamW(lr=1e-2, weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        same = torch.equal(p, before[name])
+        assert same if p.dim() == 1 else torch.equal(p, before[name] * (1 - 1e-2 * 0.5))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = lb.convert_(network(), lb.methods.DQT())
+    optimizer = lb.Optimizer(model, lb.optim.AdamW(lr=1e-2))
+    before = digest(model)
+    for p in model.parameters():
+        p.grad = torch.full(p.shape, math.nan)
+    optimizer.step()
+    assert digest(model) == before
+
+
+def test_a_scheduler_of_torch_changes_the_rate():
+    model = lb.convert_(network(), lb.methods.Dense())
+    optimizer = lb.Optimizer(model, lb.optim.AdamW(lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = digest(model)
+    learn(model, optimizer, 2)
+    scheduler.step()
+    assert digest(model) == before
+
+
+def test_a_rule_that_sees_the_matrix_gets_it():
+    from typing import ClassVar, Literal
+
+    class Orthogonal(lb.optim.Rule):
+        """The nearest orthogonal matrix, as Muon approximates it."""
+
+        name: Literal["orthogonal"] = "orthogonal"
+        scope: ClassVar = "matrix"
+
+        def update(self, g, *slots, step):
+            if g.dim() == 1:
+                return (g.sign(),)
+            u, _, v = torch.linalg.svd(g, full_matrices=False)
+            return (u @ v,)
+
+    model = lb.convert_(network(), lb.methods.DQT(grid="int8"))
+    losses = learn(model, lb.Optimizer(model, Orthogonal(lr=2e-2, weight_decay=0.0)), 60)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "message"),
+    [
+        (lambda: nn.Sequential(nn.ReLU()), lb.methods.DQT, "Sequential has no nn.Linear to convert"),
+        (lambda: network(250), lb.methods.DQT, r"layer 0: .*multiple of 256 elements, not 16,000 \(64, 250\)"),
+        (lambda: nn.Sequential(nn.Linear(576, 256)), lambda: lb.methods.DQT(granularity="group"),
+         r"layer 0: .*divides a row of 576, not 128"),
+        (network, lambda: lb.methods.DQT(tensors="all"), "convert_ packs linear layers alone"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_is_a_value_error_that_names_the_layer(model, method, message):
+    model = model()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        lb.convert_(model, method())
+    assert [type(module) for module in model.modules()] == kinds, "nothing is changed"
+
+
+def test_ordinary_parameters_must_be_float32():
+    model = lb.convert_(network(), lb.methods.DQT()).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"0\.bias is torch\.bfloat16"):
+        lb.Optimizer(model, lb.optim.AdamW())
+
+
+def test_the_public_names_are_there():
+    assert lb.__version__
+    for name in lb.__all__:
+        assert getattr(lb, name) is not None, name
+    assert (Path(lb.__file__).parent / "py.typed").exists()
+    with pytest.raises(AttributeError):
+        _ = lb.nothing
+    assert issubclass(type(lb.convert_(network(), lb.methods.Dense())[0]), Linear)
+    assert isinstance(lb.methods.DQT().quantize(torch.zeros(2, 256)), PackedTensor)

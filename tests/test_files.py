@@ -1,0 +1,132 @@
+"""Locks between processes, folders that appear at once, and whether something listens at an address."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lowbit_dist.answers import ConfigError
+from lowbit_dist.files import atomic_folder, locked
+from lowbit_dist.network import why_no_answer
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lowbit_dist.files import locked
+with locked(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder():
+    """`holder(path)`: a process that holds the lock of `path`."""
+    started = []
+
+    def hold(path):
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout.readline() == b"\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_lock_is_waited_for_and_ends_with_its_process(holder, tmp_path):
+    file = tmp_path / "lock"
+    process = holder(file)
+    with pytest.raises(BlockingIOError), locked(file, timeout=0):
+        pass
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="mine"), locked(file, timeout=0.2, complaint=ConfigError("mine")):
+        pass
+    assert 0.2 <= time.monotonic() - began < 5
+    for timeout in (None, 30):
+        threading.Timer(0.2, process.send_signal, (signal.SIGKILL,)).start()
+        with locked(file, timeout=timeout):
+            assert process.wait(10) == -signal.SIGKILL
+        process = holder(file)
+
+
+def test_who_looks_makes_no_file_and_does_not_disturb_others_who_look(holder, tmp_path):
+    file = tmp_path / "lock"
+    with pytest.raises(FileNotFoundError), locked(file, shared=True, timeout=0):
+        pass
+    assert not file.exists()
+    file.touch()
+    look = {"shared": True, "timeout": 0}
+    with locked(file, **look), locked(file, **look), pytest.raises(BlockingIOError), locked(file, timeout=0):
+        pass
+    holder(file)
+    with pytest.raises(BlockingIOError), locked(file, shared=True, timeout=0):
+        pass
+
+
+def test_a_file_system_without_locks_is_an_error_unless_the_lock_is_wanted_only_if_possible(
+    tmp_path, monkeypatch
+):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="No locks"), locked(tmp_path / "lock", timeout=1):
+        pass
+    with locked(tmp_path / "lock", timeout=1, if_possible=True) as descriptor:
+        os.fstat(descriptor)
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere" / "lock", if_possible=True):
+        pass
+
+
+def test_a_folder_appears_complete_or_not_at_all(holder, tmp_path):
+    out, draft = tmp_path / "in" / "out", tmp_path / "in" / ".out.partial"
+    with pytest.raises(KeyError), atomic_folder(out) as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert os.listdir(out.parent) == []
+    draft.mkdir()
+    (draft / "left").mkdir()
+    process = holder(draft)
+    with pytest.raises(ConfigError, match="being written by another process"), atomic_folder(out):
+        pass
+    assert (draft / "left").exists()
+    process.kill()
+    process.wait()
+    with atomic_folder(out) as folder:
+        (folder / "file").write_text("all")
+        assert not out.exists()
+    assert [path.name for path in out.parent.rglob("*")] == ["out", "file"]
+
+
+def test_a_folder_that_another_process_finishes_before_its_lock_is_ours_is_left_to_it(tmp_path, monkeypatch):
+    draft, out = tmp_path / ".out.partial", tmp_path / "out"
+
+    def finished(*_):
+        (draft / "file").write_text("all")
+        draft.rename(out)
+
+    monkeypatch.setattr(fcntl, "flock", finished)
+    with pytest.raises(ConfigError, match="being written by another process"), atomic_folder(out):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+
+
+def test_an_address_answers_or_it_is_said_why_not():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"http://127.0.0.1:{port}/path", f"ray://127.0.0.1:{port}"):
+            assert why_no_answer(address, port=1, timeout=5) is None
+        assert why_no_answer("127.0.0.1", port=port, timeout=5) is None
+    assert "refused" in why_no_answer("127.0.0.1", port=port, timeout=5)
+    assert "Port" in why_no_answer("127.0.0.1:70000", port=port, timeout=5)
+    assert "IPv6" in why_no_answer("http://[::1", port=port, timeout=5)
