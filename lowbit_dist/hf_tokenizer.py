@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from lowbit_dist.answers import ConfigError
 
@@ -46,6 +47,6 @@ class FastTokenizer:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong in a library, whose messages may be pages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """What went wrong in a library, whose messages may be pages or name every model that there is."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {shorten(lines[0], 160)}"

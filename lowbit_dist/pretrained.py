@@ -60,7 +60,8 @@ class Pretrained:
             return file.get_tensor(name).float()
 
     def _holding(self, name: str) -> AbstractContextManager[Any]:
-        return _opened(self.files[name], f"{self._where}{self.files[name]} cannot be read for {name}")
+        file = self.files[name]
+        return _opened(file, f"{self._where}{file} cannot be read for {name}", "copy the model again")
 
     def _files(self, named: str) -> dict[str, Path]:  # of each tensor's name
         index, single = self.folder / INDEX, self.folder / SINGLE
@@ -78,17 +79,17 @@ class Pretrained:
                 f"{named} has no {SINGLE}; other formats are not read, since loading them can run code; "
                 "convert it, or write another folder"
             )
-        with _opened(single, f"{self._where}{single} cannot be read") as file:
+        with _opened(single, f"{self._where}{single} cannot be read", "copy it again") as file:
             return dict.fromkeys(file.keys(), single)
 
 
 @contextmanager
-def _opened(path: Path, mistake: str) -> Iterator[Any]:
-    """A safetensors file, whose damage is reported as `mistake`."""
+def _opened(path: Path, mistake: str, remedy: str) -> Iterator[Any]:
+    """A safetensors file, whose damage is reported as `mistake`, with the reason and `remedy`."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{mistake} ({error}); copy the model again") from None
+        raise ConfigError(f"{mistake} ({error}); {remedy}") from None
