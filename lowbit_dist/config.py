@@ -289,6 +289,11 @@ class RunConfig(Section):
                 f"train.reproducible (true) must go with precision fp32, not {self.precision}: rounded to "
                 "bf16, gradients depend on the number of workers; write precision: fp32"
             )
+        if self.train.reproducible and zero.stage in (0, 1, 2):
+            raise ConfigError(
+                f"train.reproducible (true) must not be used with zero.stage {zero.stage}, where DeepSpeed "
+                "sums gradients in float32, in an order of its own; write zero.stage: 3"
+            )
         return self
 
     def accumulation(self, world: int) -> int:

@@ -84,7 +84,8 @@ class PackedLinear(Linear):
             if theirs is None or theirs.shape != mine.shape:
                 found = "absent" if theirs is None else list(theirs.shape)
                 raise ValueError(
-                    f"{prefix}weight.{key} is {found}; this layer has {list(mine.shape)}: load what a model converted by the same method saved"
+                    f"{prefix}weight.{key} is {found}; this layer has {list(mine.shape)}: load what "
+                    "a model converted by the same method saved"
                 )
             with torch.no_grad():
                 mine.copy_(theirs)

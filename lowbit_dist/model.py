@@ -118,7 +118,7 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
 
 
 def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.Module], bool]) -> list[str]:
-    """Put the method's layer in the place of each `nn.Linear`; the names of their weights without the head's."""
+    """Put the method's layer in the place of each `nn.Linear`; the weights' names, without the head's."""
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
     weights = []
     for name, layer in list(model.named_modules()):
@@ -170,7 +170,7 @@ def _check_low_bit_shapes(model: nn.Module, method: Method) -> None:
 
 
 def scale_every(method: Method, shape: tuple[int, ...]) -> int:
-    """How many elements of a low-bit weight of this shape share a scale; ValueError if it cannot be packed."""
+    """How many elements of a low-bit weight of this shape share a scale; ValueError if it cannot be."""
     if len(shape) == 1:
         return _sampled(method, shape)
     rows = _sampled(method, (BLOCK, shape[-1]))

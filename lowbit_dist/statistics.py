@@ -41,8 +41,8 @@ def viewed_levels(engine: Engine) -> dict[str, Tensor]:
 def measure(
     engine: Engine, before: dict[str, Tensor], update: Update
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Of all low-bit weights: LAYER_METRICS, and `flip_rate` where a view makes the levels; then the flip rate
-    of each weight in `update`.  `before` is what `viewed_levels` gave before it.
+    """Of all low-bit weights: LAYER_METRICS, and `flip_rate` where a view makes the levels; then the flip
+    rate of each weight in `update`.  `before` is what `viewed_levels` gave before it.
     """
     grid = engine.config.method.forward_grid
     if grid is None:

@@ -704,6 +704,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "train.reproducible (true) must go with precision fp32, not bf16: rounded to bf16, "
         "gradients depend on "
         "the number of workers; write precision: fp32"),
+    "reproducible under stage 2": (
+        GOOD, ("method={name: dense}", "zero.stage=2", "optimizer.states=fp32", "precision=fp32",
+               "train.reproducible=true"),
+        "train.reproducible (true) must not be used with zero.stage 2, where DeepSpeed sums gradients "
+        "in float32, in an order of its own; write zero.stage: 3"),
     # YAML
     "a bracket that stays open": (
         GOOD + "train: {steps: 5\n", (),

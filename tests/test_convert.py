@@ -191,7 +191,7 @@ def test_a_rule_that_sees_the_matrix_gets_it():
     ("model", "method", "message"),
     [
         (lambda: nn.Sequential(nn.ReLU()), lb.methods.DQT, "Sequential has no nn.Linear to convert"),
-        (lambda: network(250), lb.methods.DQT, r"layer 0: .*multiple of 256 elements, not 16,000 \(64, 250\)"),
+        (lambda: network(250), lb.methods.DQT, r"layer 0: .*multiple of 256 elements, not 16,000"),
         (lambda: nn.Sequential(nn.Linear(576, 256)), lambda: lb.methods.DQT(granularity="group"),
          r"layer 0: .*divides a row of 576, not 128"),
         (network, lambda: lb.methods.DQT(tensors="all"), "convert_ packs linear layers alone"),

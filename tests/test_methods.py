@@ -96,9 +96,11 @@ def test_activations_are_rounded_per_token_straight_through(bits):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
     ("granularity", "size", "inputs"),
-    [({"granularity": "tensor"}, 6 * 512, 512), ({"granularity": "row"}, 512, 512), ({"granularity": "group"}, 128, 512),
+    [({"granularity": "tensor"}, 6 * 512, 512), ({"granularity": "row"}, 512, 512),
+     ({"granularity": "group"}, 128, 512),
      ({"granularity": "group", "group": 64}, 64, 512), ({"granularity": "group", "group": 256}, 256, 512),
-     ({"granularity": "tensor"}, 8 * 576, 576), ({"granularity": "row"}, 576, 576), ({"granularity": "row"}, 896, 896),
+     ({"granularity": "tensor"}, 8 * 576, 576), ({"granularity": "row"}, 576, 576),
+     ({"granularity": "row"}, 896, 896),
      ({"granularity": "group"}, 128, 896), ({"granularity": "group", "group": 448}, 448, 896)],
     ids=str,
 )  # fmt: skip
@@ -145,7 +147,7 @@ def test_which_tensors_are_low_bit():
 
 
 def test_the_readmes_method_in_one_file_runs_as_it_stands(small):
-    """Its code, its registration by an entry point's value, one layer's forward and backward pass, its levels."""
+    """Its code, the value of its entry point, one layer's forward and backward pass, its levels."""
     import re
     from importlib.metadata import EntryPoint
     from pathlib import Path

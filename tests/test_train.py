@@ -127,7 +127,7 @@ WIDTH_896 = {"hidden_size": 896, "intermediate_size": 1792, "heads": 14, "kv_hea
     "sections",
     [
         {"optimizer": {"name": "lion", "lr": 3e-4, "states": "int8"}, "model": SMALLER},
-        {"optimizer": {"name": "lion", "lr": 3e-4, "states": "bf16"}, "model": SMALLER, "method": {"grid": "int8"}},
+        {"optimizer": {"name": "lion", "states": "bf16"}, "model": SMALLER, "method": {"grid": "int8"}},
         {"optimizer": {"name": "lion", "states": "fp32"}, "model": SMALLER, "method": {"name": "bitnet"}},
         {"method": {"granularity": "group", "grid": "int4"}, "model": SMALLER},
         {"method": {"granularity": "group", "group": 64}, "model": SMALLER},
@@ -153,11 +153,11 @@ def test_a_rule_that_sees_the_matrix_gives_one_digest_on_any_number_of_workers(r
     assert len({each["digest"] for each in found.values()}) == 1
     stage0 = {
         **sections, "method": {"name": "dense"}, "zero": {"stage": 0},
-        "optimizer": {"name": "rows", "states": "fp32"},
+        "optimizer": {"name": "rows", "states": "fp32"}, "train": {**SIX, "reproducible": False},
     }  # fmt: skip
-    found = {w: ranks(w).run(train_by_rows, small(run={"name": f"z{w}"}, **stage0))[0] for w in (1, 2)}
-    assert len({each["digest"] for each in found.values()}) == 1
-    assert found[1]["val_loss"] < 6.2, "it must learn"
+    assert ranks(2).run(train_by_rows, small(run={"name": "z"}, **stage0))[0]["val_loss"] < 6.2, (
+        "it must learn"
+    )
 
 
 def train_by_rows(configuration):

@@ -74,8 +74,8 @@ class Engine:
 
     @contextmanager
     def step(self, now: ops.Now, limit: float = math.inf) -> Iterator["Step"]:
-        """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped to
-        `train.clip_norm`.
+        """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped
+        to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
         the gradient is lost.  An exception inside leaves everything as it is.

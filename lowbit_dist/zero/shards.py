@@ -102,7 +102,7 @@ class Packed:
         device: torch.device,
         *,
         replicated: bool,
-        in_layer: bool,  # its layer decodes it; else it is decoded when it is gathered (an embedding's, a norm's)
+        in_layer: bool,  # its layer decodes it; else it is decoded when it is gathered
         send: Callable[[PackedShard], PackedShard] | None,  # `Method.sent`; None: a gather moves the shard
     ):
         world, rank = dist.get_world_size(), dist.get_rank()

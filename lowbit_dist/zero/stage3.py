@@ -176,8 +176,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def _update_whole(
         self, param: Any, shard: Shard, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
     ) -> Tensor | int:
-        """A rule that must see rows or the matrix: every worker has all of it for a moment, and applies its own
-        part of the direction, so the result is that of one worker.
+        """A rule that must see rows or the matrix: every worker has all of it for a moment, and applies its
+        own part of the direction, so the result is that of one worker.
         """
 
         def whole(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32

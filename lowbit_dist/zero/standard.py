@@ -55,7 +55,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             grad = p.grad.view(-1)[here].float()
             ops.step_(target, grad, part_of(self.stored(p), here), rule=self.rule, now=now)
             return
-        # Under stage 0, the only one that such a rule is allowed with, each tensor is whole and has its shape.
+        # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
         state = self.stored(p)
         slots = (each.load(0, p.numel()).view(p.shape) for each in state)
         u, *moved = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
@@ -98,7 +98,7 @@ def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype:
 
 
 class StandardZero:
-    """The optimizer that DeepSpeed made of `RuleOptimizer` under stage 0, 1 or 2, read and written as shards."""
+    """The optimizer that DeepSpeed made of `RuleOptimizer` under stages 0 to 2, read and written as shards."""
 
     def __init__(self, engine: Any, optimizer: RuleOptimizer, stage: int):
         self.engine, self.optimizer, self.stage = engine, optimizer, stage
