@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from lowbit_dist.answers import ConfigError, nearest_divisor, nearest_multiple, plain
-from lowbit_dist.grid import BLOCK
+from lowbit_dist.grid import BLOCK, GRIDS
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.section import (
@@ -261,6 +261,12 @@ class RunConfig(Section):
                 f"zero.stage ({zero.stage}) must be left out for method {method.name}, whose packed codes "
                 "always run under packed ZeRO-3; it is for methods with latent weights, such as dense"
             )
+        for grid in (method.stored, method.sent_grid):
+            if grid is not None and grid not in GRIDS.values():
+                raise ConfigError(
+                    f"method.name ({method.name}) packs weights on a grid of its own ({grid.name}, {grid.low} "
+                    f"to {grid.high}); kernels and checkpoints have {', '.join(GRIDS)}: write another method"
+                )
         if method.stored is None and zero.residency != "sharded":
             raise ConfigError(
                 f"zero.residency ({zero.residency}) must be sharded for method {method.name}: only packed "

@@ -80,7 +80,8 @@ def _chosen(section: str, content: Mapping[Any, Any]) -> Section:
     registry, default = CHOSEN[section]
     name = content.get("name", default)
     options: type[Section] = registry.load(name)
-    own_name = options.model_fields["name"].default
+    named = options.model_fields.get("name")
+    own_name = named.default if named is not None else show(getattr(options, "name", None))
     if own_name not in (name, PydanticUndefined):
         raise ConfigError(
             f"{section}.name ({show(name)}) stands for {options.__module__}.{options.__qualname__}, whose "
@@ -89,7 +90,21 @@ def _chosen(section: str, content: Mapping[Any, Any]) -> Section:
     for field in content:
         if field not in options.model_fields:
             raise _unknown_option(section, name, options, field)
-    return _validated(options, {**content, "name": name}, (section,))
+    chosen = _validated(options, {**content, "name": name}, (section,))
+    if name not in registry.own and not _comes_back(chosen):
+        raise ConfigError(
+            f"{section}.name ({show(name)}) has options that do not come back from YAML as they were; mend "
+            "the package that it comes from: each must accept what it is written as"
+        )
+    return chosen
+
+
+def _comes_back(section: Section) -> bool:
+    """Whether what a section is written as, to workers and files, reads as the same section."""
+    try:
+        return type(section).model_validate(section.model_dump(mode="json")) == section
+    except ValidationError:
+        return False
 
 
 def _unknown_option(section: str, name: str, options: type[Section], field: Any) -> ConfigError:

@@ -10,14 +10,15 @@ digest of the distributed engine on one worker.
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_dist import ops
-from lowbit_dist.linear import Linear
+from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.method import Method
 from lowbit_dist.model import replace_linears, scale_every
 from lowbit_dist.optim.clipping import clip_factor, global_norm
@@ -31,17 +32,21 @@ class PackedParameter(nn.Parameter):
     packed: "PackedWeight"
 
     @classmethod
-    def of(cls, tensor: PackedTensor, dtype: torch.dtype, *, requires_grad: bool = True) -> "PackedParameter":
-        found = cls(_stub(tensor.shape, dtype, tensor.codes.device), requires_grad)
-        found.packed = PackedWeight(tensor)
+    def of(cls, packed: "PackedWeight", dtype: torch.dtype, requires_grad: bool = True) -> "PackedParameter":
+        found = cls(_stub(packed.tensor.shape, dtype, packed.tensor.codes.device), requires_grad)
+        found.packed = packed
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedParameter":
         if id(self) not in memo:
             t = self.packed.tensor
-            tensor = PackedTensor(t.codes.clone(), t.scale.clone(), t.scale_every, t.grid, t.shape)
-            memo[id(self)] = PackedParameter.of(tensor, self.dtype, requires_grad=self.requires_grad)
+            tensor = replace(t, codes=t.codes.clone(), scale=t.scale.clone())
+            packed = PackedWeight(tensor, self.packed.seen)
+            memo[id(self)] = PackedParameter.of(packed, self.dtype, self.requires_grad)
         return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return PackedParameter.of, (self.packed, self.dtype, self.requires_grad)
 
 
 class PackedWeight:
@@ -49,11 +54,12 @@ class PackedWeight:
 
     in_layer = True
 
-    def __init__(self, tensor: PackedTensor):
-        self.tensor = tensor
+    def __init__(self, tensor: PackedTensor, seen: Callable[[PackedTensor], PackedTensor]):
+        self.tensor, self.seen = tensor, seen  # `seen`: what the layer is given of it (`Method.seen`)
 
     def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return self.tensor.dequantize(dtype)
+        decoded = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+        return self.seen(self.tensor).dequantize(decoded).to(dtype)
 
 
 class PackedLinear(Linear):
@@ -64,11 +70,9 @@ class PackedLinear(Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         t = self.weight.packed.tensor
-        codes = fn(t.codes)
-        self.weight.packed.tensor = PackedTensor(
-            codes, t.scale.to(codes.device), t.scale_every, t.grid, t.shape
-        )
-        self.weight.data = _stub(t.shape, self.weight.dtype, codes.device)
+        device = fn(t.codes.new_zeros(0)).device  # of what `fn` does, codes and scales take the device alone
+        self.weight.packed.tensor = replace(t, codes=t.codes.to(device), scale=t.scale.to(device))
+        self.weight.data = _stub(t.shape, self.weight.dtype, device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -77,44 +81,63 @@ class PackedLinear(Linear):
         destination[f"{prefix}weight.codes"] = self.weight.packed.tensor.codes
         destination[f"{prefix}weight.scale"] = self.weight.packed.tensor.scale
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         t = self.weight.packed.tensor
-        for key, mine in (("codes", t.codes), ("scale", t.scale)):
-            theirs = state_dict.pop(f"{prefix}weight.{key}", None)
-            if theirs is None or theirs.shape != mine.shape:
-                found = "absent" if theirs is None else list(theirs.shape)
-                raise ValueError(
-                    f"{prefix}weight.{key} is {found}; this layer has {list(mine.shape)}: load what "
-                    "a model converted by the same method saved"
-                )
+        keys = f"{prefix}weight.codes", f"{prefix}weight.scale"
+        codes, scale = (state_dict.get(key) for key in keys)
+        if codes is None or scale is None:
+            missing += [key for key in keys if key not in state_dict]
+        elif codes.shape != t.codes.shape or scale.shape != t.scale.shape:
+            errors.append(
+                f"{prefix}weight has codes {list(codes.shape)} and scales {list(scale.shape)}; this layer "
+                f"has {list(t.codes.shape)} and {list(t.scale.shape)}: it was converted by another method"
+            )
+        elif int(ops.code_counts(codes.to(t.codes.device), grid=t.grid).sum()) != t.numel:
+            errors.append(f"{keys[0]} has codes that the grid {t.grid.name} of this layer has not")
+        else:
             with torch.no_grad():
-                mine.copy_(theirs)
-        super()._load_from_state_dict({**state_dict, f"{prefix}weight": self.weight}, prefix, *args)  # type: ignore[no-untyped-call]
+                t.codes.copy_(codes)
+                t.scale.copy_(scale)
+        rest = {key: value for key, value in state_dict.items() if key not in keys}
+        rest[f"{prefix}weight"] = self.weight
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        unexpected[:] = [key for key in unexpected if key not in keys]
 
 
 def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) -> nn.Module:
     """Give `model` the method's layers in the place of its `nn.Linear`s, low-bit weights rounded from what
     they are; the model itself.
 
-    The layer of a Hugging Face model that gives the logits stays as it is, and so do the layers that `keep`
-    names.  ValueError, before anything is changed, on a model without linear layers or with one whose weight
-    cannot be packed.
+    The layer of a Hugging Face model that gives the logits stays as it is, and so do the modules that `keep`
+    names, with all that is in them.  ValueError, before anything is changed, on a model without linear layers
+    or with one whose weight is shared or cannot be packed.
     """
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    kept = {id(embeddings), *(id(model.get_submodule(name)) for name in keep)}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in kept}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to convert")
+    kept = _kept(model, keep)
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Linear and id(module) not in kept
+    }
+    if not layers or model in layers.values():
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to convert in it")
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, p in module._parameters.items():
+            holders.setdefault(id(p), []).append(f"{name}.{key}")
+    for name, layer in layers.items():
+        if others := [each for each in holders[id(layer.weight)] if each != f"{name}.weight"]:
+            raise ValueError(f"layer {name}: its weight is {others[0]} too; keep both out of the conversion")
     if method.stored is not None:
-        if method.is_low_bit(False):
-            raise ValueError(
-                "convert_ packs linear layers alone, not embeddings and norms; train with a configuration"
-            )
-        for name, layer in layers.items():
-            try:
-                check_shape(layer.weight.shape, scale_every(method, tuple(layer.weight.shape)))
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from None
+        _check_packable(layers, method)
     before = {name for name, _ in model.named_parameters()}
     weights = replace_linears(model, method, is_head=lambda layer: id(layer) in kept)
     for name, parameter in model.named_parameters():
@@ -125,9 +148,49 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
             module.register_forward_pre_hook(_sum_first)
     for name in weights if method.stored is not None else ():
         replaced: Any = model.get_submodule(name.removesuffix(".weight"))
-        pack_(replaced, method.quantize(replaced.weight.detach().float()))
+        pack_(replaced, method.quantize(replaced.weight.detach().float()), method.seen)
     model.lowbit_method = method  # type: ignore[assignment]
     return model
+
+
+def _kept(model: nn.Module, keep: Collection[str]) -> set[int]:
+    """The modules that stay."""
+    if isinstance(keep, str):
+        raise ValueError(f"keep is {keep!r}; it must be a list of names, like [{keep!r}]")
+    known = dict(model.named_modules())
+    if unknown := [name for name in keep if name not in known]:
+        raise ValueError(f"keep names {unknown[0]!r}, which is no module of {type(model).__name__}")
+    kept = {id(module) for name in keep for module in known[name].modules()}
+    return kept | {id(getattr(model, "get_output_embeddings", lambda: None)())}
+
+
+def _check_packable(layers: Mapping[str, nn.Linear], method: Method) -> None:
+    if method.is_low_bit(False):
+        raise ValueError(
+            "convert_ packs linear layers alone, not embeddings and norms; train with a configuration"
+        )
+    for name, layer in layers.items():
+        shape = tuple(layer.weight.shape)
+        try:
+            check_shape(shape, scale_every(method, shape))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
+
+
+def pack_(
+    layer: Linear, tensor: PackedTensor, seen: Callable[[PackedTensor], PackedTensor] = lambda tensor: tensor
+) -> None:
+    """Let a layer multiply with packed codes in the place of its weight."""
+    if not decodes(layer):
+        raise ValueError(
+            f"a {type(layer).__name__} cannot have a packed weight, which `Linear.forward` alone decodes"
+        )
+    packed = PackedWeight(tensor, seen)
+    layer.weight = PackedParameter.of(packed, layer.weight.dtype, layer.weight.requires_grad)
+    kind = type(layer)
+    layer.__class__ = (
+        PackedLinear if kind is Linear else type(f"Packed{kind.__name__}", (PackedLinear, kind), {})
+    )
 
 
 class _Boundary(torch.autograd.Function):
@@ -159,12 +222,6 @@ def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)
 
 
-def pack_(layer: Linear, tensor: PackedTensor) -> None:
-    """Let a layer multiply with packed codes in the place of its weight."""
-    layer.weight = PackedParameter.of(tensor, layer.weight.dtype, requires_grad=layer.weight.requires_grad)
-    layer.__class__ = PackedLinear
-
-
 class Optimizer(torch.optim.Optimizer):
     """A rule (`lowbit_dist.optim`) as a torch optimizer, for models from `convert_` and any other.
 
@@ -175,18 +232,24 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, rule: Rule, *, seed: int = 0, clip_norm: float = 0.0):
         self.rule, self.seed, self.clip_norm = rule, seed, clip_norm
-        method: Method = getattr(model, "lowbit_method", None) or Method(name="none")
+        # A converted model may be a part of this one, or wrapped: its method's names begin where it begins.
+        methods = {n: m.lowbit_method for n, m in model.named_modules() if "lowbit_method" in m.__dict__}
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
             if not p.requires_grad:
                 continue
-            if p.dtype != torch.float32 and not isinstance(p, PackedParameter):
+            if not isinstance(p, PackedParameter) and (p.dtype != torch.float32 or not p.is_contiguous()):
+                what = p.dtype if p.dtype != torch.float32 else "not contiguous"
                 raise ValueError(
-                    f"{name} is {p.dtype}; ordinary parameters must be float32 (use autocast for bf16)"
+                    f"{name} is {what}; ordinary parameters must be contiguous float32 (autocast computes "
+                    "in bf16)"
                 )
-            rates = method.rates(name, tuple(p.shape))
+            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
+            method: Method = Method(name="none") if owner is None else methods[owner]
+            inner = name if not owner else name[len(owner) + 1 :]
+            rates = method.rates(inner, tuple(p.shape))
             group = {
                 "params": [],
                 "lr": rule.lr * rates[0],
@@ -194,7 +257,8 @@ class Optimizer(torch.optim.Optimizer):
                 "step": 0,
             }
             groups.setdefault(rates, group)["params"].append(p)
-        super().__init__(list(groups.values()), {})
+        defaults = {"lr": rule.lr, "weight_decay": rule.weight_decay, "step": 0}  # of a group that is added
+        super().__init__(list(groups.values()), defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -247,8 +311,8 @@ class Optimizer(torch.optim.Optimizer):
         for slot in self.rule.slots:
             if slot.name not in state:
                 fresh = ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device)
-                state |= {slot.name: fresh.values, f"{slot.name}_scale": fresh.scale}
-        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}_scale"]) for slot in self.rule.slots]
+                state |= {slot.name: fresh.values, f"{slot.name}/scale": fresh.scale}
+        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in self.rule.slots]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch casts a parameter's state to the parameter's type; slots have types of their own."""
@@ -257,6 +321,12 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, state in exact.items():
             p = params[i]
+            for slot in self.rule.slots:
+                if state[slot.name].dtype != (wanted := ops.dtype_of(slot, self.rule.states)):
+                    raise ValueError(
+                        f"the state's {slot.name} is {state[slot.name].dtype}; with states "
+                        f"{self.rule.states} it must be {wanted}"
+                    )
             self.state[p] = {
                 key: None if x is None else x.to(p.device, copy=True) for key, x in state.items()
             }

@@ -46,6 +46,13 @@ def values(weight: Tensor) -> Tensor:  # [N, K]
     return weight if packed is None or not packed.in_layer else packed.dense(weight.shape, weight.dtype)
 
 
+def decodes(module: nn.Module) -> bool:
+    """Whether a module multiplies with `values` of its weight; one that reads the weight itself is handed it
+    decoded.
+    """
+    return isinstance(module, Linear) and type(module).forward is Linear.forward
+
+
 class _Linear(torch.autograd.Function):
     """y = x . F(W)^T + b.  Gradients are those at the view's values, through the view: dx = dy . F(W),
     dW = view.backward(dy^T . x).
@@ -58,7 +65,9 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,  # [N, K]
         bias: Tensor | None,  # [N]
         view: View | None,
+        dtype: torch.dtype | None,  # of the products, where autocast asks for another than the operands'
     ) -> Tensor:
+        x = x if dtype is None else x.to(dtype)
         ctx.save_for_backward(x)
         # Not among the saved tensors: activation checkpointing aliases each, values and all, from its second
         # forward pass on, although DeepSpeed releases the weight after it and gathers it again.
@@ -68,9 +77,9 @@ class _Linear(torch.autograd.Function):
         own = None
         if view is not None:
             w, own = view.forward(w)
-        y = x @ w.t()
+        y = x @ w.to(x.dtype).t()
         for each in (bias, own):
-            y = y if each is None else y + each
+            y = y if each is None else y + each.to(y.dtype)
         return y
 
     @staticmethod
@@ -81,7 +90,7 @@ class _Linear(torch.autograd.Function):
         w = values(ctx.weight)
         viewed, own = (w, None) if view is None else view.forward(w)
         if ctx.needs_input_grad[0]:
-            dx = dy @ viewed
+            dx = dy @ viewed.to(dy.dtype)
         del viewed
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
@@ -89,7 +98,7 @@ class _Linear(torch.autograd.Function):
             dweight = dy.t() @ x
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None
 
 
 def linear(
@@ -100,7 +109,12 @@ def linear(
     view: View | None = None,
 ) -> Tensor:  # [..., N]
     """`x . view(weight)^T + bias`."""
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, view)
+    device, tokens = x.device.type, x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            y = _Linear.apply(tokens, weight, bias, view, torch.get_autocast_dtype(device))
+    else:
+        y = _Linear.apply(tokens, weight, bias, view, None)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -118,19 +118,25 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
 
 
 def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.Module], bool]) -> list[str]:
-    """Put the method's layer in the place of each `nn.Linear`; the weights' names, without the head's."""
+    """Put the method's layer in the place of each `nn.Linear`; the weights' names, without the head's.
+
+    Layers of a class that derives from `nn.Linear` stay: their owners may read their weights themselves.
+    """
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
     weights = []
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            parent, _, attribute = name.rpartition(".")
-            head = is_head(layer)
-            setattr(
-                model.get_submodule(parent), attribute,
-                method.linear(layer, name=name, is_head=head, norm_eps=eps),
-            )  # fmt: skip
-            if not head:
-                weights.append(f"{name}.weight")
+        if type(layer) is not nn.Linear:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        replacement = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
+        setattr(model.get_submodule(parent), attribute, replacement.train(layer.training))
+        own = [key for key, p in replacement.named_parameters() if p is layer.weight]
+        if not own:
+            raise TypeError(
+                f"method {method.name} put a layer in the place of {name} that has not its weight"
+            )
+        if not is_head(layer):
+            weights.append(f"{name}.{own[0]}")
     return weights
 
 
@@ -165,7 +171,8 @@ def _check_low_bit_shapes(model: nn.Module, method: Method) -> None:
         except ValueError as error:
             raise ConfigError(
                 f"model: {name} {list(shapes[name])} cannot be packed for method {method.name}: {error}; "
-                f"write another size (multiples of {BLOCK} always fit), or method.granularity: tensor"
+                f"write sizes that are multiples of {BLOCK}, or an option that asks for less, such as "
+                "method.granularity: tensor or method.tensors: linears"
             ) from None
 
 

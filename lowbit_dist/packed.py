@@ -88,7 +88,7 @@ def check_shape(shape: torch.Size | tuple[int, ...], scale_every: int) -> None:
         raise ValueError(
             f"a low-bit tensor must have a multiple of {BLOCK} elements, not {numel:,} {tuple(shape)}"
         )
-    if numel % scale_every or scale_every % PLANE or (shape[-1] % scale_every and scale_every % shape[-1]):
+    if scale_every != numel and (scale_every % PLANE or shape[-1] % scale_every):
         raise ValueError(
             f"a scale must serve the whole tensor, or a multiple of {PLANE} elements that divides a row of "
             f"{shape[-1]:,}, not {scale_every:,}"

@@ -99,6 +99,9 @@ class Section(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    def __hash__(self) -> int:  # options of lists and mappings included
+        return hash((type(self), self.model_dump_json()))
+
 
 def may_change(default: Any) -> Any:
     """The default of a field that may have another value when a run of the same name is resumed.

@@ -45,7 +45,7 @@ def measure(
     rate of each weight in `update`.  `before` is what `viewed_levels` gave before it.
     """
     grid = engine.config.method.forward_grid
-    if grid is None:
+    if grid is None or (grid != engine.config.method.stored and not before):
         return {}, {}
     after = viewed_levels(engine) if before else {}
     names = list(before) if before else engine.low_bit

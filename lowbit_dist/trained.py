@@ -28,7 +28,7 @@ from lowbit_dist.convert import pack_
 from lowbit_dist.grid import Grid
 from lowbit_dist.hf_tokenizer import FILE as FAST
 from lowbit_dist.hf_tokenizer import FastTokenizer, first_line
-from lowbit_dist.linear import Linear
+from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedTensor
@@ -207,8 +207,10 @@ def network(trained: Trained, *, packed: bool = False, forward: Grid | None = No
             raise _unfitting(trained, f"{name} has shape {tuple(tensor.shape)}, the model {shapes[name]}")
         if name in requantized and forward is not None:
             tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward)
+        elif isinstance(tensor, PackedTensor):
+            tensor = trained.method.seen(tensor)
         owner = built.get_submodule(name.rpartition(".")[0])
-        if packed and isinstance(tensor, PackedTensor) and isinstance(owner, Linear):
+        if packed and isinstance(tensor, PackedTensor) and isinstance(owner, Linear) and decodes(owner):
             codes.append((owner, tensor))
         else:
             weights[name] = _dense(tensor, dtype)

@@ -86,10 +86,9 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, words, config, lowbit)
 def test_another_error_is_one_line_and_exit_code_1_and_its_traceback_is_for_debugging(config):
     code = """
 import sys
-from lowbit_dist import cli
-from lowbit_dist.config import RunConfig
+from lowbit_dist import cli, configfile
 def broken(*arguments): raise OSError("the disk is gone")
-RunConfig.load = broken
+configfile.load = broken
 sys.argv = ["lowbit", "plan", sys.argv[1]]
 cli.main()
 """

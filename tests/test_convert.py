@@ -193,7 +193,7 @@ def test_a_rule_that_sees_the_matrix_gets_it():
         (lambda: nn.Sequential(nn.ReLU()), lb.methods.DQT, "Sequential has no nn.Linear to convert"),
         (lambda: network(250), lb.methods.DQT, r"layer 0: .*multiple of 256 elements, not 16,000"),
         (lambda: nn.Sequential(nn.Linear(576, 256)), lambda: lb.methods.DQT(granularity="group"),
-         r"layer 0: .*divides a row of 576, not 128"),
+         r"layer 0: a group of 128 does not divide a row of 576"),
         (network, lambda: lb.methods.DQT(tensors="all"), "convert_ packs linear layers alone"),
     ],
 )  # fmt: skip
@@ -203,6 +203,109 @@ def test_what_cannot_be_converted_is_a_value_error_that_names_the_layer(model, m
     with pytest.raises(ValueError, match=message):
         lb.convert_(model, method())
     assert [type(module) for module in model.modules()] == kinds, "nothing is changed"
+
+
+def shared():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    model[1].weight = model[0].weight
+    return model
+
+
+def twice():
+    layer = nn.Linear(256, 256)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "keep", "message"),
+    [
+        (shared, (), r"layer 0: its weight is 1\.weight too"),
+        (twice, (), r"layer 0: its weight is 2\.weight too"),
+        (network, ("head",), "'head', which is no module of Sequential"),
+        (network, "0", r"keep is '0'; it must be a list"),
+        (lambda: nn.Linear(256, 256), (), "Linear has no nn.Linear to convert in it"),
+        (lambda: nn.Sequential(nn.Sequential(nn.Linear(256, 256))), ("0",), "no nn.Linear to convert"),
+    ],
+)
+def test_what_is_shared_or_kept_wrongly_is_named(model, keep, message):
+    with pytest.raises(ValueError, match=message):
+        lb.convert_(model(), lb.methods.DQT(), keep=keep)
+
+
+def test_layers_whose_owner_reads_their_weight_stay():
+    """`MultiheadAttention` hands its projection's weight to a function of its own."""
+    encoder = nn.TransformerEncoderLayer(256, 4, 512, batch_first=True).eval()
+    x = torch.randn(2, 5, 256)
+    expected = encoder.self_attn(x, x, x)[0]
+    lb.convert_(encoder, lb.methods.DQT())
+    assert torch.equal(encoder.self_attn(x, x, x)[0], expected)
+    assert not encoder.linear1.training and hasattr(encoder.linear1.weight, "packed")
+
+
+def test_a_pickled_model_is_the_model(tmp_path):
+    model = lb.convert_(network(), lb.methods.DQT())
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert digest(loaded) == digest(model)
+    assert digest(copy.deepcopy(loaded)) == digest(model)
+    learn(loaded, lb.Optimizer(loaded, lb.optim.AdamW(lr=5e-2)), 3)
+    assert digest(loaded) != digest(model)
+
+
+def test_a_state_dict_of_another_conversion_is_refused():
+    saved = lb.convert_(network(), lb.methods.DQT(grid="int2")).state_dict()
+    model = lb.convert_(network(), lb.methods.DQT())
+    with pytest.raises(RuntimeError, match=r"0\.weight\.codes has codes that the grid ternary"):
+        model.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"0\.weight has codes .* converted by another method"):
+        model.load_state_dict(lb.convert_(network(), lb.methods.DQT(grid="int8")).state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0\.weight\.codes"'):
+        model.load_state_dict(network().state_dict())
+    before = digest(model)
+    model.load_state_dict({}, strict=False)
+    assert digest(model) == before
+
+
+def test_autocast_computes_in_its_precision():
+    model = lb.convert_(nn.Sequential(nn.Linear(256, 64, bias=False), nn.Linear(64, 8)), lb.methods.DQT())
+    x = torch.randn(4, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(y.float(), model(x), rtol=0.1, atol=0.1)
+
+
+def test_a_wrapped_model_keeps_its_methods_rates():
+    class Slow(lb.methods.Dense):
+        def rates(self, name, shape):
+            assert name in ("0.weight", "0.bias", "2.weight", "2.bias"), "names begin at the converted model"
+            return 0.1, 0.0
+
+    wrapped = nn.Sequential(lb.convert_(network(), Slow()), nn.Linear(8, 8))
+    groups = lb.Optimizer(wrapped, lb.optim.AdamW(lr=1e-3)).param_groups
+    assert sorted((len(g["params"]), round(g["lr"], 6)) for g in groups) == [(1, 1e-3), (1, 1e-3), (4, 1e-4)]
+
+
+def test_codes_that_are_sent_are_what_layers_multiply_with():
+    from toys import FineStored
+
+    model = lb.convert_(network(), FineStored())
+    weight = model[0].weight
+    assert len(weight.packed.tensor.levels().unique()) > 50
+    assert len(weight.packed.dense(weight.shape, torch.float32).unique()) == 3
+    losses = learn(model, lb.Optimizer(model, lb.optim.AdamW(lr=2e-2)), 60)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_states_of_another_precision_are_refused():
+    model = lb.convert_(network(), lb.methods.DQT())
+    optimizer = lb.Optimizer(model, lb.optim.AdamW())
+    learn(model, optimizer, 1)
+    other = lb.Optimizer(model, lb.optim.AdamW(states="fp32"))
+    with pytest.raises(ValueError, match=r"with states fp32 it must be torch\.float32"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 def test_ordinary_parameters_must_be_float32():

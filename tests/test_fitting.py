@@ -29,7 +29,7 @@ def load(content, overrides=()):
 
     with io.StringIO(yaml.safe_dump(content)) as file:
         data = yaml.safe_load(file)
-    from lowbit_dist.config import _apply_override
+    from lowbit_dist.configfile import _apply_override
 
     for override in overrides:
         _apply_override(data, override)

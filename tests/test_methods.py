@@ -139,6 +139,22 @@ def test_a_packed_tensor_needs_whole_blocks():
         PackedTensor.quantize(torch.zeros(3, 100), torch.ones(1), DQT().stored)
 
 
+@pytest.mark.parametrize(
+    ("shape", "every"), [((256, 256), 512), ((4, 576), 128), ((4, 576), 32), ((2, 256), 100)]
+)
+def test_a_scale_serves_the_tensor_or_divides_a_row(shape, every):
+    from lowbit_dist.packed import check_shape
+
+    check_shape(shape, math.prod(shape)) if math.prod(shape) % 256 == 0 else None
+    with pytest.raises(ValueError, match=r"divides a row|multiple of 256"):
+        check_shape(shape, every)
+
+
+def test_a_group_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="a group of 512 does not divide a row of 256"):
+        DQT(granularity="group", group=512).quantize(torch.zeros(4, 256))
+
+
 def test_which_tensors_are_low_bit():
     assert DQT().is_low_bit(True)
     assert not DQT().is_low_bit(False)
@@ -179,3 +195,42 @@ def test_the_readmes_method_in_one_file_runs_as_it_stands(small):
     ]
     for answer in answers[: answers.index("finished") + 1]:
         assert hasattr(lowbit_dist.methods.Method, answer), answer
+
+
+def test_a_rule_that_changes_anothers_update_is_computed_itself():
+    """Not by the fused kernel of the rule that it derives from."""
+    from lowbit_dist import ops
+    from lowbit_dist.optim import AdamW
+
+    class Still(AdamW):
+        def update(self, g, *slots, step):
+            return torch.zeros_like(g), *slots
+
+    assert Still.fused is None and AdamW.fused == "adamw"
+    rule, weight = Still(weight_decay=0.0), torch.ones(300)
+    state = [ops.Stored.zeros(slot, 300, "fp32") for slot in rule.slots]
+    now = ops.Now(lr=0.1, weight_decay=0.0, step=1, seed=0)
+    ops.step_(ops.Weights(weight), torch.ones(300), state, rule=rule, now=now)
+    assert torch.equal(weight, torch.ones(300))
+
+
+def test_a_layer_that_hides_its_weight_is_found_by_it_and_one_that_lost_it_is_refused():
+    from lowbit_dist.model import replace_linears
+
+    class Wrapped(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.inner = layer
+
+    class Wrapping(DQT):
+        def linear(self, layer, **_):
+            return Wrapped(layer)
+
+    class Losing(DQT):
+        def linear(self, layer, **_):
+            return nn.Linear(256, 7)
+
+    plain = nn.Sequential(nn.Linear(256, 7))
+    assert replace_linears(plain, Wrapping(), is_head=lambda _: False) == ["0.inner.weight"]
+    with pytest.raises(TypeError, match="in the place of 0 that has not its weight"):
+        replace_linears(nn.Sequential(nn.Linear(256, 7)), Losing(), is_head=lambda _: False)

@@ -151,3 +151,41 @@ def test_labels_and_grids_are_the_methods_own():
     assert [toy().label for toy in (FineStored, Biased, LearnedActivation)] == list(TOYS)
     assert FineStored().stored == GRIDS["int8"] and FineStored().forward_grid == GRIDS["ternary"]
     assert Biased().stored is None and LearnedActivation().forward_grid is None
+
+
+def test_a_run_whose_codes_are_sent_evaluates_as_it_trained(ranks, small):
+    """Evaluation multiplies with what the gathers moved, packed and decoded alike."""
+    from lowbit_dist import trained
+
+    content = small(method={"name": "fine-stored"}, train={"steps": 4, "save_every": 4, "eval_every": 4})
+    summary = ranks(2).run(train, content)[0]
+    opened = trained.open(summary["checkpoint"])
+    assert opened.evaluate(content["data"]["path"])["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    for packed in (False, True):
+        weight = opened.network(packed=packed).model.layers[0].mlp.up_proj.weight
+        values = weight.packed.dense(weight.shape, torch.float32) if packed else weight
+        assert len(values.unique()) == 3, "a ternary forward pass"
+
+
+class OwnGrid(FineStored):
+    @property
+    def stored(self):
+        from lowbit_dist.grid import Grid
+
+        return Grid("int2-symmetric", -1, 2, 2)
+
+
+def test_a_grid_that_no_checkpoint_could_name_is_refused(small, monkeypatch):
+    import toys
+
+    from lowbit_dist.config import ConfigError
+
+    monkeypatch.setattr(toys, "FineStored", OwnGrid)
+    with pytest.raises(ConfigError, match=r"method\.name \(fine-stored\) packs weights on a grid of its own"):
+        configfile.from_dict(small(method={"name": "fine-stored"}))
+
+
+def test_levels_that_a_method_does_not_tell_are_not_reported(ranks, small):
+    content = small(method={"name": "silent"}, train={"steps": 2, "log_every": 1, "save_every": 2})
+    ranks(2).run(train, content)
+    assert all("zero_fraction" not in row for row in rows(content))

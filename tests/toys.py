@@ -51,6 +51,15 @@ class FineStored(Method):
         return weight.sign().to(torch.int8)
 
 
+class Silent(FineStored):
+    """The same, without a word on its levels."""
+
+    name: Literal["silent"] = "silent"
+
+    def levels(self, weight: Tensor) -> None:
+        return None
+
+
 LAMBDA = 1e-2
 
 
@@ -142,4 +151,4 @@ class Rows(Rule):
 
 OPTIMIZERS["rows"] = "toys:Rows"
 TOYS = {"fine-stored": FineStored, "biased": Biased, "learned-activation": LearnedActivation}
-METHODS |= {name: f"toys:{toy.__name__}" for name, toy in TOYS.items()}
+METHODS |= {name: f"toys:{toy.__name__}" for name, toy in {**TOYS, "silent": Silent}.items()}

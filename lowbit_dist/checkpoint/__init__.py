@@ -14,8 +14,6 @@ worker 0 collects what each says of its file, writes the manifest, flushes all t
 folder last.  Loading executes nothing: safetensors and JSON.
 
 This is format 2.  Format 1, which had AdamW's `NAME/m` and `NAME/v` in the place of slots, is read as well.
-
-This is format 2.  Format 1, which had AdamW's `NAME/m` and `NAME/v` instead of slots, is read as well.
 """
 
 from lowbit_dist.checkpoint.finding import clear_partial, latest, newest_first, resolve

@@ -98,4 +98,5 @@ def offset(key: str, grid: Grid | None, element: int) -> int:
     if key == "codes":
         assert grid is not None, "only low-bit tensors have codes"
         return -(-element // BLOCK) * grid.bytes_per_block
-    return -(-element // BLOCK) if key.endswith(("/scale", "_scale")) else element
+    is_scale = key in ("m_scale", "v_scale") or (key.startswith("slots/") and key.endswith("/scale"))
+    return -(-element // BLOCK) if is_scale and key != "slots/scale" else element

@@ -127,14 +127,14 @@ class Checkpoint:
         """
         self.check_fits(shards)
         for shard in shards:
+            if shard.scale is not None:  # of the whole tensor, on workers that hold none of it too
+                shard.scale.copy_(self.scale(shard.name))
             if not shard.numel:
                 continue
             where = (shard.start, shard.numel)
             if shard.codes is not None:
                 shard.codes.copy_(self.slice(shard.name, "codes", *where))
                 shard.level_counts()  # refuses codes that stand for no level
-                assert shard.scale is not None, f"{shard.name} has codes without a scale"
-                shard.scale.copy_(self.scale(shard.name))
             else:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 shard.weight.copy_(self.slice(shard.name, "weight", *where))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.linear import Linear
+from lowbit_dist.linear import decodes
 from lowbit_dist.memory.resident import flat_numel, shard_numel
 
 NORM_CHUNK = 1 << 20  # elements that the gradient norm converts at once
@@ -51,7 +51,7 @@ class Zero3:
             if name in low_bit:
                 assert config.method.sent_grid is not None, "a low-bit parameter is sent on a grid"
                 codes = aligned // BLOCK * config.method.sent_grid.bytes_per_block
-                if all(isinstance(module, Linear) for module in holders[id(p)]):
+                if all(decodes(module) for module in holders[id(p)]):
                     p.packed = _DecodedInLayer()  # type: ignore[attr-defined]
                 else:
                     decoded = p.numel() * p.dtype.itemsize

@@ -101,8 +101,8 @@ class DQT(Method):
         or a group.
         """
         size = {"tensor": weight.numel(), "row": weight.shape[-1], "group": self.group}[self.granularity]
-        if weight.numel() % size:
-            raise ValueError(f"groups of {size} do not divide the rows of {weight.shape[-1]:,}")
+        if self.granularity == "group" and weight.shape[-1] % size:
+            raise ValueError(f"a group of {size:,} does not divide a row of {weight.shape[-1]:,}")
         parts = weight.reshape(-1, size).double()  # a sum whose rounding cannot show in a float16
         if self.scale == "absmean":
             scale = parts.abs().mean(1) / grid.high

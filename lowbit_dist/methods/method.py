@@ -92,9 +92,21 @@ class Method(Section):
         """What a gather moves in the place of a worker's shard: the same elements on `sent_grid`.
 
         Asked if `sent_grid` is not `stored`, at the start and after each update, on every worker and
-        parameter by parameter in one order: it may use collectives.
+        parameter by parameter in one order: it may use collectives.  Where there is no process group, as in
+        evaluation, the shard is the whole tensor.
         """
         raise TypeError(f"method {self.name} does not say what it sends")
+
+    def seen(self, tensor: PackedTensor) -> PackedTensor:
+        """A stored weight as its layer is given it: on `sent_grid`."""
+        if self.sent_grid == self.stored:
+            return tensor
+        from lowbit_dist.packed import PackedShard, PackedTensor
+
+        t = self.sent(
+            PackedShard(tensor.codes, tensor.scale, tensor.scale_every, tensor.grid, tensor.shape, 0)
+        )
+        return PackedTensor(t.codes, t.scale, t.scale_every, t.grid, t.shape)
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The first value of a parameter that the method adds to the model (float32), None for all others."""

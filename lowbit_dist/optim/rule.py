@@ -38,6 +38,12 @@ class Rule(Section):
     # The fused kernel of `ops` that computes this very rule in C and in Triton; None: PyTorch does.
     fused: ClassVar[Literal["adamw", "lion"] | None] = None
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        """A rule that overrides another's `update` is not what the other's kernel computes."""
+        if "update" in cls.__dict__ and "fused" not in cls.__dict__:
+            cls.fused = None
+
     def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
         """The direction u, then the new value of each slot.
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.linear import Linear
+from lowbit_dist.linear import decodes
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedShard, PackedTensor
 
@@ -190,7 +190,7 @@ class Partitioner(Init):
             self._convert_to_deepspeed_param(parameter)
             parameter.lowbit_name = name  # type: ignore[attr-defined]
             if name in low_bit:
-                in_layer = all(isinstance(module, Linear) for module, _ in modules)
+                in_layer = all(decodes(module) for module, _ in modules)
                 self._pack(parameter, method.quantize(value), in_layer, send)
             else:
                 parameter.partition()  # type: ignore[attr-defined]
