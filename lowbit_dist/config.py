@@ -26,40 +26,15 @@ from lowbit_dist.section import (
     Size,
     Text,
     Tokens,
+    WorkerRange,
     auto_or,
-    broken_rule,
     is_changeable,
     may_change,
     no_truth,
     number,
+    worker_count,
 )
 from lowbit_dist.yamlfile import written
-
-MOST_WORKERS = 65536
-
-
-def _workers(value: Any) -> Any:
-    """A number, or {min: ..., max: ...}."""
-    if isinstance(value, WorkerRange):
-        return value
-    if type(value) is int:
-        if value < 1:
-            raise broken_rule("must be at least 1; write 1 or more")
-        if value > MOST_WORKERS:
-            raise broken_rule(f"must be at most {MOST_WORKERS}; write {MOST_WORKERS} or less")
-        return value
-    if not isinstance(value, Mapping):
-        raise broken_rule("must be a whole number, or a range like {min: 2, max: 8}")
-    numbers = [value.get(name) for name in ("min", "max")]
-    if set(value) != {"min", "max"} or not all(type(n) is int and 1 <= n <= MOST_WORKERS for n in numbers):
-        raise broken_rule(
-            f"must have min and max, whole numbers from 1 to {MOST_WORKERS}, like {{min: 2, max: 8}}"
-        )
-    if value["min"] > value["max"]:
-        raise broken_rule(
-            f"must have a min of at most its max; write {{min: {value['max']}, max: {value['min']}}}"
-        )
-    return WorkerRange(**value)
 
 
 class Run(Section):
@@ -208,15 +183,8 @@ class Train(Section):
     on_spike: Literal["warn", "rollback"] = may_change("warn")
 
 
-class WorkerRange(Section):
-    """As many workers as there is room for, between these numbers; more and fewer while the run goes on."""
-
-    min: int
-    max: int
-
-
 class Cluster(Section):
-    workers: Annotated[int | WorkerRange, BeforeValidator(_workers)] = 2
+    workers: Annotated[int | WorkerRange, BeforeValidator(worker_count)] = 2
     cpus_per_worker: Annotated[int | float, BeforeValidator(number), Field(gt=0, le=4096)] = 1
     gpus_per_worker: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(0, "GPUs"))] = "auto"
     max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
@@ -264,8 +232,9 @@ class RunConfig(Section):
         for grid in (method.stored, method.sent_grid):
             if grid is not None and grid not in GRIDS.values():
                 raise ConfigError(
-                    f"method.name ({method.name}) packs weights on a grid of its own ({grid.name}, {grid.low} "
-                    f"to {grid.high}); kernels and checkpoints have {', '.join(GRIDS)}: write another method"
+                    f"method.name ({method.name}) packs weights on a grid of its own ({grid.name}, "
+                    f"{grid.low} to {grid.high}); kernels and checkpoints have {', '.join(GRIDS)}: write another "
+                    "method"
                 )
         if method.stored is None and zero.residency != "sharded":
             raise ConfigError(

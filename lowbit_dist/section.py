@@ -6,7 +6,7 @@ This file imports neither torch nor anything that does, so that a command line s
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,3 +116,37 @@ def is_changeable(field: FieldInfo) -> bool:
     """Whether a field was marked by `may_change`."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and "may_change" in extra
+
+
+MOST_WORKERS = 65536
+
+
+class WorkerRange(Section):
+    """As many workers as there is room for, between these numbers; more and fewer while the run goes on."""
+
+    min: int
+    max: int
+
+
+def worker_count(value: Any) -> Any:
+    """A number, or {min: ..., max: ...}."""
+    if isinstance(value, WorkerRange):
+        return value
+    if type(value) is int:
+        if value < 1:
+            raise broken_rule("must be at least 1; write 1 or more")
+        if value > MOST_WORKERS:
+            raise broken_rule(f"must be at most {MOST_WORKERS}; write {MOST_WORKERS} or less")
+        return value
+    if not isinstance(value, Mapping):
+        raise broken_rule("must be a whole number, or a range like {min: 2, max: 8}")
+    numbers = [value.get(name) for name in ("min", "max")]
+    if set(value) != {"min", "max"} or not all(type(n) is int and 1 <= n <= MOST_WORKERS for n in numbers):
+        raise broken_rule(
+            f"must have min and max, whole numbers from 1 to {MOST_WORKERS}, like {{min: 2, max: 8}}"
+        )
+    if value["min"] > value["max"]:
+        raise broken_rule(
+            f"must have a min of at most its max; write {{min: {value['max']}, max: {value['min']}}}"
+        )
+    return WorkerRange(**value)
