@@ -233,8 +233,8 @@ class RunConfig(Section):
             if grid is not None and grid not in GRIDS.values():
                 raise ConfigError(
                     f"method.name ({method.name}) packs weights on a grid of its own ({grid.name}, "
-                    f"{grid.low} to {grid.high}); kernels and checkpoints have {', '.join(GRIDS)}: write another "
-                    "method"
+                    f"{grid.low} to {grid.high}); kernels and checkpoints have {', '.join(GRIDS)}: write "
+                    "another method"
                 )
         if method.stored is None and zero.residency != "sharded":
             raise ConfigError(
