@@ -197,7 +197,8 @@ class NetCluster:
         if status != 200:
             return set()
         summary = json.loads(text)["data"]["summary"]
-        return {each["ip"] for each in summary if each.get("raylet", {}).get("state") == "ALIVE"}
+        alive = (each for each in summary if each.get("raylet", {}).get("state") == "ALIVE")
+        return {each["ip"] for each in alive if "ip" in each}  # it is not known at once
 
     def wait_for(self, n, seconds=180):
         deadline = time.monotonic() + seconds

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from test_train import train as train_alone
 from torch import nn
 from toys import LAMBDA, TOYS, Biased, DeadZone, FineStored, LearnedActivation
@@ -14,13 +15,14 @@ from toys import LAMBDA, TOYS, Biased, DeadZone, FineStored, LearnedActivation
 from lowbit_dist import configfile
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.linear import linear
+from lowbit_dist.methods import METHODS
+from lowbit_dist.optim import OPTIMIZERS
 
 REPRODUCIBLE = {"reproducible": True, "steps": 6, "save_every": 3, "log_every": 2, "batch_tokens": 6 * 2 * 64}
 
 
 def train(configuration, stop_at=None):
-    import toys  # noqa: F401  (registers them in this process)
-
+    toys.register()
     return train_alone(configuration, stop_at)
 
 
@@ -44,7 +46,7 @@ def rows(configuration):
 
 
 @pytest.mark.parametrize("name", ["fine-stored", "biased"])
-def test_statistics_are_of_the_forward_passs_own_levels(name, ranks, small):
+def test_statistics_are_of_the_forward_passs_own_levels(name, ranks, small, known):
     content = small(
         method={"name": name}, train={"steps": 4, "log_every": 1, "save_every": 4, "eval_every": 4}
     )
@@ -69,10 +71,10 @@ def test_statistics_are_of_the_forward_passs_own_levels(name, ranks, small):
 
 def gathered_bytes(configuration):
     """Per low-bit weight: bytes that a worker of two receives in a step of one pass, and that it keeps."""
-    import toys  # noqa: F401
-
     from lowbit_dist import memory, model, ops
     from lowbit_dist.zero import Engine
+
+    toys.register()
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
@@ -102,7 +104,18 @@ def test_gathers_move_the_sent_codes(residency, ranks, small):
         assert kept == 0.5 + 0.125 + (0.25 if residency == "replicated" else 0)
 
 
-def test_the_plan_knows_what_is_sent(ranks, small):
+@pytest.fixture
+def known():
+    """The toys are known in this process while a test runs."""
+    before = METHODS.keys() | OPTIMIZERS.keys()
+    toys.register()
+    yield
+    for registry in (METHODS, OPTIMIZERS):
+        for name in registry.keys() - before:
+            del registry[name]
+
+
+def test_the_plan_knows_what_is_sent(ranks, small, known):
     from lowbit_dist.memory.plan import planned
 
     for residency in ("sharded", "replicated"):
@@ -153,7 +166,7 @@ def test_labels_and_grids_are_the_methods_own():
     assert Biased().stored is None and LearnedActivation().forward_grid is None
 
 
-def test_a_run_whose_codes_are_sent_evaluates_as_it_trained(ranks, small):
+def test_a_run_whose_codes_are_sent_evaluates_as_it_trained(ranks, small, known):
     """Evaluation multiplies with what the gathers moved, packed and decoded alike."""
     from lowbit_dist import trained
 
@@ -175,9 +188,7 @@ class OwnGrid(FineStored):
         return Grid("int2-symmetric", -1, 2, 2)
 
 
-def test_a_grid_that_no_checkpoint_could_name_is_refused(small, monkeypatch):
-    import toys
-
+def test_a_grid_that_no_checkpoint_could_name_is_refused(small, known, monkeypatch):
     from lowbit_dist.config import ConfigError
 
     monkeypatch.setattr(toys, "FineStored", OwnGrid)

@@ -149,6 +149,10 @@ class Rows(Rule):
         return momentum / (momentum.square().mean(-1, keepdim=True).sqrt() + 1e-8), momentum
 
 
-OPTIMIZERS["rows"] = "toys:Rows"
 TOYS = {"fine-stored": FineStored, "biased": Biased, "learned-activation": LearnedActivation}
-METHODS |= {name: f"toys:{toy.__name__}" for name, toy in {**TOYS, "silent": Silent}.items()}
+
+
+def register() -> None:
+    """Make the toys known in this process, as an installed package's entry points would."""
+    METHODS.update({name: f"toys:{toy.__name__}" for name, toy in {**TOYS, "silent": Silent}.items()})
+    OPTIMIZERS["rows"] = "toys:Rows"
