@@ -268,13 +268,13 @@ CASES = {
     "a hidden size between blocks": (
         NOTHING, "train run.yaml run.name=new model.hidden_size=328",
         ("model: model.layers.0.self_attn.k_proj.weight [164, 328]", "method dqt", "256",
-         "write another size")),
+         "write sizes")),
     "a width that rows of scales do not divide": (
         NOTHING, "train run.yaml run.name=new model.hidden_size=480 method.granularity=row",
-        ("model: model.layers.0.", "480]", "cannot be packed", "multiple of 64", "write another size")),
+        ("model: model.layers.0.", "480]", "cannot be packed", "multiple of 64", "write sizes")),
     "a group that does not divide a row": (
         NOTHING, "train run.yaml run.name=new 'method={granularity: group, group: 192}'",
-        ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "groups of 192", "write another size")),
+        ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "a group of 192", "write sizes")),
     "a method that is not installed": (
         NOTHING, "train run.yaml method.name=tequila",
         ("method.name ('tequila')", "must be one of dqt, bitnet, dense", "install the package")),
