@@ -8,7 +8,7 @@ the parameter's name alone: it is the same on every rank and for any number of t
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 
 import torch
@@ -180,8 +180,9 @@ def scale_every(method: Method, shape: tuple[int, ...]) -> int:
     """How many elements of a low-bit weight of this shape share a scale; ValueError if it cannot be."""
     if len(shape) == 1:
         return _sampled(method, shape)
-    rows = _sampled(method, (BLOCK, shape[-1]))
-    return prod(shape) if rows == BLOCK * shape[-1] else rows
+    rows = 2 * (BLOCK // gcd(BLOCK, shape[-1]))  # the fewest that are whole blocks, and more than one
+    every = _sampled(method, (rows, shape[-1]))
+    return prod(shape) if every == rows * shape[-1] else every
 
 
 @lru_cache(maxsize=256)
