@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lowbit_dist.methods.dense import Dense
     from lowbit_dist.methods.dqt import DQT
 
-# Name -> module:class, imported when a run asks for it: reading a configuration needs no torch.
+# Name -> module:class, imported when a run names it, so that importing this package needs no torch.
 METHODS = {
     "dqt": "lowbit_dist.methods.dqt:DQT",
     "bitnet": "lowbit_dist.methods.bitnet:BitNet",

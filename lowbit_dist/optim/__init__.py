@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lowbit_dist.optim.adamw import AdamW
     from lowbit_dist.optim.lion import Lion
 
-# Name -> module:class, imported when a run asks for it: reading a configuration needs no torch.
+# Name -> module:class, imported when a run names it, so that importing this package needs no torch.
 OPTIMIZERS = {
     "adamw": "lowbit_dist.optim.adamw:AdamW",
     "lion": "lowbit_dist.optim.lion:Lion",
