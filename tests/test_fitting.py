@@ -29,10 +29,8 @@ def load(content, overrides=()):
 
     with io.StringIO(yaml.safe_dump(content)) as file:
         data = yaml.safe_load(file)
-    from lowbit_dist.config import _apply_override
-
     for override in overrides:
-        _apply_override(data, override)
+        configfile._apply_override(data, override)
     return configfile.from_dict(data)
 
 

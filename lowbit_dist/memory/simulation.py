@@ -147,6 +147,7 @@ def _alike(blocks: nn.ModuleList) -> bool:
 
 def _shortened(model: nn.Module, n: int) -> nn.Module:
     """A copy of the model with its first n blocks."""
-    blocks, copied = _blocks(model), {}
+    copied: dict[int, nn.Module] = {}
+    blocks = _blocks(model)
     copied[id(blocks)] = copy.deepcopy(blocks[:n], copied)
     return copy.deepcopy(model, copied)
