@@ -481,7 +481,13 @@ def test_a_partition_touches_whole_parameters():
     from lowbit_dist.memory.simulation import _largest_worker
 
     config = load(configuration(method={"name": "dense"}, zero={"stage": 1}, optimizer={"states": "bf16"}))
-    for numels, largest in (([2, 2, 2, 2], 0), ([1, 10, 1, 1], 1), ([2, 2, 4, 8], 1), ([1, 3, 10, 2], 0)):
+    for numels, largest in (
+        ([2, 2, 2, 2], 0),
+        ([1, 10, 1, 1], 1),
+        ([2, 2, 4, 8], 0),
+        ([2, 2, 4, 9], 1),
+        ([1, 3, 10, 2], 0),
+    ):
         model = torch.nn.ParameterList([torch.empty(n) for n in numels])
         assert _largest_worker(config, model, 2) == largest
 
