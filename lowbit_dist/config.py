@@ -315,6 +315,16 @@ class RunConfig(Section):
         """Micro-batches of one optimizer step, over all workers."""
         return self.train.batch_tokens // (self.train.micro_batch * self.data.seq_len)
 
+    def gradient_bytes(self, world: int) -> int:
+        """Of each element of the sums that `world` workers keep between micro-batches.
+
+        8: float64 sums of float32 gradients are exact in practice, hence the same in any order.  Of bf16
+        gradients the sums are float32, and the gradients themselves if a worker sees one micro-batch a step.
+        """
+        if self.train.reproducible:
+            return 8
+        return 2 if self.precision == "bf16" and self.micro_batches == world else 4
+
     @property
     def run_dir(self) -> Path:
         return self.run.dir / self.run.name

@@ -29,10 +29,8 @@ def load(content, overrides=()):
 
     with io.StringIO(yaml.safe_dump(content)) as file:
         data = yaml.safe_load(file)
-    from lowbit_dist.configfile import _apply_override
-
     for override in overrides:
-        _apply_override(data, override)
+        configfile._apply_override(data, override)
     return configfile.from_dict(data)
 
 
@@ -106,15 +104,15 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_a_run_that_cannot_fit_is_refused_with_what_to_cut_and_what_fits(case):
     content, available, part, changed = case
-    room = memory.Room("this machine", int(available * GB))
-    text = refusal(memory.check_memory, load(content), VOCAB, room)
+    budget = memory.MemoryBudget("this machine", int(available * GB))
+    text = refusal(memory.check_memory, load(content), VOCAB, budget)
     assert f"the largest part is {part} with " in text
     assert f"this machine has {available:g} GB free" in text
     words = shlex.split(text.rpartition("write ")[2].partition(", which needs")[0])
     names = [word.partition("=")[0] for word in words]
     assert len(names) > 1 if changed is None else names == changed
     # What is proposed is accepted, pasted behind the same file.
-    memory.check_memory(load(content, words), VOCAB, room)
+    memory.check_memory(load(content, words), VOCAB, budget)
 
 
 def test_what_is_needed_is_the_peak_the_process_and_a_copy_of_the_checkpoint():
@@ -127,32 +125,34 @@ def test_what_is_needed_is_the_peak_the_process_and_a_copy_of_the_checkpoint():
 
 def test_a_run_just_fits_into_what_it_needs():
     config = load(content_of(model={"preset": "130m"}))
-    needed = fitting.fit(config, VOCAB, memory.Room("here", 100 * GB)).needed
-    memory.check_memory(config, VOCAB, memory.Room("here", 2 * needed))
-    refusal(memory.check_memory, config, VOCAB, memory.Room("here", 2 * needed - 2))
+    needed = fitting.fit(config, VOCAB, memory.MemoryBudget("here", 100 * GB)).needed
+    memory.check_memory(config, VOCAB, memory.MemoryBudget("here", 2 * needed))
+    refusal(memory.check_memory, config, VOCAB, memory.MemoryBudget("here", 2 * needed - 2))
     # On GPUs each worker has its own.
-    room = memory.Room("a GPU", needed + fitting.CUDA_CONTEXT, on_gpu=True)
-    memory.check_memory(config, VOCAB, room)
-    text = refusal(memory.check_memory, config, VOCAB, room._replace(bytes=GB))
+    budget = memory.MemoryBudget("a GPU", needed + fitting.CUDA_CONTEXT, on_gpu=True)
+    memory.check_memory(config, VOCAB, budget)
+    text = refusal(memory.check_memory, config, VOCAB, budget._replace(bytes=GB))
     assert "on each worker's GPU, but a GPU has 1 GB for it" in text
 
 
 def test_more_machines_or_more_gpus_are_a_way_to_fit():
     content = content_of(model={"preset": "7b"}, train={"batch_tokens": 256 * 64, "micro_batch": 1})
     config = load(content)
-    for room in (
-        memory.Room("each of the 8 machines", 20 * GB, machines=8, most_workers=8),
-        memory.Room("a GPU of this machine", 20 * GB, on_gpu=True, most_workers=8),
+    for budget in (
+        memory.MemoryBudget("each of the 8 machines", 20 * GB, machines=8, most_workers=8),
+        memory.MemoryBudget("a GPU of this machine", 20 * GB, on_gpu=True, most_workers=8),
     ):
-        text = refusal(memory.check_memory, config, VOCAB, room)
+        text = refusal(memory.check_memory, config, VOCAB, budget)
         assert "write cluster.workers=4, which needs" in text
-        memory.check_memory(load(content, ["cluster.workers=4"]), VOCAB, room)
-    crowded = memory.Room("each of the 2 machines", 20 * GB, machines=2)
-    assert crowded.of_each(4) == crowded.of_each(3) == 10 * GB
+        memory.check_memory(load(content, ["cluster.workers=4"]), VOCAB, budget)
+    crowded = memory.MemoryBudget("each of the 2 machines", 20 * GB, machines=2)
+    assert crowded.per_worker(4) == crowded.per_worker(3) == 10 * GB
 
 
 def test_nothing_is_proposed_where_nothing_fits():
-    text = refusal(memory.check_memory, load(content_of()), VOCAB, memory.Room("this machine", GB // 2))
+    text = refusal(
+        memory.check_memory, load(content_of()), VOCAB, memory.MemoryBudget("this machine", GB // 2)
+    )
     assert text.endswith("free memory, or train on more machines")
     assert "the largest part is process with " in text
 
@@ -160,7 +160,7 @@ def test_nothing_is_proposed_where_nothing_fits():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("preset", ["tiny", "1b"])
 @pytest.mark.parametrize("method", [{"name": "dqt"}, {"name": "bitnet"}])
-def test_what_is_let_through_without_a_rehearsal_fits(method, preset, checkpointing):
+def test_what_is_let_through_without_a_simulation_fits(method, preset, checkpointing):
     for micro_batch, stage in ((1, None), (8, 0)):
         content = content_of(
             model={"preset": preset},
@@ -171,15 +171,15 @@ def test_what_is_let_through_without_a_rehearsal_fits(method, preset, checkpoint
             cluster={"workers": 1},
         )
         config = load(content)
-        needed = fitting.fit(config, VOCAB, memory.Room("here", 10**15)).needed
-        assert not fitting._is_small(config, VOCAB, memory.Room("here", needed))
-        assert fitting._is_small(config, VOCAB, memory.Room("here", 10**15))
+        needed = fitting.fit(config, VOCAB, memory.MemoryBudget("here", 10**15)).needed
+        assert not fitting._is_small(config, VOCAB, memory.MemoryBudget("here", needed))
+        assert fitting._is_small(config, VOCAB, memory.MemoryBudget("here", 10**15))
 
 
 def test_seventy_billion_parameters_are_refused_within_ten_seconds():
     config = load(content_of(model={"preset": "70b"}))
     start = process_time()
-    text = refusal(memory.check_memory, config, VOCAB, memory.Room("this machine", 24 * GB))
+    text = refusal(memory.check_memory, config, VOCAB, memory.MemoryBudget("this machine", 24 * GB))
     assert process_time() - start < 10
     assert "need at least" in text
     assert "write model.preset=320m, which needs" in text
@@ -233,11 +233,11 @@ def test_the_share_of_a_gpu_is_what_a_worker_has(monkeypatch):
         torch.cuda, "get_device_properties", lambda i: properties((80 * GB, 40 * GB)[i]), raising=False
     )
     for asked, each, most in (("auto", 40, 2), (0.5, 20, 4), (1, 40, 2), (2, 40, 1)):
-        room = memory.room_here(load(content_of(cluster={"gpus_per_worker": asked})))
-        assert (room.on_gpu, room.of_each(2), room.most_workers) == (True, each * GB, most)
-    room = memory.room_here(load(content_of(cluster={"gpus_per_worker": 0})))
-    assert not room.on_gpu
-    assert room.bytes < psutil.virtual_memory().total
+        budget = memory.local_budget(load(content_of(cluster={"gpus_per_worker": asked})))
+        assert (budget.on_gpu, budget.per_worker(2), budget.most_workers) == (True, each * GB, most)
+    budget = memory.local_budget(load(content_of(cluster={"gpus_per_worker": 0})))
+    assert not budget.on_gpu
+    assert budget.bytes < psutil.virtual_memory().total
 
 
 # ------------------------------------------------------------------ disk

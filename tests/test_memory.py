@@ -1,6 +1,8 @@
 """Memory: what is resident between steps and alive inside them, gathered as bytes, and planned beforehand."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from time import process_time
 
@@ -68,9 +70,9 @@ class Training:
 
 def recording_watch():
     """A watch that also knows what each live storage was when it was made: (dtype, elements)."""
-    from lowbit_dist.memory.live import Watch, _tensors
+    from lowbit_dist.memory.live import StorageMeter, _tensors
 
-    class Recording(Watch):
+    class Recording(StorageMeter):
         def __init__(self):
             super().__init__()
             self.made = {}
@@ -391,11 +393,24 @@ def test_the_plan_is_what_is_measured(world, case, ranks):
         assert plan["components"][name] == found["components"][name], name
     assert plan["resident_bytes_per_worker"] == found["resident_bytes_per_worker"]
     assert plan["parameters"] == found["parameters"]
-    # Promised are 5 %; the rehearsal follows the step closely enough for less.
-    assert plan["peak_bytes_per_worker"] == pytest.approx(found["peak_bytes_per_worker"], rel=0.01)
-    assert found["components"]["activations"]["bytes"] == pytest.approx(
-        plan["components"]["activations"]["bytes"], rel=0.01
-    )
+    assert plan["components"]["activations"] == found["components"]["activations"]
+    more = found["peak_bytes_per_worker"] - plan["peak_bytes_per_worker"]
+    assert 0 <= more <= unexplained(load(case), world)
+
+
+def unexplained(config, world):
+    """Bytes by which a measured peak may be above the planned one."""
+    if world > 1 and config.train.activation_checkpointing and config.zero.stage in (None, 3):
+        # Workers with peers keep one tensor of hidden states until the next block has been recomputed.
+        itemsize = 2 if config.precision == "bf16" else 4
+        return config.train.micro_batch * SEQ_LEN * config.model.sizes().hidden_size * itemsize
+    return 64 if config.zero.stage == 0 and world > 1 else 0  # some counters
+
+
+def test_most_plans_leave_nothing_unexplained():
+    cases = [(load(configuration(**case)), 2) for case in CASES]
+    cases += [(load(configuration(**case)), 1) for case in CASES[1::2]]
+    assert sum(unexplained(config, world) == 0 for config, world in cases) >= 38
 
 
 def test_what_is_measured_spans_all_that_decides_memory():
@@ -446,28 +461,92 @@ def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
     ],
     ids=str,
 )
-def test_a_long_models_plan_is_what_a_rehearsal_of_all_its_blocks_says(workers, case, monkeypatch):
+def test_a_long_models_plan_is_what_a_simulation_of_all_its_blocks_says(workers, case, monkeypatch):
     """The highest moment of a long model need not be that of a short one."""
-    from lowbit_dist.memory import rehearsal
+    from lowbit_dist.memory import simulation
 
     train = {"micro_batch": 2, "batch_tokens": 12 * SEQ_LEN, **case.get("train", {})}
     content = configuration(
         **{**case, "train": train, "model": {"layers": 14}, "optimizer": {"states": "bf16"}}
     )
-    extrapolated = rehearsal.rehearse(load(content), VOCAB, workers)
-    monkeypatch.setattr(rehearsal, "LONG", 14)
-    rehearsed = rehearsal.rehearse(load(content), VOCAB, workers)
-    assert extrapolated.activations == rehearsed.activations
-    assert sum(extrapolated) == pytest.approx(sum(rehearsed), rel=1e-4)
+    extrapolated = simulation.simulate_step(load(content), VOCAB, workers)
+    monkeypatch.setattr(simulation, "LONGEST", 14)
+    simulated = simulation.simulate_step(load(content), VOCAB, workers)
+    assert extrapolated.activations == simulated.activations
+    assert sum(extrapolated) == pytest.approx(sum(simulated), rel=1e-4)
 
 
 def test_a_partition_touches_whole_parameters():
     """Stages 1 and 2 keep the gradients of every parameter that a worker's partition cuts."""
-    from lowbit_dist.memory.lifetimes import _own_numel
+    from lowbit_dist.memory.simulation import _largest_worker
 
-    assert _own_numel([2, 2, 2, 2], part=4, workers=2) == 4
-    assert _own_numel([4, 4, 4], part=6, workers=2) == 8
-    assert _own_numel([1, 10, 1], part=6, workers=2) == 11
+    config = load(configuration(method={"name": "dense"}, zero={"stage": 1}, optimizer={"states": "bf16"}))
+    for numels, largest in (
+        ([2, 2, 2, 2], 0),
+        ([1, 10, 1, 1], 1),
+        ([2, 2, 4, 8], 0),
+        ([1, 3, 10, 2], 0),
+    ):
+        model = torch.nn.ParameterList([torch.empty(n) for n in numels])
+        assert _largest_worker(config, model, 2) == largest
+
+
+def state_of_the_process():
+    import os
+
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    group = dist.distributed_c10d._get_default_group() if dist.is_initialized() else None
+    return (
+        [group, comm.cdb, get_accelerator(), sys.excepthook, ops._backend, ops.quantize, gc.collect],
+        [torch.nn.Module._apply, torch.cuda.is_available, dict(os.environ), gc.isenabled()],
+        {name: value for name, value in vars(groups).items() if name.startswith("_")},
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_simulation_leaves_its_process_as_it_was(fails, monkeypatch):
+    from lowbit_dist.memory import simulation
+
+    simulation.simulate_step(load(configuration()), VOCAB, 2)  # imports
+    before = state_of_the_process()
+    if fails:
+        monkeypatch.setattr(simulation, "_blocks", lambda model: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            simulation.simulate(load(configuration()), simulation.shapes(load(configuration()), VOCAB), 2)
+    else:
+        simulation.simulate_step(load(configuration()), VOCAB, 2)
+    assert state_of_the_process() == before
+    assert type(torch.empty(1)) is torch.Tensor
+
+
+def planned_inside(content):
+    from lowbit_dist.memory import simulation
+
+    before = state_of_the_process()
+    found = simulation.simulate_step(load(content), VOCAB, 6)
+    assert state_of_the_process() == before
+    return found
+
+
+def test_a_worker_may_ask_for_a_plan(ranks):
+    """A process group cannot be simulated beside a live one: another process does it."""
+    from lowbit_dist.memory import simulation
+
+    content = configuration(train={"batch_tokens": 12 * SEQ_LEN})
+    assert ranks(1).run(planned_inside, content) == [simulation.simulate_step(load(content), VOCAB, 6)]
+
+
+def test_what_is_at_rest_is_planned_without_deepspeed():
+    code = (
+        "import sys; from lowbit_dist import configfile; from lowbit_dist.memory import baselines; "
+        f"baselines(configfile.from_dict({configuration()!r}), {VOCAB}, 2); "
+        "assert 'deepspeed' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_seventy_billion_parameters_are_planned_in_seconds():
@@ -499,10 +578,10 @@ def test_a_batch_that_cannot_be_divided_is_not_planned():
 
 
 def test_the_watch_counts_each_storage_while_anything_holds_it():
-    from lowbit_dist.memory.live import Watch
+    from lowbit_dist.memory.live import StorageMeter
 
     old = torch.ones(1000)
-    with Watch() as watch:
+    with StorageMeter() as watch:
         view = old.view(10, 100)[2:]
         old.add_(1)
         assert watch.now == 0, "what was there before does not count"

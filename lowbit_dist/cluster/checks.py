@@ -37,7 +37,7 @@ def check(config: RunConfig) -> None:
         from lowbit_dist import memory
 
         if not address:
-            memory.check_memory(config.with_workers(n), manifest.vocab_size, memory.room_here(config))
+            memory.check_memory(config.with_workers(n), manifest.vocab_size, memory.local_budget(config))
         memory.check_disk(config, manifest.vocab_size)
     check_folder(config)  # last: a refused launch leaves nothing behind
 

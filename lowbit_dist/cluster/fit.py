@@ -151,13 +151,13 @@ class _Fit:
         if not new:
             return
         self.say(f"asking {len(new)} machine{'' if len(new) == 1 else 's'} for packages, data and folders")
-        room = probe(self.config, new, gpus=gpus)
+        budget = probe(self.config, new, gpus=gpus)
         self.probed |= {node.id for node in new}
         self.tell(("probed", self.probed))
-        if room is not None:
-            room = room._replace(machines=len(set(machines)))
+        if budget is not None:
+            budget = budget._replace(machines=len(set(machines)))
             vocab_size = data.read_manifest(self.config.data.path).vocab_size
-            memory.check_memory(self.config.with_workers(len(machines)), vocab_size, room)
+            memory.check_memory(self.config.with_workers(len(machines)), vocab_size, budget)
         self.say(f"{CHECKED}{', '.join(sorted(node.name for node in new))} can carry the run")
 
     def _fit(

@@ -16,7 +16,7 @@ from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.registry import fingerprint
 
 if TYPE_CHECKING:  # it imports torch, and others here want to be quick
-    from lowbit_dist.memory import Room
+    from lowbit_dist.memory import MemoryBudget
 
 # What must be the same everywhere: these exchange tensors, pickles or messages with one another.
 PACKAGES = ("torch", "deepspeed", "ray", "mosaicml-streaming", "transformers", "numpy", "safetensors")
@@ -25,7 +25,7 @@ MARK = ".reach"  # in the run's folder, while machines look for it
 SECONDS = 120
 
 
-def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> Room | None:
+def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> MemoryBudget | None:
     """The memory of the smallest of `machines`, if known; ConfigError if one cannot carry the run.
 
     gpus: of each worker
@@ -60,14 +60,14 @@ def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> Room | Non
                 answers.append(answer)
     finally:
         mark.unlink(missing_ok=True)
-    from lowbit_dist.memory import Room
+    from lowbit_dist.memory import MemoryBudget
 
     least = min((answer["memory"] for answer in answers), default=0)
     if not least:  # a GPU that a task without one is not shown
         return None
     if gpus:
-        return Room("the smallest GPU of the cluster", int(least * min(1, gpus)), on_gpu=True)
-    return Room("the smallest machine", least)
+        return MemoryBudget("the smallest GPU of the cluster", int(least * min(1, gpus)), on_gpu=True)
+    return MemoryBudget("the smallest machine", least)
 
 
 def packages() -> dict[str, str]:

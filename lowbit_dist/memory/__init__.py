@@ -12,13 +12,13 @@ Before a run starts, `check_memory` and `check_disk` refuse what does not fit (`
 from lowbit_dist.memory.disk import check_disk, checkpoint_bytes
 from lowbit_dist.memory.fitting import check_memory, fits_here
 from lowbit_dist.memory.live import measure, track_peak
-from lowbit_dist.memory.machine import Room, room_here
+from lowbit_dist.memory.machine import MemoryBudget, local_budget
 from lowbit_dist.memory.plan import baselines, compare, plan
 from lowbit_dist.memory.report import COMPONENTS, largest, metrics
 
 __all__ = [
     "COMPONENTS",
-    "Room",
+    "MemoryBudget",
     "baselines",
     "check_disk",
     "check_memory",
@@ -26,9 +26,9 @@ __all__ = [
     "compare",
     "fits_here",
     "largest",
+    "local_budget",
     "measure",
     "metrics",
     "plan",
-    "room_here",
     "track_peak",
 ]

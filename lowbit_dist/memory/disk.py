@@ -9,7 +9,8 @@ import torch
 from lowbit_dist.answers import in_bytes
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.memory.resident import low_bit_names, scale_bytes, shapes, state_bytes
+from lowbit_dist.memory.resident import scale_bytes, shapes, state_bytes
+from lowbit_dist.model import low_bit_names
 
 # Names, shapes and offsets, measured on written checkpoints: of a parameter in each worker's file and in the
 # manifest, and of the configuration and the hashes.
@@ -62,7 +63,7 @@ def _held(folder: Path) -> int:
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of one checkpoint of the run, all workers' files together."""
     model = shapes(config, vocab_size)
-    low_bit, workers = set(low_bit_names(config, model)), config.workers
+    low_bit, workers = set(low_bit_names(model, config.method)), config.workers
     stored, found = config.method.stored, 0
     for name, p in model.named_parameters():
         found += state_bytes(config.optimizer, p.numel())

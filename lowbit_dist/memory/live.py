@@ -53,7 +53,9 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
 
 
 @contextmanager
-def track_peak(engine: "Engine") -> Iterator[dict[str, int]]:
+def track_peak(
+    engine: "Engine", meter: "StorageMeter | _Allocator | None" = None
+) -> Iterator[dict[str, int]]:
     """Sample one step (its passes and its update): the dictionary is filled when the block ends.
 
     On a GPU the allocator is asked; on a CPU every operation's results are watched, which slows that step by
@@ -61,10 +63,8 @@ def track_peak(engine: "Engine") -> Iterator[dict[str, int]]:
     first only, that of the communication library by neither.
     """
     found: dict[str, int] = {}
-    if engine.device.type == "cuda":
-        meter: Watch | _Allocator = _Allocator(engine.device)
-    else:
-        meter = Watch()
+    if meter is None:
+        meter = _Allocator(engine.device) if engine.device.type == "cuda" else StorageMeter()
     resident = {_identity(t) for t in [*engine.forward_weights(), *engine.resident_codes()]}
     after_forward: list[int] = []
 
@@ -84,7 +84,7 @@ def track_peak(engine: "Engine") -> Iterator[dict[str, int]]:
     found |= {"activations": activations, "transient": meter.peak - activations}
 
 
-class Watch(TorchDispatchMode):
+class StorageMeter(TorchDispatchMode):
     """Bytes of the storages that operations make while it is entered: `now`, and `peak` since the start.
 
     A storage counts from the operation that returns it until the last reference to it is gone.
@@ -145,4 +145,4 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    return tensor.device, tensor.untyped_storage()._cdata

@@ -19,7 +19,7 @@ RAY = 2_200_000_000
 LEFT = 0.05
 
 
-class Room(NamedTuple):
+class MemoryBudget(NamedTuple):
     """Memory for workers that are spread evenly over machines which are alike."""
 
     place: str  # what a message calls it
@@ -31,18 +31,18 @@ class Room(NamedTuple):
     def workers_on_one(self, workers: int) -> int:
         return -(-workers // self.machines)
 
-    def of_each(self, workers: int) -> int:
+    def per_worker(self, workers: int) -> int:
         """Bytes for each of `workers` in all."""
         return self.bytes if self.on_gpu else self.bytes // self.workers_on_one(workers)
 
 
-def room_here(config: RunConfig) -> Room:
+def local_budget(config: RunConfig) -> MemoryBudget:
     """What this machine has for a run: of its smallest GPU a worker's share, or the memory that is free."""
     gpus, asked = torch.cuda.device_count(), config.cluster.gpus_per_worker
     if not gpus or asked == 0:
-        return Room("this machine", max(0, available_memory() - RAY))
+        return MemoryBudget("this machine", max(0, available_memory() - RAY))
     each = 1 if asked == "auto" else asked
-    return Room(
+    return MemoryBudget(
         "a GPU of this machine",
         int(smallest_gpu() * min(1, each)),
         on_gpu=True,
@@ -59,8 +59,8 @@ def smallest_gpu() -> int:
 def available_memory() -> int:
     """Bytes that processes of this machine, or of this container, can take before Ray objects."""
     memory = psutil.virtual_memory()
-    rooms = [(memory.total, memory.available), *_cgroups()]
-    return max(0, min(int(free - LEFT * total) for total, free in rooms))
+    limits = [(memory.total, memory.available), *_cgroups()]
+    return max(0, min(int(free - LEFT * total) for total, free in limits))
 
 
 def _cgroups() -> Iterator[tuple[int, int]]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from lowbit_dist import configfile
 from lowbit_dist.config import RunConfig
-from lowbit_dist.memory.rehearsal import rehearse
 from lowbit_dist.memory.report import Parameters, largest, report, saved
 from lowbit_dist.memory.resident import parameters, resident, shapes
+from lowbit_dist.memory.simulation import simulate_step
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:
@@ -79,13 +79,13 @@ def planned(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
 
 
 def at_rest(config: RunConfig, vocab_size: int, workers: int) -> dict[str, Any]:
-    """The same without what lives only inside a step, which takes a rehearsal to know."""
+    """The same without what lives only inside a step, which takes a simulated step to know."""
     sizes, counts = _at_rest_numbers(config, vocab_size, workers)
     return report(sizes, None, parameters=counts, workers=workers)
 
 
 # A sweep, and a worker that measures often, ask for the same baselines again and again.
-_peak = lru_cache(maxsize=64)(rehearse)
+_peak = lru_cache(maxsize=64)(simulate_step)
 
 
 @lru_cache(maxsize=64)

@@ -28,6 +28,8 @@ from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
 from lowbit_dist.zero.stage3 import PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 
+SUMS = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}  # of gradients, by bytes
+
 
 class Engine:
     """A model under ZeRO, trained step by step."""
@@ -62,7 +64,7 @@ class Engine:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
         optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage)
-        stage3_class = partial(PackedZero3, accumulation=accumulation_dtype(config, self.world))
+        stage3_class = partial(PackedZero3, accumulation=SUMS[config.gradient_bytes(self.world)])
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
         self._standard: StandardZero | None = None
@@ -247,16 +249,6 @@ def block_numel(model: nn.Module) -> int:
     """Parameters of the largest transformer block: the unit in which dense weights are alive."""
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     return max((sum(p.numel() for p in layer.parameters()) for m in blocks for layer in m), default=1)
-
-
-def accumulation_dtype(config: RunConfig, world: int) -> torch.dtype:
-    """float64 sums of float32 gradients are exact in practice, hence the same in any order; bf16 gradients
-    are summed in float32, and kept as they are when a worker sees one micro-batch a step.
-    """
-    if config.train.reproducible:
-        return torch.float64
-    one_each = config.micro_batches == world
-    return torch.bfloat16 if config.precision == "bf16" and one_each else torch.float32
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,0 +1,90 @@
+"""A worker that is not there: the process group and the tensors in which its engine can be simulated.
+
+In PyTorch's `FakeTensorMode` a tensor has a shape and a storage of so many bytes, but no values, and in a
+process group of the `fake` backend a collective does nothing.  `zero.Engine` runs in both as it is; replaced
+is only what reads values or memory, each for the reason beside it.
+"""
+
+import gc
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_impls import op_implementations_dict
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowbit_dist import ops
+from lowbit_dist.grid import Grid
+
+_one_at_a_time = threading.Lock()  # what is replaced is the whole process's
+
+
+@contextmanager
+def fake_worker(rank: int, workers: int) -> Iterator[None]:
+    """Inside, this process is worker `rank` of `workers`, all on CPUs, and new tensors have no storage.
+
+    Afterwards all is as before, also after an exception.  RuntimeError in a live process group: PyTorch has
+    one default group for all threads of a process.
+    """
+    with _one_at_a_time, ExitStack() as stack:
+        if dist.is_initialized():
+            raise RuntimeError("this process is in a process group: simulate a worker in another one")
+        from lowbit_dist.zero.fake import without_values
+
+        enter, shapes = stack.enter_context, _Shapes()
+        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
+        enter(patch.dict(os.environ, {name: str(value) for name, value in place.items()}))
+        enter(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of the data pointers, which DeepSpeed compares with alignments
+        enter(patch.object(sys, "excepthook", sys.excepthook))  # a process group names its rank in tracebacks
+        enter(patch.object(torch.cuda, "is_available", lambda: False))  # as the engine asks for its device
+        enter(without_values())
+        # DeepSpeed collects garbage to free memory, which takes a second where much is imported.
+        enter(patch.object(gc, "collect", lambda *_: 0))
+        if gc.isenabled():
+            gc.disable()
+            stack.callback(gc.enable)
+        dist.init_process_group("fake", rank=rank, world_size=workers)
+        stack.callback(dist.destroy_process_group)
+        # C and Triton read memory; the reference would take each tensor apart into thousands of chunks.
+        enter(patch.object(ops, "_backend", lambda device: shapes))
+        enter(patch.object(ops, "_host_backend", lambda device: shapes))
+        enter(patch.object(ops, "quantize", lambda w, scale, **_: torch.empty_like(w, dtype=torch.int8)))
+        # DeepSpeed moves the module to its device, where it is; to swap a fake tensor's data is refused.
+        enter(patch.object(nn.Module, "_apply", lambda self, *_, **__: self))
+        enter(patch.dict(op_implementations_dict, {torch.ops.aten._local_scalar_dense.default: _number}))
+        enter(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _number(mode: FakeTensorMode, func: Any, tensor: Tensor) -> int:
+    """What Python gets when it asks a tensor for its number: finite, not 0, true.  Of a byte 0: DeepSpeed's
+    flag of an overflow.
+    """
+    return 0 if tensor.dtype == torch.uint8 else 1
+
+
+class _Shapes:
+    """A backend of `ops` whose results have the right shapes; what it would write stays unwritten."""
+
+    def step_(self, *_: Any, **__: Any) -> Tensor:
+        return torch.empty(1, dtype=torch.int64)
+
+    apply_ = step_
+
+    def decode(self, *_: Any, out: Tensor, **__: Any) -> Tensor:
+        return out
+
+    def pack(self, levels: Tensor, *, grid: Grid) -> Tensor:
+        return torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)
+
+    def unpack(self, codes: Tensor, *, grid: Grid) -> Tensor:
+        return torch.empty(codes.numel() * 8 // grid.bits, dtype=torch.int8)

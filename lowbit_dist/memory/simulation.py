@@ -1,0 +1,153 @@
+"""One step of a run on a simulated worker: the bytes that it allocates above the resident ones.
+
+Engine, model, autograd, activation checkpointing and optimizer are the real ones (`fake`), and what measures
+a worker's step measures this one (`live`).
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+from contextlib import ExitStack, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowbit_dist import ops
+from lowbit_dist.config import RunConfig
+from lowbit_dist.memory.fake import fake_worker
+from lowbit_dist.memory.live import StorageMeter, track_peak
+from lowbit_dist.memory.report import Peak
+from lowbit_dist.memory.resident import flat_numel, shapes
+from lowbit_dist.model import low_bit_names
+
+LONGEST = 5  # blocks; longer models are extrapolated from so many
+ELSEWHERE = """import pickle, sys
+from lowbit_dist.memory.simulation import simulate_step
+print(*simulate_step(*pickle.load(sys.stdin.buffer)))"""
+
+
+class Step(NamedTuple):
+    """Bytes above the resident ones in a step of some number of blocks."""
+
+    activations: int  # that the first forward pass leaves
+    early: int  # the peak until a block of the lower half has a gradient: all activations are there
+    late: int  # the peak of the rest of the passes: few are left, but embeddings have their gradient
+    update: int
+    block: int  # the activations of one block
+
+    def peak(self, more: int = 0) -> Peak:
+        """With so many blocks more: nothing else grows, but an update's counters, 8 bytes a parameter."""
+        activations, early = self.activations + more * self.block, self.early + more * self.block
+        return Peak(max(early, self.late, self.update) - activations, activations)
+
+
+def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
+    """Bytes above the resident ones at the highest moment of a step, on the worker that has the most.
+
+    In a live process group another process simulates, which takes some seconds longer.
+    """
+    if dist.is_initialized():
+        question, command = pickle.dumps((config, vocab_size, workers)), [sys.executable, "-c", ELSEWHERE]
+        answer = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=True).stdout
+        return Peak(*map(int, answer.splitlines()[-1].split()))
+    model = shapes(config, vocab_size)
+    blocks = _blocks(model)
+    # Only ZeRO-3 treats all blocks alike: the other stages cut the flat model anywhere.
+    if len(blocks) <= LONGEST or not _alike(blocks) or config.zero.stage in (0, 1, 2):
+        return simulate(config, model, workers).peak()
+    long = simulate(config, _shortened(model, LONGEST), workers, briefly=True)
+    return long.peak(len(blocks) - LONGEST)
+
+
+def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool = False) -> Step:
+    """The second step of a worker whose model, on the meta device, this is.
+
+    `briefly`: the second pass of the first step instead, if there are two, which differs by some bytes.
+    """
+    passes = min(2, config.accumulation(workers))  # the second adds to the gradients of the first
+    numel = passes * workers * config.train.micro_batch * config.data.seq_len
+    train = config.train.model_copy(update={"batch_tokens": numel})
+    config, model = config.model_copy(update={"train": train}), copy.deepcopy(model)
+    briefly = briefly and passes == 2 and config.zero.residency == "sharded"
+    with fake_worker(_largest_worker(config, model, workers), workers), ExitStack() as sampled:
+        from lowbit_dist.zero import Engine
+
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+        engine = Engine(config, model, _empty, low_bit_names(model, config.method))
+        tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
+        meter, blocks = _Phases(), _blocks(model)
+        for p in (p for block in blocks[: len(blocks) // 2] for p in block.parameters()):
+            p.register_post_accumulate_grad_hook(lambda _: meter.begin("late"))
+        warm, ends = StorageMeter(), []
+        for block in blocks[-2:]:
+            block.register_forward_hook(lambda *_: ends.append(warm.now))
+        # ZeRO-3 records the order of modules in its first pass, and fetches ahead by it in the others.
+        n_steps = 1 if briefly else 2
+        for n in range(n_steps):
+            with engine.step(ops.Now(lr=0.0, weight_decay=0.0, step=n + 1, seed=0)) as step:
+                for i in range(passes):
+                    if (n, i) == (n_steps - 1, int(briefly)):
+                        found = sampled.enter_context(track_peak(engine, meter))
+                    meter.begin("early")
+                    with warm if not n + i else nullcontext():
+                        step.backward(tokens)
+                meter.begin("update")
+        meter.begin("early")
+        sampled.close()
+        engine.close()
+    return Step(found["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
+
+
+def _empty(name: str, shape: torch.Size) -> Tensor:
+    return torch.empty(shape)
+
+
+class _Phases(StorageMeter):
+    """The peak of each phase of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "early"
+        self.peaks = {"early": 0, "late": 0, "update": 0}
+
+    def begin(self, phase: str) -> None:
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.peak)
+        self.phase, self.peak = phase, self.now
+
+
+def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
+    """Under stages 1 and 2 a worker keeps the gradients of every parameter that its partition touches; under
+    the others worker 0 has as much as any.
+    """
+    if config.zero.stage not in (1, 2):
+        return 0
+    numels = [p.numel() for p in model.parameters()]
+    part = flat_numel(sum(numels), workers) // workers
+    touched, offset = [0] * workers, 0
+    for n in numels:
+        for worker in range(offset // part, (offset + n - 1) // part + 1):
+            touched[worker] += n
+        offset += n
+    return touched.index(max(touched))
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _alike(blocks: nn.ModuleList) -> bool:
+    return len({tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}) == 1
+
+
+def _shortened(model: nn.Module, n: int) -> nn.Module:
+    """A copy of the model with its first n blocks."""
+    copied: dict[int, nn.Module] = {}
+    blocks = _blocks(model)
+    copied[id(blocks)] = copy.deepcopy(blocks[:n], copied)
+    return copy.deepcopy(model, copied)
