@@ -18,15 +18,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lowbit_dist import methods, optim
-    from lowbit_dist.answers import ConfigError
     from lowbit_dist.cluster import train
     from lowbit_dist.configfile import from_dict, load
     from lowbit_dist.convert import Optimizer, convert_
+    from lowbit_dist.errors import ConfigError
     from lowbit_dist.trained import open
 
 # Name -> the module that has it.  They are imported when they are used: most need torch, some Ray.
 _HOMES = {
-    "ConfigError": "answers",
+    "ConfigError": "errors",
     "Optimizer": "convert",
     "convert_": "convert",
     "from_dict": "configfile",

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowbit_dist import charts
 from lowbit_dist.files import atomic_write
-from lowbit_dist.runs import Run
+from lowbit_dist.runs import RunFolder
 from lowbit_dist.tracking import bytes_per_parameter
 
 # Measure -> (its words, how its mean is written); the order is that of the table's columns.
@@ -29,9 +29,9 @@ MEASURES = {
 ASIDE = ("run.", "tracking.", "data.cache", "train.keep_")
 
 
-def compare(runs: Sequence[Run]) -> dict[str, Any]:
+def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """Groups of runs, the best validation loss first, then those without one."""
-    members: dict[str, list[Run]] = {}
+    members: dict[str, list[RunFolder]] = {}
     for run in runs:
         members.setdefault(_kind(run), []).append(run)
     labels = _labels(list(members.values()))
@@ -39,7 +39,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     return {"groups": sorted(groups, key=_rank)}
 
 
-def _kind(run: Run) -> str:
+def _kind(run: RunFolder) -> str:
     return repr({name: value for name, value in run.config.flat().items() if not name.startswith(ASIDE)})
 
 
@@ -48,7 +48,7 @@ def _rank(group: Mapping[str, Any]) -> float:
     return float("inf") if mean is None else mean
 
 
-def _group(label: str, runs: list[Run]) -> dict[str, Any]:
+def _group(label: str, runs: list[RunFolder]) -> dict[str, Any]:
     finished = [run for run in runs if run.state == "finished"]
     measured = [measures(run) for run in finished]
     return {
@@ -71,7 +71,7 @@ def _group(label: str, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def measures(run: Run) -> dict[str, float | None]:
+def measures(run: RunFolder) -> dict[str, float | None]:
     """What a finished run is compared by; None is what it does not have.
 
     Speed is the median of the logged intervals, which a restart in between does not change; bytes are all
@@ -100,13 +100,13 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
     }
 
 
-def _curve(run: Run) -> list[tuple[float, float]]:
+def _curve(run: RunFolder) -> list[tuple[float, float]]:
     """Tokens and training loss."""
     keys = ("tokens", "loss")
     return [(row["tokens"], row["loss"]) for row in run.rows if all(row.get(key) is not None for key in keys)]
 
 
-def _labels(groups: list[list[Run]]) -> list[str]:
+def _labels(groups: list[list[RunFolder]]) -> list[str]:
     """A group is called what its first run is, without the seed; by its folder if that is not unique."""
     labels = [re.sub(r"[-_.](s|seed)[-_.]?\d+$", "", runs[0].config.run.name) for runs in groups]
     return [

@@ -3,7 +3,7 @@
 A `ConfigError` is one line: the field, its value, the rule, what to write instead.  All of a run's
 configuration is checked here, before any worker starts; nothing is corrected silently.
 `configfile.py` reads it; what sections are made of is in `section.py`, how mistakes are worded in
-`answers.py`.
+`errors.py`.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from lowbit_dist.answers import ConfigError, nearest_divisor, nearest_multiple, plain
+from lowbit_dist.errors import ConfigError, nearest_divisor, nearest_multiple, plain
 from lowbit_dist.grid import BLOCK, GRIDS
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.rule import Rule

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from lowbit_dist.answers import ConfigError, explained, nearest, plain, show
 from lowbit_dist.config import RunConfig
+from lowbit_dist.errors import ConfigError, format_error, nearest, plain, show
 from lowbit_dist.methods import METHODS, Method
 from lowbit_dist.optim import OPTIMIZERS, Rule
 from lowbit_dist.registry import Registry
@@ -177,7 +177,7 @@ def _validated(section: type[S], content: Mapping[str, Any], prefix: tuple[str, 
         return section.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=True)[0]
-        raise ConfigError(explained(section, dict(first), prefix)) from None
+        raise ConfigError(format_error(section, dict(first), prefix)) from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

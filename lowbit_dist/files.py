@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lowbit_dist.answers import ConfigError
+from lowbit_dist.errors import ConfigError
 
 POLL = 0.05  # seconds
 

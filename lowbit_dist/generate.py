@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit_dist.answers import ConfigError
+from lowbit_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowbit_dist.trained import Trained

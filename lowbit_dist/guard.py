@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from statistics import fmean, median, pstdev
 
 WINDOW = 64  # applied steps that are remembered
-ENOUGH = 16  # of their losses, before one can be called a spike
+MIN_HISTORY = 16  # of their losses, before one can be called a spike
 SIGMAS = 6.0
-RETURNS = 3  # to one checkpoint, before it is given up
-FLAT = 1e-3  # of the mean: losses that hardly differ have a deviation of at least this
+MAX_ROLLBACKS = 3  # to one checkpoint, before it is given up
+MIN_RELATIVE_STD = 1e-3  # of the mean: losses that hardly differ have a deviation of at least this
 
 
 class Diverged(RuntimeError):
@@ -21,10 +21,10 @@ class Diverged(RuntimeError):
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:
     """Whether a loss lies more than 6 standard deviations above the mean of those before."""
-    if len(before) < ENOUGH or not math.isfinite(loss):
+    if len(before) < MIN_HISTORY or not math.isfinite(loss):
         return False
     mean = fmean(before)
-    return loss > mean + SIGMAS * max(pstdev(before), FLAT * abs(mean))
+    return loss > mean + SIGMAS * max(pstdev(before), MIN_RELATIVE_STD * abs(mean))
 
 
 def norm_limit(before: Sequence[float], ratio: float) -> float:
@@ -33,6 +33,6 @@ def norm_limit(before: Sequence[float], ratio: float) -> float:
     return ratio * usual if usual > 0 else math.inf
 
 
-def remembered(before: Sequence[float], value: float) -> tuple[float, ...]:
+def append(before: Sequence[float], value: float) -> tuple[float, ...]:
     """The window with one more value."""
     return (*before, value)[-WINDOW:]

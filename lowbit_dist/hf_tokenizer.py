@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
-from lowbit_dist.answers import ConfigError
+from lowbit_dist.errors import ConfigError
 
 FILE = "tokenizer.json"
 

@@ -24,8 +24,8 @@ from lowbit_dist import checkpoint, data, guard, memory, model, ops, statistics,
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import atomic_write
+from lowbit_dist.heartbeat import Beat, no_beat
 from lowbit_dist.optim import schedule
-from lowbit_dist.pulse import Beat, no_beat
 from lowbit_dist.runs import BASELINES
 from lowbit_dist.zero import Engine, Update
 
@@ -264,8 +264,8 @@ def _advanced(position: Position, engine: Engine, config: RunConfig, loss: float
         loss_sum=position.loss_sum + loss,
         loss_count=position.loss_count + 1,
         flips=position.flips + update.flips,
-        losses=guard.remembered(position.losses, loss),
-        norms=guard.remembered(position.norms, update.grad_norm),
+        losses=guard.append(position.losses, loss),
+        norms=guard.append(position.norms, update.grad_norm),
     )
 
 
@@ -289,10 +289,10 @@ def _rolled_back(config: RunConfig, engine: Engine, position: Position) -> Posit
     if before.step == 0:
         log.warning("step %d: there is no checkpoint to go back to", step)
         return None
-    if position.rollbacks - before.rollbacks >= guard.RETURNS:
+    if position.rollbacks - before.rollbacks >= guard.MAX_ROLLBACKS:
         raise guard.Diverged(
-            f"the loss spikes again after {guard.RETURNS} returns to step {before.step}, now at step {step}; "
-            "write a smaller optimizer.lr under another run.name, or train.on_spike=warn"
+            f"the loss spikes again after {guard.MAX_ROLLBACKS} returns to step {before.step}, now at step "
+            f"{step}; write a smaller optimizer.lr under another run.name, or train.on_spike=warn"
         )
     samples = position.samples + engine.micro_batches * config.train.micro_batch
     log.warning("back to step %d, skipping the batches up to that of step %d", before.step, step)

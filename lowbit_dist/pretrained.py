@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit_dist.answers import ConfigError
+from lowbit_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

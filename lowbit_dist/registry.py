@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.answers import ConfigError, nearest, show
+from lowbit_dist.errors import ConfigError, nearest, show
 
 SOURCES = ("*.py", "*.c")  # what the fingerprint of a package is of
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowbit_dist import files
-from lowbit_dist.answers import ConfigError, nearest
 from lowbit_dist.config import RunConfig
+from lowbit_dist.errors import ConfigError, nearest
 from lowbit_dist.tracking import METRICS
 from lowbit_dist.tracking.record import rows_of
 
@@ -26,16 +26,16 @@ FAILURE = ".failure"  # why the last launch ended, if by an error
 RUNS = Path("runs")
 LOOK = 0.2  # seconds: who only looks whether a run is running has its lock for a moment
 
-State = Literal["finished", "running", "stopped", "failed"]
+RunState = Literal["finished", "running", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One run as its folder shows it."""
 
     folder: Path
     config: RunConfig
-    state: State
+    state: RunState
     why: str | None  # of a failed run, one line
     rows: list[dict[str, Any]]
     summary: dict[str, Any] | None  # of a finished run
@@ -54,13 +54,13 @@ class Run:
         return f"{at}: {self.why}" if self.why else at
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path) -> RunFolder:
     """ConfigError if `folder` holds no run."""
     from lowbit_dist import configfile
 
     config = configfile.load(folder / CONFIG)
     summary = content(folder / SUMMARY)
-    state: State = "stopped"
+    state: RunState = "stopped"
     failure = None
     if is_running(folder):
         state = "running"
@@ -68,7 +68,7 @@ def read(folder: Path) -> Run:
         state = "finished"
     elif (folder / FAILURE).exists():
         state, failure = "failed", content(folder / FAILURE).get("why")
-    return Run(
+    return RunFolder(
         folder=folder,
         config=config,
         state=state,
@@ -119,7 +119,7 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
-def named(words: Sequence[str]) -> list[Run]:
+def named(words: Sequence[str]) -> list[RunFolder]:
     """The runs that are meant by folders or names, of runs or of whole sweeps; each of them once."""
     found: dict[Path, Path] = {}
     for word in words:
@@ -143,7 +143,7 @@ def _meant(word: str) -> list[Path]:
     )
 
 
-def age(run: Run) -> float:
+def age(run: RunFolder) -> float:
     """Seconds since something was measured, or since the run began."""
     newest = run.rows[-1].get("time") if run.rows else None
     return max(0.0, time.time() - (newest or (run.folder / CONFIG).stat().st_mtime))

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from lowbit_dist.answers import quoted
+from lowbit_dist.errors import quoted
 
 
 def broken_rule(text: str) -> PydanticCustomError:

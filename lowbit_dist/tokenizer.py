@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lowbit_dist import documents
-from lowbit_dist.answers import ConfigError, why_not_writable
+from lowbit_dist.errors import ConfigError, why_not_writable
 from lowbit_dist.files import atomic_folder, os_errors
 
 MODEL = "tokenizer.model"

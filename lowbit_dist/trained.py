@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_dist import model, tokenizer
-from lowbit_dist.answers import ConfigError
 from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 from lowbit_dist.convert import pack_
+from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import Grid
 from lowbit_dist.hf_tokenizer import FILE as FAST
 from lowbit_dist.hf_tokenizer import FastTokenizer, first_line

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lowbit_dist.answers import ConfigError, show
+from lowbit_dist.errors import ConfigError, show
 
 LARGEST_FILE = 1 << 20  # bytes; what is larger is not a configuration
 

@@ -6,6 +6,7 @@ as an NFS would be.  Ending its first process is a power cut; taking its end of 
 `ray start` runs under a loop, as a service manager runs it.  Needs root and iproute2.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-SUBNET = "10.231.7"
+CLUSTERS = 8  # at once on a machine, as when tests run side by side
 
 
 def why_not():
@@ -24,11 +25,25 @@ def why_not():
         return "network namespaces need root on Linux"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "iproute2 or util-linux is not installed"
-    probe = subprocess.run(["ip", "netns", "add", "lbprobe"], capture_output=True, text=True)
+    name = f"lbprobe{os.getpid()}"
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if probe.returncode:
         return f"no network namespaces here ({probe.stderr.strip()})"
-    subprocess.run(["ip", "netns", "del", "lbprobe"], check=True)
+    subprocess.run(["ip", "netns", "del", name], check=True)
     return None
+
+
+def own_number():
+    """A number that no other cluster here has, and the open file that holds it until it is closed."""
+    for number in range(CLUSTERS):
+        file = Path(f"/tmp/lowbit-netcluster-{number}.lock").open("w")  # noqa: SIM115 (closed with the cluster)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+        else:
+            return number, file
+    raise RuntimeError(f"{CLUSTERS} clusters of hosts run on this machine")
 
 
 def sh(*commands):
@@ -48,6 +63,7 @@ class NetCluster:
         self.variables = variables
         self.token = token
         self.processes = {}
+        self.number, self._lock = own_number()
         here = Path(sys.executable).parent
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
@@ -59,13 +75,15 @@ class NetCluster:
         }
         self.address = f"http://{self.ip(0)}:8265"
 
-    @staticmethod
-    def ns(i):
-        return f"lb{i}"
+    def ns(self, i):
+        return f"lb{self.number}-{i}"
 
-    @staticmethod
-    def ip(i):
-        return f"{SUBNET}.{i + 1}"
+    @property
+    def bridge(self):
+        return f"lb{self.number}-br"
+
+    def ip(self, i):
+        return f"10.231.{self.number}.{i + 1}"
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,13 +91,17 @@ class NetCluster:
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         self._remove_network()
         try:
-            sh("ip netns add lbbr", "ip -n lbbr link add br0 type bridge", "ip -n lbbr link set br0 up")
+            sh(
+                f"ip netns add {self.bridge}",
+                f"ip -n {self.bridge} link add br0 type bridge",
+                f"ip -n {self.bridge} link set br0 up",
+            )
             for i in range(self.hosts + 1):
                 n = self.ns(i)
                 sh(
                     f"ip netns add {n}",
-                    f"ip link add eth0 netns {n} type veth peer name {n}b netns lbbr",
-                    f"ip -n lbbr link set {n}b master br0 up",
+                    f"ip link add eth0 netns {n} type veth peer name {n}b netns {self.bridge}",
+                    f"ip -n {self.bridge} link set {n}b master br0 up",
                     f"ip -n {n} addr add {self.ip(i)}/24 dev eth0",
                     f"ip -n {n} link set eth0 up",
                     f"ip -n {n} link set lo up",
@@ -100,9 +122,10 @@ class NetCluster:
         for i in list(self.processes):
             self.power_off(i)
         self._remove_network()
+        self._lock.close()
 
     def _remove_network(self):
-        for name in ["lbbr", *(self.ns(i) for i in range(self.hosts + 1))]:
+        for name in [self.bridge, *(self.ns(i) for i in range(self.hosts + 1))]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def start(self, i):
@@ -136,7 +159,7 @@ class NetCluster:
 
     def link(self, i, state):
         """Put a host's cable in ("up") or pull it ("down")."""
-        sh(f"ip -n lbbr link set {self.ns(i)}b {state}")
+        sh(f"ip -n {self.bridge} link set {self.ns(i)}b {state}")
 
     def drain(self, node, seconds=120):
         """Announce that a host will be taken away, as a provider of preemptible machines does.

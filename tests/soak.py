@@ -32,7 +32,7 @@ import psutil
 import yaml
 from netcluster import NetCluster, why_not
 
-from lowbit_dist import pulse
+from lowbit_dist import heartbeat
 
 # Of each kind among twenty.
 KINDS = {
@@ -81,7 +81,7 @@ class Rain:
         for kind in self.plan:
             if not self._recovered(0) or self.over.wait(self.rng.uniform(0.6, 1.4) * self.gap):
                 return
-            starts = pulse.count_starts(self.run_dir)
+            starts = heartbeat.count_starts(self.run_dir)
             if not self._strike(kind):
                 return
             began, step = time.monotonic(), len(rows(self.run_dir))
@@ -93,8 +93,8 @@ class Rain:
     def _recovered(self, starts):
         """Wait until workers of a start after number `starts` make steps."""
         while not self.over.wait(0.1):
-            now = pulse.count_starts(self.run_dir)
-            found = pulse.pulses(self.run_dir, now)
+            now = heartbeat.count_starts(self.run_dir)
+            found = heartbeat.read(self.run_dir, now)
             if now > starts and found and all(each["phase"] == "step" for each in found):
                 return True
         return False
@@ -109,18 +109,18 @@ class Rain:
             threading.Timer(self.rng.uniform(*BACK[kind]), self._bring_back, (kind, i)).start()
             return True
         if kind == "start":  # the workers of the start that follows one more death
-            starts = pulse.count_starts(self.run_dir)
+            starts = heartbeat.count_starts(self.run_dir)
             self._kill(self.rng.sample(workers(), 1))
             return self._kill_when(
-                lambda: pulse.count_starts(self.run_dir) > starts and not self._pulses() and workers()
+                lambda: heartbeat.count_starts(self.run_dir) > starts and not self._heartbeats() and workers()
             )
         if kind == "load":
-            starts = pulse.count_starts(self.run_dir)
+            starts = heartbeat.count_starts(self.run_dir)
             self._kill(self.rng.sample(workers(), 1))
             return self._kill_when(
                 lambda: (
-                    pulse.count_starts(self.run_dir) > starts
-                    and [each["pid_here"] for each in self._pulses() if each["phase"] == "start"]
+                    heartbeat.count_starts(self.run_dir) > starts
+                    and [each["pid_here"] for each in self._heartbeats() if each["phase"] == "start"]
                 )
             )
         if kind.startswith("save"):
@@ -144,9 +144,9 @@ class Rain:
         self._kill(self.rng.sample(workers(), 1))
         return True
 
-    def _pulses(self):
+    def _heartbeats(self):
         """Of the newest start; a process has another number here than on its host."""
-        found = pulse.pulses(self.run_dir, pulse.count_starts(self.run_dir))
+        found = heartbeat.read(self.run_dir, heartbeat.count_starts(self.run_dir))
         return [{**each, "pid_here": pid} for each, pid in zip(found, workers(), strict=False)]
 
     def _kill_when(self, victims, pause=0.01):

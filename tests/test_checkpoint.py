@@ -158,7 +158,7 @@ def saves_with_deaths(configuration):
 
     from lowbit_dist import configfile, model, ops
     from lowbit_dist.checkpoint import Position, Saver
-    from lowbit_dist.checkpoint.writing import Part
+    from lowbit_dist.checkpoint.writing import WorkerFile
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
@@ -177,7 +177,7 @@ def saves_with_deaths(configuration):
         saver.wait()
         digests[step] = Checkpoint.open(folder / f"step-{step}").digest()
     engine.close()
-    part = Part.copied(engine.shards, 0)
+    part = WorkerFile.copied(engine.shards, 0)
     found = []
     for replaces in (False, True):
         for number in range(1000):

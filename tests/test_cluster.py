@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster, configfile, pulse
+from lowbit_dist import cluster, configfile, heartbeat
 from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, session
 from lowbit_dist.config import ConfigError
@@ -334,11 +334,11 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
 
     def started_and_beyond(step):
         """Until workers of this start have made a further step: one that was killed may have left its row."""
-        start = pulse.count_starts(folder) + 1
+        start = heartbeat.count_starts(folder) + 1
         process = shell(content, tmp_path)
         wait_for(
             lambda: (
-                any(each["phase"] == "step" for each in pulse.pulses(folder, start))
+                any(each["phase"] == "step" for each in heartbeat.read(folder, start))
                 and rows(folder)[-1:] > [step]
             ),
             process,
@@ -421,7 +421,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(r
 
     def stop(row):
         if row["step"] >= 6 and not stopped:
-            worker = pulse.pulses(config.run_dir)[1]
+            worker = heartbeat.read(config.run_dir)[1]
             os.kill(worker["pid"], signal.SIGSTOP)
             stopped.append((worker["pid"], time.monotonic()))
 
@@ -434,7 +434,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(r
     told.say = lambda text: (told.said.append(text), note(text))
     summary = cluster.launch(config, progress=told)
     (pid, began), (noticed,) = stopped[0], found
-    assert 8 - 2 * pulse.EVERY <= noticed - began <= 8 + 30
+    assert 8 - 2 * heartbeat.EVERY <= noticed - began <= 8 + 30
     assert summary["restarts"] == 1
     assert summary["digest"] == results["digest"]
     log = (config.run_dir / "log.txt").read_text()

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from lowbit_dist.answers import ConfigError
+from lowbit_dist.errors import ConfigError
 from lowbit_dist.files import atomic_folder, locked
 from lowbit_dist.network import why_no_answer
 

@@ -32,7 +32,7 @@ def test_the_largest_norm_follows_the_median_and_forgets():
     assert guard.norm_limit([1.0, 2.0, 1e9], 1000.0) == 2000.0
     window = ()
     for i in range(100):
-        window = guard.remembered(window, float(i))
+        window = guard.append(window, float(i))
     assert window == tuple(float(i) for i in range(36, 100))
 
 

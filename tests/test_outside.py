@@ -438,19 +438,19 @@ def test_it_is_submitted_to_a_cluster_and_a_host_without_it_is_named(installed, 
             return stderr.splitlines()[-1].removeprefix("lowbit: ")
 
         answer = refusal()
-        assert answer.startswith("the head of http://10.231.7.1:8265 cannot read this run's configuration (")
+        assert answer.startswith(f"the head of {cluster.address} cannot read this run's configuration (")
         assert "install lowbit-outside 0.1.0 (" in answer and answer.endswith(") on all machines")
 
         install(0, 1)
         answer = refusal()
-        assert answer.startswith("machine node2 (10.231.7.3) lacks lowbit-outside 0.1.0 (")
+        assert answer.startswith(f"machine node2 ({cluster.ip(2)}) lacks lowbit-outside 0.1.0 (")
         assert answer.endswith("from which this run's method or optimizer comes; install it on all machines")
 
         install(2)
         source = hosts[2] / "lowbit_outside" / "sign.py"
         source.write_text(source.read_text().replace("1.0", "2.0"))
         answer = refusal()
-        assert answer.startswith("machine node2 (10.231.7.3) has lowbit-outside 0.1.0 (")
+        assert answer.startswith(f"machine node2 ({cluster.ip(2)}) has lowbit-outside 0.1.0 (")
         assert answer.endswith("install the same packages on all machines")
 
         install(2)

@@ -51,11 +51,11 @@ def folder(small):
         json.dumps({"plan_dense": report(400), "plan_bitnet": report(300)}) + "\n"
     )
     for rank, age in enumerate((0.0, 90.0)):
-        pulse = {
+        heartbeat = {
             "rank": rank, "pid": 1000 + rank, "host": f"machine{rank}", "phase": "step", "step": 22,
             "step_seconds": 0.5, "time": time.time() - age,
         }  # fmt: skip
-        (run / ".workers" / f"{rank}.json").write_text(json.dumps(pulse))
+        (run / ".workers" / f"{rank}.json").write_text(json.dumps(heartbeat))
     return run
 
 
@@ -173,7 +173,7 @@ def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, mo
 
     seconds = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: seconds)
-    lines = console.Lines(configfile.from_dict(small(train={"steps": STEPS})))
+    lines = console.LogLines(configfile.from_dict(small(train={"steps": STEPS})))
     news = {14: {"val_loss": 3.5}, 19: {"skipped_steps": 3}, 20: {"skipped_steps": 3}}
     for step in (*range(1, 21), STEPS):
         lines.row(row(step) | news.get(step, {}))

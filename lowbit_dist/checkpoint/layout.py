@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.answers import show
+from lowbit_dist.errors import show
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
 
 FORMAT = 2

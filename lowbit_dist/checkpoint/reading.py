@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowbit_dist import configfile
-from lowbit_dist.answers import show
 from lowbit_dist.checkpoint.layout import (
     MANIFEST,
     READABLE,
@@ -29,6 +28,7 @@ from lowbit_dist.checkpoint.layout import (
     sums_text,
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.errors import show
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.packed import PackedTensor
 

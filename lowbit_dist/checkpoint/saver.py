@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from lowbit_dist.checkpoint.layout import FORMAT, MANIFEST, SUMS, Position, sha256, sums_text
-from lowbit_dist.checkpoint.writing import Part, prune, publish, write_synced
+from lowbit_dist.checkpoint.writing import WorkerFile, prune, publish, write_synced
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import sync
 
@@ -58,7 +58,7 @@ class Saver:
         self.wait()
         # Under stage 0 every worker holds everything.
         is_copy = self.rank != 0 and self.config.zero.stage == 0
-        part = Part.copied([] if is_copy else shards, self.rank)
+        part = WorkerFile.copied([] if is_copy else shards, self.rank)
         self._position = position
         self._thread = threading.Thread(
             target=self._run, args=(part, position), name="checkpoint", daemon=True
@@ -88,13 +88,13 @@ class Saver:
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
-    def _run(self, part: Part, position: Position) -> None:
+    def _run(self, part: WorkerFile, position: Position) -> None:
         try:
             self._write(part, position)
         except BaseException as error:  # of a collective whose other end died, or a bug: for `wait`
             self._crash = error
 
-    def _write(self, part: Part, position: Position) -> None:
+    def _write(self, part: WorkerFile, position: Position) -> None:
         final = self.path(position.step)
         partial = self.folder / f".step-{position.step}.partial"
         try:
@@ -128,7 +128,7 @@ class Saver:
         return notes or []
 
     def _publish(
-        self, partial: Path, final: Path, part: Part, notes: list[dict[str, Any]], position: Position
+        self, partial: Path, final: Path, part: WorkerFile, notes: list[dict[str, Any]], position: Position
     ) -> None:
         manifest = {
             "format": FORMAT,

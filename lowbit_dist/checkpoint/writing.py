@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and this needs none of i
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkerFile:
     """One worker's share of a checkpoint, in host memory."""
 
     file: str
@@ -31,7 +31,7 @@ class Part:
     tensors: dict[str, dict[str, Any]]  # NAME -> shape, grid and scale_every of the unsharded tensor
 
     @classmethod
-    def copied(cls, shards: Sequence[Shard], rank: int) -> Part:
+    def copied(cls, shards: Sequence[Shard], rank: int) -> WorkerFile:
         held: dict[str, Tensor] = {}
         holds: dict[str, list[int]] = {}
         for shard in shards:

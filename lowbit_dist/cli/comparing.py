@@ -15,7 +15,7 @@ from lowbit_dist.config import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowbit_dist.sweep import Child, Outcome, Sweep
+    from lowbit_dist.sweep import Child, Sweep, SweepResult
 
 Runs = Annotated[
     list[str],
@@ -53,7 +53,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _outcome(loaded: "Sweep", outcome: "Outcome") -> dict[str, Any]:
+def _outcome(loaded: "Sweep", outcome: "SweepResult") -> dict[str, Any]:
     return {
         "sweep": loaded.name,
         "folder": str(loaded.folder),
@@ -153,7 +153,7 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
     }
 
 
-class Lines:
+class SweepLogLines:
     """A sweep's progress where nobody watches."""
 
     def say(self, text: str) -> None:
@@ -205,10 +205,10 @@ class Bars:
 
 
 @contextlib.contextmanager
-def _following(loaded: "Sweep") -> "Iterator[Lines | Bars]":
+def _following(loaded: "Sweep") -> "Iterator[SweepLogLines | Bars]":
     """Bars if stderr is a terminal, else lines."""
     if not sys.stderr.isatty():
-        yield Lines()
+        yield SweepLogLines()
         return
     bars = Bars(loaded)
     with bars.progress:

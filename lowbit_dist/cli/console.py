@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
-from lowbit_dist.answers import in_bytes
+from lowbit_dist.errors import in_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def finite(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-class Lines:
+class LogLines:
     """Progress where nobody watches, as in the log of a job that runs for days: a line for each event, and
     for rows one in ten seconds; one with a validation loss, a skipped step, a return or a restart always.
     """
@@ -118,10 +118,10 @@ def bars() -> "Progress":
 
 
 @contextlib.contextmanager
-def following(config: "RunConfig") -> Iterator[Lines | Bar]:
+def following(config: "RunConfig") -> Iterator[LogLines | Bar]:
     """A bar if stderr is a terminal, else lines."""
     if not sys.stderr.isatty():
-        yield Lines(config)
+        yield LogLines(config)
         return
     bar = Bar(config)
     with bar.progress:

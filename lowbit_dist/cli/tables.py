@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowbit_dist.answers import in_bytes
+from lowbit_dist.errors import in_bytes
 
 RUNS = {"this run": None, "AdamW fp32": "plan_dense", "BitNet STE": "plan_bitnet"}
 

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit_dist.answers import in_bytes
 from lowbit_dist.cli import console, plots
 from lowbit_dist.cli.arguments import Json
 from lowbit_dist.config import ConfigError
+from lowbit_dist.errors import in_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from lowbit_dist.runs import Run
+    from lowbit_dist.runs import RunFolder
 
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name or its folder.", show_default=False)
 ]
 EVERY = 1.0  # seconds between looks
-SILENCE = 15.0  # seconds after which a worker that trains would have written its sign of life
+HEARTBEAT_TIMEOUT = 15.0  # seconds after which a worker that trains would have written its heartbeat
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 NUMBERS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_second", "lr", "grad_norm", "flip_rate")
 COUNTS = ("skipped_steps", "rollbacks", "restarts")
@@ -77,16 +77,16 @@ def _live(terminal: "Console", folder: Path) -> None:
 
 def snapshot(folder: Path) -> dict[str, Any]:
     """What the run's files say now."""
-    from lowbit_dist import pulse, runs
+    from lowbit_dist import heartbeat, runs
 
     run = runs.read(folder)
     now = time.time()
     workers: list[dict[str, Any]] = [
         {key: each.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
         | {"age_seconds": max(0.0, now - each.get("time", 0.0))}
-        for each in pulse.pulses(folder)
+        for each in heartbeat.read(folder)
     ]
-    is_alive = run.state == "running" or any(each["age_seconds"] < SILENCE for each in workers)
+    is_alive = run.state == "running" or any(each["age_seconds"] < HEARTBEAT_TIMEOUT for each in workers)
     step = max([run.step, *(each["step"] or 0 for each in workers)])
     steps, rate = run.config.train.steps, run.last("tokens_per_second")
     left = (steps - step) * run.config.train.batch_tokens / rate if rate and is_alive else None
@@ -123,11 +123,11 @@ def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
         return None
 
 
-def _curve(run: "Run", key: str) -> list[tuple[int, float]]:
+def _curve(run: "RunFolder", key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in run.rows if isinstance(row.get(key), int | float)]
 
 
-def _memory(run: "Run") -> dict[str, dict[str, float]] | None:
+def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
     """Bytes per parameter of this run and of its baselines."""
     from lowbit_dist import runs, tracking
 
@@ -143,7 +143,7 @@ def _memory(run: "Run") -> dict[str, dict[str, float]] | None:
     return tracking.bytes_per_parameter(measured | plans)
 
 
-def _components(run: "Run") -> dict[str, Any]:
+def _components(run: "RunFolder") -> dict[str, Any]:
     names = [key for row in run.rows[-1:] for key in row if key.startswith("memory/")]
     return {name.removeprefix("memory/"): run.last(name) for name in names}
 
@@ -238,7 +238,7 @@ def _workers(found: Mapping[str, Any]) -> "RenderableType":
     for name in ("worker", "machine", "process", "phase", "step", "s/step", "last sign"):
         table.add_column(name, justify="left" if name in ("machine", "phase") else "right")
     for each in found["workers"]:
-        is_silent = each["age_seconds"] > SILENCE
+        is_silent = each["age_seconds"] > HEARTBEAT_TIMEOUT
         seconds = each["step_seconds"]
         table.add_row(
             str(each["rank"]), str(each["host"]), str(each["pid"]), str(each["phase"]), str(each["step"]),

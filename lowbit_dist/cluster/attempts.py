@@ -18,7 +18,7 @@ from lowbit_dist.cluster.driver import Change, Driver, Failure, Outcome, Work
 from lowbit_dist.cluster.following import LOG, Follower, Progress
 from lowbit_dist.cluster.session import Signals, Stopped
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.pulse import STARTS, count_starts
+from lowbit_dist.heartbeat import STARTS, count_starts
 
 POLL = 0.2  # seconds
 
@@ -67,7 +67,7 @@ def train_until_done(
             before = now
             restarts += 1
             progress.say(f"{failure.text}: restart {restarts} of at most {config.cluster.max_failures}")
-            if failure.is_rays:
+            if failure.ray_failed:
                 driver.close()
                 driver = None
     finally:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.errors import why_not_writable
 from lowbit_dist.network import why_no_answer
 
 

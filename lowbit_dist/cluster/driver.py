@@ -21,7 +21,7 @@ from typing import Any
 from lowbit_dist.cluster.following import LOG
 from lowbit_dist.config import ConfigError, RunConfig
 
-GOODBYE = 30  # seconds that Ray has to end by itself
+SHUTDOWN_TIMEOUT = 30  # seconds that Ray has to end by itself
 
 Work = Callable[[dict[str, Any]], dict[str, Any] | None]
 
@@ -33,7 +33,7 @@ class Failure:
     text: str  # one line
     error: str | None = None  # the program's own; None for what came from outside, such as a process's death
     is_final: bool = False  # it would come again for ever
-    is_rays: bool = False  # Ray did not answer as it should: it is started anew
+    ray_failed: bool = False  # Ray did not answer as it should: it is started anew
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Driver:
         except (EOFError, OSError):
             code = self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            yield "ended", Failure(f"Ray, or the process that talks to it, died ({how})", is_rays=True)
+            yield "ended", Failure(f"Ray, or the process that talks to it, died ({how})", ray_failed=True)
 
     def close(self) -> None:
         """End it, Ray and the workers, whatever state they are in."""
         self._pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GOODBYE)
+            self._process.wait(SHUTDOWN_TIMEOUT)
         for pid in _session(self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

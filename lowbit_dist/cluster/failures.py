@@ -12,7 +12,7 @@ def failure(error: BaseException) -> Failure:
     if not isinstance(error, WorkerGroupError):
         cause = getattr(error, "controller_failure", error)
         return Failure(
-            f"the workers could not be started, or Ray was lost ({last_line(cause)})", is_rays=True
+            f"the workers could not be started, or Ray was lost ({last_line(cause)})", ray_failed=True
         )
     failures = sorted(error.worker_failures.items())
     for _, each in failures:

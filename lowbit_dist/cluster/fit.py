@@ -20,7 +20,7 @@ from lowbit_dist.cluster.following import LOG
 from lowbit_dist.cluster.nodes import await_worker_slots, nodes
 from lowbit_dist.cluster.probe import CHECKED, probe
 from lowbit_dist.cluster.session import ray_session
-from lowbit_dist.cluster.watch import Watch
+from lowbit_dist.cluster.watchdog import Watchdog
 from lowbit_dist.config import ConfigError, RunConfig
 
 COLLECTIVE_TIMEOUT = 1800  # seconds
@@ -107,7 +107,7 @@ class _Fit:
         except ConfigError as mistake:
             return mistake
         except Exception as error:
-            return Failure(f"Ray failed ({type(error).__name__}: {last_line(error)})", is_rays=True)
+            return Failure(f"Ray failed ({type(error).__name__}: {last_line(error)})", ray_failed=True)
 
     def _attempt(self, restarts: int) -> Outcome:
         import ray
@@ -136,13 +136,13 @@ class _Fit:
             "restarts": restarts,
         }
         self.say(f"starting {n} worker{'' if n == 1 else 's'}")
-        watch = Watch(self.config, restarts + 1, machines, gpus, self.end)
+        watch = Watchdog(self.config, restarts + 1, machines, gpus, self.end)
         try:
             outcome = self._fit(n, machines, settings)
         finally:
             watch.close()
-        if outcome is None and watch.wish is not None:
-            return Change(watch.wish)
+        if outcome is None and watch.restart_reason is not None:
+            return Change(watch.restart_reason)
         return outcome
 
     def _probe(self, machines: list[str], gpus: float) -> None:
@@ -176,7 +176,7 @@ class _Fit:
             torch_config=_process_group(
                 # Two processes cannot share a GPU under NCCL.
                 backend="nccl" if gpus >= 1 else "gloo",
-                # `Watch` is to notice first.
+                # `Watchdog` is to notice first.
                 timeout=COLLECTIVE_TIMEOUT if timeout == "auto" else round(2 * timeout + COLLECTIVE_TIMEOUT),
             ),
             scaling_config=cast(Any, ray_train.ScalingConfig)(  # its stub, too

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit_dist.answers import why_not_writable
 from lowbit_dist.cluster.nodes import Node
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.errors import why_not_writable
 from lowbit_dist.registry import fingerprint
 
 if TYPE_CHECKING:  # it imports torch, and others here want to be quick

@@ -13,13 +13,13 @@ from typing import Any
 SECONDS = 25  # for all machines together
 
 
-def stacks_of(pulses: list[dict[str, Any]], *, and_kill: bool) -> Iterator[str]:
+def stacks_of(heartbeats: list[dict[str, Any]], *, and_kill: bool) -> Iterator[str]:
     """Lines that name each worker, its state and its threads' stacks, read by a Ray task on each machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     by_node: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for each in pulses:
+    for each in heartbeats:
         by_node[each["node"]].append(each)
     look = ray.remote(num_cpus=0, max_retries=0)(look_at)
     tasks = {

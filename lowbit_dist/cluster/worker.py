@@ -9,7 +9,7 @@ from typing import Any
 
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import locked
-from lowbit_dist.pulse import Pulse
+from lowbit_dist.heartbeat import Heartbeat
 
 STALE_WRITER_TIMEOUT = 60.0  # seconds
 log = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     try:
         config = configfile.from_dict(settings["config"])
-        with _pulse(config, settings["restarts"]) as pulse, _only_writer(config):
-            return loop.run(config, restarts=settings["restarts"], beat=pulse.beat)
+        with _heartbeat(config, settings["restarts"]) as heartbeat, _only_writer(config):
+            return loop.run(config, restarts=settings["restarts"], beat=heartbeat.beat)
     except ConfigError:
         raise
     except Exception:
@@ -32,16 +32,16 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _pulse(config: RunConfig, restarts: int) -> Iterator[Pulse]:
+def _heartbeat(config: RunConfig, restarts: int) -> Iterator[Heartbeat]:
     import ray
     import torch.distributed as dist
 
     node = ray.get_runtime_context().get_node_id()
-    pulse = Pulse(config.run_dir, rank=dist.get_rank(), start=restarts + 1, node=node)
+    heartbeat = Heartbeat(config.run_dir, rank=dist.get_rank(), start=restarts + 1, node=node)
     try:
-        yield pulse
+        yield heartbeat
     finally:
-        pulse.close()
+        heartbeat.close()
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from lowbit_dist.answers import ConfigError, show
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data.library import import_streaming
+from lowbit_dist.errors import ConfigError, show
 from lowbit_dist.files import atomic_write
 from lowbit_dist.section import Section
 from lowbit_dist.tokenizer import FILES, MODEL

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_dist.answers import why_not_writable
 from lowbit_dist.config import ConfigError, Data
 from lowbit_dist.data.library import import_streaming
 from lowbit_dist.data.manifest import (
@@ -27,6 +26,7 @@ from lowbit_dist.data.manifest import (
     parse_index,
     parse_manifest,
 )
+from lowbit_dist.errors import why_not_writable
 from lowbit_dist.files import atomic_write, is_full, locked
 
 if TYPE_CHECKING:

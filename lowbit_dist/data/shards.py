@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_dist.answers import ConfigError
 from lowbit_dist.data.library import import_streaming
 from lowbit_dist.data.manifest import HASH, SPLITS
+from lowbit_dist.errors import ConfigError
 
 SHARD_BYTES = 1 << 24  # uncompressed
 HELD_TOKENS = 1 << 22  # a corpus of fewer tokens is held in memory until its split is decided

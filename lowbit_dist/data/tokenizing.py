@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit_dist import documents
-from lowbit_dist.answers import ConfigError
 from lowbit_dist.documents import text
+from lowbit_dist.errors import ConfigError
 from lowbit_dist.tokenizer import Tokenizer
 
 TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 
 def tokenised(
-    chosen: Sequence[documents.Part], tokenizer: Tokenizer, seed: int, workers: int | None
+    chosen: Sequence[documents.FileRange], tokenizer: Tokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
     # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
@@ -82,10 +82,10 @@ def _start_ray(workers: int | None) -> None:
     )
 
 
-def _bundles(chosen: Sequence[documents.Part]) -> list[str]:
+def _bundles(chosen: Sequence[documents.FileRange]) -> list[str]:
     """Consecutive parts, some MB together, as JSON; at most some ten thousand tasks."""
     enough = max(text.PART, sum(part.size for part in chosen) // 10_000)
-    bundles: list[list[documents.Part]] = []
+    bundles: list[list[documents.FileRange]] = []
     size = enough
     for part in chosen:
         if size >= enough:
@@ -110,7 +110,7 @@ def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> It
     if sha256 not in _loaded:
         _loaded[sha256] = Tokenizer(ray.get(model))
     tokenizer = _loaded[sha256]
-    parts = [documents.Part(*part) for part in json.loads(batch["parts"][0])]
+    parts = [documents.FileRange(*part) for part in json.loads(batch["parts"][0])]
     left = sum(part.size for part in parts)  # of the input, in bytes, for the progress bar
     key = seed.to_bytes(8, "little")
     chunk = _Chunk()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_dist import documents
-from lowbit_dist.answers import ConfigError
 from lowbit_dist.data import tokenizing
 from lowbit_dist.data.manifest import FORMAT, MANIFEST, is_remote, read_manifest
 from lowbit_dist.data.shards import Writer
+from lowbit_dist.errors import ConfigError
 from lowbit_dist.files import atomic_folder, atomic_write
 from lowbit_dist.tokenizer import FILES, MODEL, Tokenizer
 from lowbit_dist.tokenizer import load as load_tokenizer

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit_dist.answers import ConfigError
 from lowbit_dist.documents import jsonl, tables, text
-from lowbit_dist.documents.part import Part
+from lowbit_dist.documents.part import FileRange
+from lowbit_dist.errors import ConfigError
 
 PROBED = 1 << 24  # bytes of text that are read before anything else is done with it
 PROBE_SECONDS = 3.0
@@ -28,18 +28,18 @@ _INPUTS = "write stdlib, hf:NAME, or the path of text, .jsonl or .parquet"
 
 @dataclass(frozen=True)
 class Source:
-    parts: Callable[[str], Iterable[Part]]
-    documents: Callable[[Part], Iterator[str]]
+    parts: Callable[[str], Iterable[FileRange]]
+    documents: Callable[[FileRange], Iterator[str]]
 
 
-def parts(inputs: Iterable[str | Path]) -> list[Part]:
+def parts(inputs: Iterable[str | Path]) -> list[FileRange]:
     """All parts of `inputs`, in the order of the corpus, once their beginnings are seen to be text."""
-    found: list[Part] = []
+    found: list[FileRange] = []
     for given in inputs:
         found += _parts_of(str(given))
     if not found:
         raise ConfigError(f"--input is required; {_INPUTS}")
-    seen: dict[tuple[str, str, int], Part] = {}
+    seen: dict[tuple[str, str, int], FileRange] = {}
     for part in found:
         if seen.setdefault((part.source, part.path, part.start), part) is not part:
             raise ConfigError(f"--input: {part.path} is read twice; name it once")
@@ -47,7 +47,7 @@ def parts(inputs: Iterable[str | Path]) -> list[Part]:
     return found
 
 
-def _probe(found: list[Part]) -> None:
+def _probe(found: list[FileRange]) -> None:
     """ConfigError for a mistake at the beginning of any part, or anywhere in a small corpus.
 
     So it is answered before any process is started.  A mistake deep in a large corpus is answered by
@@ -65,7 +65,7 @@ def _probe(found: list[Part]) -> None:
                 break
 
 
-def read(chosen: Iterable[Part]) -> Iterator[str]:
+def read(chosen: Iterable[FileRange]) -> Iterator[str]:
     """The documents of the parts, in order; empty ones included."""
     for part in chosen:
         try:
@@ -76,7 +76,7 @@ def read(chosen: Iterable[Part]) -> Iterator[str]:
             ) from None
 
 
-def sample(chosen: list[Part], n_bytes: int) -> Iterator[str]:
+def sample(chosen: list[FileRange], n_bytes: int) -> Iterator[str]:
     """About `n_bytes` of documents: all of them, or the beginnings of evenly spaced parts."""
     if sum(part.size for part in chosen) > n_bytes:
         n = min(len(chosen), 64)
@@ -92,7 +92,7 @@ def sample(chosen: list[Part], n_bytes: int) -> Iterator[str]:
             left -= len(document.encode())
 
 
-def _parts_of(given: str) -> list[Part]:
+def _parts_of(given: str) -> list[FileRange]:
     if given == "stdlib" or given.startswith("hf:"):
         return list(SOURCES[given.partition(":")[0]].parts(given))
     if "://" in given:
@@ -124,7 +124,7 @@ def _kind(path: Path) -> str:
     return "parquet" if name.endswith(".parquet") else "text"
 
 
-def _folder(folder: Path) -> list[Part]:
+def _folder(folder: Path) -> list[FileRange]:
     found = [
         part
         for path in text.walk(folder, lambda name: name.startswith(".") or name == "__pycache__")

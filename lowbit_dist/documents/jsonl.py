@@ -7,22 +7,22 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from lowbit_dist.answers import ConfigError
 from lowbit_dist.documents import text
-from lowbit_dist.documents.part import Part, checked_text
+from lowbit_dist.documents.part import FileRange, checked_text
+from lowbit_dist.errors import ConfigError
 
 CHUNK = 1 << 20  # bytes read at once
 
 
-def parts(path: str) -> Iterator[Part]:
+def parts(path: str) -> Iterator[FileRange]:
     if path.lower().endswith(".jsonl"):
         yield from text.parts(path, "jsonl")
     else:
         stat = os.stat(path)  # a compressed file has no middle to start from
-        yield Part("jsonl", path, 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
+        yield FileRange("jsonl", path, 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
 
 
-def documents(part: Part) -> Iterator[str]:
+def documents(part: FileRange) -> Iterator[str]:
     is_compressed = not part.path.lower().endswith(".jsonl")
     lines = _lines(_decompressed(part.path)) if is_compressed else _lines_between(part)
     for number, line in enumerate(lines):
@@ -34,7 +34,7 @@ def documents(part: Part) -> Iterator[str]:
                 raise ConfigError(f"{part.path} line {before + number + 1:,} {error}") from None
 
 
-def _lines_between(part: Part) -> Iterator[bytes]:
+def _lines_between(part: FileRange) -> Iterator[bytes]:
     """The lines that begin inside the part."""
     with open(part.path, "rb") as file:
         if part.start:
@@ -44,7 +44,7 @@ def _lines_between(part: Part) -> Iterator[bytes]:
             yield line
 
 
-def _lines_before(part: Part) -> int:
+def _lines_before(part: FileRange) -> int:
     """How many lines begin before the part does; counted only to name a mistake's line."""
     n_lines, left = 1, part.start - 1
     with open(part.path, "rb") as file:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 
-class Part(NamedTuple):
+class FileRange(NamedTuple):
     """A piece of an input.  `start` and `stop` are bytes, row groups or rows, as its source has them."""
 
     source: str  # a key of documents.SOURCES

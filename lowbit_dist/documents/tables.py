@@ -4,18 +4,18 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from lowbit_dist.answers import ConfigError
-from lowbit_dist.documents.part import Part, checked_text
+from lowbit_dist.documents.part import FileRange, checked_text
+from lowbit_dist.errors import ConfigError
 
 ROWS = 10_000  # of a Hugging Face dataset in a part
 
 
-def parquet_parts(path: str) -> Iterator[Part]:
+def parquet_parts(path: str) -> Iterator[FileRange]:
     stamp = os.stat(path).st_mtime_ns
     file = _parquet_file(path)
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).total_byte_size
-        yield Part("parquet", path, group, group + 1, size, stamp)
+        yield FileRange("parquet", path, group, group + 1, size, stamp)
 
 
 def _parquet_file(path: str) -> Any:
@@ -46,7 +46,7 @@ def _parquet_file(path: str) -> Any:
     return file
 
 
-def parquet_documents(part: Part) -> Iterator[str]:
+def parquet_documents(part: FileRange) -> Iterator[str]:
     from pyarrow import ArrowException
 
     file = _parquet_file(part.path)
@@ -94,7 +94,7 @@ def _hf_dataset(given: str) -> Any:
         ) from None
 
 
-def hf_parts(given: str) -> Iterator[Part]:
+def hf_parts(given: str) -> Iterator[FileRange]:
     dataset = _hf_dataset(given)
     if "text" not in dataset.column_names:
         raise ConfigError(
@@ -103,10 +103,10 @@ def hf_parts(given: str) -> Iterator[Part]:
     row_bytes = (dataset.dataset_size or 0) // max(1, len(dataset)) or 1000
     for start in range(0, len(dataset), ROWS):
         stop = min(start + ROWS, len(dataset))
-        yield Part("hf", given, start, stop, (stop - start) * row_bytes)
+        yield FileRange("hf", given, start, stop, (stop - start) * row_bytes)
 
 
-def hf_documents(part: Part) -> Iterator[str]:
+def hf_documents(part: FileRange) -> Iterator[str]:
     dataset = _hf_dataset(part.path)
     for start in range(part.start, part.stop, 256):
         for k, text in enumerate(dataset[start : min(start + 256, part.stop)]["text"]):

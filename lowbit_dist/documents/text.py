@@ -5,21 +5,21 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lowbit_dist.answers import ConfigError
-from lowbit_dist.documents.part import Part
+from lowbit_dist.documents.part import FileRange
+from lowbit_dist.errors import ConfigError
 
 PIECE = 1 << 16  # bytes; a text file longer than this is cut at the line ends behind its multiples
 PART = 1 << 22  # bytes of a part of a text or .jsonl file
 
 
-def parts(path: str, source: str = "text") -> Iterator[Part]:
+def parts(path: str, source: str = "text") -> Iterator[FileRange]:
     stat = os.stat(path)
     for start in range(0, stat.st_size, PART):
         stop = min(start + PART, stat.st_size)
-        yield Part(source, path, start, stop, stop - start, stat.st_mtime_ns)
+        yield FileRange(source, path, start, stop, stop - start, stat.st_mtime_ns)
 
 
-def documents(part: Part) -> Iterator[str]:
+def documents(part: FileRange) -> Iterator[str]:
     with open(part.path, "rb") as file:
         start = part.start
         if start:
@@ -51,7 +51,7 @@ def _decoded(data: bytes, path: str, start: int) -> str:
 _NOT_LIBRARY = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-def stdlib_parts(_: str) -> Iterator[Part]:
+def stdlib_parts(_: str) -> Iterator[FileRange]:
     """The standard library's sources as the running interpreter has them, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in walk(root, lambda name: name in _NOT_LIBRARY or name.startswith((".", "_sysconfigdata"))):

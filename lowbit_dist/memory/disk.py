@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lowbit_dist.answers import in_bytes
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.errors import in_bytes
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.memory.resident import scale_bytes, shapes, state_bytes
 from lowbit_dist.model import low_bit_names

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lowbit_dist import configfile
-from lowbit_dist.answers import in_bytes, plain
 from lowbit_dist.config import PRESETS, ConfigError, RunConfig, Sizes
+from lowbit_dist.errors import in_bytes, plain
 from lowbit_dist.memory.disk import checkpoint_bytes
 from lowbit_dist.memory.machine import MemoryBudget, local_budget
 from lowbit_dist.memory.plan import at_rest, planned

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lowbit_dist.answers import ConfigError, nearest_multiple
+from lowbit_dist.errors import ConfigError, nearest_multiple
 from lowbit_dist.grid import GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method

@@ -16,6 +16,6 @@ folders and nothing that they need, so whatever works on a run works on a child.
 """
 
 from lowbit_dist.sweep.definition import Child, Sweep
-from lowbit_dist.sweep.running import Outcome, Progress, run
+from lowbit_dist.sweep.running import SweepProgress, SweepResult, run
 
-__all__ = ["Child", "Outcome", "Progress", "Sweep", "run"]
+__all__ = ["Child", "Sweep", "SweepProgress", "SweepResult", "run"]

@@ -17,7 +17,7 @@ from lowbit_dist import cluster
 from lowbit_dist.config import ConfigError
 
 
-class Lines:
+class EventLines:
     """Tells events; rows are in the run's folder, where the sweep reads them."""
 
     def say(self, text: str) -> None:
@@ -33,7 +33,7 @@ def main() -> int:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     from lowbit_dist import configfile
 
-    lines = Lines()
+    lines = EventLines()
     try:
         cluster.launch(configfile.load(sys.argv[1]), progress=lines)
     except cluster.Stopped as stopped:

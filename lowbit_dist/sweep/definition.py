@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from lowbit_dist.answers import ConfigError, explained, nearest, show
 from lowbit_dist.config import FilePath, RunConfig, RunName, Section
+from lowbit_dist.errors import ConfigError, format_error, nearest, show
 from lowbit_dist.yamlfile import read_yaml, written
 
 EXAMPLE = "write sweep: {name: methods}, base: quickstart.yaml, seeds: [0, 1], for example"
@@ -161,7 +161,7 @@ def _read(file: Path) -> Definition:
     except ValidationError as error:
         first: dict[str, Any] = {**error.errors(include_url=False, include_context=True)[0]}
         place = [str(part) for part in first["loc"] if part != "[key]"]
-        raise ConfigError(explained(Definition, {**first, "loc": ()}, tuple(place))) from None
+        raise ConfigError(format_error(Definition, {**first, "loc": ()}, tuple(place))) from None
 
 
 def _children(definition: Definition, base: Path, folder: Path) -> Iterator[Child]:

@@ -28,10 +28,10 @@ from lowbit_dist.sweep.definition import Child, Sweep
 POLL = 0.2  # seconds
 CHILDREN = ".children"  # in a sweep's folder: the configuration of each child, and what its process said
 
-State = Literal["finished", "failed", "stopped", "waiting"]
+ChildState = Literal["finished", "failed", "stopped", "waiting"]
 
 
-class Progress(Protocol):
+class SweepProgress(Protocol):
     """Who is told how the sweep goes on."""
 
     def say(self, text: str) -> None:
@@ -43,15 +43,15 @@ class Progress(Protocol):
     def row(self, child: Child, row: Mapping[str, Any]) -> None:
         """A line of its `metrics.jsonl`, as it has just been written."""
 
-    def ends(self, child: Child, state: State, why: str) -> None:
+    def ends(self, child: Child, state: ChildState, why: str) -> None:
         """Its process has ended; `why` is empty for a finished one."""
 
 
 @dataclass
-class Outcome:
+class SweepResult:
     """How a sweep ended."""
 
-    states: dict[str, State]  # of each child, by its name
+    states: dict[str, ChildState]  # of each child, by its name
     why: dict[str, str]  # of those that failed
     signum: int | None  # that stopped the sweep
     comparison: dict[str, Any]
@@ -75,7 +75,7 @@ class _Signals:
         self.received.append(signum)
 
 
-def run(sweep: Sweep, progress: Progress) -> Outcome:
+def run(sweep: Sweep, progress: SweepProgress) -> SweepResult:
     """Train what is not finished, compare all, and hand it to MLflow.
 
     Every child is checked before the first one starts.
@@ -98,7 +98,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             status = "KILLED" if signum is not None else "FINISHED" if is_done else "FAILED"
             parent.finish(status, [sweep.file, *files], compare.markdown(found))
         run_id = None if parent is None else parent.run_id
-        return Outcome(states, why, signum, found, files, run_id)
+        return SweepResult(states, why, signum, found, files, run_id)
 
 
 def _check(sweep: Sweep) -> None:
@@ -140,7 +140,7 @@ def _noting_signals() -> Iterator[_Signals]:
 # ------------------------------------------------------------------ how many at once
 
 
-def _at_once(sweep: Sweep, progress: Progress) -> int:
+def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
     if sweep.options.at_once != "auto":
         return sweep.options.at_once
     waiting = [child.config for child in sweep.children if finished(child.config) is None]
@@ -179,10 +179,10 @@ def _in_memory(configs: list[RunConfig]) -> int:
 
 
 def _train_all(
-    sweep: Sweep, n: int, signals: _Signals, parent: "tracking.Parent | None", progress: Progress
-) -> tuple[dict[str, State], dict[str, str]]:
+    sweep: Sweep, n: int, signals: _Signals, parent: "tracking.Parent | None", progress: SweepProgress
+) -> tuple[dict[str, ChildState], dict[str, str]]:
     """The state of each child once no process is left, and why some failed."""
-    states: dict[str, State] = {
+    states: dict[str, ChildState] = {
         child.name: "waiting" if finished(child.config) is None else "finished" for child in sweep.children
     }
     why: dict[str, str] = {}
@@ -229,7 +229,7 @@ def _train_all(
     return states, why
 
 
-def _start(sweep: Sweep, child: Child, progress: Progress) -> _Running:
+def _start(sweep: Sweep, child: Child, progress: SweepProgress) -> _Running:
     place = sweep.folder / CHILDREN
     place.mkdir(exist_ok=True)
     config = place / f"{child.name}.yaml"
@@ -257,7 +257,7 @@ class _Rows:
     """Hands on a child's rows; its events are in its log."""
 
     child: Child
-    progress: Progress
+    progress: SweepProgress
 
     def say(self, text: str) -> None:
         pass
@@ -266,7 +266,7 @@ class _Rows:
         self.progress.row(self.child, row)
 
 
-def _ended(sweep: Sweep, child: Child, code: int) -> tuple[State, str]:
+def _ended(sweep: Sweep, child: Child, code: int) -> tuple[ChildState, str]:
     if code == 0:
         return "finished", ""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGINT):

@@ -18,7 +18,7 @@ class ConfigError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-def explained(section: type[BaseModel], error: dict[str, Any], prefix: tuple[str, ...]) -> str:
+def format_error(section: type[BaseModel], error: dict[str, Any], prefix: tuple[str, ...]) -> str:
     """One of pydantic's errors as `section.field (value) rule; what to write instead`."""
     info = None
     inside: Any = section

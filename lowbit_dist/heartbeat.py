@@ -1,9 +1,9 @@
-"""A worker's sign of life: a file in the run's folder that says how far its training is.
+"""A worker's heartbeat: a file in the run's folder that says how far its training is.
 
-`Pulse.beat` is called by the training loop wherever it gets on; a thread writes the file, so one that grows
-old means a process that does not run, and one that stays the same means a loop that is stuck.  The thread
-also ends a worker that has been given up: a later start of the run leaves a line in the run's folder, which
-is seen even where Ray, cut off, is not.
+`Heartbeat.beat` is called by the training loop whenever it makes progress; a thread writes the file, so one
+that grows old means a process that does not run, and one that stays the same means a loop that is stuck.  The
+thread also ends a worker that has been given up: a later start of the run leaves a line in the run's folder,
+which is seen even where Ray, cut off, is not.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def count_starts(run_dir: Path) -> int:
         return 0
 
 
-class Pulse:
+class Heartbeat:
     """Writes `.workers/RANK.json` of start number `start` until `close`."""
 
     def __init__(self, run_dir: Path, *, rank: int, start: int, node: str = ""):
@@ -53,7 +53,7 @@ class Pulse:
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
         self._write()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def beat(self, phase: str, step: int) -> None:
@@ -93,7 +93,7 @@ class Pulse:
                 os.close(descriptor)
 
 
-def pulses(run_dir: Path, start: int | None = None) -> list[dict[str, Any]]:
+def read(run_dir: Path, start: int | None = None) -> list[dict[str, Any]]:
     """What the workers last wrote, by rank; only those of start number `start` if it is given."""
     found = []
     for file in (run_dir / FOLDER).glob("*.json"):

@@ -9,20 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowbit_dist import configfile, pulse
-from lowbit_dist.cluster import watch
+from lowbit_dist import configfile, heartbeat
+from lowbit_dist.cluster import watchdog
 
 
 @pytest.fixture
 def beating(tmp_path):
-    (tmp_path / pulse.STARTS).write_text("{}\n")
-    made = pulse.Pulse(tmp_path, rank=0, start=1, node="abc")
+    (tmp_path / heartbeat.STARTS).write_text("{}\n")
+    made = heartbeat.Heartbeat(tmp_path, rank=0, start=1, node="abc")
     yield made
     made.close()
 
 
 def file_of(tmp_path, rank=0):
-    return tmp_path / pulse.FOLDER / f"{rank}.json"
+    return tmp_path / heartbeat.FOLDER / f"{rank}.json"
 
 
 def wait_for(condition):
@@ -32,42 +32,42 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def test_a_pulse_tells_where_the_loop_is_and_that_the_process_runs(tmp_path, beating):
-    first = pulse.pulses(tmp_path)[0]
+def test_a_heartbeat_tells_where_the_loop_is_and_that_the_process_runs(tmp_path, beating):
+    first = heartbeat.read(tmp_path)[0]
     assert (first["rank"], first["pid"], first["node"], first["start"]) == (0, os.getpid(), "abc", 1)
     assert (first["phase"], first["beats"], first["step_seconds"]) == ("start", 0, None)
     for step in (1, 2, 3):
         beating.beat("step", step)
         beating.beat("step", step)
-    wait_for(lambda: pulse.pulses(tmp_path)[0]["beats"] == 6)
-    now = pulse.pulses(tmp_path)[0]
+    wait_for(lambda: heartbeat.read(tmp_path)[0]["beats"] == 6)
+    now = heartbeat.read(tmp_path)[0]
     assert (now["phase"], now["step"]) == ("step", 3)
     assert now["step_seconds"] < 1
     assert now["time"] > first["time"]
-    assert file_of(tmp_path).stat().st_size == pulse.ROOM
+    assert file_of(tmp_path).stat().st_size == heartbeat.ROOM
     beating.close()
-    assert pulse.pulses(tmp_path) == []
+    assert heartbeat.read(tmp_path) == []
 
 
-def test_pulses_of_other_starts_and_torn_files_are_left_out(tmp_path, beating):
-    assert len(pulse.pulses(tmp_path, 1)) == 1
-    assert pulse.pulses(tmp_path, 2) == []
+def test_heartbeats_of_other_starts_and_torn_files_are_left_out(tmp_path, beating):
+    assert len(heartbeat.read(tmp_path, 1)) == 1
+    assert heartbeat.read(tmp_path, 2) == []
     file_of(tmp_path, 1).write_text("{")
-    assert len(pulse.pulses(tmp_path)) == 1
+    assert len(heartbeat.read(tmp_path)) == 1
 
 
 def test_a_worker_that_was_given_up_ends_itself(tmp_path):
     """As one whose machine was cut off does when it sees the run's folder again."""
-    (tmp_path / pulse.STARTS).write_text("{}\n")
+    (tmp_path / heartbeat.STARTS).write_text("{}\n")
     code = (
-        "import sys, time; from pathlib import Path; from lowbit_dist.pulse import Pulse;"
-        "Pulse(Path(sys.argv[1]), rank=0, start=1); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from lowbit_dist.heartbeat import Heartbeat;"
+        "Heartbeat(Path(sys.argv[1]), rank=0, start=1); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path])
-    wait_for(lambda: pulse.pulses(tmp_path))
-    time.sleep(2 * pulse.EVERY)
+    wait_for(lambda: heartbeat.read(tmp_path))
+    time.sleep(2 * heartbeat.EVERY)
     assert process.poll() is None
-    with (tmp_path / pulse.STARTS).open("a") as file:
+    with (tmp_path / heartbeat.STARTS).open("a") as file:
         file.write("{}\n")
     assert process.wait(10) == 1
 
@@ -78,27 +78,27 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 1000.0
         clock = SimpleNamespace(monotonic=lambda: self.now, strftime=time.strftime)
-        monkeypatch.setattr(watch, "time", clock)
+        monkeypatch.setattr(watchdog, "time", clock)
 
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch, small):
-    """`look(seconds, *pulses)`: what the watch says when the workers' files read so, `seconds` later."""
+    """`look(seconds, *heartbeats)`: what the watch says when the workers' files read so, `seconds` later."""
     clock = Clock(monkeypatch)
     config = configfile.from_dict(small(cluster={"hang_timeout": 30}))
-    (config.run_dir / pulse.FOLDER).mkdir(parents=True)
-    monkeypatch.setattr(watch, "stacks_of", lambda found, and_kill: [])
-    monkeypatch.setattr(watch.Watch, "_run", lambda self: None)
-    looker = watch.Watch(config, 1, None, 0, lambda failure: None)
+    (config.run_dir / heartbeat.FOLDER).mkdir(parents=True)
+    monkeypatch.setattr(watchdog, "stacks_of", lambda found, and_kill: [])
+    monkeypatch.setattr(watchdog.Watchdog, "_run", lambda self: None)
+    looker = watchdog.Watchdog(config, 1, None, 0, lambda failure: None)
 
-    def look(seconds, *pulses):
+    def look(seconds, *heartbeats):
         clock.now += seconds
-        for rank, (phase, beats, alive) in enumerate(pulses):
+        for rank, (phase, beats, alive) in enumerate(heartbeats):
             content = {
                 "rank": rank, "pid": 1, "host": "h", "node": "n", "start": 1, "phase": phase, "step": 7,
                 "beats": beats, "step_seconds": 0.5, "time": alive,
             }  # fmt: skip
-            (config.run_dir / pulse.FOLDER / f"{rank}.json").write_text(json.dumps(content))
+            (config.run_dir / heartbeat.FOLDER / f"{rank}.json").write_text(json.dumps(content))
         failure = looker._hang()
         return failure and failure.text
 
@@ -121,7 +121,7 @@ def test_the_worker_that_is_behind_is_the_one_that_is_named(watched):
 def test_progress_of_any_kind_and_slow_phases_are_no_hang(watched):
     for i in range(10):
         assert watched(25, ("step", i, i), ("step", i, i)) is None
-    for beats, phase in enumerate(pulse.SLOW, start=50):
+    for beats, phase in enumerate(heartbeat.SLOW, start=50):
         assert watched(0, (phase, beats, -1), ("step", beats, -1)) is None
         for i in range(23):
             assert watched(25, (phase, beats, i), ("step", beats, i)) is None
@@ -130,5 +130,5 @@ def test_progress_of_any_kind_and_slow_phases_are_no_hang(watched):
 
 def test_without_a_wish_the_limit_follows_the_median_step(small):
     config = configfile.from_dict(small())
-    assert watch.hang_limit(config, [{"step_seconds": None}, {"step_seconds": 0.5}]) == 60
-    assert watch.hang_limit(config, [{"step_seconds": 4.0}, {"step_seconds": 10.0}]) == 200
+    assert watchdog.hang_limit(config, [{"step_seconds": None}, {"step_seconds": 0.5}]) == 60
+    assert watchdog.hang_limit(config, [{"step_seconds": 4.0}, {"step_seconds": 10.0}]) == 200

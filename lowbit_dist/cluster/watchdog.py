@@ -1,7 +1,8 @@
 """Watching the workers from outside: machines that are lost, training that hangs, room that grows.
 
 Ray notices a dead process at once, a lost machine after a while, and a stopped or stuck worker never; gloo
-and NCCL wait for half an hour.  So the workers' pulses and their machines are looked at here, each second.
+and NCCL wait for half an hour.  So the workers' heartbeats and their machines are looked at here,
+each second.
 """
 
 import sys
@@ -10,21 +11,21 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lowbit_dist import pulse
+from lowbit_dist import heartbeat
 from lowbit_dist.cluster.driver import Failure
 from lowbit_dist.cluster.nodes import largest_worker_count, leaving_nodes, nodes, reachable, worker_slots
 from lowbit_dist.cluster.stacks import stacks_of
 from lowbit_dist.config import RunConfig
 
 EVERY = 1.0  # seconds between looks
-SILENCE = 12.0  # seconds without an answer after which a machine is lost
+NODE_TIMEOUT = 12.0  # seconds without an answer after which a machine is lost
 ROOM = 10.0  # seconds for which there must be room for more workers before they are started
 MEDIANS = 20  # of a step: without progress for so long, and at least LEAST, training hangs
 LEAST = 60.0  # seconds
-PATIENCE = 600.0  # seconds, for phases in which a worker may be busy for long
+SLOW_PHASE_TIMEOUT = 600.0  # seconds, for phases in which a worker may be busy for long
 
 
-class Watch:
+class Watchdog:
     """Looks after start number `start` of a run until `close`.
 
     machines: ids of the workers' machines on a cluster, None on this machine alone
@@ -40,7 +41,7 @@ class Watch:
         gpus: float,
         end: Callable[[Failure], None],
     ):
-        self.wish: str | None = None  # why the workers were asked to stop, for others to go on
+        self.restart_reason: str | None = None  # why the workers were asked to stop, for others to go on
         self._config, self._start, self._gpus, self._end = config, start, gpus, end
         self._machines = None if machines is None else sorted(set(machines))
         self._workers = 0 if machines is None else len(machines)
@@ -61,8 +62,12 @@ class Watch:
             failure = self._lost() or self._hang()
             if failure is not None and not self._is_over.is_set():
                 self._end(failure)
-            if self.wish is None and self._machines is not None and (wish := self._change()) is not None:
-                self.wish = wish
+            if (
+                self.restart_reason is None
+                and self._machines is not None
+                and (restart_reason := self._change()) is not None
+            ):
+                self.restart_reason = restart_reason
                 self._config.stop_file.touch()
 
     def _lost(self) -> Failure | None:
@@ -71,17 +76,17 @@ class Watch:
         for node in reachable(list(self._addresses.values())):
             self._answered[node.id] = time.monotonic()
         for id, answered in self._answered.items():
-            if now - answered > SILENCE:
+            if now - answered > NODE_TIMEOUT:
                 node = self._addresses[id]
                 return Failure(
                     f"machine {node.name} ({node.ip}) has not answered for {now - answered:.0f} s",
-                    is_rays=True,
+                    ray_failed=True,
                 )
         return None
 
     def _hang(self) -> Failure | None:
         """Training that does not get on: the stacks of all workers go to the log, and they are ended."""
-        found = pulse.pulses(self._config.run_dir, self._start)
+        found = heartbeat.read(self._config.run_dir, self._start)
         if not found:
             return None
         self._changes.note(found)
@@ -91,7 +96,11 @@ class Watch:
             seconds = self._changes.age(culprit, "time")
             what = "does not run"
         else:
-            patience = max(limit, PATIENCE) if any(each["phase"] in pulse.SLOW for each in found) else limit
+            patience = (
+                max(limit, SLOW_PHASE_TIMEOUT)
+                if any(each["phase"] in heartbeat.SLOW for each in found)
+                else limit
+            )
             seconds = min(self._changes.age(each, "beats") for each in found)
             if seconds <= patience:
                 return None
@@ -105,7 +114,7 @@ class Watch:
         for line in stacks_of(found, and_kill=True):
             print(line, file=sys.stderr)
         sys.stderr.flush()
-        return Failure(text, is_rays=True)
+        return Failure(text, ray_failed=True)
 
     def _change(self) -> str | None:
         """Why other workers should go on: a machine is about to go, or there is room for more."""
@@ -113,7 +122,7 @@ class Watch:
         if leaving := leaving_nodes() & set(self._machines):
             names = ", ".join(sorted(self._addresses[id].name for id in leaving if id in self._addresses))
             return f"{names or 'a machine'} is about to be taken away"
-        found = pulse.pulses(self._config.run_dir, self._start)
+        found = heartbeat.read(self._config.run_dir, self._start)
         steps = bool(found) and all(each["phase"] == "step" for each in found)
         if self._workers == self._config.workers or not steps:
             self._roomy_since = None
@@ -140,7 +149,7 @@ def hang_limit(config: RunConfig, found: Iterable[dict[str, Any]]) -> float:
 
 
 class _Changes:
-    """When each worker's pulse was last seen to change; clocks of other machines are not compared."""
+    """When each worker's heartbeat was last seen to change; clocks of other machines are not compared."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, str], tuple[Any, float]] = {}
@@ -154,7 +163,7 @@ class _Changes:
                     self._seen[each["rank"], key] = (each[key], now)
 
     def age(self, one: dict[str, Any], key: str) -> float:
-        """Seconds since `key` of a worker's pulse changed."""
+        """Seconds since `key` of a worker's heartbeat changed."""
         return time.monotonic() - self._seen[one["rank"], key][1]
 
 
