@@ -4,6 +4,7 @@ Every figure states its unit on its axis; colours are the Okabe-Ito palette, tol
 readers.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,53 @@ def loss_against_bytes(
     return _saved(figure, path)
 
 
+def layer_heat(rows: Sequence[Mapping[str, Any]], metric: str, path: str | Path) -> Path:
+    """Draw a number of every layer over a run, a strip for each; rows are those of `layers.jsonl`."""
+    names = [name for name in rows[-1]["layers"] if metric in rows[-1]["layers"][name]]
+    values = [[row["layers"].get(name, {}).get(metric, math.nan) for row in rows] for name in names]
+    figure, axes = _figure(7.2, min(12.0, 1.6 + 0.16 * len(names)))
+    edges = [row["step"] for row in rows]
+    steps = [*edges, edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1)]
+    mesh = axes.pcolormesh(steps, range(len(names) + 1), values, cmap="viridis")
+    every = -(-len(names) // 60)  # labels that can still be read
+    axes.set_yticks([i + 0.5 for i in range(len(names))][::every], [_short(name) for name in names][::every])
+    axes.tick_params(axis="y", labelsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("step")
+    axes.set_title(f"{metric.replace('_', ' ')} of each layer", loc="left", fontsize=12, color=INK)
+    figure.colorbar(mesh, ax=axes, format="%.2g")
+    return _saved(figure, path)
+
+
+def layer_curves(
+    groups: Mapping[str, Mapping[str, float]],  # -> layer -> number
+    path: str | Path,
+    *,
+    colours: Colours,
+    title: str = "Flip rate of each layer, the mean of all log steps",
+) -> Path:
+    """Draw a number of every layer, in the order of the model, for each group."""
+    figure, axes = _figure(7.2, 4.2)
+    for group, layers in groups.items():
+        colour, style, _ = _look(colours[group])
+        axes.plot(range(len(layers)), list(layers.values()), color=colour, ls=style, lw=1.4, label=group)
+    names = max(([*layers] for layers in groups.values()), key=len)
+    every = -(-len(names) // 14)
+    axes.set_xticks(
+        range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right"
+    )
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    _legend_below(figure, axes)
+    return _saved(figure, path)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("layers.").removesuffix(".weight")
+
+
 def _look(number: int) -> tuple[str, str, str]:
     """Colour, line style and marker; the styles change when the colours are used up."""
     n = len(PALETTE)
@@ -205,6 +253,22 @@ def _legend_below(figure: "Figure", axes: "Axes") -> None:
         fontsize=9,
         handlelength=1.6,
     )
+
+
+def bytes_per_parameter(memory: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Resident bytes of a run's summary and of its baselines, over all parameters, as bars show them."""
+    named = {
+        "this run": memory,
+        "dense, fp32 AdamW": memory["plan_dense"],
+        "BitNet STE": memory["plan_bitnet"],
+    }
+    return {
+        name: {
+            part: one["components"][part]["bytes"] * one["workers"] / one["parameters"]["total"]
+            for part in COMPONENTS
+        }
+        for name, one in named.items()
+    }
 
 
 def memory_bars_text(memory: Memory, *, width: int = 60) -> str:

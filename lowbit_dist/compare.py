@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist import charts
+from lowbit_dist import charts, runs
 from lowbit_dist.files import atomic_write
 from lowbit_dist.runs import RunFolder
-from lowbit_dist.tracking import bytes_per_parameter
 
 # Measure -> (its words, how its mean is written); the order is that of the table's columns.
 MEASURES = {
@@ -29,13 +28,13 @@ MEASURES = {
 ASIDE = ("run.", "tracking.", "data.cache", "train.keep_")
 
 
-def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
+def compare(members: Sequence[RunFolder]) -> dict[str, Any]:
     """Groups of runs, the best validation loss first, then those without one."""
-    members: dict[str, list[RunFolder]] = {}
-    for run in runs:
-        members.setdefault(_kind(run), []).append(run)
-    labels = _labels(list(members.values()))
-    groups = [_group(label, each) for label, each in zip(labels, members.values(), strict=True)]
+    kinds: dict[str, list[RunFolder]] = {}
+    for run in members:
+        kinds.setdefault(_kind(run), []).append(run)
+    labels = _labels(list(kinds.values()))
+    groups = [_group(label, kind) for label, kind in zip(labels, kinds.values(), strict=True)]
     return {"groups": sorted(groups, key=_rank)}
 
 
@@ -48,12 +47,12 @@ def _rank(group: Mapping[str, Any]) -> float:
     return float("inf") if mean is None else mean
 
 
-def _group(label: str, runs: list[RunFolder]) -> dict[str, Any]:
-    finished = [run for run in runs if run.state == "finished"]
+def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
+    finished = [run for run in members if run.state == "finished"]
     measured = [measures(run) for run in finished]
     return {
         "group": label,
-        "method": runs[0].config.method.label,
+        "method": members[0].config.method.label,
         "finished": len(finished),
         "runs": [
             {
@@ -65,9 +64,10 @@ def _group(label: str, runs: list[RunFolder]) -> dict[str, Any]:
                 "curve": _curve(run),
                 **(measures(run) if run.state == "finished" else {}),
             }
-            for run in runs
+            for run in members
         ],
         **{name: _spread([each[name] for each in measured]) for name in MEASURES},
+        "layer_flips": _layer_flips(members),
     }
 
 
@@ -84,7 +84,9 @@ def measures(run: RunFolder) -> dict[str, float | None]:
     return {
         "val_loss": summary.get("val_loss"),
         "perplexity": summary.get("perplexity"),
-        "bytes_per_parameter": sum(bytes_per_parameter(memory)["this run"].values()) if memory else None,
+        "bytes_per_parameter": sum(charts.bytes_per_parameter(memory)["this run"].values())
+        if memory
+        else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "flip_rate": statistics.fmean(flips) if flips else None,
     }
@@ -104,6 +106,15 @@ def _curve(run: RunFolder) -> list[tuple[float, float]]:
     """Tokens and training loss."""
     keys = ("tokens", "loss")
     return [(row["tokens"], row["loss"]) for row in run.rows if all(row.get(key) is not None for key in keys)]
+
+
+def _layer_flips(members: Sequence[RunFolder]) -> dict[str, float]:
+    """Layer -> its flip rate, the mean over the log steps of all runs; layers in the order of the model."""
+    rates: dict[str, list[float]] = {}
+    for run in members:
+        for name, values in runs.layer_flips(run.folder).items():
+            rates.setdefault(name, []).extend(values)
+    return {name: statistics.fmean(values) for name, values in rates.items()}
 
 
 def _labels(groups: list[list[RunFolder]]) -> list[str]:
@@ -192,6 +203,11 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
         with atomic_write(folder / "loss-against-tokens.png") as draft:
             charts.loss_curves(curves, draft, colours=colours)
         written.append(folder / "loss-against-tokens.png")
+    flips = {group["group"]: group["layer_flips"] for group in found["groups"] if group["layer_flips"]}
+    if flips:
+        with atomic_write(folder / "flips-per-layer.png") as draft:
+            charts.layer_curves(flips, draft, colours=colours)
+        written.append(folder / "flips-per-layer.png")
     if points:
         with atomic_write(folder / "loss-against-bytes.png") as draft:
             charts.loss_against_bytes(points, draft, colours=colours)

@@ -14,20 +14,24 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
 STARTS = "starts.jsonl"  # in a run's folder: a line for each start
 EVERY = 1.0  # seconds between writes
-ROOM = 512  # bytes of the file, always: it is written over in place, for which a full disk has room
+ROOM = 1024  # bytes of the file, always: it is written over in place, for which a full disk has room
 SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a beat
 
-Beat = Callable[[str, int], None]
+
+class Beat(Protocol):
+    """What the training loop calls whenever it makes progress."""
+
+    def __call__(self, phase: str, step: int, memory: Mapping[str, int] | None = None) -> None: ...
 
 
-def no_beat(phase: str, step: int) -> None:
+def no_heartbeat(phase: str, step: int, memory: Mapping[str, int] | None = None) -> None:
     """For training loops that nobody watches."""
 
 
@@ -47,6 +51,7 @@ class Heartbeat:
         self._file = run_dir / FOLDER / f"{rank}.json"
         self._fixed = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "node": node}
         self._phase, self._step, self._beats = "start", 0, 0
+        self._memory: Mapping[str, int] = {}
         self._seconds: deque[float] = deque(maxlen=64)  # of the last steps
         self._step_began: float | None = None
         self._is_over = threading.Event()
@@ -56,14 +61,18 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def beat(self, phase: str, step: int) -> None:
-        """The loop got on, in `phase` (start, step, eval, save, end) of `step`."""
+    def beat(self, phase: str, step: int, memory: Mapping[str, int] | None = None) -> None:
+        """The loop made progress, in `phase` (start, step, eval, save, end) of `step`.
+
+        memory: component -> bytes of this worker, when they were measured
+        """
         now = time.monotonic()
         if step != self._step:
             if self._step_began is not None:
                 self._seconds.append(now - self._step_began)
             self._step_began = now
         self._phase, self._step = phase, step
+        self._memory = self._memory if memory is None else memory
         self._beats += 1
 
     def close(self) -> None:
@@ -83,6 +92,7 @@ class Heartbeat:
         content = {
             **self._fixed, "start": self._start, "phase": self._phase, "step": self._step,
             "beats": self._beats, "step_seconds": seconds, "time": time.time(),
+            "memory": self._memory,
         }  # fmt: skip
         text = json.dumps(content).encode().ljust(ROOM - 1) + b"\n"
         with contextlib.suppress(OSError):

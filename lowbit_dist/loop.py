@@ -5,13 +5,12 @@ and j. Losses travel as vectors with a place for each micro-batch, so their mean
 computed which.
 """
 
-import contextlib
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,165 +19,244 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, memory, model, ops, statistics, tracking
+from lowbit_dist import checkpoint, data, guard, memory, model, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import atomic_write
-from lowbit_dist.heartbeat import Beat, no_beat
+from lowbit_dist.heartbeat import Beat, no_heartbeat
 from lowbit_dist.optim import schedule
-from lowbit_dist.runs import BASELINES
+from lowbit_dist.record import Record
 from lowbit_dist.zero import Engine, Update
+from lowbit_dist.zero.engine import Step
 
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, restarts: int = 0, beat: Beat = no_beat) -> dict[str, Any] | None:
+def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat) -> dict[str, Any] | None:
     """Train to the last step inside an initialised process group; every worker returns the run's summary.
 
-    A run that has checkpoints goes on from the newest undamaged one.  None if it was asked to stop
-    (`config.stop_file`): then a checkpoint of its last step is there.  `beat` is told
-    wherever training gets on.
+    A run that has checkpoints resumes from the newest undamaged one.  None if it was asked to stop
+    (`config.stop_file`): then a checkpoint of its last step is there.  `heartbeat` is called whenever
+    training makes progress.
     """
-    manifest = data.check(config)
-    engine = _build(config, manifest.vocab_size)
-    batches = data.Batches(config.data, "train", config.run.seed)
-    position = _resume(config, engine)
-    tracker = _start_tracking(config, position) if engine.rank == 0 else None
-    saver = _saver(config, engine, manifest)
-    gauges = _start_gauges(config, engine, manifest, restarts)
-    size, steps, first = config.train.micro_batch, config.train.steps, position.step + 1
-    peak: dict[str, Any] = {}
-    val_loss: float | None = None
-    stop, ended = False, False
-    clock = _Clock()
-
-    try:
-        while position.step < steps and not stop:
-            step, began = position.step + 1, time.monotonic()
-            lr_factor, decay_factor = schedule.rate(config.schedule, step, steps)
-            lr, decay = config.optimizer.lr * lr_factor, config.optimizer.weight_decay * decay_factor
-            logs = _is_due(step, config.train.log_every, steps)
-
-            now = ops.Now(lr=lr, weight_decay=decay, step=step, seed=config.run.seed)
-            limit = guard.norm_limit(position.norms, config.train.max_grad_ratio)
-            # The second step of a process is its first with every buffer in place: its memory is the run's.
-            sampled = step == min(first + 1, steps)
-            with (
-                memory.track_peak(engine) if sampled else nullcontext(peak) as peak,
-                engine.step(now, limit) as passes,
-            ):
-                # A place for each micro-batch, and one by which worker 0 tells the others to stop.
-                losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
-                for j in range(engine.rank, engine.micro_batches, engine.world):
-                    tokens = batches.micro_batch(position.samples + j * size, size)
-                    losses[j] = passes.backward(tokens.to(engine.device)).double()
-                    beat("step" if step > first else "start", step)
-                losses[-1] = float(engine.rank == 0 and config.stop_file.exists())
-                dist.all_reduce(losses)
-                loss, stop = losses[:-1].mean().item(), bool(losses[-1] > 0)
+    train = config.train
+    with _worker(config, restarts, heartbeat) as worker:
+        position = worker.start
+        while position.step < train.steps and not worker.stops:
+            now = schedule.now(config, position.step + 1)
+            limit = guard.norm_limit(position.norms, train.max_grad_ratio)
+            logs = _is_due(now.step, train.log_every, train.steps)
+            with worker.sampled(now.step), worker.engine.step(now, limit, norms=logs) as step:
+                loss = worker.passes(step, position)
                 spike = guard.is_spike(loss, position.losses)
-                goes_back = spike and config.train.on_spike == "rollback"
-                if goes_back or not math.isfinite(loss):
-                    passes.drop()
-                before = statistics.viewed_levels(engine) if logs else {}
-            update = passes.done
-            clock.count(engine.micro_batches * size * config.data.seq_len)
-            gauges.stepped(step, time.monotonic() - began)
+                rolls_back = spike and train.on_spike == "rollback"
+                if rolls_back or not math.isfinite(loss):
+                    step.drop()
+                before = worker.layers.viewed() if logs else {}
+            _warn(now.step, loss, position, step.done, spike=spike)
 
-            if spike:
-                log.warning("step %d: loss spike, %.4f after %.4f", step, loss, position.losses[-1])
-            if goes_back:
-                saver.wait()
-                beat("start", step)
-                if (earlier := _rolled_back(config, engine, position)) is not None:
-                    position = earlier
-                    if tracker is not None:
-                        tracker.rewind(position.step)
-                    continue
-            if update.skipped:
-                log.warning("step %d skipped: loss %.4g, gradient norm %.4g", step, loss, update.grad_norm)
-            position = _advanced(position, engine, config, loss, update)
-            metrics: dict[str, float | None] = {}
+            if rolls_back and (earlier := worker.roll_back(position)) is not None:
+                position = earlier
+                continue
+            position = worker.advance(position, loss, step.done)
             if logs:
-                n_low_bit = sum(engine.numels[name] for name in engine.low_bit)
-                n_steps = position.loss_count
-                if n_steps:
-                    position = replace(position, train_loss=position.loss_sum / n_steps)
-                metrics = {
-                    "tokens": position.tokens,
-                    "loss": position.train_loss if n_steps else None,
-                    "lr": lr,
-                    "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
-                    "tokens_per_second": clock.rate(),
-                    "skipped_steps": position.skipped_steps,
-                    "rollbacks": position.rollbacks,
-                    "restarts": restarts,
-                }
-                if n_low_bit:
-                    metrics["flip_rate"] = position.flips / max(n_steps, 1) / n_low_bit
-                of_levels, flip_rates = statistics.measure(engine, before, update)
-                measured = memory.measure(engine, peak)
-                metrics |= of_levels | memory.metrics(measured)
-                gauges.memory(measured)
-                gauges.layers(flip_rates)
-                position = replace(position, loss_sum=0.0, loss_count=0, flips=0)
-            if _is_due(step, config.train.eval_every, steps):
-                with clock.paused():
-                    val_loss = evaluate(engine, config, manifest, beat=partial(beat, "eval", step))
-                metrics |= _quality(val_loss, manifest)
-            if tracker is not None:
-                tracker.begin()  # not before the first step, for which all workers wait
-                if metrics:
-                    tracker.log(step, metrics)
-                    gauges.log(metrics)
-            _check_recovers(config, position, loss, update, limit)
-            if _is_due(step, config.train.save_every, steps):
-                beat("save", step)
-                if tracker is not None:
-                    position = replace(position, mlflow_run_id=tracker.run_id_so_far)
-                with clock.paused():
-                    saver.save(engine.shards, position)
-                beat("step", step)
+                position = worker.log(position, now.lr, before, step.done)
+            if _is_due(now.step, train.eval_every, train.steps):
+                worker.evaluate(now.step)
+            worker.write(now.step)
+            _check_recovers(config, position, loss, step.done, limit)
+            if _is_due(now.step, train.save_every, train.steps):
+                worker.save(position)
+        return worker.finish(position)
 
-        beat("end", position.step)
-        if stop and position.step < steps:
-            saver.finish(engine.shards, position)
-            log.info("stopped at step %d: its checkpoint is saved", position.step)
-            ended = True
+
+class _Worker:
+    """What one worker trains with, and what it has measured since it last wrote."""
+
+    def __init__(self, config: RunConfig, restarts: int, heartbeat: Beat):
+        self.config, self.restarts, self.heartbeat = config, restarts, heartbeat
+        self.manifest = data.check(config)
+        self.engine = engine = _build(config, self.manifest.vocab_size)
+        self.layers = statistics.Layers(engine)
+        self.batches = data.Batches(config.data, "train", config.run.seed)
+        self.start = _load_newest(config, engine)
+        if engine.rank == 0:
+            _prepare_folder(config, self.manifest, engine.world)
+        self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
+        facts = {"vocab_size": self.manifest.vocab_size, "tokenizer_sha256": self.manifest.tokenizer_sha256}
+        self.saver = checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
+        self.stops = False  # asked to, by the stop file
+        self.metrics: dict[str, float | None] = {}
+        self.of_layers: dict[str, dict[str, float]] = {}
+        self.peak: dict[str, Any] = {}
+        self.val_loss: float | None = None
+        self.clock = _Clock()
+
+    def sampled(self, step: int) -> AbstractContextManager[Any]:
+        """The second step of a process is its first with every buffer in place: its memory is the run's."""
+        is_second = step == min(self.start.step + 2, self.config.train.steps)
+        return self._sampled() if is_second else nullcontext()
+
+    @contextmanager
+    def _sampled(self) -> Iterator[None]:
+        with memory.track_peak(self.engine) as self.peak:
+            yield
+
+    def passes(self, step: Step, position: Position) -> float:
+        """Forward and backward of this worker's micro-batches; the mean loss of all workers'."""
+        engine, size = self.engine, self.config.train.micro_batch
+        # A place for each micro-batch, and one by which worker 0 tells the others to stop.
+        losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
+        for j in range(engine.rank, engine.micro_batches, engine.world):
+            tokens = self.batches.micro_batch(position.samples + j * size, size)
+            losses[j] = step.backward(tokens.to(engine.device)).double()
+            is_first = position.step == self.start.step
+            self.heartbeat("start" if is_first else "step", position.step + 1)
+        losses[-1] = float(engine.rank == 0 and self.config.stop_file.exists())
+        dist.all_reduce(losses)
+        self.stops = bool(losses[-1] > 0)
+        self.clock.count(engine.micro_batches * size * self.config.data.seq_len)
+        return losses[:-1].mean().item()
+
+    def roll_back(self, position: Position) -> Position | None:
+        """The last checkpoint, from which training goes behind the batches that led to a spike; None without
+        one.  A run that is killed meanwhile meets the same spike, and rolls back the same way.
+        """
+        self.saver.wait()
+        step = position.step + 1
+        self.heartbeat("start", step)
+        earlier = _load_newest(self.config, self.engine)
+        if earlier.step == 0:
+            log.warning("step %d: there is no checkpoint to roll back to", step)
             return None
-        if position.step >= first:
-            saver.finish(engine.shards, position)
-        if val_loss is None:  # a finished run was started again
-            val_loss = evaluate(engine, config, manifest)
+        if position.rollbacks - earlier.rollbacks >= guard.MAX_ROLLBACKS:
+            raise guard.Diverged(
+                f"the loss spikes again after {guard.MAX_ROLLBACKS} returns to step {earlier.step}, now at "
+                f"step {step}; write a smaller optimizer.lr under another run.name, or train.on_spike=warn"
+            )
+        log.warning("back to step %d, skipping the batches up to that of step %d", earlier.step, step)
+        self.record.rewind(earlier.step)
+        samples = position.samples + self._samples_of_a_step
+        return replace(earlier, samples=samples, rollbacks=position.rollbacks + 1)
+
+    @property
+    def _samples_of_a_step(self) -> int:
+        return self.engine.micro_batches * self.config.train.micro_batch
+
+    def advance(self, position: Position, loss: float, update: Update) -> Position:
+        """After one step, applied or skipped."""
+        position = replace(
+            position,
+            step=position.step + 1,
+            samples=position.samples + self._samples_of_a_step,
+            tokens=position.tokens + self._samples_of_a_step * self.config.data.seq_len,
+        )
+        if update.skipped:
+            return replace(
+                position,
+                skipped_steps=position.skipped_steps + 1,
+                skipped_in_a_row=position.skipped_in_a_row + 1,
+            )
+        return replace(
+            position,
+            skipped_in_a_row=0,
+            loss_sum=position.loss_sum + loss,
+            loss_count=position.loss_count + 1,
+            flips=position.flips + update.flips,
+            losses=guard.append(position.losses, loss),
+            norms=guard.append(position.norms, update.grad_norm),
+        )
+
+    def log(self, position: Position, lr: float, before: statistics.Levels, update: Update) -> Position:
+        """Measure this step for the record; the means since the last one begin anew."""
+        engine, n = self.engine, position.loss_count
+        if n:
+            position = replace(position, train_loss=position.loss_sum / n)
+        self.metrics = {
+            "tokens": position.tokens,
+            "loss": position.train_loss if n else None,
+            "lr": lr,
+            "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+            "tokens_per_second": self.clock.rate(),
+            "skipped_steps": position.skipped_steps,
+            "rollbacks": position.rollbacks,
+            "restarts": self.restarts,
+        }
+        if n_low_bit := sum(engine.numels[name] for name in engine.low_bit):
+            self.metrics["flip_rate"] = position.flips / max(n, 1) / n_low_bit
+        of_levels, self.of_layers = self.layers.measure(before, update)
+        measured = memory.measure(engine, self.peak)
+        self.metrics |= of_levels | memory.metrics(measured)
+        sizes = {name: part["bytes"] for name, part in measured["components"].items()}
+        known = {name: n_bytes for name, n_bytes in sizes.items() if n_bytes is not None}
+        self.heartbeat("step", position.step, known)
+        return replace(position, loss_sum=0.0, loss_count=0, flips=0)
+
+    def evaluate(self, step: int) -> None:
+        """The validation loss, for the record and the summary."""
+        with self.clock.paused():
+            beat = partial(self.heartbeat, "eval", step)
+            self.val_loss = evaluate(self.engine, self.config, self.manifest, heartbeat=beat)
+        self.metrics |= _quality(self.val_loss, self.manifest)
+
+    def write(self, step: int) -> None:
+        """What was measured goes into the record."""
+        self.record.log(step, self.metrics, self.of_layers)
+        self.metrics, self.of_layers = {}, {}
+
+    def save(self, position: Position) -> None:
+        self.heartbeat("save", position.step)
+        with self.clock.paused():
+            self.saver.save(self.engine.shards, position)
+        self.heartbeat("step", position.step)
+
+    def finish(self, position: Position) -> dict[str, Any] | None:
+        """Wait for the last checkpoint; the summary, or None for a run that was stopped before its end."""
+        config, engine = self.config, self.engine
+        self.heartbeat("end", position.step)
+        is_stopped = position.step < config.train.steps
+        if is_stopped or position.step > self.start.step:
+            self.saver.finish(engine.shards, position)
+        if is_stopped:
+            log.info("stopped at step %d: its checkpoint is saved", position.step)
+            return None
+        if self.val_loss is None:  # a finished run was started again
+            self.val_loss = evaluate(engine, config, self.manifest)
         summary: dict[str, Any] = {
             "run": config.run.name,
-            "mlflow_run_id": position.mlflow_run_id if tracker is None else tracker.run_id,
             "steps": position.step,
             "tokens": position.tokens,
             "train_loss": position.train_loss,
-            **_quality(val_loss, manifest),
-            "unigram_entropy": manifest.unigram_entropy,
-            "tokens_per_second": clock.mean_rate(),
-            "checkpoint": str(saver.path(position.step)),
-            "memory": _memory(config, engine, manifest, peak),
-            "restarts": restarts,
+            **_quality(self.val_loss, self.manifest),
+            "unigram_entropy": self.manifest.unigram_entropy,
+            "tokens_per_second": self.clock.mean_rate(),
+            "checkpoint": str(self.saver.path(position.step)),
+            "memory": self._memory(),
+            "restarts": self.restarts,
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
         }
-        if tracker is not None:
+        if engine.rank == 0:
             summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
-            with atomic_write(config.run_dir / "summary.json") as draft:
-                draft.write_text(json.dumps(summary, indent=2) + "\n")
-            tracker.finish("FINISHED", summary)
-        ended = True
+            runs.write_summary(config.run_dir, summary)
         return summary
+
+    def _memory(self) -> dict[str, Any]:
+        """The largest worker's measured memory, against the plans of the baselines."""
+        of_workers: list[Any] = [None] * self.engine.world
+        dist.all_gather_object(of_workers, memory.measure(self.engine, self.peak))
+        return memory.compare(self.config, self.manifest.vocab_size, of_workers)
+
+
+@contextmanager
+def _worker(config: RunConfig, restarts: int, heartbeat: Beat) -> Iterator[_Worker]:
+    worker = _Worker(config, restarts, heartbeat)
+    try:
+        yield worker
+        worker.saver.close()  # only now: it waits for the other workers, of which one may have gone
     finally:
-        gauges.close()
-        if tracker is not None:
-            tracker.close()
-        if ended:  # otherwise another worker may have gone, and would be waited for
-            saver.close()
-        engine.close()
+        worker.record.close()
+        worker.engine.close()
 
 
 def _build(config: RunConfig, vocab_size: int) -> Engine:
@@ -188,7 +266,7 @@ def _build(config: RunConfig, vocab_size: int) -> Engine:
     return Engine(config, built, initial, model.low_bit_names(built, config.method))
 
 
-def _resume(config: RunConfig, engine: Engine) -> Position:
+def _load_newest(config: RunConfig, engine: Engine) -> Position:
     """Load the newest undamaged checkpoint, chosen by worker 0 for all, or start at step 0."""
     choice: list[Path | ConfigError | None] = [None]
     if engine.rank == 0:
@@ -208,13 +286,14 @@ def _resume(config: RunConfig, engine: Engine) -> Position:
     return opened.position
 
 
-def _start_tracking(config: RunConfig, position: Position) -> "tracking.Tracker":
-    """The run's folder with its configuration and tokenizer, and the tracker that writes into it."""
+def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
+    """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    file, text = config.run_dir / "config.yaml", config.to_yaml()
-    _keep(file, text)
+    _keep(config.run_dir / runs.CONFIG, config.to_yaml())
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
-    return tracking.Tracker(config, step=position.step, run_id=position.mlflow_run_id)
+    plans = memory.baselines(config, manifest.vocab_size, workers)
+    with suppress(OSError):  # a full disk is reported elsewhere
+        _keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
 
 
 def _keep(file: Path, text: str) -> None:
@@ -224,49 +303,11 @@ def _keep(file: Path, text: str) -> None:
             draft.write_text(text)
 
 
-def _start_gauges(
-    config: RunConfig, engine: Engine, manifest: data.Manifest, restarts: int
-) -> tracking.Gauges:
-    """They tell of the baselines too; their memory is also kept for those who watch the folder."""
-    gauges = tracking.Gauges(config, rank=engine.rank, world=engine.world, restarts=restarts)
-    if engine.rank == 0:
-        plans = memory.baselines(config, manifest.vocab_size, engine.world)
-        gauges.baseline("AdamW fp32", plans["plan_dense"])
-        gauges.baseline("BitNet STE", plans["plan_bitnet"])
-        with contextlib.suppress(OSError):  # of a full disk, others speak
-            _keep(config.run_dir / BASELINES, json.dumps(plans) + "\n")
-    return gauges
-
-
-def _saver(config: RunConfig, engine: Engine, manifest: data.Manifest) -> checkpoint.Saver:
-    facts = {"vocab_size": manifest.vocab_size, "tokenizer_sha256": manifest.tokenizer_sha256}
-    return checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
-
-
-def _advanced(position: Position, engine: Engine, config: RunConfig, loss: float, update: Update) -> Position:
-    """After one step, applied or skipped."""
-    n_samples = engine.micro_batches * config.train.micro_batch
-    position = replace(
-        position,
-        step=position.step + 1,
-        samples=position.samples + n_samples,
-        tokens=position.tokens + n_samples * config.data.seq_len,
-    )
+def _warn(step: int, loss: float, before: Position, update: Update, *, spike: bool) -> None:
+    if spike:
+        log.warning("step %d: loss spike, %.4f after %.4f", step, loss, before.losses[-1])
     if update.skipped:
-        return replace(
-            position,
-            skipped_steps=position.skipped_steps + 1,
-            skipped_in_a_row=position.skipped_in_a_row + 1,
-        )
-    return replace(
-        position,
-        skipped_in_a_row=0,
-        loss_sum=position.loss_sum + loss,
-        loss_count=position.loss_count + 1,
-        flips=position.flips + update.flips,
-        losses=guard.append(position.losses, loss),
-        norms=guard.append(position.norms, update.grad_norm),
-    )
+        log.warning("step %d skipped: loss %.4g, gradient norm %.4g", step, loss, update.grad_norm)
 
 
 def _check_recovers(config: RunConfig, position: Position, loss: float, update: Update, limit: float) -> None:
@@ -279,30 +320,12 @@ def _check_recovers(config: RunConfig, position: Position, loss: float, update: 
         )
 
 
-def _rolled_back(config: RunConfig, engine: Engine, position: Position) -> Position | None:
-    """Load the last checkpoint, to go on from it behind the batches that led to a spike; None without one.
-
-    A run that is killed meanwhile meets the same spike, and goes back the same way.
-    """
-    step = position.step + 1
-    before = _resume(config, engine)
-    if before.step == 0:
-        log.warning("step %d: there is no checkpoint to go back to", step)
-        return None
-    if position.rollbacks - before.rollbacks >= guard.MAX_ROLLBACKS:
-        raise guard.Diverged(
-            f"the loss spikes again after {guard.MAX_ROLLBACKS} returns to step {before.step}, now at step "
-            f"{step}; write a smaller optimizer.lr under another run.name, or train.on_spike=warn"
-        )
-    samples = position.samples + engine.micro_batches * config.train.micro_batch
-    log.warning("back to step %d, skipping the batches up to that of step %d", before.step, step)
-    return replace(
-        before, samples=samples, rollbacks=position.rollbacks + 1, mlflow_run_id=position.mlflow_run_id
-    )
-
-
 def evaluate(
-    engine: Engine, config: RunConfig, manifest: data.Manifest, *, beat: Callable[[], None] = lambda: None
+    engine: Engine,
+    config: RunConfig,
+    manifest: data.Manifest,
+    *,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
     split.
@@ -320,7 +343,7 @@ def evaluate(
         loss = engine.forward(tokens.to(engine.device))
         if mine < len(starts):
             losses[mine] = loss.double()
-        beat()
+        heartbeat()
     dist.all_reduce(losses)
     return losses.mean().item()
 
@@ -330,15 +353,6 @@ def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None
         return {"val_loss": None, "perplexity": None, "bits_per_byte": None}
     bits = val_loss / math.log(2) / manifest.splits["val"].bytes_per_token
     return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
-
-
-def _memory(
-    config: RunConfig, engine: Engine, manifest: data.Manifest, peak: dict[str, Any]
-) -> dict[str, Any]:
-    """The largest worker's measured memory, against the plans of the baselines."""
-    everyone: list[Any] = [None] * engine.world
-    dist.all_gather_object(everyone, memory.measure(engine, peak))
-    return memory.compare(config, manifest.vocab_size, everyone)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

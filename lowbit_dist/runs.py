@@ -7,7 +7,7 @@ when its last launch ended with an error, and *stopped* otherwise: by a signal, 
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,7 @@ from typing import Any, Literal
 from lowbit_dist import files
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError, nearest
-from lowbit_dist.tracking import METRICS
-from lowbit_dist.tracking.record import rows_of
+from lowbit_dist.record import LAYERS, METRICS, rows_of
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -76,6 +75,22 @@ def read(folder: Path) -> RunFolder:
         rows=rows_of(folder / METRICS),
         summary=summary if state == "finished" else None,
     )
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """What a finished run ended with, as `lowbit train --json` prints it."""
+    with files.atomic_write(folder / SUMMARY) as draft:
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def layer_flips(folder: Path) -> dict[str, list[float]]:
+    """Layer -> its flip rate at each log step; layers in the order of the model."""
+    rates: dict[str, list[float]] = {}
+    for row in rows_of(folder / LAYERS):
+        for name, numbers in row["layers"].items():
+            if "flip_rate" in numbers:
+                rates.setdefault(name, []).append(numbers["flip_rate"])
+    return rates
 
 
 def is_running(folder: Path) -> bool:

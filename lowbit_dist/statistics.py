@@ -3,75 +3,151 @@
 A layer's levels are those that its forward pass multiplies with.  Where they are the stored codes, the codes
 are counted as they lie in the shard, and the update has counted its flips; where a view makes them of a
 latent weight or of finer codes, `Method.levels` is asked, before and after the update.
+
+    layers.jsonl, of each layer and log step:
+    flip_rate       share of the levels that this step changed
+    zero_fraction   share of the levels that are 0
+    saturation      share of the levels at an end of the grid
+    entropy         of the levels' distribution, in bits: log2(n_levels) where all are used alike
+    distance        mean of |level - the first level|, over a sample of some 4,096 elements
+    grad_norm       of the mean gradient, before clipping
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist.grid import Grid
-from lowbit_dist.zero import Engine, Update
+from lowbit_dist import ops
+from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.zero import Engine, Shard, Update
 
 # Of the numbers of elements at each level of the grid, from the lowest up: [grid.n_levels] int64.
 LAYER_METRICS: dict[str, Callable[[Tensor, Grid], float]] = {
     "zero_fraction": lambda counts, grid: _share(counts[-grid.low : 1 - grid.low], counts),
     "saturation": lambda counts, grid: _share(counts[[0, -1]], counts),
+    "entropy": lambda counts, grid: _entropy(counts),
 }
+SAMPLE_BLOCKS = 16  # of each layer, whose first levels are kept on the host
+
+Levels = dict[str, Tensor]  # weight -> this worker's part of it as levels: int8 [numel of the shard]
 
 
-def viewed_levels(engine: Engine) -> dict[str, Tensor]:
-    """This worker's part of each weight whose levels a view makes, as levels: int8 [numel of the shard]."""
-    method = engine.config.method
-    if method.forward_grid is None or method.forward_grid == method.stored:
-        return {}
-    shards = {shard.name: shard for shard in engine.shards}
-    found = {}
-    for name in engine.linear_weights:
-        with engine.whole(name) as weight:
-            levels = method.levels(weight)
-        if levels is not None:
-            shard = shards.get(name)  # a worker may have none of it
-            start, n = (shard.start, shard.numel) if shard is not None else (0, 0)
-            found[name] = levels.reshape(-1)[start : start + n].clone()
-    return found
+class Layers:
+    """The layers of a model in training, and a sample of the levels with which they began."""
 
+    def __init__(self, engine: Engine):
+        """`engine` has the run's initial weights, whatever checkpoint it loads afterwards."""
+        method = engine.config.method
+        self.engine, self.grid = engine, method.forward_grid
+        self.are_viewed = self.grid is not None and self.grid != method.stored
+        self.first = self._sample(self.viewed())
 
-def measure(
-    engine: Engine, before: dict[str, Tensor], update: Update
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Of all low-bit weights: LAYER_METRICS, and `flip_rate` where a view makes the levels; then the flip
-    rate of each weight in `update`.  `before` is what `viewed_levels` gave before it.
-    """
-    grid = engine.config.method.forward_grid
-    if grid is None or (grid != engine.config.method.stored and not before):
-        return {}, {}
-    after = viewed_levels(engine) if before else {}
-    names = list(before) if before else engine.low_bit
-    rows = {name: i for i, name in enumerate(names)}
-    counts = torch.zeros(len(names), grid.n_levels + 1, dtype=torch.int64, device=engine.device)
-    if before:
+    def viewed(self) -> Levels:
+        """The weights whose levels a view makes; empty where levels are the stored codes."""
+        if not self.are_viewed:
+            return {}
+        levels: Levels = {}
+        shards = {shard.name: shard for shard in self.engine.shards}
+        for name in self.engine.linear_weights:
+            with self.engine.whole(name) as weight:
+                whole = self.engine.config.method.levels(weight)
+            if whole is not None:
+                shard = shards.get(name)  # a worker may have none of it
+                start, n = (shard.start, shard.numel) if shard is not None else (0, 0)
+                levels[name] = whole.reshape(-1)[start : start + n].clone()
+        return levels
+
+    def measure(self, before: Levels, update: Update) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """After an update: LAYER_METRICS of all low-bit weights together, with `flip_rate` where a view makes
+        the levels; and the numbers of each layer.  `before` is what `viewed` gave before the update.
+        """
+        names = self.engine.low_bit if not self.are_viewed else list(before)
+        layers: dict[str, dict[str, float]] = {name: {} for name in names}
+        metrics: dict[str, float] = {}
+        if self.grid is not None and names:
+            after = self.viewed()
+            counts, flips = self._counts(names, before, after, update)
+            if not (total := counts.sum(0)).sum():
+                return {}, {}
+            metrics = {name: metric(total, self.grid) for name, metric in LAYER_METRICS.items()}
+            if self.are_viewed:
+                metrics["flip_rate"] = sum(flips) / int(total.sum())
+            distances = self._distances(names, after)
+            for name, of_layer, n_flips, distance in zip(names, counts, flips, distances, strict=True):
+                layers[name] = {
+                    "flip_rate": n_flips / int(of_layer.sum()),
+                    **{metric: of(of_layer, self.grid) for metric, of in LAYER_METRICS.items()},
+                    "distance": distance,
+                }
+        for name in {*self.engine.linear_weights, *names}:
+            if math.isfinite(norm := update.norms_of.get(name, math.nan)):  # JSON has no word for others
+                layers.setdefault(name, {})["grad_norm"] = norm
+        return metrics, {name: layers[name] for name in self.engine.numels if layers.get(name)}
+
+    def _counts(
+        self, names: list[str], before: Levels, after: Levels, update: Update
+    ) -> tuple[Tensor, list[int]]:
+        """Over all workers: how many elements of each layer are at each level, and how many flipped."""
+        assert self.grid is not None, "there are levels"
+        rows = {name: i for i, name in enumerate(names)}
+        counts = torch.zeros(len(names), self.grid.n_levels + 1, dtype=torch.int64, device=self.engine.device)
         for name, levels in after.items():
-            counts[rows[name], :-1] = torch.bincount(levels.int() - grid.low, minlength=grid.n_levels)
+            counts[rows[name], :-1] = torch.bincount(
+                levels.int() - self.grid.low, minlength=self.grid.n_levels
+            )
             counts[rows[name], -1] = (levels != before[name]).sum()
-    else:
-        for shard in engine.shards:
-            if shard.codes is not None and shard.numel:
-                counts[rows[shard.name], :-1] = shard.level_counts()
-    dist.all_reduce(counts)
-    levels_of, flips = counts[:, :-1].cpu(), counts[:, -1].tolist()
-    total = levels_of.sum(0)
-    if not total.sum():
-        return {}, {}
-    metrics = {name: metric(total, grid) for name, metric in LAYER_METRICS.items()}
-    if before:
-        metrics["flip_rate"] = sum(flips) / int(total.sum())
-        return metrics, {
-            name: n / int(levels_of[rows[name]].sum()) for name, n in zip(names, flips, strict=True)
-        }
-    return metrics, {name: n / engine.numels[name] for name, n in update.flips_of.items()}
+        if not self.are_viewed:
+            for shard in self.engine.shards:
+                if shard.codes is not None and shard.numel:
+                    counts[rows[shard.name], :-1] = shard.level_counts()
+        dist.all_reduce(counts)
+        if not self.are_viewed:
+            return counts[:, :-1].cpu(), [update.flips_of.get(name, 0) for name in names]
+        return counts[:, :-1].cpu(), counts[:, -1].tolist()
+
+    def _distances(self, names: list[str], after: Levels) -> list[float]:
+        """Over all workers, of the sampled elements."""
+        now = self._sample(after)
+        sums = torch.zeros(len(names), 2, dtype=torch.int64)
+        for i, name in enumerate(names):
+            if name in now:
+                moved = (now[name].int() - self.first[name].int()).abs()
+                sums[i, 0], sums[i, 1] = moved.sum(), len(moved)
+        sums = sums.to(self.engine.device)
+        dist.all_reduce(sums)
+        return [moved / max(n, 1) for moved, n in sums.tolist()]
+
+    def _sample(self, viewed: Levels) -> Levels:  # on the host
+        samples: Levels = {}
+        for shard in self.engine.shards:
+            at = _sampled(shard)
+            if shard.name in viewed:
+                samples[shard.name] = viewed[shard.name][at.to(self.engine.device)].cpu()
+            elif shard.codes is not None and shard.grid is not None and not self.are_viewed:
+                blocks = shard.codes.view(-1, shard.grid.bytes_per_block)[at[::BLOCK] // BLOCK]
+                samples[shard.name] = ops.unpack(blocks.reshape(-1), grid=shard.grid).cpu()
+        return samples
+
+
+def _sampled(shard: Shard) -> Tensor:
+    """Elements of the shard that are in its tensor's sample: whole blocks, evenly spread over the tensor, the
+    same on any number of workers.
+    """
+    numel = math.prod(shard.shape)
+    n_blocks = -(-numel // BLOCK)
+    blocks = torch.arange(0, n_blocks, max(1, n_blocks // SAMPLE_BLOCKS))
+    at = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).reshape(-1)
+    is_here = (at >= shard.start) & (at < min(shard.start + shard.numel, numel))
+    return at[is_here] - shard.start
 
 
 def _share(some: Tensor, counts: Tensor) -> float:
     return int(some.sum()) / int(counts.sum())
+
+
+def _entropy(counts: Tensor) -> float:
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log2()).sum())

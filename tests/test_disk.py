@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tracked import Tracked
 
 from lowbit_dist import configfile, data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data import reading, shards, tokenizing
+from lowbit_dist.record import METRICS
 from lowbit_dist.tracking import feeder
 
 
@@ -92,7 +94,7 @@ def config(folder: Path, uri: str | None = None) -> RunConfig:
     return made
 
 
-def log(tracker: tracking.Tracker, steps) -> None:
+def log(tracker: Tracked, steps) -> None:
     """As the loop does; a step of the loop waits for none of it."""
     for step in steps:
         began = time.monotonic()
@@ -102,7 +104,7 @@ def log(tracker: tracking.Tracker, steps) -> None:
 
 def written(folder: Path) -> list[int]:
     """The steps of the file, every line of which must be whole."""
-    content = (folder / "full" / tracking.METRICS).read_text()
+    content = (folder / "full" / METRICS).read_text()
     assert content == "" or content.endswith("\n")
     return [json.loads(line)["step"] for line in content.splitlines()]
 
@@ -132,7 +134,7 @@ def test_rows_wait_in_memory_while_the_disk_is_full_and_are_then_written_once_an
     small = disk("256k")
     run = config(small.folder)
     told = Told()
-    tracker = tracking.Tracker(run, step=0, run_id=None)
+    tracker = Tracked(run)
     follower = Follower(run.run_dir, told)
     log(tracker, range(1, 10))
     follower.read()
@@ -161,7 +163,7 @@ def test_a_run_that_ends_on_a_full_disk_says_what_its_file_lacks_and_goes_on_lat
     small = disk("256k")
     run = config(small.folder)
     (run.run_dir / "loss.png").write_bytes(b"an earlier picture")
-    tracker = tracking.Tracker(run, step=0, run_id=None)
+    tracker = Tracked(run)
     log(tracker, range(1, 10))
     small.fill()
     log(tracker, range(10, 20))
@@ -171,12 +173,12 @@ def test_a_run_that_ends_on_a_full_disk_says_what_its_file_lacks_and_goes_on_lat
     assert (run.run_dir / "loss.png").read_bytes() == b"an earlier picture"
     assert not list(run.run_dir.glob(".draft*"))
     assert warnings(caplog)[1:] == [
-        f"{run.run_dir}/loss.png is not drawn (No space left on device)",
         f"{run.run_dir}/metrics.jsonl lacks the last {19 - n} rows, from step {n + 1} on: it could not be "
         "written (No space left on device); they are lost",
+        f"{run.run_dir}/loss.png is not drawn (No space left on device)",
     ]
     # The disk is still full: what is measured again is cut all the same.
-    again = tracking.Tracker(run, step=5, run_id=None)
+    again = Tracked(run, 5)
     assert written(small.folder) == [1, 2, 3, 4, 5]
     small.free()
     log(again, range(6, 20))
@@ -186,7 +188,7 @@ def test_a_run_that_ends_on_a_full_disk_says_what_its_file_lacks_and_goes_on_lat
 
 def test_a_run_that_goes_back_on_a_full_disk_keeps_the_rows_before(disk, caplog):
     small = disk("256k")
-    tracker = tracking.Tracker(config(small.folder), step=0, run_id=None)
+    tracker = Tracked(config(small.folder))
     log(tracker, range(1, 10))
     small.fill()
     log(tracker, range(10, 30))
@@ -210,7 +212,8 @@ def test_a_run_that_goes_back_on_a_full_disk_keeps_the_rows_before(disk, caplog)
 def new_store(tmp_path_factory):
     """A database of MLflow's without runs: its migrations take long."""
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracker = tracking.Tracker(config(file.parent, f"sqlite:///{file}"), step=0, run_id=None)
+    tracker = Tracked(config(file.parent, f"sqlite:///{file}"))
+    log(tracker, [1])
     tracker.finish("FINISHED")
     return file
 
@@ -229,9 +232,9 @@ def test_mlflows_database_on_a_full_disk_stops_nothing_and_gets_every_row_when_t
     small = disk("4m")
     file = shutil.copy(new_store, small.folder)
     run = config(tmp_path, f"sqlite:///{file}")
-    tracker = tracking.Tracker(run, step=0, run_id=None)
-    run_id = tracker.run_id
+    tracker = Tracked(run)
     log(tracker, range(1, 4))
+    run_id = tracker.began()
     until(lambda: sent(file, run_id) == [1, 2, 3], "the first rows never arrived")
     small.fill()
     log(tracker, range(4, 60))
@@ -258,10 +261,11 @@ def test_rows_that_mlflows_full_disk_never_took_are_sent_when_the_run_is_resumed
     small = disk("4m")
     file = shutil.copy(new_store, small.folder)
     run = config(tmp_path, f"sqlite:///{file}")
-    first = tracking.Tracker(run, step=0, run_id=None)
-    run_id = first.run_id
+    first = Tracked(run)
+    log(first, [1])
+    run_id = first.began()
     small.fill()
-    log(first, range(1, 100))
+    log(first, range(2, 100))
     began = time.monotonic()
     first.finish("FINISHED")
     assert time.monotonic() - began < feeder.FLUSH_SECONDS, "the end must not wait for a full disk"
@@ -269,19 +273,20 @@ def test_rows_that_mlflows_full_disk_never_took_are_sent_when_the_run_is_resumed
     assert sent(file, run_id) != written(tmp_path), "the case must leave rows unsent"
     assert "did not get all of the run; when the run is started again, it gets" in warnings(caplog)[-1]
     small.free()
-    second = tracking.Tracker(run, step=99, run_id=run_id)
-    assert second.run_id == run_id
+    second = Tracked(run, 99)
     second.finish("FINISHED")
+    assert second.run_id == run_id
     assert sent(file, run_id) == list(range(1, 100))
 
 
 def test_room_that_comes_back_just_before_the_end_is_used(disk, new_store, tmp_path, caplog):
     small = disk("4m")
     file = shutil.copy(new_store, small.folder)
-    tracker = tracking.Tracker(config(tmp_path, f"sqlite:///{file}"), step=0, run_id=None)
-    run_id = tracker.run_id
+    tracker = Tracked(config(tmp_path, f"sqlite:///{file}"))
+    log(tracker, [1])
+    run_id = tracker.began()
     small.fill()
-    log(tracker, range(1, 100))
+    log(tracker, range(2, 100))
     until(lambda: warnings(caplog), "the full disk was never reported")
     time.sleep(1.5)  # the thread now pauses for seconds before it tries again
     small.free()
@@ -290,22 +295,26 @@ def test_room_that_comes_back_just_before_the_end_is_used(disk, new_store, tmp_p
     assert len(warnings(caplog)) == 1
 
 
-def test_the_folder_of_the_run_is_full_but_mlflow_gets_every_row(disk, new_store, tmp_path, caplog):
+def test_rows_that_a_full_folder_holds_up_reach_mlflow_when_there_is_room(disk, new_store, tmp_path, caplog):
     small = disk("256k")
     file = shutil.copy(new_store, tmp_path)
     run = config(small.folder, f"sqlite:///{file}")
+    tracker = Tracked(run)
+    log(tracker, range(1, 5))
     small.fill()
-    tracker = tracking.Tracker(run, step=0, run_id=None)
-    run_id = tracker.run_id
-    log(tracker, range(1, 20))
-    tracker.finish("FINISHED")
-    assert sent(file, run_id) == list(range(1, 20))
-    assert any("they go to MLflow alone" in words for words in warnings(caplog))
+    log(tracker, range(5, 20))
+    n = len(written(small.folder))
+    assert n < 19, "the case must leave rows in memory"
+    run_id = tracker.began()
+    until(lambda: sent(file, run_id) == list(range(1, n + 1)), "the rows of the file never arrived")
     assert any(".mlflow_run_id cannot be written yet" in words for words in warnings(caplog))
     small.free()
-    again = tracking.Tracker(run, step=19, run_id=run_id)
-    assert again.run_id == run_id  # whoever asks waits until the store was looked for
+    log(tracker, [20])
+    until(lambda: sent(file, run_id) == list(range(1, 21)), "the rows never arrived")
+    tracker.finish("FINISHED")
     assert (run.run_dir / tracking.RUN_ID).read_text() == run_id
+    again = Tracked(run, 20)
+    assert again.run_id == run_id
     again.finish("FINISHED")
 
 
@@ -313,8 +322,9 @@ def test_the_folder_of_the_run_is_full_but_mlflow_gets_every_row(disk, new_store
 def test_a_new_database_that_found_no_room_is_made_when_there_is_some(disk, tmp_path, caplog, size):
     small = disk(size)
     file = small.folder / "mlflow.db"
-    tracker = tracking.Tracker(config(tmp_path, f"sqlite:///{file}"), step=0, run_id=None)
+    tracker = Tracked(config(tmp_path, f"sqlite:///{file}"))
     log(tracker, [1, 2])
+    until(lambda: warnings(caplog), "the full disk was never reported")
     assert tracker.run_id is None
     assert len(warnings(caplog)) == 1
     until(lambda: os.listdir(small.folder) == ["mlflow.db.lock"], "a half-made database must go")
@@ -329,11 +339,10 @@ def test_a_database_whose_making_was_killed_does_not_block_the_next_run(tmp_path
     for name in ("mlflow.db.draft", "mlflow.db.draft-journal"):
         (tmp_path / name).write_bytes(b"half")
     file = tmp_path / "mlflow.db"
-    tracker = tracking.Tracker(config(tmp_path, f"sqlite:///{file}"), step=0, run_id=None)
-    run_id = tracker.run_id
+    tracker = Tracked(config(tmp_path, f"sqlite:///{file}"))
     log(tracker, [1])
     tracker.finish("FINISHED")
-    assert sent(file, run_id) == [1]
+    assert sent(file, tracker.run_id) == [1]
     assert not list(tmp_path.glob("*draft*"))
 
 

@@ -50,7 +50,7 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
 
     update, backward = Engine._update, Step.backward
 
-    def spoiled_update(engine, now, limit):
+    def spoiled_update(engine, now, limit, norms):
         fault = faults.get(now.step)
         if fault == "skip":
             limit = -1.0
@@ -61,7 +61,7 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
                     g.mul_(1e6)
             else:
                 gradients[0].view(-1)[3] = float(fault)
-        return update(engine, now, limit)
+        return update(engine, now, limit, norms)
 
     def spoiled_backward(passes, tokens):
         loss, engine = backward(passes, tokens), passes.engine

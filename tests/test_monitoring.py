@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowbit_dist import configfile
+from lowbit_dist import configfile, heartbeat
 from lowbit_dist.memory import COMPONENTS
+from lowbit_dist.record import Record
+from lowbit_dist.runs import BASELINES
 from lowbit_dist.tracking import gauges
 
 MONITORING = Path(__file__).parent.parent / "launch" / "monitoring"
@@ -165,20 +167,37 @@ def test_provisioning_names_what_is_there():
 # ------------------------------------------------------------------ with Ray
 
 
-def tell(configuration):
-    """What a worker does with its gauges, in a process of Ray; returns when they have been handed over."""
-    gauges.SECONDS = 0.3
-    config = configfile.from_dict(configuration)
+def fill(config):
+    """A run's folder as its workers write it."""
     config.run_dir.mkdir(exist_ok=True)
     (config.run_dir / "latest").write_text("step-20")
-    components = {name: {"bytes": 1000 + i} for i, name in enumerate(COMPONENTS)}
-    told = gauges.Gauges(config, rank=0, world=2, restarts=3)
-    told.stepped(25, 0.25)
-    told.log({key: 10.0 + i for i, key in enumerate(gauges.ROW)})
-    told.layers({"model.layers.0.mlp.up_proj.weight": 0.125})
-    told.memory({"components": components})
-    told.baseline("AdamW fp32", {"components": components})
-    return told
+    pen = Record(config.run_dir, step=0, writes=True)
+    pen.log(10, {"loss": 99.0, "val_loss": 99.0}, {})
+    numbers = {key: 10.0 + i for i, key in enumerate(gauges.ROW)}
+    pen.log(20, numbers, {"model.layers.0.mlp.up_proj.weight": {"flip_rate": 0.125, "entropy": 1.5}})
+    components = {name: 1000 + i for i, name in enumerate(COMPONENTS)}
+    plan = {"components": {name: {"bytes": n_bytes} for name, n_bytes in components.items()}}
+    (config.run_dir / BASELINES).write_text(json.dumps({"plan_dense": plan, "plan_bitnet": plan}))
+    (config.run_dir / heartbeat.FOLDER).mkdir(exist_ok=True)
+    for rank in (0, 1):
+        worker = {
+            "rank": rank, "host": f"host{rank}", "start": 1, "step": 25 - rank, "step_seconds": 0.25,
+            "time": time.time(), "memory": components,
+        }  # fmt: skip
+        (config.run_dir / heartbeat.FOLDER / f"{rank}.json").write_text(json.dumps(worker))
+
+
+def test_a_worker_that_has_measured_nothing_yet_has_its_step_alone(tmp_path):
+    config = configfile.from_dict({"run": {"name": "told", "dir": str(tmp_path)}, "data": {"path": "data"}})
+    assert gauges.Gauges(config).read() == {("lowbit_steps", ()): 300}
+    beats = heartbeat.Heartbeat(config.run_dir, rank=0, start=1)
+    host = socket.gethostname()
+    values = gauges.Gauges(config).read()
+    beats.close()
+    assert values == {
+        ("lowbit_steps", ()): 300, ("lowbit_workers", ()): 1, ("lowbit_step", ()): 0,
+        ("lowbit_worker_step", ("0", host)): 0,
+    }  # fmt: skip
 
 
 def fetch(url):
@@ -220,46 +239,53 @@ def ray_port():
 
 
 @pytest.fixture(scope="module")
-def worker(ray_port, tmp_path_factory):
-    """A process of Ray that has told all of its gauges."""
+def process(ray_port, tmp_path_factory):
+    """A process of Ray that exports the gauges of a run."""
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # it cannot import this file
 
-    class Worker:
-        def tell(self, configuration):
-            self.told = tell(configuration)
+    class Process:
+        """As the process that talks to Ray does, all the time that a run is launched."""
 
-        def close(self):
-            self.told.close()
+        def begin(self, configuration):
+            gauges.SECONDS = 0.3
+            self.exported = gauges.exported(configfile.from_dict(configuration))
+            self.exported.__enter__()
+
+        def end(self):
+            self.exported.__exit__(None, None, None)
 
     folder = tmp_path_factory.mktemp("runs")
-    actor = ray.remote(num_cpus=0)(Worker).remote()
-    ray.get(actor.tell.remote({"run": {"name": "told", "dir": str(folder)}, "data": {"path": "data"}}))
+    configuration = {"run": {"name": "told", "dir": str(folder)}, "data": {"path": "data"}}
+    fill(configfile.from_dict(configuration))
+    actor = ray.remote(num_cpus=0)(Process).remote()
+    ray.get(actor.begin.remote(configuration))
     return actor
 
 
-def test_every_gauge_is_exported_with_its_value(ray_port, worker):
+def test_every_gauge_is_exported_with_its_value(ray_port, process):
     found = waited_for(lambda: len(exported(ray_port)) >= 35 and exported(ray_port))
-    assert {name for name, *_ in found} == set(gauges.GAUGES)
+    assert {name for name, *_ in found} == set(gauges.GAUGES), "each gauge is told of by a file"
     for i, name in enumerate(gauges.ROW.values()):
         assert found[name, "told"] == 10.0 + i
     expected = {
         ("lowbit_step", "told"): 25.0,
         ("lowbit_steps", "told"): 300.0,
         ("lowbit_workers", "told"): 2.0,
-        ("lowbit_restarts", "told"): 3.0,
+        ("lowbit_restarts", "told"): 10.0 + list(gauges.ROW).index("restarts"),
         ("lowbit_checkpoint_step", "told"): 20.0,
-        ("lowbit_worker_step", "told", "0", socket.gethostname()): 25.0,
-        ("lowbit_worker_step_seconds", "told", "0", socket.gethostname()): 0.25,
+        ("lowbit_worker_step", "told", "0", "host0"): 25.0,
+        ("lowbit_worker_step", "told", "1", "host1"): 24.0,
+        ("lowbit_worker_step_seconds", "told", "1", "host1"): 0.25,
         ("lowbit_layer_flip_rate", "told", "layers.0.mlp.up_proj"): 0.125,
-        ("lowbit_memory_bytes", "told", "0", "gradients"): 1003.0,
+        ("lowbit_memory_bytes", "told", "1", "gradients"): 1003.0,
         ("lowbit_baseline_bytes", "told", "AdamW fp32", "buffers"): 1005.0,
     }
     assert {key: found.get(key) for key in expected} == expected
 
 
-def test_an_age_grows_and_nothing_is_forgotten_between_log_steps(ray_port, worker):
+def test_an_age_grows_and_nothing_is_forgotten_between_log_steps(ray_port, process):
     key = ("lowbit_checkpoint_age_seconds", "told")
     first = waited_for(lambda: exported(ray_port).get(key))
     time.sleep(5)  # more than the two intervals after which Ray forgets
@@ -269,7 +295,7 @@ def test_an_age_grows_and_nothing_is_forgotten_between_log_steps(ray_port, worke
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
-def test_every_query_of_the_dashboard_finds_its_data(ray_port, worker, tmp_path):
+def test_every_query_of_the_dashboard_finds_its_data(ray_port, process, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -302,25 +328,8 @@ def test_every_query_of_the_dashboard_finds_its_data(ray_port, worker, tmp_path)
         process.wait()
 
 
-def test_what_is_closed_is_forgotten(ray_port, worker):
+def test_what_has_ended_is_forgotten(ray_port, process):
     import ray
 
-    ray.get(worker.close.remote())
+    ray.get(process.end.remote())
     waited_for(lambda: not exported(ray_port))
-
-
-# ------------------------------------------------------------------ without Ray
-
-
-def test_in_a_process_without_ray_nothing_is_handed_on_and_ray_is_not_imported(tmp_path):
-    code = (
-        "import sys, threading\n"
-        "from lowbit_dist import configfile\n"
-        "from lowbit_dist.tracking import gauges\n"
-        f"content = {{'run': {{'dir': {str(tmp_path)!r}}}, 'data': {{'path': 'x'}}}}\n"
-        "config = configfile.from_dict(content)\n"
-        "told = gauges.Gauges(config, rank=0, world=1, restarts=0)\n"
-        "told.stepped(1, 0.5); told.log({'loss': 1.0}); told.close()\n"
-        "assert 'ray' not in sys.modules and threading.active_count() == 1\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

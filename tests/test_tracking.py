@@ -8,10 +8,11 @@ import time
 
 import pytest
 from mlflow_server import Server
+from tracked import Tracked
 
-from lowbit_dist import configfile, tracking
+from lowbit_dist import charts, configfile, record, tracking
 from lowbit_dist.config import ConfigError
-from lowbit_dist.tracking import mlflow_run, record
+from lowbit_dist.tracking import feeder, mlflow_run
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,10 @@ SUMMARY = {
 
 
 def test_a_run_has_its_parameters_metrics_charts_and_status(config, store):
-    tracker = tracking.Tracker(config(), step=0, run_id=None)
+    tracker = Tracked(config())
     for step in (10, 20, 30):
         tracker.log(step, {"loss": 5.0 / step, "tokens": step * 100, "grad_norm": None})
+    tracker.log(40, {}, {"0.up_proj": {"flip_rate": 0.25}})  # no number, but of a layer
     tracker.finish("FINISHED", SUMMARY)
     assert steps(store, tracker.run_id) == [10, 20, 30]
     run = client(store).get_run(tracker.run_id)
@@ -78,14 +80,14 @@ def test_a_run_has_its_parameters_metrics_charts_and_status(config, store):
     assert "grad_norm" not in run.data.metrics
     assert run.data.tags["digest"] == "abc"
     files = {file.path for file in client(store).list_artifacts(tracker.run_id)}
-    assert files == {"config.yaml", "loss.png", "memory.png"}
+    assert files == {"config.yaml", "loss.png", "memory.png", "flips.png", "layers.jsonl"}
 
 
 def test_a_password_in_a_uri_is_not_in_mlflow(config, store):
     made = config(name="secret")
     made = made.model_copy(update={"data": made.data.model_copy(update={"path": "s3://me:xyzzy@bucket/set"})})
     (made.run_dir / "config.yaml").write_text(made.to_yaml())
-    tracker = tracking.Tracker(made, step=0, run_id=None)
+    tracker = Tracked(made)
     tracker.log(10, {"loss": 0.5})
     tracker.finish("FINISHED", SUMMARY)
     run = client(store).get_run(tracker.run_id)
@@ -119,18 +121,18 @@ def test_an_unusable_store_is_refused_without_its_password(config):
 
 
 def test_a_resumed_run_is_the_same_run_and_no_step_stands_twice(config, store):
-    first = tracking.Tracker(config(), step=0, run_id=None)
+    first = Tracked(config())
     for step in (10, 20, 30):
         first.log(step, {"loss": 1.0, "tokens": step})
     first.finish("FAILED")
     assert client(store).get_run(first.run_id).info.status == "FAILED"
 
     # the newest checkpoint is of step 20: step 30 is measured again
-    second = tracking.Tracker(config(), step=20, run_id=first.run_id)
-    assert second.run_id == first.run_id
-    assert client(store).get_run(first.run_id).info.status == "RUNNING"
+    second = Tracked(config(), 20)
     for step in (30, 40):
         second.log(step, {"loss": 2.0, "tokens": step})
+    assert second.began() == first.run_id
+    assert client(store).get_run(first.run_id).info.status == "RUNNING"
     second.finish("FINISHED", SUMMARY)
     assert second.run_id == first.run_id
     assert steps(store, first.run_id) == [10, 20, 30, 40]
@@ -139,27 +141,31 @@ def test_a_resumed_run_is_the_same_run_and_no_step_stands_twice(config, store):
 
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_mlflow_run(config, store):
-    first = tracking.Tracker(config(name="early"), step=0, run_id=None)
-    known = first.run_id
-    again = tracking.Tracker(config(name="early"), step=0, run_id=None)
-    assert again.run_id == known is not None
+    first = Tracked(config(name="early"))
+    first.log(1, {"loss": 1.0, "tokens": 1})
+    known = first.began()
+    first.close()
+    again = Tracked(config(name="early"))
+    again.log(1, {"loss": 1.0, "tokens": 1})
     again.finish("FINISHED", SUMMARY)
+    assert again.run_id == known is not None
+    assert steps(store, known) == [1]
 
 
 def test_what_mlflow_never_got_is_sent_when_the_run_is_resumed(config, store):
-    first = tracking.Tracker(config(name="late"), step=0, run_id=None)
+    first = Tracked(config(name="late"))
     first.log(10, {"loss": 1.0, "tokens": 10})
     first.close()
     with (config(name="late").run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "time": 1.0, "loss": 0.5, "tokens": 20}\n{"step": 30, "ti')  # torn by a kill
-    second = tracking.Tracker(config(name="late"), step=20, run_id=first.run_id)
+    second = Tracked(config(name="late"), 20)
     second.finish("FINISHED", SUMMARY)
     assert steps(store, first.run_id) == [10, 20]
 
 
 def test_a_server_that_is_down_stops_nothing_and_is_mentioned_once(config, caplog):
     with caplog.at_level(logging.WARNING, logger="lowbit_dist.tracking"):
-        tracker = tracking.Tracker(config("http://127.0.0.1:9"), step=0, run_id=None)
+        tracker = Tracked(config("http://127.0.0.1:9"))
         for step in range(1, 4):
             tracker.log(step, {"loss": 1.0, "tokens": step})
         tracker.finish("FINISHED", SUMMARY)
@@ -168,10 +174,11 @@ def test_a_server_that_is_down_stops_nothing_and_is_mentioned_once(config, caplo
 
 
 def test_without_mlflow_the_files_are_written(config):
-    tracker = tracking.Tracker(config(None), step=0, run_id=None)
+    tracker = Tracked(config(None))
     assert tracker.run_id is None
     tracker.log(1, {"loss": 1.0, "tokens": 1})
     tracker.finish("FINISHED", SUMMARY)
+    assert tracker.run_id is None
     assert (config(None).run_dir / "loss.png").stat().st_size > 1000
     assert (config(None).run_dir / "memory.png").stat().st_size > 1000
 
@@ -208,7 +215,7 @@ def test_good_stores_pass_and_relative_files_become_absolute(config, store, monk
 
 
 def test_bytes_per_parameter_count_every_worker():
-    bars = tracking.bytes_per_parameter(SUMMARY["memory"])
+    bars = charts.bytes_per_parameter(SUMMARY["memory"])
     assert bars["this run"]["optimizer_states"] == 2.0
     assert bars["this run"]["low_bit_weights"] == 0.24
     assert sum(bars["BitNet STE"].values()) == 6.0
@@ -252,17 +259,19 @@ def test_torn_repeated_and_foreign_lines_are_no_rows(tmp_path):
         b'{"step": 2, "loss": 9}\n{"step": 1, "loss": 9}\n{"step": 3, "loss": 1}\n{"step": 4, "lo'
     )
     rows = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}]
-    assert record.cut(file, 2) == rows
+    record.cut(file, 2)
+    assert record.rows_of(file) == rows
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows
 
 
 def test_a_store_that_was_down_at_the_start_gets_every_row_when_it_is_back(config, store, monkeypatch):
     """The database stands behind a folder that appears later, as a file system that was not mounted."""
     late = store.parent / "late"
-    tracker = tracking.Tracker(config(f"sqlite:///{late}/mlflow.db", name="down"), step=0, run_id=None)
-    assert tracker.run_id is None
+    tracker = Tracked(config(f"sqlite:///{late}/mlflow.db", name="down"))
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0, "tokens": step})
+    wait(lambda: tracker.failed)
+    assert tracker.run_id is None
     late.symlink_to(store.parent)
     tracker.log(4, {"loss": 1.0, "tokens": 4})
     deadline = time.monotonic() + 20
@@ -271,19 +280,19 @@ def test_a_store_that_was_down_at_the_start_gets_every_row_when_it_is_back(confi
         time.sleep(0.1)
     tracker.finish("FINISHED", SUMMARY)
     assert client(store).get_run(tracker.run_id).info.status == "FINISHED"
-    again = tracking.Tracker(config(name="down"), step=4, run_id=None)
-    assert again.run_id == tracker.run_id, "the run's number was kept when it became known"
+    again = Tracked(config(name="down"), 4)
     again.finish("FINISHED", SUMMARY)
+    assert again.run_id == tracker.run_id, "the run's number was kept when it became known"
 
 
 def test_a_run_that_ended_while_its_store_was_down_brings_it_the_rest_when_it_is_started_again(config, store):
     away = store.parent / "away"
     made = config(f"sqlite:///{away}/mlflow.db", name="ended")
-    tracker = tracking.Tracker(made, step=0, run_id=None)
+    tracker = Tracked(made)
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0, "tokens": step})
     tracker.finish("FINISHED", SUMMARY)
-    summary = {**SUMMARY, "steps": 3, "mlflow_run_id": tracker.run_id}
+    summary = {**SUMMARY, "steps": 3}
     assert not tracking.catch_up(made, summary)
 
     away.symlink_to(store.parent)
@@ -294,12 +303,12 @@ def test_a_run_that_ended_while_its_store_was_down_brings_it_the_rest_when_it_is
     away.unlink()
     assert tracking.catch_up(made, summary), "there is nothing left to bring"
 
-    tracking.Tracker(made, step=3, run_id=None)  # the run goes on, with more steps
+    Tracked(made, 3).close()  # the run is resumed, with more steps
     assert not tracking.catch_up(made, summary)
 
 
 def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(config, store, monkeypatch):
-    first = tracking.Tracker(config(name="flaky"), step=0, run_id=None)
+    first = Tracked(config(name="flaky"))
     for step in (10, 20, 30):
         first.log(step, {"loss": 1.0, "tokens": step})
     first.finish("KILLED")
@@ -312,7 +321,7 @@ def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(c
         started(self, client)
 
     monkeypatch.setattr(mlflow_run.MlflowRun, "_start", start)
-    second = tracking.Tracker(config(name="flaky"), step=20, run_id=first.run_id)
+    second = Tracked(config(name="flaky"), 20)
     for step in (30, 40):
         second.log(step, {"loss": 2.0, "tokens": step})
     deadline = time.monotonic() + 20
@@ -324,7 +333,7 @@ def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(c
 
 
 def test_a_request_that_fails_in_the_middle_is_repeated_without_doubles(config, store, monkeypatch):
-    tracker = tracking.Tracker(config(name="broken"), step=0, run_id=None)
+    tracker = Tracked(config(name="broken"))
     from mlflow.tracking import MlflowClient
 
     sent = MlflowClient.log_batch
@@ -339,7 +348,7 @@ def test_a_request_that_fails_in_the_middle_is_repeated_without_doubles(config, 
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0 / step, "tokens": step})
     deadline = time.monotonic() + 20
-    while steps(store, tracker.run_id) != [1, 2, 3]:
+    while steps(store, tracker.began()) != [1, 2, 3]:
         assert time.monotonic() < deadline, steps(store, tracker.run_id)
         time.sleep(0.1)
     tracker.finish("FINISHED", SUMMARY)
@@ -347,7 +356,7 @@ def test_a_request_that_fails_in_the_middle_is_repeated_without_doubles(config, 
 
 
 def test_many_rows_are_sent_in_requests_of_the_size_that_mlflow_takes(config, store):
-    tracker = tracking.Tracker(config(name="many"), step=0, run_id=None)
+    tracker = Tracked(config(name="many"))
     names = [f"memory/part{i}" for i in range(300)]
     for step in range(1, 13):
         tracker.log(step, {"loss": 1.0} | dict.fromkeys(names, float(step)))
@@ -357,41 +366,45 @@ def test_many_rows_are_sent_in_requests_of_the_size_that_mlflow_takes(config, st
 
 
 def test_a_run_that_its_store_has_lost_is_made_anew_with_all_its_rows(config, store, caplog):
-    first = tracking.Tracker(config(name="lost"), step=0, run_id=None)
+    first = Tracked(config(name="lost"))
     for step in (1, 2):
         first.log(step, {"loss": 1.0, "tokens": step})
     first.finish("FINISHED", SUMMARY)
     client(store).delete_run(first.run_id)
     with caplog.at_level(logging.WARNING, logger="lowbit_dist.tracking"):
-        second = tracking.Tracker(config(name="lost"), step=2, run_id=first.run_id)
-    second.finish("FINISHED", SUMMARY)
+        second = Tracked(config(name="lost"), 2)
+        second.finish("FINISHED", SUMMARY)
     assert second.run_id != first.run_id
     assert steps(store, second.run_id) == [1, 2]
     assert [record.message for record in caplog.records] == [
         f"MLflow at sqlite:///{store} has no run {first.run_id}; a new one gets every row"
     ]
-    # A checkpoint of before still has the lost run's number: the newer one in the folder counts.
-    third = tracking.Tracker(config(name="lost"), step=2, run_id=first.run_id)
-    assert third.run_id == second.run_id
     (config(name="lost").run_dir / tracking.RUN_ID).write_text("f" * 32)
-    fourth = tracking.Tracker(config(name="lost"), step=2, run_id=None)
-    assert fourth.run_id not in (first.run_id, second.run_id, None)
-    for each in (third, fourth):
-        each.finish("FINISHED", SUMMARY)
+    third = Tracked(config(name="lost"), 2)
+    third.finish("FINISHED", SUMMARY)
+    assert third.run_id not in (first.run_id, second.run_id, "f" * 32, None)
+    assert steps(store, third.run_id) == [1, 2]
 
 
-def test_a_restart_with_other_workers_goes_on_in_the_same_run(config, store):
-    first = tracking.Tracker(config(name="wider"), step=0, run_id=None)
+def test_a_restart_with_other_workers_resumes_the_same_run(config, store):
+    first = Tracked(config(name="wider"))
+    first.log(1, {"loss": 1.0, "tokens": 1})
     first.finish("KILLED")
     assert client(store).get_run(first.run_id).info.status == "KILLED"
     wider = configfile.from_dict(config(name="wider").to_dict() | {"cluster": {"workers": 1}})
-    second = tracking.Tracker(wider, step=0, run_id=first.run_id)
-    second.log(1, {"loss": 1.0, "tokens": 1})
+    second = Tracked(wider)
+    second.log(2, {"loss": 1.0, "tokens": 1})
     second.finish("FINISHED", SUMMARY)
     run = client(store).get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["cluster.workers"] == "2"
-    assert steps(store, first.run_id) == [1]
+    assert steps(store, first.run_id) == [1, 2]
+
+
+def test_a_run_that_measured_nothing_is_not_begun_in_mlflow(config, store):
+    nothing = Tracked(config(name="nothing"))
+    nothing.finish("FAILED")
+    assert nothing.run_id is None
 
 
 def test_runs_that_start_at_once_share_a_new_experiment(config, store):
@@ -404,16 +417,16 @@ def test_runs_that_start_at_once_share_a_new_experiment(config, store):
 
     configs = [make(number) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        trackers = list(pool.map(lambda each: tracking.Tracker(each, step=0, run_id=None), configs))
-    experiments = {client(store).get_run(each.run_id).info.experiment_id for each in trackers}
+        trackers = list(pool.map(Tracked, configs))
+        list(pool.map(lambda tracker: tracker.log(1, {"loss": 1.0}), trackers))
+        run_ids = list(pool.map(Tracked.began, trackers))
+    experiments = {client(store).get_run(run_id).info.experiment_id for run_id in run_ids}
     assert len(experiments) == 1
     for each in trackers:
         each.finish("FINISHED", SUMMARY)
 
 
 def test_bars_in_a_terminal_are_as_long_as_their_numbers():
-    from lowbit_dist import charts
-
     bars = {"this run": {"low_bit_weights": 0.3, "optimizer_states": 0.7}, "dense": {"other_weights": 4.0}}
     assert charts.memory_bars_text(bars, width=40).splitlines() == [
         "this run  ███░░░░░░░ 1.00",
@@ -433,6 +446,13 @@ def server(tmp_path, monkeypatch):
     made.signal(signal.SIGKILL)
 
 
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def arrive(server, run_id, expected):
     deadline = time.monotonic() + 120
     while (found := server.steps(run_id)) != expected:
@@ -442,16 +462,15 @@ def arrive(server, run_id, expected):
 
 @pytest.mark.timeout(900)
 def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_back(config, server):
-    tracker = tracking.Tracker(config(server.uri, name="outage"), step=0, run_id=None)
+    tracker = Tracked(config(server.uri, name="outage"))
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0, "tokens": step})
-    arrive(server, tracker.run_id, [1, 2])
+    arrive(server, tracker.began(), [1, 2])
 
     server.signal(signal.SIGSTOP)  # it takes connections, and never answers
     for step in (3, 4):
         tracker.log(step, {"loss": 1.0, "tokens": step})
-    while not tracker._mlflow.failed:
-        time.sleep(0.1)
+    wait(lambda: tracker.failed)
     tracker.log(5, {"loss": 1.0, "tokens": 5})
     server.signal(signal.SIGCONT)
     arrive(server, tracker.run_id, [1, 2, 3, 4, 5])
@@ -459,22 +478,49 @@ def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_b
     server.signal(signal.SIGKILL)
     for step in (6, 7):
         tracker.log(step, {"loss": 1.0, "tokens": step})
-    while not tracker._mlflow.failed:
-        time.sleep(0.1)
+    wait(lambda: tracker.failed)
     server.start()
     tracker.log(8, {"loss": 1.0, "tokens": 8})
     tracker.finish("FINISHED", SUMMARY)
     assert server.steps(tracker.run_id) == list(range(1, 9))
 
 
-def test_a_server_that_takes_connections_and_never_answers_delays_no_start(config, monkeypatch):
-    monkeypatch.setattr(mlflow_run, "START_SECONDS", 0.5)
+def test_a_server_that_takes_connections_and_never_answers_delays_neither_rows_nor_the_end(
+    config, monkeypatch
+):
+    monkeypatch.setattr(feeder, "FLUSH_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
-        tracker = tracking.Tracker(
-            config(f"http://127.0.0.1:{silent.getsockname()[1]}", name="silent"), step=0, run_id=None
-        )
-        assert time.monotonic() - begun < 10, "MLflow's own patience is 20 s, twice"
+        tracker = Tracked(config(f"http://127.0.0.1:{silent.getsockname()[1]}", name="silent"))
         tracker.log(1, {"loss": 1.0, "tokens": 1})
+        assert time.monotonic() - begun < 1
+        tracker.finish("FINISHED", SUMMARY)
+        assert time.monotonic() - begun < 10, "MLflow's own patience is 20 s, twice"
     assert tracker.run_id is None
-    assert [row["step"] for row in record.rows_of(tracker.folder / tracking.METRICS)] == [1]
+    assert [row["step"] for row in record.rows_of(tracker.file)] == [1]
+
+
+def test_a_tail_sees_each_row_that_is_appended_and_what_replaces_a_file(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    begun, late = record.Tail(file), None
+    assert begun.rows() == []
+    pen = record.Record(tmp_path, step=0, writes=True)
+    for step in (1, 2, 3):
+        pen.log(step, {"loss": 1.0}, {})
+    late = record.Tail(file, from_end=True)
+    assert [row["step"] for row in begun.rows()] == [1, 2, 3]
+    with file.open("a") as torn:
+        torn.write('{"step": 4, "lo')
+    assert begun.rows() == late.rows() == []
+    again = record.Record(tmp_path, step=2, writes=True)
+    again.log(3, {"loss": 2.0}, {})
+    again.log(4, {"loss": 2.0}, {})
+    assert [(row["step"], row["loss"]) for row in begun.rows()] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [row["step"] for row in late.rows()] == [4]
+
+
+def test_the_other_workers_write_nothing(tmp_path):
+    pen = record.Record(tmp_path, step=0, writes=False)
+    pen.log(1, {"loss": 1.0}, {"0": {"flip_rate": 0.5}})
+    pen.close()
+    assert list(tmp_path.iterdir()) == []

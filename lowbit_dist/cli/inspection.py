@@ -26,7 +26,6 @@ def inspect(run_or_checkpoint: str, *, verify: bool) -> dict[str, Any]:
         "method": config.method.label,
         "step": checkpoint.step,
         "tokens": checkpoint.position.tokens,
-        "mlflow_run_id": checkpoint.position.mlflow_run_id,
         "parameters": sum(prod(checkpoint.shape(name)) for name in checkpoint.names),
         "workers": len(checkpoint.manifest["files"]),
         "components": components,

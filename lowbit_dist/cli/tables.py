@@ -86,8 +86,7 @@ def _reports(memory: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def memory_bars(console: Console, memory: Mapping[str, Any]) -> None:
     """Bytes per parameter of the whole model, over all workers."""
-    from lowbit_dist.charts import memory_bars_text
-    from lowbit_dist.tracking import bytes_per_parameter
+    from lowbit_dist.charts import bytes_per_parameter, memory_bars_text
 
     width = min(60, max(20, console.width - 30))
     console.print(memory_bars_text(bytes_per_parameter(memory), width=width), markup=False)

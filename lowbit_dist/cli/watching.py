@@ -30,6 +30,9 @@ COUNTS = ("skipped_steps", "rollbacks", "restarts")
 def watch(
     run: RunName,
     once: Annotated[bool, typer.Option("--once", help="Show it once, as it is now.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show the flip rate of each layer over the run, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Watch a run: loss, speed, memory against the baselines, flips, checkpoint age, workers.
@@ -40,11 +43,11 @@ def watch(
     """
     with console.answering(as_json) as answer:
         folder = _folder(run)
-        found = snapshot(folder)
+        found = snapshot(folder, layers=layers)
 
         def draw(terminal: "Console") -> None:
             if terminal.is_terminal and not once:
-                _live(terminal, folder)
+                _live(terminal, folder, layers)
             else:
                 terminal.print(picture(found, terminal.width))
 
@@ -60,23 +63,20 @@ def _folder(word: str) -> Path:
     return found[0].folder
 
 
-def _live(terminal: "Console", folder: Path) -> None:
+def _live(terminal: "Console", folder: Path, layers: bool) -> None:
     from rich.live import Live
 
     with Live(console=terminal, auto_refresh=False) as live:
         while True:
-            found = snapshot(folder)
+            found = snapshot(folder, layers=layers)
             live.update(picture(found, terminal.width), refresh=True)
             if not found["is_alive"]:
                 return
             time.sleep(EVERY)
 
 
-# ------------------------------------------------------------------ what is there
-
-
-def snapshot(folder: Path) -> dict[str, Any]:
-    """What the run's files say now."""
+def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
+    """What the run's files say now; with `layers`, the flip rates of each layer, too."""
     from lowbit_dist import heartbeat, runs
 
     run = runs.read(folder)
@@ -110,6 +110,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
         "bytes_per_parameter": _memory(run),
         "workers": workers,
         "curves": {key: _curve(run, key) for key in ("loss", "tokens_per_second", "flip_rate")},
+        **({"layers": runs.layer_flips(folder)} if layers else {}),
     }
 
 
@@ -129,7 +130,7 @@ def _curve(run: "RunFolder", key: str) -> list[tuple[int, float]]:
 
 def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
     """Bytes per parameter of this run and of its baselines."""
-    from lowbit_dist import runs, tracking
+    from lowbit_dist import charts, runs
 
     plans = runs.content(run.folder / runs.BASELINES)
     if run.last("resident_bytes") is None or not plans:
@@ -140,15 +141,12 @@ def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
         "workers": dense["workers"],
         "parameters": dense["parameters"],
     }
-    return tracking.bytes_per_parameter(measured | plans)
+    return charts.bytes_per_parameter(measured | plans)
 
 
 def _components(run: "RunFolder") -> dict[str, Any]:
     names = [key for row in run.rows[-1:] for key in row if key.startswith("memory/")]
     return {name.removeprefix("memory/"): run.last(name) for name in names}
-
-
-# ------------------------------------------------------------------ how it looks
 
 
 def picture(found: Mapping[str, Any], width: int) -> "RenderableType":
@@ -177,6 +175,8 @@ def picture(found: Mapping[str, Any], width: int) -> "RenderableType":
             Text(),
             Text(memory_bars_text(found["bytes_per_parameter"], width=min(60, max(20, width - 30)))),
         ]
+    if found.get("layers"):
+        parts += [Text(), _layers(found["layers"], width)]
     if found["workers"]:
         parts += [Text(), _workers(found)]
     return Group(*parts)
@@ -228,6 +228,17 @@ def _loss(points: plots.Points, width: int) -> "RenderableType":
         text.append(f"{labels.get(i, ''):>7} ", "dim").append(line, "cyan").append("\n")
     first, last = f"step {points[0][0]:,}", f"{points[-1][0]:,}"
     return text.append(f"{'':8}{first}{last:>{max(1, width - 8 - len(first))}}", "dim")
+
+
+def _layers(rates: Mapping[str, list[float]], width: int) -> "RenderableType":
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("[dim]flip rate of each layer", "", "[dim]now")
+    for name, values in rates.items():
+        short = name.removeprefix("model.").removesuffix(".weight")
+        table.add_row(short, f"[cyan]{plots.spark(values, max(8, width // 3))}", f"{values[-1]:.3%}")
+    return table
 
 
 def _workers(found: Mapping[str, Any]) -> "RenderableType":

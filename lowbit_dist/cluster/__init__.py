@@ -1,13 +1,14 @@
 """Launching a run: the only package that knows Ray Train.
 
-`launch` checks everything that can be checked before a worker starts (`checks`) and makes attempts until one
-reaches the end (`attempts`).  A process of its own (`driver`) starts Ray on this machine or joins the cluster
-at `RAY_ADDRESS` (`session`) and has Ray Train start the workers in one process group (`fit`), which call
-`lowbit_dist.loop` (`worker`); what they write into the run's folder is followed (`following`).  Nothing that
-matters lives in Ray: the configuration travels as a mapping, checkpoints are found in the run's folder, so an
-attempt that fails is simply followed by another one.
+`launch` checks everything that can be checked before a worker starts (`checks`) and makes attempts until
+one reaches the end (`attempts`), while MLflow is fed from the run's folder (`tracking`).  A process of its
+own (`driver`) starts Ray on this machine or joins the cluster at `RAY_ADDRESS` (`session`) and has Ray Train
+start the workers in one process group (`fit`), which call `lowbit_dist.loop` (`worker`); what they write into
+the run's folder is followed (`following`).  Nothing that matters lives in Ray: the configuration travels as a
+mapping, checkpoints are found in the run's folder, so an attempt that fails is simply followed by another.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
-    """Train `config` to its end; its summary.  A run of the same name goes on from its newest checkpoint."""
+    """Train `config` to its end; its summary.  A run of the same name resumes from its newest checkpoint."""
     check(config)
     for remark in config.remarks():
         progress.say(remark)
@@ -33,17 +34,30 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
         if (summary := finished(config)) is not None:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)
-            return summary
+            return _numbered(config, summary)
         runs.note_failure(config.run_dir, None)
+        tracker = tracking.Tracker(config)
         try:
-            return train_until_done(config, progress, signals=signals)
+            summary = train_until_done(config, progress, signals=signals)
         except Stopped:
-            tracking.end(config, "KILLED")
+            tracker.finish("KILLED")
             raise
         except Exception as error:
             runs.note_failure(config.run_dir, error)
-            tracking.end(config, "FAILED")
+            tracker.finish("FAILED")
             raise
+        tracker.finish("FINISHED", summary)
+        return _numbered(config, summary)
+
+
+def _numbered(config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary, in the run's folder too, with the number of the MLflow run that the launcher feeds."""
+    numbered = {"run": summary["run"], "mlflow_run_id": None} | summary
+    numbered["mlflow_run_id"] = tracking.noted_run_id(config.run_dir)
+    if numbered != summary:
+        with contextlib.suppress(OSError):  # a full disk is reported elsewhere
+            runs.write_summary(config.run_dir, numbered)
+    return numbered
 
 
 class _Logged:

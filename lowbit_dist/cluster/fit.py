@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
-from lowbit_dist import data, memory
+from lowbit_dist import data, memory, tracking
 from lowbit_dist.cluster.checks import check_workers, gpus_per_worker
 from lowbit_dist.cluster.driver import Change, Failure, Outcome, Work
 from lowbit_dist.cluster.failures import failure, last_line
@@ -52,7 +52,7 @@ def main() -> None:
     storage = config.run_dir / ".ray"
     shutil.rmtree(storage, ignore_errors=True)
     try:
-        with ray_session(job["launcher"], say):
+        with ray_session(job["launcher"], say), tracking.exported(config):
             _ignore_signals()  # Ray has handlers of its own
             fit = _Fit(config, job["work"], storage, job["probed"], pipe.send, end)
             busy.clear()

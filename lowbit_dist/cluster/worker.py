@@ -23,7 +23,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
     try:
         config = configfile.from_dict(settings["config"])
         with _heartbeat(config, settings["restarts"]) as heartbeat, _only_writer(config):
-            return loop.run(config, restarts=settings["restarts"], beat=heartbeat.beat)
+            return loop.run(config, restarts=settings["restarts"], heartbeat=heartbeat.beat)
     except ConfigError:
         raise
     except Exception:

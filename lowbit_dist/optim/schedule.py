@@ -2,7 +2,17 @@
 
 import math
 
-from lowbit_dist.config import Schedule
+from lowbit_dist import ops
+from lowbit_dist.config import RunConfig, Schedule
+
+
+def now(config: RunConfig, step: int) -> ops.Now:
+    """The numbers of step `step` (1-based) of a run."""
+    lr, weight_decay = rate(config.schedule, step, config.train.steps)
+    rule = config.optimizer
+    return ops.Now(
+        lr=rule.lr * lr, weight_decay=rule.weight_decay * weight_decay, step=step, seed=config.run.seed
+    )
 
 
 def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from lowbit_dist.tracking.stores import make_database, resolve, sqlite_file, sqlite_lock, without_password
 
-FLUSH_SECONDS = 30.0
+POLL = 1.0  # seconds between looks for something new
+RETRY_SECONDS = 30.0  # at most, between attempts to reach a store that does not answer
+FLUSH_SECONDS = 60.0  # for a slow store to take the rest, at the end
 log = logging.getLogger(__name__)
 
 
@@ -28,28 +30,15 @@ class Feeder(ABC):
         self.shown = without_password(self.uri)
         self.client: Any = None  # an MlflowClient while the store answers
         self.run_id = run_id
-        self.changed = threading.Condition()
-        self.closing = False
         self.failed = False  # the last attempt
-        self.has_tried = threading.Event()
-        self.thread: threading.Thread | None = None
-
-    def begin(self) -> None:
-        """Look for the store, beside whatever goes on here."""
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
-            self.thread.start()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
 
     def close(self) -> bool:
-        """Wait until the store has everything, but not for one that did not answer; whether it has."""
-        self.begin()
-        with self.changed:
-            self.changed.wait_for(lambda: not self._is_behind() or self.failed, timeout=FLUSH_SECONDS)
-            self.closing = True
-            self.changed.notify_all()
-        assert self.thread is not None, "it has begun"
+        """Let the store have everything, but do not wait for one that does not answer; whether it has."""
+        self.closing.set()
         self.thread.join(timeout=FLUSH_SECONDS)
-        return not self._is_behind() and not self.thread.is_alive()
+        return not self.thread.is_alive() and not self._is_behind()
 
     @abstractmethod
     def _is_behind(self) -> bool: ...
@@ -61,22 +50,16 @@ class Feeder(ABC):
     def _start(self, client: Any) -> None: ...
 
     def _serve(self) -> None:
-        pause = 1.0
+        pause = POLL
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self._is_behind() or self.closing)
-                if not self._is_behind():
-                    return
-                is_last = self.closing  # an attempt that begins now is the last one if it fails
-            done = self._attempt(self._catch_up)
-            self.has_tried.set()
-            with self.changed:
-                self.changed.notify_all()
-                if not done:
-                    if is_last:
-                        return
-                    self.changed.wait_for(lambda: self.closing, timeout=pause)
-            pause = 1.0 if done else min(2 * pause, 30.0)
+            is_last = self.closing.is_set()  # an attempt that begins now is the last one if it fails
+            done = True
+            while done and self._is_behind():
+                done = self._attempt(self._catch_up)
+            if is_last:
+                return
+            pause = POLL if done else min(2 * pause, RETRY_SECONDS)
+            self.closing.wait(pause)
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         """Whether it was done; an error is reported once, and the store is looked at afresh next time."""
@@ -104,7 +87,6 @@ class Feeder(ABC):
                 client = MlflowClient(tracking_uri=self.uri)
                 self._start(client)
             self.client = client
-            self.has_tried.set()
         return self.client
 
     def _find_or_make_run(self, client: Any, experiment: str, name: str) -> Any:
@@ -133,7 +115,7 @@ def settle_mlflow() -> None:
 
 
 def existing_run(client: Any, run_id: str | None, shown: str) -> Any:
-    """The run to go on with, if this store has it; `shown`: the store's URI for people."""
+    """The run to resume, if this store has it; `shown`: the store's URI for people."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:

@@ -1,23 +1,26 @@
-"""A run as Ray metrics: gauges that Prometheus reads at the metrics port of each of Ray's nodes.
+"""A run as Ray metrics: gauges that Prometheus reads at the metrics port of Ray's nodes.
 
-Training only notes values; a thread hands them to Ray, all of them every few seconds.  Ray forgets a gauge
-that was not set for two of its report intervals (10 s each), and the age of a checkpoint grows between steps.
-In a process without Ray, nothing is handed on.  `launch/monitoring` draws these names.
+They are read from the run's folder, as everything that tells of a run is: its rows, its layers, its workers'
+heartbeats, its newest checkpoint.  A thread of the process that talks to Ray hands all of them to Ray every
+few seconds, since Ray forgets a gauge that was not set for two of its report intervals (10 s each), and the
+age of a checkpoint grows between steps.  `launch/monitoring` draws these names.
 """
 
+import contextlib
 import logging
-import socket
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from lowbit_dist import heartbeat
 from lowbit_dist.config import RunConfig
+from lowbit_dist.record import LAYERS, METRICS, Tail
+from lowbit_dist.runs import BASELINES, content
 
 # Name -> its meaning, and its tags besides `run`; Ray exports it as ray_NAME.
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    # of the run, from worker 0
+    # of the run
     "lowbit_step": ("The newest step", ()),
     "lowbit_steps": ("Steps of the whole run", ()),
     "lowbit_tokens": ("Tokens trained on", ()),
@@ -38,10 +41,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lowbit_baseline_bytes": (
         "Planned bytes of a baseline on each worker, between steps", ("baseline", "component"),
     ),
-    # from every worker
+    # of each worker
     "lowbit_memory_bytes": ("Measured bytes of one component on one worker", ("rank", "component")),
     "lowbit_worker_step": ("The newest step of one worker", ("rank", "host")),
-    "lowbit_worker_step_seconds": ("Seconds that the newest step took on one worker", ("rank", "host")),
+    "lowbit_worker_step_seconds": ("Median seconds of the newest steps of one worker", ("rank", "host")),
 }  # fmt: skip
 
 # A row of `metrics.jsonl` -> the gauges of its numbers.
@@ -55,100 +58,101 @@ ROW = {
     "flip_rate": "lowbit_flip_rate",
     "skipped_steps": "lowbit_skipped_steps",
     "rollbacks": "lowbit_rollbacks",
+    "restarts": "lowbit_restarts",
 }
+BASELINE_NAMES = {"plan_dense": "AdamW fp32", "plan_bitnet": "BitNet STE"}
 SECONDS = 3.0  # between two times that everything is handed to Ray
 log = logging.getLogger(__name__)
 
+Values = dict[tuple[str, tuple[str, ...]], float]  # name, values of its tags -> value
+
 
 class Gauges:
-    """The newest values of one worker."""
+    """The newest values of a run, as its folder has them."""
 
-    def __init__(self, config: RunConfig, *, rank: int, world: int, restarts: int):
-        self.run, self.rank = config.run.name, rank
-        self.latest = config.run_dir / "latest"
-        self.worker = {"rank": str(rank), "host": socket.gethostname()}
-        self._values: dict[tuple[str, tuple[str, ...]], float] = {}
-        self._exported: dict[str, Any] = {}  # name -> Ray's gauge
-        self._ends = threading.Event()
-        self._thread: threading.Thread | None = None
-        if rank == 0:
-            self.set("lowbit_steps", config.train.steps)
-            self.set("lowbit_workers", world)
-            self.set("lowbit_restarts", restarts)
-        if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
-            self._thread = threading.Thread(target=self._hand_on_until_closed, name="gauges", daemon=True)
-            self._thread.start()
+    def __init__(self, config: RunConfig):
+        self.config, self.folder = config, config.run_dir
+        self._metrics, self._layers = Tail(self.folder / METRICS), Tail(self.folder / LAYERS)
+        self._of_rows: Values = {}  # what the rows have told so far
 
-    def set(self, name: str, value: float | None, **tags: str) -> None:
-        """The newest value of a gauge; None leaves it as it is."""
-        if value is not None:
-            self._values[name, tuple(tags[key] for key in GAUGES[name][1])] = float(value)
+    def read(self) -> Values:
+        values: Values = {("lowbit_steps", ()): self.config.train.steps}
+        for row in self._metrics.rows():
+            self._of_rows |= {(ROW[key], ()): float(x) for key, x in row.items() if key in ROW}
+        for row in self._layers.rows()[-1:]:
+            for name, numbers in row["layers"].items():
+                if "flip_rate" in numbers:
+                    layer = name.removeprefix("model.").removesuffix(".weight")
+                    self._of_rows["lowbit_layer_flip_rate", (layer,)] = numbers["flip_rate"]
+        return values | self._of_rows | self._of_workers() | self._of_baselines() | self._of_checkpoint()
 
-    def stepped(self, step: int, seconds: float) -> None:
-        self.set("lowbit_worker_step", step, **self.worker)
-        self.set("lowbit_worker_step_seconds", seconds, **self.worker)
-        if self.rank == 0:
-            self.set("lowbit_step", step)
+    def _of_workers(self) -> Values:
+        values: Values = {}
+        workers = heartbeat.read(self.folder)
+        if workers:
+            values["lowbit_workers", ()] = len(workers)
+            values["lowbit_step", ()] = max(worker["step"] for worker in workers)
+        for worker in workers:
+            rank, tags = str(worker["rank"]), (str(worker["rank"]), worker["host"])
+            values["lowbit_worker_step", tags] = worker["step"]
+            if worker["step_seconds"] is not None:
+                values["lowbit_worker_step_seconds", tags] = worker["step_seconds"]
+            for component, n_bytes in worker["memory"].items():
+                values["lowbit_memory_bytes", (rank, component)] = n_bytes
+        return values
 
-    def log(self, row: Mapping[str, float | None]) -> None:
-        """The numbers of a log step, which are the same on all workers: worker 0 tells them."""
-        for key, name in ROW.items():
-            if self.rank == 0:
-                self.set(name, row.get(key))
+    def _of_baselines(self) -> Values:
+        plans = content(self.folder / BASELINES)
+        return {
+            ("lowbit_baseline_bytes", (name, component)): part["bytes"]
+            for plan, name in BASELINE_NAMES.items()
+            if plan in plans
+            for component, part in plans[plan]["components"].items()
+            if part["bytes"] is not None
+        }
 
-    def layers(self, flip_rates: Mapping[str, float]) -> None:
-        """By the name of each low-bit parameter."""
-        for name, rate in flip_rates.items():
-            if self.rank == 0:
-                layer = name.removeprefix("model.").removesuffix(".weight")
-                self.set("lowbit_layer_flip_rate", rate, layer=layer)
-
-    def memory(self, report: Mapping[str, Any]) -> None:
-        """This worker's, as `memory.measure` reports it."""
-        for component, part in report["components"].items():
-            self.set("lowbit_memory_bytes", part["bytes"], rank=self.worker["rank"], component=component)
-
-    def baseline(self, name: str, report: Mapping[str, Any]) -> None:
-        for component, part in report["components"].items():
-            self.set("lowbit_baseline_bytes", part["bytes"], baseline=name, component=component)
-
-    def close(self) -> None:
-        """Some seconds later, Ray forgets the values."""
-        self._ends.set()
-        if self._thread is not None:
-            self._thread.join(timeout=SECONDS)
-
-    def _hand_on_until_closed(self) -> None:
-        is_well = True
-        while not self._ends.wait(SECONDS):
-            try:
-                self._hand_on()
-                is_well = True
-            except Exception as error:  # whatever happens to the metrics, training goes on
-                if is_well:
-                    log.warning(
-                        "Ray takes no metrics (%s: %s); training goes on", type(error).__name__, error
-                    )
-                is_well = False
-
-    def _hand_on(self) -> None:
-        from ray.util.metrics import Gauge
-
-        if self.rank == 0:
-            self._look_at_checkpoint()
-        for (name, values), value in self._values.copy().items():
-            meaning, tags = GAUGES[name]
-            if name not in self._exported:
-                self._exported[name] = Gauge(name, description=meaning, tag_keys=("run", *tags))
-            self._exported[name].set(value, tags={"run": self.run, **dict(zip(tags, values, strict=True))})
-
-    def _look_at_checkpoint(self) -> None:
+    def _of_checkpoint(self) -> Values:
         """The file `latest` names the newest one, and is as old as that is."""
         try:
-            published = self.latest.stat().st_mtime
-            step = int(self.latest.read_text().removeprefix("step-"))
+            published = (self.folder / "latest").stat().st_mtime
+            step = int((self.folder / "latest").read_text().removeprefix("step-"))
         except (OSError, ValueError):  # there is none yet, or a shared file system is away
-            return
-        self.set("lowbit_checkpoint_step", step)
-        self.set("lowbit_checkpoint_timestamp_seconds", published)
-        self.set("lowbit_checkpoint_age_seconds", max(0.0, time.time() - published))
+            return {}
+        return {
+            ("lowbit_checkpoint_step", ()): step,
+            ("lowbit_checkpoint_timestamp_seconds", ()): published,
+            ("lowbit_checkpoint_age_seconds", ()): max(0.0, time.time() - published),
+        }
+
+
+@contextlib.contextmanager
+def exported(config: RunConfig) -> Iterator[None]:
+    """Inside, in a process of Ray, the run's gauges are handed to Ray; afterwards Ray soon forgets them."""
+    is_over = threading.Event()
+    thread = threading.Thread(target=_export, args=(Gauges(config), is_over), name="gauges", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(timeout=SECONDS)
+
+
+def _export(gauges: Gauges, is_over: threading.Event) -> None:
+    from ray.util.metrics import Gauge
+
+    known: dict[str, Any] = {}  # name -> Ray's gauge
+    is_well = True
+    while not is_over.wait(SECONDS):
+        try:
+            for (name, tags), value in gauges.read().items():
+                meaning, keys = GAUGES[name]
+                if name not in known:
+                    known[name] = Gauge(name, description=meaning, tag_keys=("run", *keys))
+                pairs = zip(keys, tags, strict=True)
+                known[name].set(value, tags={"run": gauges.config.run.name, **dict(pairs)})
+            is_well = True
+        except Exception as error:  # whatever happens to the metrics, training goes on
+            if is_well:
+                log.warning("Ray takes no metrics (%s: %s); training goes on", type(error).__name__, error)
+            is_well = False

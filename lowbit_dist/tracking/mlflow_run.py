@@ -1,18 +1,19 @@
-"""The run in MLflow: made or found again, and fed with its rows."""
+"""The run in MLflow: made or found again, and fed with its rows as they are appended to its folder."""
 
 import contextlib
 import logging
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import atomic_write
+from lowbit_dist.record import METRICS, Tail
 from lowbit_dist.tracking.feeder import Feeder
-from lowbit_dist.tracking.record import METRICS
 from lowbit_dist.tracking.stores import without_password
 
 RUN_ID = ".mlflow_run_id"
@@ -20,41 +21,31 @@ COMPLETE = ".mlflow_complete"  # in a finished run's folder, once MLflow has all
 PARAM_LIMIT = 6000  # characters, MLflow's own
 BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
 METRIC_LIMIT = 1000  # of one request, MLflow's own
-START_SECONDS = 10.0  # that whoever asks for the run's number waits for a server
 log = logging.getLogger(__name__)
 
 
 class MlflowRun(Feeder):
-    """One MLflow run, which gets its rows as they are made."""
+    """One MLflow run, which gets the rows that training writes into the run's folder."""
 
     meanwhile = "training goes on, and rows wait until it does"
 
-    def __init__(self, config: RunConfig, run_id: str | None, rows: list[dict[str, Any]]):
+    def __init__(self, config: RunConfig):
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"
-        super().__init__(config.tracking.mlflow, run_id)
+        super().__init__(config.tracking.mlflow, noted_run_id(config.run_dir))
         self.config = config
         self.last = 0  # the newest step that MLflow has
-        self.waiting: deque[dict[str, Any]] = deque(rows)
+        self.tail = Tail(config.run_dir / METRICS)
+        self.rows: deque[dict[str, Any]] = deque(self.tail.rows())
+        self.before = self.rows[-1]["time"] if self.rows else 0.0  # of the newest row before this start
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
         self.told = False
         with contextlib.suppress(OSError):
             (config.run_dir / COMPLETE).unlink(missing_ok=True)
-
-    def await_try(self) -> None:
-        """Wait until the store was looked for once: a database takes the time that it takes, but a server may
-        take a connection and never answer.
-        """
-        self.begin()
-        self.has_tried.wait(START_SECONDS if self.uri.startswith("http") else None)
-
-    def send(self, row: dict[str, Any]) -> None:
-        self.begin()
-        with self.changed:
-            self.waiting.append(row)
-            self.changed.notify_all()
+        self.thread.start()
 
     def finish(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
+        """Send what is left, then the files, and end the run as FINISHED, FAILED or KILLED."""
         is_complete = self.close()
         if is_complete:
             actions = [*(partial(self._upload, file) for file in files), partial(self._end, status, summary)]
@@ -66,7 +57,7 @@ class MlflowRun(Feeder):
                 "of %s", self.shown, self.config.run_dir / METRICS,
             )  # fmt: skip
         elif status == "FINISHED":
-            with contextlib.suppress(OSError):  # of a full disk, others speak
+            with contextlib.suppress(OSError):  # a full disk is reported elsewhere
                 (self.config.run_dir / COMPLETE).touch()
 
     def _upload(self, file: Path) -> None:
@@ -80,7 +71,7 @@ class MlflowRun(Feeder):
         client.set_terminated(self.run_id, status)
 
     def _start(self, client: Any) -> None:
-        """Create the run or go on with it, and learn the newest step that it has.
+        """Create the run or resume it, and learn the newest step that it has.
 
         A run that went back to a checkpoint measures some steps again: what MLflow has stays as it is.
         """
@@ -103,7 +94,7 @@ class MlflowRun(Feeder):
             log.info("MLflow: %s", link(self.uri, run.info.experiment_id, run.info.run_id))
 
     def _note(self) -> None:
-        """Keep the run's number in the folder, where a run without a checkpoint finds it."""
+        """Keep the run's number in the folder, where the next start finds it."""
         if self.run_id is None or self.noted == self.run_id:
             return
         file = self.config.run_dir / RUN_ID
@@ -117,17 +108,19 @@ class MlflowRun(Feeder):
             self.note_failed = True
 
     def _is_behind(self) -> bool:
-        return bool(self.waiting) or not self.has_tried.is_set()
+        # MLflow takes seconds to import: not before the first step, for which all workers wait.
+        self.rows.extend(self.tail.rows())
+        if not self.rows:
+            return False
+        return self.client is not None or self.closing.is_set() or self.rows[-1]["time"] > self.before
 
     def _catch_up(self) -> None:
         client = self._connected()
         self._note()
-        with self.changed:
-            rows = list(self.waiting)[:BATCH]
+        rows = list(islice(self.rows, BATCH))
         self._log(client, rows)
-        with self.changed:
-            for _ in rows:
-                self.waiting.popleft()
+        for _ in rows:
+            self.rows.popleft()
 
     def _log(self, client: Any, rows: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric

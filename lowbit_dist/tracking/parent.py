@@ -1,7 +1,7 @@
 """The MLflow run of a sweep: the parent of its children's runs, which carries their comparison.
 
 Children know nothing of it: they are ordinary runs, and become its children by tags that are set from outside
-once their own runs are there.  So a child that is gone on with by hand stays where it is.
+once their own runs are there.  So a child that is resumed by hand stays where it is.
 """
 
 import logging
@@ -30,24 +30,20 @@ class Parent(Feeder):
         self.adopted: dict[str, str] = {}  # run -> the parent that it is known to have
         self.ending: tuple[str, Sequence[Path], str] | None = None  # status, files, description
         self.has_ended = False
-        self.begin()
+        self.thread.start()
 
     def adopt(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Make a run, of the same store, a child; telling it again changes nothing."""
         if self.children.get(run_id) == tags:
             return
-        with self.changed:
-            self.children[run_id] = tags
-            self.changed.notify_all()
+        self.children[run_id] = tags
 
     def finish(self, status: str, files: Sequence[Path], description: str) -> bool:
         """End the run as FINISHED, FAILED or KILLED, with its files; whether MLflow has got all of it.
 
         Waits for a store that is slow, but not for one that did not answer.
         """
-        with self.changed:
-            self.ending = (status, files, description)
-            self.changed.notify_all()
+        self.ending = (status, files, description)
         self.close()
         if not self.has_ended:
             log.warning(
@@ -59,7 +55,7 @@ class Parent(Feeder):
     def _is_behind(self) -> bool:
         return (
             self.client is None
-            or any(self.adopted.get(each) != self.run_id for each in self.children)
+            or any(self.adopted.get(child) != self.run_id for child in list(self.children))
             or (self.ending is not None and not self.has_ended)
         )
 

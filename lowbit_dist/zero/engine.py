@@ -75,22 +75,23 @@ class Engine:
             self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels))
 
     @contextmanager
-    def step(self, now: ops.Now, limit: float = math.inf) -> Iterator["Step"]:
+    def step(self, now: ops.Now, limit: float = math.inf, *, norms: bool = False) -> Iterator["Step"]:
         """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped
         to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
-        the gradient is lost.  An exception inside leaves everything as it is.
+        the gradient is lost.  An exception inside leaves everything as it is.  With `norms`, the update tells
+        the gradient's norm of each parameter, too.
         """
         step = Step(self)
         yield step
-        step.done = self._update(now, -1.0 if step.is_dropped else limit)  # no norm is below 0
+        step.done = self._update(now, -1.0 if step.is_dropped else limit, norms)  # no norm is below 0
 
-    def _update(self, now: ops.Now, limit: float) -> Update:
+    def _update(self, now: ops.Now, limit: float, norms: bool = False) -> Update:
         if self._standard is not None:
-            return self._standard.step(now, limit)
+            return self._standard.step(now, limit, norms=norms)
         optimizer = self._engine.optimizer
-        optimizer.now, optimizer.limit = now, limit
+        optimizer.now, optimizer.limit, optimizer.wants_norms = now, limit, norms
         self._engine.step()
         update: Update = optimizer.last_update
         return update

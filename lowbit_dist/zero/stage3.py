@@ -27,6 +27,7 @@ class Update:
     flips: int  # codes that changed
     skipped: bool  # the norm was not finite or above the limit: nothing was changed
     flips_of: Mapping[str, int] = field(default_factory=dict)  # the same of each low-bit parameter, by name
+    norms_of: Mapping[str, float] = field(default_factory=dict)  # of each parameter's mean gradient, if asked
 
 
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
@@ -34,6 +35,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     now: ops.Now  # set before each step
     limit: float  # set before each step: a larger gradient norm leaves the step out
+    wants_norms: bool  # set before each step: of each parameter's gradient
     last_update: Update
     shards: list[Shard]
     params: list[Any]  # the parameters of `shards`
@@ -156,11 +158,18 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
                 )
             self.refresh()
         dist.all_reduce(flips)
+        norms_of = self._norms_of(gradients) if self.wants_norms else {}
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
         of_shards = zip(self.shards, flips.tolist(), strict=True)
         flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
-        self.last_update = Update(norm, sum(flips_of.values()), self.overflow, flips_of)
+        self.last_update = Update(norm, sum(flips_of.values()), self.overflow, flips_of, norms_of)
+
+    def _norms_of(self, gradients: list[Tensor]) -> dict[str, float]:
+        squares = torch.stack([square_sum(gradient) for gradient in gradients])
+        dist.all_reduce(squares)
+        norms = (squares.sqrt() / self.micro_batches).tolist()
+        return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
     def _update_shard(self, i: int, gradient: Tensor, now: ops.Now) -> Tensor | int:
         shard = self.shards[i]
@@ -195,6 +204,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         for stored, x in zip(shard.state, moved, strict=True):
             stored.store(0, shard.numel, x.reshape(-1)[here])
         return ops.apply_(target, u.reshape(-1)[here].contiguous(), now=now)
+
+
+def square_sum(gradient: Tensor) -> Tensor:  # [] float64
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
 
 
 def _own_parameters(module: nn.Module, step: int) -> set[int]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.zero.shards import Initial, Shard, owners
-from lowbit_dist.zero.stage3 import Update, at_rates
+from lowbit_dist.zero.stage3 import Update, at_rates, square_sum
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
 LEFT_OUT = Update(math.inf, flips=0, skipped=True)
@@ -25,13 +26,15 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     now: ops.Now | None = None  # set before each step
     limit = math.inf  # set before each step
+    wants_norms = False  # set before each step
     last_update = LEFT_OUT  # set by each step
 
     def __init__(self, groups: list[dict[str, Any]], config: RunConfig, stage: int):
         super().__init__(groups, {"lr": config.optimizer.lr})
         self.rule, self.method = config.optimizer, config.method
-        # Tensor -> the runs of its elements that belong to one parameter each, with the parameter's rates.
-        self.parts: dict[Tensor, list[tuple[slice, tuple[float, float]]]] = {}
+        # Tensor -> the runs of its elements that belong to one parameter each, and the parameter.
+        self.parts: dict[Tensor, list[tuple[slice, str, tuple[float, float]]]] = {}
+        self.square_sums: dict[str, Tensor] = {}  # of the gradients' parts that are here, if wanted
         self.clip_norm = config.train.clip_norm
         self.copies = 1 if stage else dist.get_world_size()  # stage 0: every worker has every gradient
 
@@ -44,8 +47,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         apply = math.isfinite(norm) and norm <= self.limit
         if apply:
             for p in params:
-                for here, rates in self.parts[p]:
+                for here, _, rates in self.parts[p]:
                     self._move(p, here, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
+        if self.wants_norms:
+            self.square_sums = {
+                name: square_sum(p.grad.view(-1)[here]) for p in params for here, name, _ in self.parts[p]
+            }
         self.last_update = Update(norm, flips=0, skipped=not apply)
 
     def _move(self, p: Tensor, here: slice, now: ops.Now) -> None:
@@ -65,7 +72,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
         """Know the elements `here` of p as those of a parameter; what the rule remembers of them."""
-        self.parts.setdefault(p, []).append((here, self.method.rates(name, shape)))
+        self.parts.setdefault(p, []).append((here, name, self.method.rates(name, shape)))
         return part_of(self.stored(p), here)
 
     def stored(self, p: Tensor) -> list[ops.Stored]:
@@ -150,11 +157,20 @@ class StandardZero:
                 for p, master in zip(group, masters, strict=True):
                     p.data.copy_(master)
 
-    def step(self, now: ops.Now, limit: float) -> Update:
-        self.optimizer.now, self.optimizer.limit = now, limit
+    def step(self, now: ops.Now, limit: float, *, norms: bool = False) -> Update:
+        self.optimizer.now, self.optimizer.limit, self.optimizer.wants_norms = now, limit, norms
         self.optimizer.last_update = LEFT_OUT
         self.engine.step()
-        return self.optimizer.last_update
+        update = self.optimizer.last_update
+        return replace(update, norms_of=self._norms_of()) if norms and update is not LEFT_OUT else update
+
+    def _norms_of(self) -> dict[str, float]:
+        zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        sums = torch.stack([self.optimizer.square_sums.get(shard.name, zero) for shard in self.shards])
+        if self.stage:  # under stage 0 every worker has all of each gradient
+            dist.all_reduce(sums)
+        norms = sums.sqrt().tolist()
+        return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
     def gradients(self) -> list[Tensor]:
         """Gradients that are alive now; DeepSpeed frees them at each step."""
