@@ -79,7 +79,7 @@ class _RowFile:
         except OSError as error:
             if self.problem is None:
                 log.warning(
-                    "%s cannot be written (%s); training goes on, its rows wait in memory and are written "
+                    "%s cannot be written (%s); training continues, its rows wait in memory and are written "
                     "when there is room", self.file, error.strerror or error,
                 )  # fmt: skip
             self.problem = error.strerror or str(error)

@@ -124,23 +124,23 @@ def is_run(folder: Path) -> bool:
 
 def folders(folder: Path) -> list[Path]:
     """The runs of a folder, and those of its sweeps, in the order of their names."""
-    found = []
-    for each in _inside(folder):
-        found += [each] if is_run(each) else [child for child in _inside(each) if is_run(child)]
-    return found
+    runs = []
+    for entry in _inside(folder):
+        runs += [entry] if is_run(entry) else [child for child in _inside(entry) if is_run(child)]
+    return runs
 
 
 def _inside(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def named(words: Sequence[str]) -> list[RunFolder]:
     """The runs that are meant by folders or names, of runs or of whole sweeps; each of them once."""
-    found: dict[Path, Path] = {}
+    meant: dict[Path, Path] = {}
     for word in words:
         for folder in _meant(word):
-            found.setdefault(folder.resolve(), folder)
-    return [read(folder) for folder in found.values()]
+            meant.setdefault(folder.resolve(), folder)
+    return [read(folder) for folder in meant.values()]
 
 
 def _meant(word: str) -> list[Path]:
@@ -149,7 +149,7 @@ def _meant(word: str) -> list[Path]:
             return [folder]
         if folder.is_dir() and (inside := folders(folder)):
             return inside
-    known = [str(each.relative_to(RUNS)) for each in folders(RUNS)] if RUNS.is_dir() else []
+    known = [str(folder.relative_to(RUNS)) for folder in folders(RUNS)] if RUNS.is_dir() else []
     known += sorted({name.partition("/")[0] for name in known if "/" in name})
     meant = nearest(word, known)
     raise ConfigError(
@@ -167,7 +167,7 @@ def age(run: RunFolder) -> float:
 def content(file: Path) -> dict[str, Any]:
     """A mapping that a file holds, or an empty one."""
     try:
-        found = json.loads(file.read_text())
+        mapping = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return mapping if isinstance(mapping, dict) else {}

@@ -29,10 +29,9 @@ def run(ranks, small, tmp_path):
     """`run(world, NAME, method={...})`: rows of the run's metrics and layers, and its folder."""
 
     def of(world, name, **sections):
-        train_section = {**TRAIN, **sections.pop("train", {})}
-        content = small(
-            run={"name": name}, model=MODEL, train=train_section, optimizer={"lr": 0.02}, **sections
-        )
+        sections["train"] = {**TRAIN, **sections.get("train", {})}
+        defaults = {"model": MODEL, "optimizer": {"lr": 0.02}, "schedule": {"name": "constant"}}
+        content = small(run={"name": name}, **{**defaults, **sections})
         ranks(world).run(train, content)
         folder = Path(tmp_path) / name
         return rows_of(folder / METRICS), rows_of(folder / LAYERS), folder
@@ -126,14 +125,10 @@ def test_they_are_the_same_on_any_number_of_workers_and_after_a_resume(run, rank
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_gradient_norms_are_those_of_any_stage(run, stage):
     """`dense` has no levels, and the norms of its linear layers."""
-    _, layers, _ = run(
-        2,
-        f"stage{stage}",
-        method={"name": "dense"},
-        zero={"stage": stage},
-        train={"reproducible": stage == 3},
-    )
-    _, alone, _ = run(1, f"alone{stage}", method={"name": "dense"})
+    shared = {"method": {"name": "dense"}, "optimizer": {"states": "fp32"}}
+    split = {"zero": {"stage": stage}, "train": {"reproducible": stage == 3}}
+    _, layers, _ = run(2, f"stage{stage}", **shared, **split)
+    _, alone, _ = run(1, f"alone{stage}", **shared)
     for one, other in zip(alone, layers, strict=True):
         assert {key for layer in other["layers"].values() for key in layer} == {"grad_norm"}
         for name, layer in one["layers"].items():

@@ -43,24 +43,24 @@ def watch(
     """
     with console.answering(as_json) as answer:
         folder = _folder(run)
-        found = snapshot(folder, layers=layers)
+        seen = snapshot(folder, layers=layers)
 
         def draw(terminal: "Console") -> None:
             if terminal.is_terminal and not once:
                 _live(terminal, folder, layers)
             else:
-                terminal.print(picture(found, terminal.width))
+                terminal.print(picture(seen, terminal.width))
 
-        answer(found, draw)
+        answer(seen, draw)
 
 
 def _folder(word: str) -> Path:
     from lowbit_dist.runs import named
 
-    found = named([word])
-    if len(found) > 1:
-        raise ConfigError(f"{word} has {len(found)} runs; name one of them, for example {found[0].folder}")
-    return found[0].folder
+    chosen = named([word])
+    if len(chosen) > 1:
+        raise ConfigError(f"{word} has {len(chosen)} runs; name one of them, for example {chosen[0].folder}")
+    return chosen[0].folder
 
 
 def _live(terminal: "Console", folder: Path, layers: bool) -> None:
@@ -68,9 +68,9 @@ def _live(terminal: "Console", folder: Path, layers: bool) -> None:
 
     with Live(console=terminal, auto_refresh=False) as live:
         while True:
-            found = snapshot(folder, layers=layers)
-            live.update(picture(found, terminal.width), refresh=True)
-            if not found["is_alive"]:
+            seen = snapshot(folder, layers=layers)
+            live.update(picture(seen, terminal.width), refresh=True)
+            if not seen["is_alive"]:
                 return
             time.sleep(EVERY)
 
@@ -82,12 +82,12 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
     run = runs.read(folder)
     now = time.time()
     workers: list[dict[str, Any]] = [
-        {key: each.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
-        | {"age_seconds": max(0.0, now - each.get("time", 0.0))}
-        for each in heartbeat.read(folder)
+        {key: worker.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
+        | {"age_seconds": max(0.0, now - worker.get("time", 0.0))}
+        for worker in heartbeat.read(folder)
     ]
-    is_alive = run.state == "running" or any(each["age_seconds"] < HEARTBEAT_TIMEOUT for each in workers)
-    step = max([run.step, *(each["step"] or 0 for each in workers)])
+    is_alive = run.state == "running" or any(worker["age_seconds"] < HEARTBEAT_TIMEOUT for worker in workers)
+    step = max([run.step, *(worker["step"] or 0 for worker in workers)])
     steps, rate = run.config.train.steps, run.last("tokens_per_second")
     left = (steps - step) * run.config.train.batch_tokens / rate if rate and is_alive else None
     newest = run.rows[-1] if run.rows else {}
@@ -149,50 +149,50 @@ def _components(run: "RunFolder") -> dict[str, Any]:
     return {name.removeprefix("memory/"): run.last(name) for name in names}
 
 
-def picture(found: Mapping[str, Any], width: int) -> "RenderableType":
+def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
     width = min(width, 100)
-    done = found["step"] / found["steps"]
+    done = seen["step"] / seen["steps"]
     bar = "━" * round(done * 24)
     head = Text.assemble(
-        (found["run"], "bold"), f"  {found['method']}  ", (found["state"], COLOURS[found["state"]]),
-        f"  step {found['step']:,}/{found['steps']:,} ", (bar, "cyan"), ("━" * (24 - len(bar)), "dim"),
+        (seen["run"], "bold"), f"  {seen['method']}  ", (seen["state"], COLOURS[seen["state"]]),
+        f"  step {seen['step']:,}/{seen['steps']:,} ", (bar, "cyan"), ("━" * (24 - len(bar)), "dim"),
         f" {done:.0%}",
-        "" if found["seconds_left"] is None else f"  {console.duration(found['seconds_left'])} left",
+        "" if seen["seconds_left"] is None else f"  {console.duration(seen['seconds_left'])} left",
     )  # fmt: skip
     parts: list[RenderableType] = [head]
-    if found["why"]:
-        parts.append(Text(found["why"], "red"))
-    parts += [Text(), _numbers(found, width)]
-    if points := found["curves"]["loss"]:
+    if seen["why"]:
+        parts.append(Text(seen["why"], "red"))
+    parts += [Text(), _numbers(seen, width)]
+    if points := seen["curves"]["loss"]:
         parts += [Text(), _loss(points, width)]
-    if found["bytes_per_parameter"]:
+    if seen["bytes_per_parameter"]:
         from lowbit_dist.charts import memory_bars_text
 
         parts += [
             Text(),
-            Text(memory_bars_text(found["bytes_per_parameter"], width=min(60, max(20, width - 30)))),
+            Text(memory_bars_text(seen["bytes_per_parameter"], width=min(60, max(20, width - 30)))),
         ]
-    if found.get("layers"):
-        parts += [Text(), _layers(found["layers"], width)]
-    if found["workers"]:
-        parts += [Text(), _workers(found)]
+    if seen.get("layers"):
+        parts += [Text(), _layers(seen["layers"], width)]
+    if seen["workers"]:
+        parts += [Text(), _workers(seen)]
     return Group(*parts)
 
 
-def _numbers(found: Mapping[str, Any], width: int) -> "RenderableType":
+def _numbers(seen: Mapping[str, Any], width: int) -> "RenderableType":
     from rich.table import Table
 
     def number(key: str, form: str) -> str | None:
-        return None if found[key] is None else format(found[key], form)
+        return None if seen[key] is None else format(seen[key], form)
 
     def curve(key: str) -> str:
-        return "  " + plots.spark([y for _, y in found["curves"][key]], max(8, width // 5))
+        return "  " + plots.spark([y for _, y in seen["curves"][key]], max(8, width // 5))
 
     rate, flips = number("tokens_per_second", ",.0f"), number("flip_rate", ".3%")
-    checkpoint = found["checkpoint"]
+    checkpoint = seen["checkpoint"]
     rows = {
         "loss": number("loss", ".4f"),
         "validation loss": number("val_loss", ".4f"),
@@ -201,12 +201,12 @@ def _numbers(found: Mapping[str, Any], width: int) -> "RenderableType":
         "flip rate": flips and flips + curve("flip_rate"),
         "learning rate": number("lr", ".3g"),
         "gradient norm": number("grad_norm", ".3g"),
-        "memory": found["resident_bytes"] and f"{in_bytes(found['resident_bytes'])} on each worker",
+        "memory": seen["resident_bytes"] and f"{in_bytes(seen['resident_bytes'])} on each worker",
         "checkpoint": checkpoint
         and f"step {checkpoint['step']:,}, {console.duration(checkpoint['age_seconds'])} ago",
-        "restarts": str(found["restarts"]),
-        "skipped steps": str(found["skipped_steps"]) if found["skipped_steps"] else None,
-        "rollbacks": str(found["rollbacks"]) if found["rollbacks"] else None,
+        "restarts": str(seen["restarts"]),
+        "skipped steps": str(seen["skipped_steps"]) if seen["skipped_steps"] else None,
+        "rollbacks": str(seen["rollbacks"]) if seen["rollbacks"] else None,
     }
     table = Table.grid(padding=(0, 3))
     shown = [(name, value) for name, value in rows.items() if value]
@@ -241,19 +241,18 @@ def _layers(rates: Mapping[str, list[float]], width: int) -> "RenderableType":
     return table
 
 
-def _workers(found: Mapping[str, Any]) -> "RenderableType":
+def _workers(seen: Mapping[str, Any]) -> "RenderableType":
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("worker", "machine", "process", "phase", "step", "s/step", "last sign"):
         table.add_column(name, justify="left" if name in ("machine", "phase") else "right")
-    for each in found["workers"]:
-        is_silent = each["age_seconds"] > HEARTBEAT_TIMEOUT
-        seconds = each["step_seconds"]
-        table.add_row(
-            str(each["rank"]), str(each["host"]), str(each["pid"]), str(each["phase"]), str(each["step"]),
-            "-" if seconds is None else f"{seconds:.2f}", f"{console.duration(each['age_seconds'])} ago",
-            style="red" if is_silent else None,
-        )  # fmt: skip
+    for worker in seen["workers"]:
+        is_silent = worker["age_seconds"] > HEARTBEAT_TIMEOUT
+        seconds = worker["step_seconds"]
+        names = [str(worker[key]) for key in ("rank", "host", "pid", "phase", "step")]
+        pace = "-" if seconds is None else f"{seconds:.2f}"
+        age = f"{console.duration(worker['age_seconds'])} ago"
+        table.add_row(*names, pace, age, style="red" if is_silent else None)
     return table

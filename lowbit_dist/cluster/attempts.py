@@ -1,8 +1,8 @@
 """Attempts to train a run: worker groups of Ray Train, one after another until one reaches the end.
 
 Attempts are counted here and not by Ray Train (`max_failures=0` in `fit`), for three reasons: Ray Train never
-retries an error while the process group is set up, it would retry a user's mistake, and it goes on by name
-with what another launch left.
+retries an error while the process group is set up, it would retry a user's mistake, and it resumes by
+name what another launch left.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def _count_start(config: RunConfig) -> int:
     with (
         contextlib.suppress(OSError),
         (config.run_dir / STARTS).open("a") as file,
-    ):  # of a full disk, others speak
+    ):  # a full disk is reported elsewhere
         file.write(json.dumps({"time": time.time()}) + "\n")
     return earlier
 

@@ -38,7 +38,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Change:
-    """The workers stopped, with a checkpoint, for others to go on."""
+    """The workers stopped, with a checkpoint, for others to resume."""
 
     text: str
 

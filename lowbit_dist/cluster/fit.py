@@ -67,8 +67,8 @@ def main() -> None:
 
 def _ignore_signals() -> None:
     """Whoever stops a job signals all of its processes; what becomes of this one is the launcher's to say."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _listen(pipe: Connection, wishes: "queue.SimpleQueue[Any]", busy: threading.Event) -> None:
@@ -114,7 +114,7 @@ class _Fit:
 
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        each = gpus_per_worker(self.config, gpus)
+        gpus_each = gpus_per_worker(self.config, gpus)
         machines: list[str] | None = None
         if not self.is_cluster:
             n = check_workers(self.config, cpus=cpus, gpus=gpus, place="this machine")
@@ -125,12 +125,12 @@ class _Fit:
             if not machines:
                 least = self.config.worker_counts()[-1]
                 return Failure(f"the cluster has no room for {least} worker{'' if least == 1 else 's'}")
-            self._probe(machines, each)
+            self._probe(machines, gpus_each)
             n = len(machines)
         settings = {
             "config": self.config.to_dict(),
             "folder": os.getcwd(),
-            "gpus": each,
+            "gpus": gpus_each,
             "threads": max(1, int(self.config.cluster.cpus_per_worker)),
             "log": str(self.config.run_dir / LOG),
             "restarts": restarts,
@@ -190,7 +190,7 @@ class _Fit:
                 label_selector=None if machines is None else [{"ray.io/node-id": id} for id in machines],
             ),
             run_config=train_config(
-                # A fresh name: Ray Train would go on with whatever it finds under an old one.
+                # A fresh name: Ray Train would resume whatever it finds under an old one.
                 name=f"{self.config.run.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(self.storage.resolve()),
                 failure_config=ray_train.FailureConfig(max_failures=0),
@@ -243,7 +243,7 @@ def _choose_interface() -> None:
 
     ip = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == ip for each in addresses):
+        if any(address.address == ip for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 

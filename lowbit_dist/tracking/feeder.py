@@ -22,7 +22,7 @@ class Feeder(ABC):
     its run or makes it (`_start`).
     """
 
-    meanwhile: str  # what goes on while the store does not answer, in a sentence's second half
+    meanwhile: str  # what continues while the store does not answer, in a sentence's second half
 
     def __init__(self, uri: str, run_id: str | None):
         settle_mlflow()
@@ -65,7 +65,7 @@ class Feeder(ABC):
         """Whether it was done; an error is reported once, and the store is looked at afresh next time."""
         try:
             action()
-        except Exception as error:  # whatever happens to MLflow, all else goes on
+        except Exception as error:  # whatever happens to MLflow, all else continues
             self.client = None
             if not self.failed:
                 log.warning(
@@ -143,17 +143,17 @@ def experiment_id(client: Any, name: str, uri: str) -> str:
     """The experiment of a name, made if the store has none."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         beside = sqlite_file(uri).parent / "mlartifacts"  # not in whatever folder a worker runs in
         location = beside.as_uri() if uri.startswith("sqlite:") else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:  # another run made it at the same moment
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def innermost(error: BaseException) -> tuple[str, str]:

@@ -152,7 +152,7 @@ def _export(gauges: Gauges, is_over: threading.Event) -> None:
                 pairs = zip(keys, tags, strict=True)
                 known[name].set(value, tags={"run": gauges.config.run.name, **dict(pairs)})
             is_well = True
-        except Exception as error:  # whatever happens to the metrics, training goes on
+        except Exception as error:  # whatever happens to the metrics, training continues
             if is_well:
-                log.warning("Ray takes no metrics (%s: %s); training goes on", type(error).__name__, error)
+                log.warning("Ray takes no metrics (%s: %s); training continues", type(error).__name__, error)
             is_well = False

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class MlflowRun(Feeder):
     """One MLflow run, which gets the rows that training writes into the run's folder."""
 
-    meanwhile = "training goes on, and rows wait until it does"
+    meanwhile = "training continues, and rows wait until it does"
 
     def __init__(self, config: RunConfig):
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"

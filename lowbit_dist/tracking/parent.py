@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Parent(Feeder):
     """The MLflow run of a sweep, which gets its children and in the end their comparison."""
 
-    meanwhile = "the sweep goes on"
+    meanwhile = "the sweep continues"
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path):
         """The run that is noted in `folder`, or a new one."""

@@ -101,7 +101,7 @@ def sqlite_lock(uri: str) -> contextlib.AbstractContextManager[Any]:
 def make_database(file: Path) -> None:
     """A new store gets its name when it is complete.
 
-    MLflow cannot go on with one whose making was cut short by a full disk or a kill.
+    MLflow cannot use one whose making was cut short by a full disk or a kill.
     """
     if file.exists() and file.stat().st_size:
         return
@@ -109,8 +109,8 @@ def make_database(file: Path) -> None:
 
     draft = file.with_name(f"{file.name}.draft")
     leftovers = (draft, draft.with_name(f"{draft.name}-journal"))
-    for each in leftovers:
-        each.unlink(missing_ok=True)
+    for file_left in leftovers:
+        file_left.unlink(missing_ok=True)
     engine = utils.create_sqlalchemy_engine(f"sqlite:///{draft}")
     try:
         utils._initialize_tables(engine)
@@ -118,8 +118,8 @@ def make_database(file: Path) -> None:
         draft.rename(file)
     finally:
         engine.dispose()
-        for each in leftovers:
-            each.unlink(missing_ok=True)
+        for file_left in leftovers:
+            file_left.unlink(missing_ok=True)
 
 
 def without_password(uri: str) -> str:
