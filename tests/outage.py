@@ -32,7 +32,7 @@ import torch
 from mlflow_server import Server
 from soak import prepared, written
 
-from lowbit_dist.tracking.record import METRICS, rows_of
+from lowbit_dist.record import METRICS, rows_of
 
 AWAY, BACK, CALM = 60.0, 30.0, 60.0  # seconds
 LEAST = 0.95

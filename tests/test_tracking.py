@@ -1,5 +1,6 @@
 """Tracking against real MLflow on SQLite, and against a server that is not there, hangs or dies."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -454,9 +455,13 @@ def wait(condition, seconds=60):
 
 
 def arrive(server, run_id, expected):
-    deadline = time.monotonic() + 120
-    while (found := server.steps(run_id)) != expected:
-        assert time.monotonic() < deadline, found
+    from mlflow.exceptions import MlflowException
+
+    deadline, steps_there = time.monotonic() + 120, None
+    while steps_there != expected:
+        with contextlib.suppress(MlflowException):  # a slow machine, and a short patience
+            steps_there = server.steps(run_id)
+        assert time.monotonic() < deadline, steps_there
         time.sleep(0.2)
 
 
@@ -482,7 +487,7 @@ def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_b
     server.start()
     tracker.log(8, {"loss": 1.0, "tokens": 8})
     tracker.finish("FINISHED", SUMMARY)
-    assert server.steps(tracker.run_id) == list(range(1, 9))
+    arrive(server, tracker.run_id, list(range(1, 9)))
 
 
 def test_a_server_that_takes_connections_and_never_answers_delays_neither_rows_nor_the_end(
