@@ -105,7 +105,7 @@ class Saver:
         notes = self._gathered(note)
         if self.rank != 0:
             return
-        self._failure = next((each["error"] for each in notes if "error" in each), None)
+        self._failure = next((note["error"] for note in notes if "error" in note), None)
         if self._failure is None:
             try:
                 self._publish(partial, final, part, notes, position)
