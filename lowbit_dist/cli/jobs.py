@@ -42,8 +42,8 @@ def submit(
         job = jobs.submit(loaded, say=_say)
         if follow:
             _follow(jobs, job)
-        found = {**jobs.status(job), "address": jobs.address}
-        answer(found, lambda terminal: pairs(_in_words(found))(terminal))
+        job_status = {**jobs.status(job), "address": jobs.address}
+        answer(job_status, lambda terminal: pairs(_in_words(job_status))(terminal))
     if follow and (code := jobs.exit_code(job)):
         raise typer.Exit(code)
 
@@ -65,8 +65,8 @@ def status(
 
         jobs = Jobs(address)
         if job is not None:
-            found = jobs.status(job)
-            answer(found, pairs(_in_words(found)))
+            job_status = jobs.status(job)
+            answer(job_status, pairs(_in_words(job_status)))
             return
         everything = jobs.list()
         answer(
@@ -98,8 +98,8 @@ def stop(job: Job, address: Address = None, as_json: Json = False) -> None:
     with console.answering(as_json) as answer:
         from lowbit_dist.cluster.jobs import Jobs
 
-        found = Jobs(address).stop(job)
-        answer(found, pairs(_in_words(found)))
+        job_status = Jobs(address).stop(job)
+        answer(job_status, pairs(_in_words(job_status)))
 
 
 def _follow(jobs: Any, job: str) -> None:
@@ -118,11 +118,11 @@ def _say(text: str) -> None:
     print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
 
-def _in_words(found: dict[str, Any]) -> dict[str, Any]:
+def _in_words(job_status: dict[str, Any]) -> dict[str, Any]:
     """Times as people read them."""
-    words = dict(found)
-    if found["started"]:
-        words["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["started"]))
+    words = dict(job_status)
+    if job_status["started"]:
+        words["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job_status["started"]))
         words["ended"] = None
-        words["took"] = console.duration((found["ended"] or time.time()) - found["started"])
+        words["took"] = console.duration((job_status["ended"] or time.time()) - job_status["started"])
     return words
