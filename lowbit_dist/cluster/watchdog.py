@@ -86,32 +86,32 @@ class Watchdog:
 
     def _hang(self) -> Failure | None:
         """Training that does not get on: the stacks of all workers go to the log, and they are ended."""
-        found = heartbeat.read(self._config.run_dir, self._start)
-        if not found:
+        heartbeats = heartbeat.read(self._config.run_dir, self._start)
+        if not heartbeats:
             return None
-        self._changes.note(found)
-        limit = hang_limit(self._config, found)
-        culprit = next((each for each in found if self._changes.age(each, "time") > limit), None)
+        self._changes.note(heartbeats)
+        limit = hang_limit(self._config, heartbeats)
+        culprit = next((worker for worker in heartbeats if self._changes.age(worker, "time") > limit), None)
         if culprit is not None:
             seconds = self._changes.age(culprit, "time")
             what = "does not run"
         else:
             patience = (
                 max(limit, SLOW_PHASE_TIMEOUT)
-                if any(each["phase"] in heartbeat.SLOW for each in found)
+                if any(worker["phase"] in heartbeat.SLOW for worker in heartbeats)
                 else limit
             )
-            seconds = min(self._changes.age(each, "beats") for each in found)
+            seconds = min(self._changes.age(worker, "beats") for worker in heartbeats)
             if seconds <= patience:
                 return None
-            culprit = min(found, key=lambda each: each["beats"])
+            culprit = min(heartbeats, key=lambda worker: worker["beats"])
             what = f"is stuck in {culprit['phase']}"
         text = (
             f"worker {culprit['rank']} (process {culprit['pid']} on {culprit['host']}) {what}: no progress "
             f"after step {culprit['step']} for {seconds:.0f} s"
         )
         _log(f"{text}; the stacks of the workers:")
-        for line in stacks_of(found, and_kill=True):
+        for line in stacks_of(heartbeats, and_kill=True):
             print(line, file=sys.stderr)
         sys.stderr.flush()
         return Failure(text, ray_failed=True)
@@ -122,8 +122,8 @@ class Watchdog:
         if leaving := leaving_nodes() & set(self._machines):
             names = ", ".join(sorted(self._addresses[id].name for id in leaving if id in self._addresses))
             return f"{names or 'a machine'} is about to be taken away"
-        found = heartbeat.read(self._config.run_dir, self._start)
-        steps = bool(found) and all(each["phase"] == "step" for each in found)
+        heartbeats = heartbeat.read(self._config.run_dir, self._start)
+        steps = bool(heartbeats) and all(worker["phase"] == "step" for worker in heartbeats)
         if self._workers == self._config.workers or not steps:
             self._roomy_since = None
             return None
@@ -140,12 +140,12 @@ class Watchdog:
         return None
 
 
-def hang_limit(config: RunConfig, found: Iterable[dict[str, Any]]) -> float:
+def hang_limit(config: RunConfig, heartbeats: Iterable[dict[str, Any]]) -> float:
     """Seconds without progress that are a hang: `cluster.hang_timeout`, or by the median step."""
     timeout = config.cluster.hang_timeout
     if timeout != "auto":
         return timeout
-    return max(LEAST, MEDIANS * max(each["step_seconds"] or 0.0 for each in found))
+    return max(LEAST, MEDIANS * max(worker["step_seconds"] or 0.0 for worker in heartbeats))
 
 
 class _Changes:
@@ -154,17 +154,17 @@ class _Changes:
     def __init__(self) -> None:
         self._seen: dict[tuple[int, str], tuple[Any, float]] = {}
 
-    def note(self, found: Iterable[dict[str, Any]]) -> None:
+    def note(self, heartbeats: Iterable[dict[str, Any]]) -> None:
         now = time.monotonic()
-        for each in found:
+        for worker in heartbeats:
             for key in ("time", "beats"):
-                value, _ = self._seen.get((each["rank"], key), (None, now))
-                if value != each[key]:
-                    self._seen[each["rank"], key] = (each[key], now)
+                value, _ = self._seen.get((worker["rank"], key), (None, now))
+                if value != worker[key]:
+                    self._seen[worker["rank"], key] = (worker[key], now)
 
-    def age(self, one: dict[str, Any], key: str) -> float:
+    def age(self, worker: dict[str, Any], key: str) -> float:
         """Seconds since `key` of a worker's heartbeat changed."""
-        return time.monotonic() - self._seen[one["rank"], key][1]
+        return time.monotonic() - self._seen[worker["rank"], key][1]
 
 
 def _log(text: str) -> None:
