@@ -43,7 +43,9 @@ def tokenised(
         for name in loggers:
             logging.getLogger(name).setLevel(logging.ERROR)
         bundles = _bundles(chosen)
-        dataset = ray.data.from_items([{"parts": each} for each in bundles], override_num_blocks=len(bundles))
+        dataset = ray.data.from_items(
+            [{"parts": bundle} for bundle in bundles], override_num_blocks=len(bundles)
+        )
         dataset.context.execution_options.preserve_order = True
         tokenise: Any = _tokenise  # Ray's types know no further arguments
         chunks: Any = dataset.map_batches(
@@ -148,7 +150,7 @@ class _Chunk:
         self.n_bytes += size
 
     def row(self, size: int, error: str = "") -> dict[str, Array]:
-        lengths = np.array([len(each) for each in self.tokens], np.int32)
+        lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
         columns = {
             "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]).tobytes(),
             "lengths": lengths.tobytes(),

@@ -55,7 +55,7 @@ def prepare(
         "seq_len": seq_len,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
-        "sources": [str(each) for each in inputs],
+        "sources": [str(source) for source in inputs],
         "sources_sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
         "val_fraction": val_fraction,
         "seed": seed,
@@ -84,18 +84,18 @@ def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not (out / MANIFEST).is_file():
         raise ConfigError(f"--out ({out}) is there and is not prepared data; write the name of a new folder")
-    found = read_manifest(out).model_dump()
-    if differing := [name for name in recipe if found[name] != recipe[name]]:
+    manifest = read_manifest(out).model_dump()
+    if differing := [name for name in recipe if manifest[name] != recipe[name]]:
         name = differing[0]
         what = (
             "its inputs have changed"
             if name == "sources_sha256"
-            else f"{name} {found[name]}, not {recipe[name]}"
+            else f"{name} {manifest[name]}, not {recipe[name]}"
         )
         raise ConfigError(
             f"--out ({out}) holds data prepared otherwise ({what}); write another folder, or delete this one"
         )
-    return found
+    return manifest
 
 
 def _copy_tokenizer(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
