@@ -95,12 +95,12 @@ class Heartbeat:
 
 def read(run_dir: Path, start: int | None = None) -> list[dict[str, Any]]:
     """What the workers last wrote, by rank; only those of start number `start` if it is given."""
-    found = []
+    heartbeats = []
     for file in (run_dir / FOLDER).glob("*.json"):
         try:
             content = json.loads(file.read_bytes())
         except (OSError, ValueError):  # gone, or read while it is written
             continue
         if isinstance(content, dict) and (start is None or content.get("start") == start):
-            found.append(content)
-    return sorted(found, key=lambda each: each["rank"])
+            heartbeats.append(content)
+    return sorted(heartbeats, key=lambda heartbeat: heartbeat["rank"])
