@@ -82,7 +82,9 @@ class Registry:
 
     def _installed(self) -> list[EntryPoint]:
         """A package that is found twice, for example under two paths, counts once."""
-        points = {(each.name, each.value, _package(each)): each for each in entry_points(group=self.group)}
+        points = {
+            (point.name, point.value, _package(point)): point for point in entry_points(group=self.group)
+        }
         return [points[key] for key in sorted(points)]
 
 
@@ -106,5 +108,5 @@ def _folders(module: str) -> list[Path]:
     if spec is None:
         return []
     if spec.submodule_search_locations:
-        return [Path(each) for each in spec.submodule_search_locations]
+        return [Path(folder) for folder in spec.submodule_search_locations]
     return [Path(spec.origin)] if spec.origin else []

@@ -27,15 +27,15 @@ def viewed_levels(engine: Engine) -> dict[str, Tensor]:
     if method.forward_grid is None or method.forward_grid == method.stored:
         return {}
     shards = {shard.name: shard for shard in engine.shards}
-    found = {}
+    viewed = {}
     for name in engine.linear_weights:
         with engine.whole(name) as weight:
             levels = method.levels(weight)
         if levels is not None:
             shard = shards.get(name)  # a worker may have none of it
             start, n = (shard.start, shard.numel) if shard is not None else (0, 0)
-            found[name] = levels.reshape(-1)[start : start + n].clone()
-    return found
+            viewed[name] = levels.reshape(-1)[start : start + n].clone()
+    return viewed
 
 
 def measure(
