@@ -148,7 +148,7 @@ class Engine:
     def resident_codes(self) -> list[Tensor]:
         """The packed bytes that this worker keeps between steps."""
         packed = filter(None, map(packed_of, self.module.parameters()))
-        return [codes for each in packed for codes in each.resident]
+        return [codes for weights in packed for codes in weights.resident]
 
     def gathered(self) -> Iterator[Tensor]:
         """What the parameters hold now: values, or the codes that a layer decodes."""

@@ -57,10 +57,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
         state = self.stored(p)
-        slots = (each.load(0, p.numel()).view(p.shape) for each in state)
+        slots = (stored.load(0, p.numel()).view(p.shape) for stored in state)
         u, *moved = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
-        for each, x in zip(state, moved, strict=True):
-            each.store(0, p.numel(), x.reshape(-1))
+        for stored, x in zip(state, moved, strict=True):
+            stored.store(0, p.numel(), x.reshape(-1))
         ops.apply_(target, u.reshape(-1).contiguous(), now=now)
 
     def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
@@ -83,8 +83,10 @@ def part_of(state: list[ops.Stored], here: slice) -> list[ops.Stored]:
     """A run of a tensor's slots; 8-bit ones, whose blocks cannot follow every border, only as a whole."""
     if state and len(state[0].values) == len(range(*here.indices(len(state[0].values)))):
         return state
-    assert all(each.scale is None for each in state), "configurations with parts of 8-bit slots are refused"
-    return [ops.Stored(each.slot, each.values[here]) for each in state]
+    assert all(stored.scale is None for stored in state), (
+        "configurations with parts of 8-bit slots are refused"
+    )
+    return [ops.Stored(stored.slot, stored.values[here]) for stored in state]
 
 
 def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype: torch.dtype) -> None:
