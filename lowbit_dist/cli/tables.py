@@ -170,7 +170,8 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
     console.print(
         f"{measured['device']}, {measured['backend']}, {measured['parameters']:,} parameters, "
         f"{measured['threads']} thread{'' if measured['threads'] == 1 else 's'}, "
-        f"median of {measured['repetitions']} ({measured['clock']}); a copy moves {measured['copy_gigabytes_per_second']:.1f} GB/s."
+        f"median of {measured['repetitions']} ({measured['clock']}); "
+        f"a copy moves {measured['copy_gigabytes_per_second']:.1f} GB/s."
     )
 
 
