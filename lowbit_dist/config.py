@@ -190,7 +190,7 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
     # Seconds without progress after which the workers are restarted; auto is 20 median steps, at least 60 s.
     hang_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
-    # Seconds that a start waits for machines. auto refuses at once what the cluster will never have room
+    # Seconds that a start waits for machines. auto refuses at once what the cluster will never have slots
     # for, and waits 60 s for machines that are busy or coming back; one that grows on demand needs minutes.
     start_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
 

@@ -21,8 +21,8 @@ from typing import Any
 FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
 STARTS = "starts.jsonl"  # in a run's folder: a line for each start
 EVERY = 1.0  # seconds between writes
-ROOM = 512  # bytes of the file, always: it is written over in place, for which a full disk has room
-SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a beat
+FILE_BYTES = 512  # always: the file is overwritten in place, which a full disk allows
+SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a heartbeat
 
 Beat = Callable[[str, int], None]
 
@@ -57,7 +57,7 @@ class Heartbeat:
         self._thread.start()
 
     def beat(self, phase: str, step: int) -> None:
-        """The loop got on, in `phase` (start, step, eval, save, end) of `step`."""
+        """The loop made progress, in `phase` (start, step, eval, save, end) of `step`."""
         now = time.monotonic()
         if step != self._step:
             if self._step_began is not None:
@@ -84,7 +84,7 @@ class Heartbeat:
             **self._fixed, "start": self._start, "phase": self._phase, "step": self._step,
             "beats": self._beats, "step_seconds": seconds, "time": time.time(),
         }  # fmt: skip
-        text = json.dumps(content).encode().ljust(ROOM - 1) + b"\n"
+        text = json.dumps(content).encode().ljust(FILE_BYTES - 1) + b"\n"
         with contextlib.suppress(OSError):
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644)
             try:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
-    """Train `config` to its end; its summary.  A run of the same name goes on from its newest checkpoint."""
+    """Train `config` to its end; its summary.  A run of the same name resumes from its newest checkpoint."""
     check(config)
     for remark in config.remarks():
         progress.say(remark)

@@ -192,7 +192,7 @@ class Jobs:
                 fresh, seen = piece[seen:], max(0, seen - len(piece))
                 if fresh:
                     yield fresh
-        except Exception:  # a connection that was cut: the next one goes on where this ended
+        except Exception:  # a connection that was cut: the next one resumes where this ended
             return
         finally:
             loop.run_until_complete(pieces.aclose())

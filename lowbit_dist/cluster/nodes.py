@@ -10,7 +10,7 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.network import why_no_answer
 
 ANSWER = 3.0  # seconds that a machine has to take a connection
-SETTLE = 3.0  # seconds for which a smaller number of places must stay the same before it is taken
+SETTLE = 3.0  # seconds for which a smaller number of slots must stay the same before it is taken
 RETURN = 60.0  # seconds that a start waits, for start_timeout: auto
 
 
@@ -69,7 +69,7 @@ def reachable(candidates: list[Node]) -> list[Node]:
 
 
 def worker_slots(config: RunConfig, candidates: list[Node], gpus: float) -> list[str]:
-    """The machine of each place for a worker, fullest machines first; `gpus`: all of the cluster."""
+    """The machine of each slot for a worker, fullest machines first; `gpus`: all of the cluster."""
     cpu, gpu = config.cluster.cpus_per_worker, gpus_per_worker(config, gpus)
     slots = {
         node: int(min(how_many_fit(node.cpus, cpu), how_many_fit(node.gpus, gpu))) for node in candidates
@@ -82,12 +82,12 @@ def worker_slots(config: RunConfig, candidates: list[Node], gpus: float) -> list
 
 
 def largest_worker_count(config: RunConfig, n_slots: int) -> int:
-    """The largest number of workers for which there are places; 0 if there are too few."""
+    """The largest number of workers for which there are slots; 0 if there are too few."""
     return next((n for n in config.worker_counts() if n <= n_slots), 0)
 
 
 def await_worker_slots(config: RunConfig, say: Callable[[str], None]) -> list[str]:
-    """The machine of each worker, of as many workers as there is room for; none after `start_timeout`.
+    """The machine of each worker, of as many workers as there are slots for; none after `start_timeout`.
 
     Fewer than the most are taken when their number has not changed for a while: machines of a run that has
     just ended become free one after another.
@@ -109,7 +109,7 @@ def await_worker_slots(config: RunConfig, say: Callable[[str], None]) -> list[st
             if not told and now - began > SETTLE:
                 told = True
                 say(
-                    f"waiting up to {timeout:.0f} s for machines: there is room for {len(slots)} of "
+                    f"waiting up to {timeout:.0f} s for machines: there are slots for {len(slots)} of "
                     f"{config.workers} workers"
                 )
                 _request(config)

@@ -1,4 +1,4 @@
-"""Watching the workers from outside: machines that are lost, training that hangs, room that grows.
+"""Watching the workers from outside: machines that are lost, training that hangs, slots for more workers.
 
 Ray notices a dead process at once, a lost machine after a while, and a stopped or stuck worker never; gloo
 and NCCL wait for half an hour.  So the workers' heartbeats and their machines are looked at here,
@@ -19,7 +19,7 @@ from lowbit_dist.config import RunConfig
 
 EVERY = 1.0  # seconds between looks
 NODE_TIMEOUT = 12.0  # seconds without an answer after which a machine is lost
-ROOM = 10.0  # seconds for which there must be room for more workers before they are started
+GROWTH_DELAY = 10.0  # seconds for which there must be slots for more workers before they are started
 MEDIANS = 20  # of a step: without progress for so long, and at least LEAST, training hangs
 LEAST = 60.0  # seconds
 SLOW_PHASE_TIMEOUT = 600.0  # seconds, for phases in which a worker may be busy for long
@@ -41,14 +41,14 @@ class Watchdog:
         gpus: float,
         end: Callable[[Failure], None],
     ):
-        self.restart_reason: str | None = None  # why the workers were asked to stop, for others to go on
+        self.restart_reason: str | None = None  # why the workers were asked to stop, for others to resume
         self._config, self._start, self._gpus, self._end = config, start, gpus, end
         self._machines = None if machines is None else sorted(set(machines))
         self._workers = 0 if machines is None else len(machines)
         self._addresses = {} if machines is None else {node.id: node for node in nodes(machines)}
         self._answered = dict.fromkeys(self._addresses, time.monotonic())
         self._changes = _Changes()
-        self._roomy_since: float | None = None
+        self._can_grow_since: float | None = None
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class Watchdog:
         return None
 
     def _hang(self) -> Failure | None:
-        """Training that does not get on: the stacks of all workers go to the log, and they are ended."""
+        """Training that makes no progress: the stacks of all workers go to the log, and they are ended."""
         heartbeats = heartbeat.read(self._config.run_dir, self._start)
         if not heartbeats:
             return None
@@ -117,7 +117,7 @@ class Watchdog:
         return Failure(text, ray_failed=True)
 
     def _change(self) -> str | None:
-        """Why other workers should go on: a machine is about to go, or there is room for more."""
+        """Why other workers should resume the run: a machine is about to go, or there are slots for more."""
         assert self._machines is not None, "on a cluster"
         if leaving := leaving_nodes() & set(self._machines):
             names = ", ".join(sorted(self._addresses[id].name for id in leaving if id in self._addresses))
@@ -125,18 +125,18 @@ class Watchdog:
         heartbeats = heartbeat.read(self._config.run_dir, self._start)
         steps = bool(heartbeats) and all(worker["phase"] == "step" for worker in heartbeats)
         if self._workers == self._config.workers or not steps:
-            self._roomy_since = None
+            self._can_grow_since = None
             return None
         n = largest_worker_count(
             self._config, self._workers + len(worker_slots(self._config, reachable(nodes()), self._gpus))
         )
         now = time.monotonic()
         if n <= self._workers:
-            self._roomy_since = None
-        elif self._roomy_since is None:
-            self._roomy_since = now
-        elif now - self._roomy_since > ROOM:
-            return f"there is room for {n} workers instead of {self._workers}"
+            self._can_grow_since = None
+        elif self._can_grow_since is None:
+            self._can_grow_since = now
+        elif now - self._can_grow_since > GROWTH_DELAY:
+            return f"there are slots for {n} workers instead of {self._workers}"
         return None
 
 
