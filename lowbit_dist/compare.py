@@ -115,9 +115,6 @@ def _labels(groups: list[list[RunFolder]]) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------ written down
-
-
 def cell(group: Mapping[str, Any], measure: str) -> str:
     """A mean and its spread, in words."""
     statistic, form = group[measure], MEASURES[measure][1]

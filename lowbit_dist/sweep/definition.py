@@ -68,7 +68,7 @@ def _seeds(value: Any) -> Any:
 
 def _at_once(value: Any) -> Any:
     if value != "auto" and not (type(value) is int and value >= 1):
-        raise _rule("must be auto, or a whole number from 1 up; write auto, for as many as there is room for")
+        raise _rule("must be auto, or a whole number from 1 up; write auto, for as many as fit")
     return value
 
 

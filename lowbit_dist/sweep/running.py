@@ -1,6 +1,6 @@
-"""The children of a sweep, trained in processes of their own, as many at once as there is room for.
+"""The children of a sweep, trained in processes of their own, as many at once as fit.
 
-What is finished is not run again, and what is half-done goes on from its checkpoint: so it is with each run,
+What is finished is not run again, and what is half-done resumes from its checkpoint: so it is with each run,
 and a sweep has no state of its own.  Signals are handed on to the children, which save and end; one whose
 sweep is gone does so too, and is waited for when the sweep is started again.
 """
@@ -32,7 +32,7 @@ ChildState = Literal["finished", "failed", "stopped", "waiting"]
 
 
 class SweepProgress(Protocol):
-    """Who is told how the sweep goes on."""
+    """Who is told of the sweep's progress."""
 
     def say(self, text: str) -> None:
         """An event, in one line."""
@@ -137,9 +137,6 @@ def _noting_signals() -> Iterator[_Signals]:
             signal.signal(signum, handler)
 
 
-# ------------------------------------------------------------------ how many at once
-
-
 def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
     if sweep.options.at_once != "auto":
         return sweep.options.at_once
@@ -148,14 +145,14 @@ def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
         return 1
     if os.environ.get("RAY_ADDRESS"):
         cpus, gpus = free_in_cluster(progress.say)
-        return max(1, min(_places(config, cpus, gpus) for config in waiting))
+        return max(1, min(_how_many_at_once(config, cpus, gpus) for config in waiting))
     import torch
 
-    n = min(_places(config, os.cpu_count() or 1, torch.cuda.device_count()) for config in waiting)
+    n = min(_how_many_at_once(config, os.cpu_count() or 1, torch.cuda.device_count()) for config in waiting)
     return max(1, min(n, _in_memory(waiting)) if n > 1 else n)
 
 
-def _places(config: RunConfig, cpus: float, gpus: float) -> int:
+def _how_many_at_once(config: RunConfig, cpus: float, gpus: float) -> int:
     """How many such runs find processors."""
     needs = [(cpus, config.cluster.cpus_per_worker), (gpus, gpus_per_worker(config, gpus))]
     return int(min(how_many_fit(have, config.workers * per_worker) for have, per_worker in needs))
@@ -166,16 +163,13 @@ def _in_memory(configs: list[RunConfig]) -> int:
     from lowbit_dist import data, memory
     from lowbit_dist.memory.machine import RAY
 
-    places = []
+    counts = []
     for config in {repr({**config.to_dict(), "run": None}): config for config in configs}.values():
         fit = memory.fits_here(config, data.read_manifest(config.data.path).vocab_size)
         need = fit["needed_bytes_per_worker"] * config.workers
         spare = fit["available_bytes_per_worker"] * config.workers - need
-        places.append(1 + max(0, spare // (need + RAY)))
-    return min(places)
-
-
-# ------------------------------------------------------------------ the children
+        counts.append(1 + max(0, spare // (need + RAY)))
+    return min(counts)
 
 
 def _train_all(
@@ -277,15 +271,12 @@ def _ended(sweep: Sweep, child: Child, code: int) -> tuple[ChildState, str]:
     return "failed", lines[-1].partition(" ")[2] if lines else f"exit code {code}"
 
 
-# ------------------------------------------------------------------ MLflow
-
-
 def _parent(sweep: Sweep) -> "tracking.Parent | None":
-    """The sweep's own run, where its children's runs are; None if they are nowhere, or in several places."""
-    places = {(child.config.tracking.mlflow, child.config.tracking.experiment) for child in sweep.children}
-    if len(places) > 1:
+    """The sweep's own run, where its children's runs are; None if they are nowhere, or in several stores."""
+    stores = {(child.config.tracking.mlflow, child.config.tracking.experiment) for child in sweep.children}
+    if len(stores) > 1:
         return None
-    ((uri, experiment),) = places
+    ((uri, experiment),) = stores
     return None if uri is None else tracking.Parent(uri, experiment, sweep.name, sweep.folder)
 
 
