@@ -128,7 +128,7 @@ def plan(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train, or go on with a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
+    """Train, or resume a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
 
     Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
     """
@@ -142,7 +142,7 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
                 summary = cluster.launch(loaded, progress=progress)
         except cluster.Stopped as stopped:
             print(
-                f"lowbit: stopped by {stopped}; the same command goes on from the newest checkpoint in "
+                f"lowbit: stopped by {stopped}; the same command resumes from the newest checkpoint in "
                 f"{loaded.run_dir}",
                 file=sys.stderr,
             )

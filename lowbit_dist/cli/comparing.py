@@ -32,7 +32,7 @@ def sweep(
     ],
     as_json: Json = False,
 ) -> None:
-    """Train a grid of runs, several at once, and compare them; the same command goes on after a stop.
+    """Train a grid of runs, several at once, and compare them; the same command resumes after a stop.
 
     The file names a base configuration, seeds, and what sets runs apart, as configs/sweep-methods.yaml does.
 
@@ -47,7 +47,7 @@ def sweep(
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:
-        print(f"lowbit: stopped; the same command goes on with {loaded.name}", file=sys.stderr)
+        print(f"lowbit: stopped; the same command resumes {loaded.name}", file=sys.stderr)
         raise typer.Exit(128 + outcome.signum)
     if any(state != "finished" for state in outcome.states.values()):
         raise typer.Exit(1)

@@ -30,7 +30,7 @@ def submit(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train on a cluster, as a Ray job; a run of the same name goes on from its newest checkpoint.
+    """Train on a cluster, as a Ray job; a run of the same name resumes from its newest checkpoint.
 
     Example: lowbit submit configs/dqt-ternary.yaml run.name=night --address http://10.0.0.1:8265 --follow
     """
@@ -78,7 +78,7 @@ def status(
 def logs(
     job: Job,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow it until the job ends.")] = False,
 ) -> None:
     """What a job has printed.
 
@@ -91,7 +91,7 @@ def logs(
 
 
 def stop(job: Job, address: Address = None, as_json: Json = False) -> None:
-    """Have a job save a checkpoint and end; submitting the run again goes on from there.
+    """Have a job save a checkpoint and end; submitting the run again resumes from there.
 
     Example: lowbit stop night-1
     """
@@ -108,7 +108,8 @@ def _follow(jobs: Any, job: str) -> None:
             print(piece, end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print(
-            f"\nlowbit: {job} goes on; `lowbit logs {job} --follow` follows it, `lowbit stop {job}` stops it",
+            f"\nlowbit: {job} still runs; `lowbit logs {job} --follow` follows it, `lowbit stop {job}` "
+            "stops it",
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
