@@ -29,7 +29,7 @@ def viewed_levels(engine: Engine) -> dict[str, Tensor]:
     shards = {shard.name: shard for shard in engine.shards}
     viewed = {}
     for name in engine.linear_weights:
-        with engine.whole(name) as weight:
+        with engine.full_weight(name) as weight:
             levels = method.levels(weight)
         if levels is not None:
             shard = shards.get(name)  # a worker may have none of it

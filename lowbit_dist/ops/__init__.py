@@ -74,7 +74,7 @@ def apply_(
 ) -> Tensor:  # [1] int64, on the device
     """The second half of a step alone: `target` moves by -lr * u and decays; how many codes changed.
 
-    For a rule whose direction is of a row or a matrix. Nothing is remembered; `now.grad_scale` is not used.
+    For a rule whose direction is of a row or a matrix. It keeps no state; `now.grad_scale` is not used.
     """
     _check_target(target, u.numel(), "u")
     _check_tensor("u", u, (torch.float32,))

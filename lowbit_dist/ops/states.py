@@ -48,7 +48,7 @@ class Stored:
 
     @classmethod
     def zeros(cls, slot: Slot, n: int, states: str, device: torch.device | str = "cpu") -> "Stored":
-        """What is remembered before the first step; `states` is one of STATES."""
+        """The state before the first step; `states` is one of STATES."""
         if states not in STATES:
             raise ValueError(f"states is {states!r}; it must be one of {', '.join(STATES)}")
         dtype = dtype_of(slot, cast(States, states))

@@ -121,7 +121,7 @@ class Engine:
         (self._engine.optimizer if self._standard is None else self._standard).refresh()
 
     @contextmanager
-    def whole(self, name: str) -> Iterator[Tensor]:
+    def full_weight(self, name: str) -> Iterator[Tensor]:
         """A weight as its layer sees it, [N, K] in the compute precision; on every worker at once."""
         owner, _, key = name.rpartition(".")
         param: Any = self.module.get_submodule(owner)._parameters[key]

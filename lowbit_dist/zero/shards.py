@@ -333,10 +333,10 @@ def owners(model: nn.Module) -> Iterator[tuple[str, torch.Size, list[tuple[nn.Mo
     """Each parameter's canonical name, its shape and every (module, attribute) that holds it (tied:
     several).
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, key))
+                owners.setdefault(id(parameter), []).append((module, key))
     for name, parameter in list(model.named_parameters()):
-        yield name, parameter.shape, places[id(parameter)]
+        yield name, parameter.shape, owners[id(parameter)]

@@ -100,7 +100,7 @@ def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype:
 
 
 class StandardZero:
-    """The optimizer that DeepSpeed made of `RuleOptimizer` under stages 0 to 2, seen as shards."""
+    """The optimizer that DeepSpeed made of `RuleOptimizer` under stages 0 to 2, as shards."""
 
     def __init__(self, engine: Any, optimizer: RuleOptimizer, stage: int):
         self.engine, self.optimizer, self.stage = engine, optimizer, stage
