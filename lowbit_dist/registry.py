@@ -88,13 +88,13 @@ class Registry:
         return [points[key] for key in sorted(points)]
 
 
-def fingerprint(places: Iterable[Path]) -> str:
+def fingerprint(paths: Iterable[Path]) -> str:
     """A hash of all source in these files and folders, wherever they are installed."""
     sha = hashlib.sha256()
-    for place in places:
-        files = sorted(file for kind in SOURCES for file in place.rglob(kind)) if place.is_dir() else [place]
+    for path in paths:
+        files = sorted(file for kind in SOURCES for file in path.rglob(kind)) if path.is_dir() else [path]
         for file in files:
-            sha.update(str(file.relative_to(place)).encode() + file.read_bytes())
+            sha.update(str(file.relative_to(path)).encode() + file.read_bytes())
     return sha.hexdigest()[:12]
 
 

@@ -55,7 +55,7 @@ class Order:
         self._windows: dict[tuple[int, int], Array] = {}
 
     def indices(self, first_sample: int, size: int) -> Array:  # [size] int64
-        """The places of samples `first_sample`, ..., `first_sample + size - 1`."""
+        """The indices of samples `first_sample`, ..., `first_sample + size - 1`."""
         runs = []
         while size > 0:
             epoch, position = divmod(first_sample, self.n_samples)

@@ -62,9 +62,9 @@ class Writer:
 
     def _write(self, chunk: Mapping[str, Array]) -> None:
         is_val = chunk["places"] < self.limit
-        for name, chosen in (("train", ~is_val), ("val", is_val)):
-            tokens = chunk["tokens"][np.repeat(chosen, chunk["lengths"])]
-            self.splits[name].add(tokens, int(chosen.sum()), int(chunk["sizes"][chosen].sum()))
+        for name, is_in in (("train", ~is_val), ("val", is_val)):
+            tokens = chunk["tokens"][np.repeat(is_in, chunk["lengths"])]
+            self.splits[name].add(tokens, int(is_in.sum()), int(chunk["sizes"][is_in].sum()))
 
     def _limit_of_few(self) -> int:
         """Of few documents, perhaps none has a place below the limit; then the lowest of all go to val."""

@@ -49,14 +49,14 @@ def prepare(
         )
     out = Path(out_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    chosen = documents.parts(inputs)
+    ranges = documents.parts(inputs)
     recipe = {
         "format": FORMAT,
         "seq_len": seq_len,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
         "sources": [str(source) for source in inputs],
-        "sources_sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+        "sources_sha256": hashlib.sha256(json.dumps(ranges).encode()).hexdigest(),
         "val_fraction": val_fraction,
         "seed": seed,
     }
@@ -66,9 +66,9 @@ def prepare(
     with atomic_folder(out, needs=lambda: needed) as draft:
         _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
         writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
-        n_bytes, n_read = sum(part.size for part in chosen), 0
+        n_bytes, n_read = sum(part.size for part in ranges), 0
         with _progress(n_bytes) as advance:
-            for chunk in tokenizing.tokenised(chosen, tokenizer, seed, workers):
+            for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
                 writer.add(chunk)

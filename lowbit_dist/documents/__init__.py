@@ -65,9 +65,9 @@ def _probe(ranges: list[FileRange]) -> None:
                 break
 
 
-def read(chosen: Iterable[FileRange]) -> Iterator[str]:
+def read(ranges: Iterable[FileRange]) -> Iterator[str]:
     """The documents of the parts, in order; empty ones included."""
-    for part in chosen:
+    for part in ranges:
         try:
             yield from SOURCES[part.source].documents(part)
         except OSError as error:
@@ -76,14 +76,14 @@ def read(chosen: Iterable[FileRange]) -> Iterator[str]:
             ) from None
 
 
-def sample(chosen: list[FileRange], n_bytes: int) -> Iterator[str]:
+def sample(ranges: list[FileRange], n_bytes: int) -> Iterator[str]:
     """About `n_bytes` of documents: all of them, or the beginnings of evenly spaced parts."""
-    if sum(part.size for part in chosen) > n_bytes:
-        n = min(len(chosen), 64)
-        chosen = [chosen[i * len(chosen) // n] for i in range(n)]
-    quota = n_bytes // len(chosen)
+    if sum(part.size for part in ranges) > n_bytes:
+        n = min(len(ranges), 64)
+        ranges = [ranges[i * len(ranges) // n] for i in range(n)]
+    quota = n_bytes // len(ranges)
     left = 0
-    for part in chosen:
+    for part in ranges:
         left += quota  # what a short part leaves goes to the next
         for document in read([part]):
             if left <= 0:
