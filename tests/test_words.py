@@ -27,9 +27,9 @@ NOT_YET = (
 )  # fmt: skip
 
 OLD_WORDS = """
-    answers.py Pulse pulse.py rehearse Room room_here of_each Way _mildest _without_needless that_answer is_rays
-    GOODBYE OTHERS_END PATIENCE SILENCE ENOUGH FLAT RETURNS remembered _pushed _through Stock drafted Draft
-    explained
+    answers.py Pulse pulse.py rehearse Room room_here of_each Way _mildest _without_needless that_answer
+    is_rays GOODBYE OTHERS_END PATIENCE SILENCE ENOUGH FLAT RETURNS remembered _pushed _through Stock
+    drafted Draft explained
 """
 OLD_PHRASES = ("goes on where", "of a full disk, others speak")
 
