@@ -298,12 +298,8 @@ class Optimizer(torch.optim.Optimizer):
         state = self._stored(p)
         if self.rule.scope == "element":
             ops.step_(target, p.grad.reshape(-1), state, rule=self.rule, now=now)
-            return
-        slots = (stored.load(0, p.numel()).view(p.shape) for stored in state)
-        u, *new = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
-        for stored, x in zip(state, new, strict=True):
-            stored.store(0, p.numel(), x.reshape(-1))
-        ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+        else:
+            ops.whole_step_(target, p.grad, state, rule=self.rule, now=now)
 
     def _stored(self, p: Tensor) -> list[ops.Stored]:
         """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""

@@ -30,6 +30,7 @@ __all__ = [
     "quantize",
     "step_",
     "unpack",
+    "whole_step_",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -64,6 +65,22 @@ def step_(
         u = reference.direction(grad, state, start, stop, rule=rule, now=now)
         flips += backend.apply_(target.part(start, stop), u.contiguous(), now=now)
     return flips
+
+
+def whole_step_(
+    target: Codes | Weights,  # of N elements, changed in place
+    grad: Tensor,  # of the parameter's shape, N elements
+    state: list[Stored],  # one for each slot of the rule, of N elements, changed in place
+    *,
+    rule: Rule,
+    now: Now,
+) -> Tensor:  # [1] int64, on the device
+    """`step_` for a rule of any other scope: it sees the parameter whole, in its shape."""
+    slots = (slot.load(0, grad.numel()).view(grad.shape) for slot in state)
+    u, *moved = rule.update(grad.float() * now.grad_scale, *slots, step=now.step)
+    for slot, x in zip(state, moved, strict=True):
+        slot.store(0, grad.numel(), x.reshape(-1))
+    return apply_(target, u.reshape(-1).contiguous(), now=now)
 
 
 def apply_(

@@ -62,8 +62,8 @@ Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, floa
 
 @dataclass
 class Shard:
-    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and what
-    the optimizer remembers of them.
+    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and the
+    optimizer's state of them.
 
     A low-bit shard has `codes` (and the whole tensor's `scale`), any other the float32 `weight` that the
     optimizer updates.

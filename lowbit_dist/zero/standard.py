@@ -56,20 +56,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             ops.step_(target, grad, part_of(self.stored(p), here), rule=self.rule, now=now)
             return
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
-        state = self.stored(p)
-        slots = (stored.load(0, p.numel()).view(p.shape) for stored in state)
-        u, *moved = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
-        for stored, x in zip(state, moved, strict=True):
-            stored.store(0, p.numel(), x.reshape(-1))
-        ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+        ops.whole_step_(target, p.grad, self.stored(p), rule=self.rule, now=now)
 
     def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
-        """Know the elements `here` of p as those of a parameter; what the rule remembers of them."""
+        """Know the elements `here` of p as those of a parameter; the rule's state of them."""
         self.parts.setdefault(p, []).append((here, self.method.rates(name, shape)))
         return part_of(self.stored(p), here)
 
     def stored(self, p: Tensor) -> list[ops.Stored]:
-        """What the rule remembers of a tensor; zeros before its first step."""
+        """The rule's state of a tensor; zeros before its first step."""
         state = self.state[p]
         if "slots" not in state:
             state["slots"] = [
