@@ -46,11 +46,11 @@ def _check_prepared(config: RunConfig) -> None:
     """Whoever starts without data is told how to make it."""
     path = config.data.path
     if "://" not in path and not os.path.exists(path):
-        words = Path(path).parent / "tokenizer"
+        tokenizer = Path(path).parent / "tokenizer"
         raise ConfigError(
             f"data.path ({path}) does not exist; prepare it, for example with "
-            f"`lowbit tokenizer train --input stdlib --vocab-size 2048 --out {words}` and "
-            f"`lowbit data prepare --input stdlib --tokenizer {words} --out {path}`"
+            f"`lowbit tokenizer train --input stdlib --vocab-size 2048 --out {tokenizer}` and "
+            f"`lowbit data prepare --input stdlib --tokenizer {tokenizer} --out {path}`"
         )
 
 
