@@ -69,7 +69,7 @@ up() {
         --node-ip-address=127.0.0.1 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0
         --object-store-memory=$((256 << 20))
     )
-    # The head has no processors to offer: it can go on while a node with workers dies.
+    # The head has no processors to offer: it stays while a node with workers dies.
     start head --head --port="$port" --num-cpus=0 --num-gpus=0 \
         --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
         --ray-client-server-port=$((port + 1)) "${options[@]}"

@@ -64,8 +64,8 @@ def update(
 
     with _threads(threads):
         candidates = {"peer": _peer(n, device), "copy": _copy(n, device)}
-        for each in _UPDATES:
-            candidates[each.name] = _update(each, n, device)
+        for case in _UPDATES:
+            candidates[case.name] = _update(case, n, device)
         for name in GRIDS:
             candidates[f"decode {name}"] = _decode(GRIDS[name], n, device)
         times = _take_turns(candidates, clock, repetitions)
@@ -101,14 +101,14 @@ def update(
         },
         "update": [
             {
-                "optimizer": each.rule,
-                "grid": each.grid,
-                "states": each.states,
-                "group": each.group,
-                **measured(each.name, _bytes_moved(each)),
-                "bytes_resident_per_parameter": _bytes_resident(each),
+                "optimizer": case.rule,
+                "grid": case.grid,
+                "states": case.states,
+                "group": case.group,
+                **measured(case.name, _bytes_moved(case)),
+                "bytes_resident_per_parameter": _bytes_resident(case),
             }
-            for each in _UPDATES
+            for case in _UPDATES
         ],
         "decode": [
             {"grid": name, "to": "bfloat16", **measured(f"decode {name}", grid.bytes_per_parameter + 2)}

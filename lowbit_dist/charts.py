@@ -76,7 +76,7 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
             continue
         for y, name in enumerate(names):
             value = memory[name].get(component, 0.0)
-            start = sum(memory[name].get(each, 0.0) for each in _before(component))
+            start = sum(memory[name].get(earlier, 0.0) for earlier in _before(component))
             axes.barh(
                 y, value, 0.62, left=start, color=colour, edgecolor="white", linewidth=0.8,
                 label=words if y == 0 else None,
@@ -119,7 +119,7 @@ def loss_curves(
 ) -> Path:
     """Draw each run thin, and the mean of a group's runs thick wherever all of them have a point."""
     figure, axes = _figure(7.2, 4.2)
-    runs = [curve for each in groups.values() for curve in each]
+    runs = [curve for curves in groups.values() for curve in curves]
     factor, unit = _tokens(max((x for curve in runs for x, _ in curve), default=0))
     for group, curves in groups.items():
         if not curves:
@@ -132,7 +132,7 @@ def loss_curves(
         axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
-    several = any(len(each) > 1 for each in groups.values())
+    several = any(len(curves) > 1 for curves in groups.values())
     axes.set_title(
         f"{title}: thick is the mean, thin is each seed" if several else title,
         loc="left", fontsize=12, color=INK,
@@ -232,8 +232,8 @@ def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> tuple[list[f
 def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
     """Where all have a point; the first curve if nowhere."""
     values = [dict(curve) for curve in curves]
-    shared = [x for x, _ in curves[0] if all(x in each for each in values)]
-    return [(x, sum(each[x] for each in values) / len(values)) for x in shared] or list(curves[0])
+    shared = [x for x, _ in curves[0] if all(x in curve for curve in values)]
+    return [(x, sum(curve[x] for curve in values) / len(values)) for x in shared] or list(curves[0])
 
 
 def _legend_below(figure: "Figure", axes: "Axes") -> None:

@@ -66,7 +66,7 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
             }
             for run in members
         ],
-        **{name: _spread([each[name] for each in measured]) for name in MEASURES},
+        **{name: _spread([values[name] for values in measured]) for name in MEASURES},
         "layer_flips": _layer_flips(members),
     }
 
@@ -94,11 +94,11 @@ def measures(run: RunFolder) -> dict[str, float | None]:
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
     """The mean and the sample standard deviation of those there are; one value has no spread."""
-    found = [value for value in values if value is not None]
+    known = [value for value in values if value is not None]
     return {
-        "mean": statistics.fmean(found) if found else None,
-        "spread": statistics.stdev(found) if len(found) > 1 else None,
-        "n": len(found),
+        "mean": statistics.fmean(known) if known else None,
+        "spread": statistics.stdev(known) if len(known) > 1 else None,
+        "n": len(known),
     }
 
 
@@ -126,19 +126,16 @@ def _labels(groups: list[list[RunFolder]]) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------ written down
-
-
 def cell(group: Mapping[str, Any], measure: str) -> str:
     """A mean and its spread, in words."""
-    found, form = group[measure], MEASURES[measure][1]
-    if found["mean"] is None:
+    statistic, form = group[measure], MEASURES[measure][1]
+    if statistic["mean"] is None:
         return "-"
-    text = format(found["mean"], form)
-    if found["spread"] is not None:
-        text += f" ± {format(found['spread'], form)}"
+    text = format(statistic["mean"], form)
+    if statistic["spread"] is not None:
+        text += f" ± {format(statistic['spread'], form)}"
     # A run that diverged is finished and has no loss: it is not in the mean, and that is said.
-    return text if found["n"] == group["finished"] else f"{text} (of {found['n']})"
+    return text if statistic["n"] == group["finished"] else f"{text} (of {statistic['n']})"
 
 
 def count(group: Mapping[str, Any]) -> str:
@@ -147,55 +144,57 @@ def count(group: Mapping[str, Any]) -> str:
     return str(n) if group["finished"] == n else f"{group['finished']} of {n}"
 
 
-def unfinished(found: Mapping[str, Any]) -> list[str]:
+def unfinished(comparison: Mapping[str, Any]) -> list[str]:
     """A line for each run that is in no mean."""
     return [
         f"{run['run']}: {run['at']}"
-        for group in found["groups"]
+        for group in comparison["groups"]
         for run in group["runs"]
         if run["state"] != "finished"
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(comparison: Mapping[str, Any]) -> str:
     """The table as a page of text."""
     heads = ["", "runs", *(words for words, _ in MEASURES.values())]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     rows += [
-        [group["group"], count(group), *(cell(group, name) for name in MEASURES)] for group in found["groups"]
+        [group["group"], count(group), *(cell(group, name) for name in MEASURES)]
+        for group in comparison["groups"]
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "Mean ± sample standard deviation over finished runs."]
-    lines += [f"* {line}" for line in unfinished(found)]
+    lines += [f"* {line}" for line in unfinished(comparison)]
     return "\n".join(lines) + "\n"
 
 
-def as_csv(found: Mapping[str, Any]) -> str:
+def as_csv(comparison: Mapping[str, Any]) -> str:
     """A row for each group, all digits kept."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}{end}" for name in MEASURES for end in ("", "_spread", "_n")]
     writer.writerow(["group", "method", "runs", "finished", *columns])
-    for group in found["groups"]:
+    for group in comparison["groups"]:
         cells = [group[name][part] for name in MEASURES for part in ("mean", "spread", "n")]
         writer.writerow([group["group"], group["method"], len(group["runs"]), group["finished"], *cells])
     return text.getvalue()
 
 
-def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
+def write(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
     """The table as `comparison.md` and `.csv`, and a picture of each kind for which there is a number."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, text in (("comparison.md", markdown(found)), ("comparison.csv", as_csv(found))):
+    for name, text in (("comparison.md", markdown(comparison)), ("comparison.csv", as_csv(comparison))):
         with atomic_write(folder / name) as draft:
             draft.write_text(text)
         written.append(folder / name)
     curves = {
-        group["group"]: [run["curve"] for run in group["runs"] if run["curve"]] for group in found["groups"]
+        group["group"]: [run["curve"] for run in group["runs"] if run["curve"]]
+        for group in comparison["groups"]
     }
     points = {
         group["group"]: {name: group[name] for name in ("bytes_per_parameter", "val_loss")}
-        for group in found["groups"]
+        for group in comparison["groups"]
         if group["val_loss"]["mean"] is not None and group["bytes_per_parameter"]["mean"] is not None
     }
     colours = charts.colours(list(curves))
@@ -203,7 +202,7 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
         with atomic_write(folder / "loss-against-tokens.png") as draft:
             charts.loss_curves(curves, draft, colours=colours)
         written.append(folder / "loss-against-tokens.png")
-    flips = {group["group"]: group["layer_flips"] for group in found["groups"] if group["layer_flips"]}
+    flips = {group["group"]: group["layer_flips"] for group in comparison["groups"] if group["layer_flips"]}
     if flips:
         with atomic_write(folder / "flips-per-layer.png") as draft:
             charts.layer_curves(flips, draft, colours=colours)

@@ -190,7 +190,7 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
     # Seconds without progress after which the workers are restarted; auto is 20 median steps, at least 60 s.
     hang_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
-    # Seconds that a start waits for machines. auto refuses at once what the cluster will never have room
+    # Seconds that a start waits for machines. auto refuses at once what the cluster will never have slots
     # for, and waits 60 s for machines that are busy or coming back; one that grows on demand needs minutes.
     start_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
 
@@ -290,15 +290,15 @@ class RunConfig(Section):
             self.accumulation(asked)
             return [asked]
         self.accumulation(1)
-        found = [n for n in range(asked.max, asked.min - 1, -1) if self.micro_batches % n == 0]
-        if not found:
+        counts = [n for n in range(asked.max, asked.min - 1, -1) if self.micro_batches % n == 0]
+        if not counts:
             raise ConfigError(
                 f"cluster.workers ({{min: {asked.min}, max: {asked.max}}}) must contain a divisor of "
                 f"{self.micro_batches} = batch_tokens {self.train.batch_tokens:,} / (micro_batch "
                 f"{self.train.micro_batch} x seq_len {self.data.seq_len}); the nearest is "
                 f"{nearest_divisor(self.micro_batches, asked.max)}"
             )
-        return found
+        return counts
 
     @property
     def workers(self) -> int:
@@ -336,14 +336,14 @@ class RunConfig(Section):
 
     def remarks(self) -> list[str]:
         """What is carried out as asked, but may not be what was meant: one line each."""
-        found = []
+        remarks = []
         warmup, steps = self.schedule.warmup_steps, self.train.steps
         if warmup > steps:
-            found.append(
+            remarks.append(
                 f"schedule.warmup_steps ({warmup:,}) is longer than the run of {steps:,} steps: "
                 f"the learning rate ends at {steps / warmup:.0%} of optimizer.lr"
             )
-        return found
+        return remarks
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, of plain YAML and JSON values; `from_dict` of it is an equal configuration."""

@@ -111,8 +111,8 @@ def _unknown_option(section: str, name: str, options: type[Section], field: Any)
     """The answer to a wrong name in a section that is chosen by name: the choice that has it, the same name
     elsewhere, else the nearest.
     """
-    known = [each for each in options.model_fields if each != "name"]
-    owners = [other for other, each in _own_options(section).items() if field in each.model_fields]
+    known = [option for option in options.model_fields if option != "name"]
+    owners = [other for other, model in _own_options(section).items() if field in model.model_fields]
     start = f"{section}: unknown name {show(field)}"
     if owners:
         return ConfigError(
@@ -139,12 +139,12 @@ def _elsewhere(section: str | None, field: Any, here: Iterable[str]) -> str | No
         return f"{field} stands beside {section}, not in it: move it out"
     elsewhere: dict[Any, str] = {}
     for name in RunConfig.model_fields:
-        for each in _section_fields(name):
-            elsewhere.setdefault(each, f"{name}.{each}")
+        for option in _section_fields(name):
+            elsewhere.setdefault(option, f"{name}.{option}")
     for name in CHOSEN:
         for options in _own_options(name).values():
-            for each in options.model_fields:
-                elsewhere.setdefault(each, f"{name}.{each}")
+            for option in options.model_fields:
+                elsewhere.setdefault(option, f"{name}.{option}")
     meant = elsewhere.get(field) or nearest(field, here)
     if meant is None and (far := nearest(field, elsewhere)):
         meant = elsewhere[far]

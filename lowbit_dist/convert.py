@@ -33,9 +33,9 @@ class PackedParameter(nn.Parameter):
 
     @classmethod
     def of(cls, packed: "PackedWeight", dtype: torch.dtype, requires_grad: bool = True) -> "PackedParameter":
-        found = cls(_stub(packed.tensor.shape, dtype, packed.tensor.codes.device), requires_grad)
-        found.packed = packed
-        return found
+        parameter = cls(_stub(packed.tensor.shape, dtype, packed.tensor.codes.device), requires_grad)
+        parameter.packed = packed
+        return parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedParameter":
         if id(self) not in memo:
@@ -134,7 +134,7 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
         for key, p in module._parameters.items():
             holders.setdefault(id(p), []).append(f"{name}.{key}")
     for name, layer in layers.items():
-        if others := [each for each in holders[id(layer.weight)] if each != f"{name}.weight"]:
+        if others := [holder for holder in holders[id(layer.weight)] if holder != f"{name}.weight"]:
             raise ValueError(f"layer {name}: its weight is {others[0]} too; keep both out of the conversion")
     if method.stored is not None:
         _check_packable(layers, method)
@@ -298,12 +298,8 @@ class Optimizer(torch.optim.Optimizer):
         state = self._stored(p)
         if self.rule.scope == "element":
             ops.step_(target, p.grad.reshape(-1), state, rule=self.rule, now=now)
-            return
-        slots = (each.load(0, p.numel()).view(p.shape) for each in state)
-        u, *new = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
-        for each, x in zip(state, new, strict=True):
-            each.store(0, p.numel(), x.reshape(-1))
-        ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+        else:
+            ops.whole_step_(target, p.grad, state, rule=self.rule, now=now)
 
     def _stored(self, p: Tensor) -> list[ops.Stored]:
         """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""

@@ -22,7 +22,7 @@ class Finding(NamedTuple):
 
     name: str
     status: str
-    found: str
+    result: str
     advice: str = ""
 
 
@@ -30,8 +30,8 @@ def examine() -> dict[str, Any]:
     """Every finding; `ok` says whether a training can run here."""
     findings = list(_findings())
     return {
-        "ok": all(each.status != "error" for each in findings),
-        "checks": [each._asdict() for each in findings],
+        "ok": all(finding.status != "error" for finding in findings),
+        "checks": [finding._asdict() for finding in findings],
     }
 
 
@@ -82,10 +82,10 @@ def _allows(specifier: str, version: str) -> bool:
 def _processors() -> Finding:
     n, flags = os.cpu_count() or 1, _cpu_flags()
     fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    found = f"{n} logical, {', '.join(fast) or platform.machine()}"
+    result = f"{n} logical, {', '.join(fast) or platform.machine()}"
     if platform.machine() == "x86_64" and not {"avx512_bf16", "amx_bf16"} & flags:
-        return Finding("CPUs", "warning", found, "no bf16 arithmetic: precision: fp32 may be faster on CPUs")
-    return Finding("CPUs", "ok", found)
+        return Finding("CPUs", "warning", result, "no bf16 arithmetic: precision: fp32 may be faster on CPUs")
+    return Finding("CPUs", "ok", result)
 
 
 def _cpu_flags() -> set[str]:
@@ -115,11 +115,11 @@ def _gpus() -> Iterator[Finding]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         capability = f"sm_{properties.major}{properties.minor}"
-        found = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {capability}"
+        result = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {capability}"
         if properties.major < 8:
-            yield Finding(f"GPU {i}", "warning", found, "no bf16 before sm_80: write precision: fp32")
+            yield Finding(f"GPU {i}", "warning", result, "no bf16 before sm_80: write precision: fp32")
         else:
-            yield Finding(f"GPU {i}", "ok", found)
+            yield Finding(f"GPU {i}", "ok", result)
     try:
         yield Finding("Triton", "ok", importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
@@ -141,10 +141,10 @@ def _space() -> Iterator[Finding]:
 
 
 def _enough(name: str, free: int, needed: int, remark: str, otherwise: str) -> Finding:
-    found = f"{free / 1e9:.1f} GB free ({remark})"
+    result = f"{free / 1e9:.1f} GB free ({remark})"
     if free < needed:
-        return Finding(name, otherwise, found, f"{needed / 1e9:.1f} GB should be free")
-    return Finding(name, "ok", found)
+        return Finding(name, otherwise, result, f"{needed / 1e9:.1f} GB should be free")
+    return Finding(name, "ok", result)
 
 
 def _ray() -> Finding:

@@ -43,7 +43,7 @@ def format_error(section: type[BaseModel], error: dict[str, Any], prefix: tuple[
         instead = ", for example data/stdlib" if place == "data.path" else hint or ", or null"
         return f"{start} {context['text']}; write one{instead}"
     if kind == "literal_error":
-        choices = [plain(each) for each in _choices(inside)]
+        choices = [plain(choice) for choice in _choices(inside)]
         meant = nearest(value, choices)
         rule = f"must be one of {', '.join(choices)}" if len(choices) > 1 else f"must be {choices[0]}"
         return f"{start} {rule}; " + (
@@ -84,15 +84,15 @@ def format_error(section: type[BaseModel], error: dict[str, Any], prefix: tuple[
 
 def _choices(annotation: Any) -> list[Any]:
     """The values that a (nested, optional) Literal allows."""
-    found: list[Any] = []
-    for each in get_args(annotation):
-        if each is type(None):
-            found.append(None)
-        elif get_args(each):
-            found += _choices(each)
+    choices: list[Any] = []
+    for argument in get_args(annotation):
+        if argument is type(None):
+            choices.append(None)
+        elif get_args(argument):
+            choices += _choices(argument)
         else:
-            found.append(each)
-    return list(dict.fromkeys(found)) or ["something else"]
+            choices.append(argument)
+    return list(dict.fromkeys(choices)) or ["something else"]
 
 
 _repr = reprlib.Repr()
@@ -140,8 +140,8 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def nearest(word: Any, known: Any) -> str | None:
-    found = difflib.get_close_matches(word.lower(), list(known), 1) if isinstance(word, str) else []
-    return found[0] if found else None
+    matches = difflib.get_close_matches(word.lower(), list(known), 1) if isinstance(word, str) else []
+    return matches[0] if matches else None
 
 
 def nearest_multiple(value: int, unit: int) -> int:
@@ -150,7 +150,10 @@ def nearest_multiple(value: int, unit: int) -> int:
 
 def nearest_divisor(whole: int, value: int) -> int:
     divisors = {
-        d for each in range(1, math.isqrt(whole) + 1) if whole % each == 0 for d in (each, whole // each)
+        d
+        for factor in range(1, math.isqrt(whole) + 1)
+        if whole % factor == 0
+        for d in (factor, whole // factor)
     }
     return min(divisors, key=lambda divisor: (abs(divisor - value), -divisor))
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median, pstdev
 
-WINDOW = 64  # applied steps that are remembered
+WINDOW = 64  # applied steps of history
 MIN_HISTORY = 16  # of their losses, before one can be called a spike
 SIGMAS = 6.0
 MAX_ROLLBACKS = 3  # to one checkpoint, before it is given up

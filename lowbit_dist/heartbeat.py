@@ -21,8 +21,8 @@ from typing import Any, Protocol
 FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
 STARTS = "starts.jsonl"  # in a run's folder: a line for each start
 EVERY = 1.0  # seconds between writes
-ROOM = 1024  # bytes of the file, always: it is written over in place, for which a full disk has room
-SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a beat
+FILE_BYTES = 1024  # always: the file is overwritten in place, which a full disk allows
+SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a heartbeat
 
 
 class Beat(Protocol):
@@ -94,7 +94,7 @@ class Heartbeat:
             "beats": self._beats, "step_seconds": seconds, "time": time.time(),
             "memory": self._memory,
         }  # fmt: skip
-        text = json.dumps(content).encode().ljust(ROOM - 1) + b"\n"
+        text = json.dumps(content).encode().ljust(FILE_BYTES - 1) + b"\n"
         with contextlib.suppress(OSError):
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o644)
             try:

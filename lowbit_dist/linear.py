@@ -78,8 +78,8 @@ class _Linear(torch.autograd.Function):
         if view is not None:
             w, own = view.forward(w)
         y = x @ w.to(x.dtype).t()
-        for each in (bias, own):
-            y = y if each is None else y + each.to(y.dtype)
+        for term in (bias, own):
+            y = y if term is None else y + term.to(y.dtype)
         return y
 
     @staticmethod

@@ -8,7 +8,7 @@ may be a stranger's, can name what is installed but never a module to import.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -66,9 +66,7 @@ class Registry:
 
     def load_own(self, name: str) -> type[Any]:
         """This package's own class of that name, whoever else claims the name."""
-        module, _, owner = self.own[name].partition(":")
-        loaded: type[Any] = getattr(import_module(module), owner)
-        return loaded
+        return _imported(self.own[name])
 
     def provider(self, name: Any) -> dict[str, str]:
         """The installed package that `name` comes from, and its version with a hash of its source; empty if
@@ -82,17 +80,38 @@ class Registry:
 
     def _installed(self) -> list[EntryPoint]:
         """A package that is found twice, for example under two paths, counts once."""
-        points = {(each.name, each.value, _package(each)): each for each in entry_points(group=self.group)}
+        points = {
+            (point.name, point.value, _package(point)): point for point in entry_points(group=self.group)
+        }
         return [points[key] for key in sorted(points)]
 
 
-def fingerprint(places: Iterable[Path]) -> str:
+def lazily(module: str, own: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that gives the classes of `own` by name, imported when asked for."""
+    place_of = {place.partition(":")[2]: place for place in own.values()}
+
+    def attribute(name: str) -> Any:
+        if name not in place_of:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return _imported(place_of[name])
+
+    return attribute
+
+
+def _imported(place: str) -> type[Any]:
+    """The class at "module:class"."""
+    module, _, owner = place.partition(":")
+    loaded: type[Any] = getattr(import_module(module), owner)
+    return loaded
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
     """A hash of all source in these files and folders, wherever they are installed."""
     sha = hashlib.sha256()
-    for place in places:
-        files = sorted(file for kind in SOURCES for file in place.rglob(kind)) if place.is_dir() else [place]
+    for path in paths:
+        files = sorted(file for kind in SOURCES for file in path.rglob(kind)) if path.is_dir() else [path]
         for file in files:
-            sha.update(str(file.relative_to(place)).encode() + file.read_bytes())
+            sha.update(str(file.relative_to(path)).encode() + file.read_bytes())
     return sha.hexdigest()[:12]
 
 
@@ -106,5 +125,5 @@ def _folders(module: str) -> list[Path]:
     if spec is None:
         return []
     if spec.submodule_search_locations:
-        return [Path(each) for each in spec.submodule_search_locations]
+        return [Path(folder) for folder in spec.submodule_search_locations]
     return [Path(spec.origin)] if spec.origin else []

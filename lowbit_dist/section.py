@@ -122,7 +122,7 @@ MOST_WORKERS = 65536
 
 
 class WorkerRange(Section):
-    """As many workers as there is room for, between these numbers; more and fewer while the run goes on."""
+    """As many workers as the cluster has slots for, between these numbers; more and fewer as it changes."""
 
     min: int
     max: int

@@ -52,7 +52,7 @@ class Layers:
         levels: Levels = {}
         shards = {shard.name: shard for shard in self.engine.shards}
         for name in self.engine.linear_weights:
-            with self.engine.whole(name) as weight:
+            with self.engine.full_weight(name) as weight:
                 whole = self.engine.config.method.levels(weight)
             if whole is not None:
                 shard = shards.get(name)  # a worker may have none of it

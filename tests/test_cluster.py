@@ -363,7 +363,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
         assert process.returncode == code, stderr
         assert stdout == ""
         assert "stopping after this step, with a checkpoint" in stderr
-        assert "goes on from the newest checkpoint" in stderr.splitlines()[-1]
+        assert "resumes from the newest checkpoint" in stderr.splitlines()[-1]
         assert "Traceback" not in stderr
         assert left_behind(process.pid) == []
         done = rows(folder)[-1]

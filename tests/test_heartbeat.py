@@ -44,7 +44,7 @@ def test_a_heartbeat_tells_where_the_loop_is_and_that_the_process_runs(tmp_path,
     assert (now["phase"], now["step"]) == ("step", 3)
     assert now["step_seconds"] < 1
     assert now["time"] > first["time"]
-    assert file_of(tmp_path).stat().st_size == heartbeat.ROOM
+    assert file_of(tmp_path).stat().st_size == heartbeat.FILE_BYTES
     beating.close()
     assert heartbeat.read(tmp_path) == []
 

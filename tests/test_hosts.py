@@ -206,7 +206,7 @@ def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks
     log = cluster.lowbit("logs", "storm-1")[1]
     # By default Ray takes a minute to believe that a host without network is lost.
     assert f"machine node1 ({cluster.ip(1)}) has not answered for" in log
-    assert log.count("there is room for 2 workers instead of 1") == 2
+    assert log.count("there are slots for 2 workers instead of 1") == 2
     print(f"went on after {after_power_cut:.0f} s without power, {after_partition:.0f} s without network")
 
 

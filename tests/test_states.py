@@ -132,8 +132,8 @@ def test_slots_take_the_bytes_they_promise(states, rule):
     n = 40 * BLOCK
     state = zeros(rule, n, states)
     assert [slot.states for slot in state] == [states] * len(rule.slots)
-    of_each = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / BLOCK}[states]
-    assert sum(slot.nbytes for slot in state) / n == of_each * len(rule.slots)
+    bytes_per_slot = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / BLOCK}[states]
+    assert sum(slot.nbytes for slot in state) / n == bytes_per_slot * len(rule.slots)
     assert all((slot.load(0, n) == 0).all() for slot in state)
     assert Stored.zeros(rule.slots[0], 1, "int8").scale.numel() == 1
 

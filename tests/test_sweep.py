@@ -160,7 +160,7 @@ def test_no_child_starts_if_one_cannot(small, tmp_path, monkeypatch):
 )
 def test_as_many_children_run_at_once_as_find_processors(cluster, cpus, gpus, n, small):
     config = configfile.from_dict(small(cluster=cluster, train={"batch_tokens": 512}))
-    assert running._places(config, cpus, gpus) == n
+    assert running._how_many_at_once(config, cpus, gpus) == n
 
 
 # ------------------------------------------------------------------ MLflow

@@ -28,15 +28,15 @@ def latest(run_dir: Path | str) -> Path | None:
 
     None if the run has no checkpoint yet; ConfigError if all that it has are damaged.
     """
-    found, damaged = _newest_whole(Path(run_dir))
-    for each in damaged:
-        log.warning("DAMAGED CHECKPOINT %s", each)
-    if damaged and found is None:
+    newest, damaged = _newest_whole(Path(run_dir))
+    for problem in damaged:
+        log.warning("DAMAGED CHECKPOINT %s", problem)
+    if damaged and newest is None:
         raise ConfigError(
             f"{run_dir} has no checkpoint that is not damaged ({damaged[0]}); bring one back, or remove "
             f"{Path(run_dir) / 'checkpoints'} to begin again"
         )
-    return found
+    return newest
 
 
 def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -59,15 +59,15 @@ def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = "runs") -> Pat
         if (path / MANIFEST).exists():
             return path
         if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
-            found, damaged = _newest_whole(path)
-            if found is None:
+            newest, damaged = _newest_whole(path)
+            if newest is None:
                 why = f": {'; '.join(damaged)}" if damaged else " yet"
                 raise ConfigError(
                     f"{path} has no usable checkpoint{why}; train it, or write another run's name"
                 )
-            for each in damaged:
-                log.warning("DAMAGED CHECKPOINT %s", each)
-            return found
+            for problem in damaged:
+                log.warning("DAMAGED CHECKPOINT %s", problem)
+            return newest
     raise ConfigError(
         f"'{run_or_checkpoint}' is neither a run (in {runs_dir}/), a run's folder nor a checkpoint's folder; "
         "write the name or folder of one"

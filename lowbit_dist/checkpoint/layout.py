@@ -40,9 +40,9 @@ class Position:
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Position:
         """Fields that an older manifest lacks have their defaults."""
-        found: dict[str, Any] = {key: manifest[key] for key in cls.__dataclass_fields__ if key in manifest}
-        found |= {key: tuple(value) for key, value in found.items() if isinstance(value, list)}
-        return cls(**found)
+        fields: dict[str, Any] = {key: manifest[key] for key in cls.__dataclass_fields__ if key in manifest}
+        fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+        return cls(**fields)
 
 
 def check_parts(manifest: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def check_parts(manifest: dict[str, Any]) -> None:
 
 
 def _are_counts(values: Sequence[Any]) -> bool:
-    return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
 
 
 def slot_keys(slot: str, format: int = FORMAT) -> tuple[str, str]:

@@ -138,9 +138,9 @@ class Checkpoint:
             else:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 shard.weight.copy_(self.slice(shard.name, "weight", *where))
-            for each in shard.state:
-                keys = slot_keys(each.slot.name, self.manifest["format"])
-                for key, values in zip(keys, (each.values, each.scale), strict=True):
+            for stored in shard.state:
+                keys = slot_keys(stored.slot.name, self.manifest["format"])
+                for key, values in zip(keys, (stored.values, stored.scale), strict=True):
                     if values is not None:
                         values.copy_(self.slice(shard.name, key, *where))
 

@@ -29,7 +29,7 @@ class Saver:
     """Writes a run's checkpoints beside its training, one at a time; every worker has one.
 
     `save` returns when the worker's part is copied to host memory; a thread writes it.  A full or broken disk
-    costs the checkpoint of that step only: it is removed, the older ones stay, training goes on.
+    costs the checkpoint of that step only: it is removed, the older ones stay, training continues.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Saver:
         if self._failure is not None:
             raise RuntimeError(
                 f"the checkpoint of step {position.step} could not be saved ({self._failure}); free space in "
-                f"{self.folder} and start the run again: it goes on from the newest checkpoint"
+                f"{self.folder} and start the run again: it resumes from the newest checkpoint"
             )
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class Saver:
         notes = self._gathered(note)
         if self.rank != 0:
             return
-        self._failure = next((each["error"] for each in notes if "error" in each), None)
+        self._failure = next((note["error"] for note in notes if "error" in note), None)
         if self._failure is None:
             try:
                 self._publish(partial, final, part, notes, position)
@@ -114,7 +114,7 @@ class Saver:
         if self._failure is not None:
             shutil.rmtree(partial, ignore_errors=True)
             log.warning(
-                "CHECKPOINT NOT SAVED: step %d (%s); training goes on, older checkpoints are intact; free "
+                "CHECKPOINT NOT SAVED: step %d (%s); training continues, older checkpoints are intact; free "
                 "space in %s",
                 position.step, self._failure, self.folder,
             )  # fmt: skip

@@ -41,9 +41,9 @@ class WorkerFile:
                 continue
             holds[shard.name] = [shard.start, shard.numel]
             stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
-            for each in shard.state:
-                values, scale = slot_keys(each.slot.name)
-                stored |= {values: each.values, scale: each.scale}
+            for slot_state in shard.state:
+                values, scale = slot_keys(slot_state.slot.name)
+                stored |= {values: slot_state.values, scale: slot_state.scale}
             for key, value in stored.items():
                 if value is not None:
                     held[f"{shard.name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()

@@ -62,8 +62,8 @@ def tokenizer_train(
         from lowbit_dist import tokenizer
 
         trained = tokenizer.train(inputs, vocab_size, out)
-        found = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
-        answer(found, pairs(found))
+        result = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
+        answer(result, pairs(result))
 
 
 @data_app.command("prepare")
@@ -92,12 +92,13 @@ def data_prepare(
             inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed
         )
         splits = {
-            name: f"{each['tokens']:,} tokens in {each['samples']:,} samples, {each['documents']:,} documents"
-            for name, each in manifest["splits"].items()
+            name: f"{split['tokens']:,} tokens in {split['samples']:,} samples, "
+            f"{split['documents']:,} documents"
+            for name, split in manifest["splits"].items()
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
-        found = {"data": str(out), **manifest}
-        answer(found, pairs({"data": out, **splits, "unigram entropy": entropy}))
+        result = {"data": str(out), **manifest}
+        answer(result, pairs({"data": out, **splits, "unigram entropy": entropy}))
 
 
 @app.command()
@@ -121,13 +122,13 @@ def plan(
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
         n_pieces = _vocab_size(loaded, vocab_size)
-        found = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
-        answer(found, lambda terminal: tables.memory_table(terminal, found))
+        estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
+        answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train, or go on with a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
+    """Train, or resume a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
 
     Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
     """
@@ -141,7 +142,7 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
                 summary = cluster.launch(loaded, progress=progress)
         except cluster.Stopped as stopped:
             print(
-                f"lowbit: stopped by {stopped}; the same command goes on from the newest checkpoint in "
+                f"lowbit: stopped by {stopped}; the same command resumes from the newest checkpoint in "
                 f"{loaded.run_dir}",
                 file=sys.stderr,
             )
@@ -175,8 +176,8 @@ def evaluate(
     with console.answering(as_json) as answer:
         from lowbit_dist import trained
 
-        found = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
-        answer(found, pairs(found))
+        metrics = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
+        answer(metrics, pairs(metrics))
 
 
 @app.command()
@@ -203,11 +204,11 @@ def generate(
     with console.answering(as_json) as answer:
         from lowbit_dist import trained
 
-        found = trained.open(run).generate(
+        generated = trained.open(run).generate(
             prompt,
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         )  # fmt: skip
-        answer(found, lambda terminal: terminal.print(prompt + found["text"], markup=False))
+        answer(generated, lambda terminal: terminal.print(prompt + generated["text"], markup=False))
 
 
 @app.command()
@@ -223,9 +224,9 @@ def inspect(
     with console.answering(as_json) as answer:
         from lowbit_dist.cli import inspection, tables
 
-        found = inspection.inspect(checkpoint, verify=verify)
-        answer(found, lambda terminal: tables.inspection(terminal, found))
-    if found["problems"]:
+        inspected = inspection.inspect(checkpoint, verify=verify)
+        answer(inspected, lambda terminal: tables.inspection(terminal, inspected))
+    if inspected["problems"]:
         raise typer.Exit(1)
 
 
@@ -239,9 +240,9 @@ def doctor(as_json: Json = False) -> None:
         from lowbit_dist import doctor
         from lowbit_dist.cli import tables
 
-        found = doctor.examine()
-        answer(found, lambda terminal: tables.health(terminal, found))
-    if not found["ok"]:
+        report = doctor.examine()
+        answer(report, lambda terminal: tables.health(terminal, report))
+    if not report["ok"]:
         raise typer.Exit(1)
 
 
@@ -267,8 +268,8 @@ def bench_update(
         from lowbit_dist import bench
         from lowbit_dist.cli import tables
 
-        found = bench.update(parameters, threads=threads, repetitions=repetitions)
-        answer(found, lambda terminal: tables.update_times(terminal, found))
+        measured = bench.update(parameters, threads=threads, repetitions=repetitions)
+        answer(measured, lambda terminal: tables.update_times(terminal, measured))
 
 
 def main() -> None:

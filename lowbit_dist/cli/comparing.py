@@ -32,7 +32,7 @@ def sweep(
     ],
     as_json: Json = False,
 ) -> None:
-    """Train a grid of runs, several at once, and compare them; the same command goes on after a stop.
+    """Train a grid of runs, several at once, and compare them; the same command resumes after a stop.
 
     The file names a base configuration, seeds, and what sets runs apart, as configs/sweep-methods.yaml does.
 
@@ -44,10 +44,10 @@ def sweep(
         loaded = sweeping.Sweep.load(config)
         with _following(loaded) as progress:
             outcome = sweeping.run(loaded, progress)
-        found = _outcome(loaded, outcome)
-        answer(found, lambda terminal: draw_sweep(terminal, found))
+        summary = _outcome(loaded, outcome)
+        answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:
-        print(f"lowbit: stopped; the same command goes on with {loaded.name}", file=sys.stderr)
+        print(f"lowbit: stopped; the same command resumes {loaded.name}", file=sys.stderr)
         raise typer.Exit(128 + outcome.signum)
     if any(state != "finished" for state in outcome.states.values()):
         raise typer.Exit(1)
@@ -69,7 +69,7 @@ def _outcome(loaded: "Sweep", outcome: "SweepResult") -> dict[str, Any]:
             for child in loaded.children
         ],
         **outcome.comparison,
-        "files": [str(each) for each in outcome.files],
+        "files": [str(file) for file in outcome.files],
     }
 
 
@@ -95,16 +95,16 @@ def compare(
         from lowbit_dist.runs import named
 
         compared = named(runs)
-        found = comparing.compare(compared)
-        folder = out or _place(runs, [each.folder for each in compared])
+        comparison = comparing.compare(compared)
+        folder = out or _place(runs, [run.folder for run in compared])
         try:
-            files = comparing.write(found, folder)
+            files = comparing.write(comparison, folder)
         except OSError as error:
             raise ConfigError(
                 f"--out ({folder}) cannot be written ({error.strerror}); write a folder that can"
             ) from None
-        found["files"] = [str(each) for each in files]
-        answer(found, lambda terminal: draw_comparison(terminal, found))
+        comparison["files"] = [str(file) for file in files]
+        answer(comparison, lambda terminal: draw_comparison(terminal, comparison))
 
 
 def _place(words: Sequence[str], folders: Sequence[Path]) -> Path:
@@ -127,8 +127,8 @@ def list_runs(
 
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder; write the run.dir of a run, or train one first")
-        found = {"runs": [_line(each, folder) for each in runs.folders(folder)]}
-        answer(found, lambda terminal: draw_runs(terminal, found["runs"]))
+        listing = {"runs": [_line(run, folder) for run in runs.folders(folder)]}
+        answer(listing, lambda terminal: draw_runs(terminal, listing["runs"]))
 
 
 def _line(folder: Path, root: Path) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Bars:
         self.progress.remove_task(self.tasks.pop(child.name))
         self.say(f"{child.name} {state}{': ' if why else ''}{why}")
         self.counts[state] = self.counts.get(state, 0) + 1
-        words = ", ".join(f"{n} {each}" for each, n in self.counts.items())
+        words = ", ".join(f"{n} {name}" for name, n in self.counts.items())
         self.progress.update(self.whole, advance=state == "finished", words=words)
 
 
@@ -215,11 +215,11 @@ def _following(loaded: "Sweep") -> "Iterator[SweepLogLines | Bars]":
         yield bars
 
 
-def draw_sweep(terminal: "Console", found: Mapping[str, Any]) -> None:
+def draw_sweep(terminal: "Console", summary: Mapping[str, Any]) -> None:
     """The comparison, and which runs failed."""
-    if found["groups"]:
-        draw_comparison(terminal, found)
-    for child in found["children"]:
+    if summary["groups"]:
+        draw_comparison(terminal, summary)
+    for child in summary["children"]:
         if child["state"] != "finished":
             why = f": {child['why']}" if child["why"] else ""
             terminal.print(f"{child['run']} {child['state']}{why}", markup=False, soft_wrap=True)
@@ -253,21 +253,21 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
             terminal.print(f"{run['run']}: {run['why']}", markup=False)
 
 
-def draw_comparison(terminal: "Console", found: Mapping[str, Any]) -> None:
+def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
     """A row for each group, and a line for each run that is in none of the means."""
     from rich.markup import escape
 
     from lowbit_dist import compare as comparing
 
     table = _table("group", "runs", *(words for words, _ in comparing.MEASURES.values()))
-    for group in found["groups"]:
+    for group in comparison["groups"]:
         cells = (comparing.cell(group, name) for name in comparing.MEASURES)
         table.add_row(escape(group["group"]), comparing.count(group), *cells)
     terminal.print(table)
     terminal.print("Mean ± sample standard deviation over finished runs.", style="dim")
-    for line in comparing.unfinished(found):
+    for line in comparing.unfinished(comparison):
         terminal.print(line, markup=False)
-    for file in found["files"]:
+    for file in comparison["files"]:
         terminal.print(file, style="dim", markup=False, soft_wrap=True)
 
 

@@ -30,7 +30,7 @@ def submit(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train on a cluster, as a Ray job; a run of the same name goes on from its newest checkpoint.
+    """Train on a cluster, as a Ray job; a run of the same name resumes from its newest checkpoint.
 
     Example: lowbit submit configs/dqt-ternary.yaml run.name=night --address http://10.0.0.1:8265 --follow
     """
@@ -42,8 +42,8 @@ def submit(
         job = jobs.submit(loaded, say=_say)
         if follow:
             _follow(jobs, job)
-        found = {**jobs.status(job), "address": jobs.address}
-        answer(found, lambda terminal: pairs(_in_words(found))(terminal))
+        job_status = {**jobs.status(job), "address": jobs.address}
+        answer(job_status, lambda terminal: pairs(_in_words(job_status))(terminal))
     if follow and (code := jobs.exit_code(job)):
         raise typer.Exit(code)
 
@@ -65,8 +65,8 @@ def status(
 
         jobs = Jobs(address)
         if job is not None:
-            found = jobs.status(job)
-            answer(found, pairs(_in_words(found)))
+            job_status = jobs.status(job)
+            answer(job_status, pairs(_in_words(job_status)))
             return
         everything = jobs.list()
         answer(
@@ -78,7 +78,7 @@ def status(
 def logs(
     job: Job,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow it until the job ends.")] = False,
 ) -> None:
     """What a job has printed.
 
@@ -91,15 +91,15 @@ def logs(
 
 
 def stop(job: Job, address: Address = None, as_json: Json = False) -> None:
-    """Have a job save a checkpoint and end; submitting the run again goes on from there.
+    """Have a job save a checkpoint and end; submitting the run again resumes from there.
 
     Example: lowbit stop night-1
     """
     with console.answering(as_json) as answer:
         from lowbit_dist.cluster.jobs import Jobs
 
-        found = Jobs(address).stop(job)
-        answer(found, pairs(_in_words(found)))
+        job_status = Jobs(address).stop(job)
+        answer(job_status, pairs(_in_words(job_status)))
 
 
 def _follow(jobs: Any, job: str) -> None:
@@ -108,7 +108,8 @@ def _follow(jobs: Any, job: str) -> None:
             print(piece, end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print(
-            f"\nlowbit: {job} goes on; `lowbit logs {job} --follow` follows it, `lowbit stop {job}` stops it",
+            f"\nlowbit: {job} still runs; `lowbit logs {job} --follow` follows it, `lowbit stop {job}` "
+            "stops it",
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
@@ -118,11 +119,11 @@ def _say(text: str) -> None:
     print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
 
-def _in_words(found: dict[str, Any]) -> dict[str, Any]:
+def _in_words(job_status: dict[str, Any]) -> dict[str, Any]:
     """Times as people read them."""
-    words = dict(found)
-    if found["started"]:
-        words["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["started"]))
+    words = dict(job_status)
+    if job_status["started"]:
+        words["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job_status["started"]))
         words["ended"] = None
-        words["took"] = console.duration((found["ended"] or time.time()) - found["started"])
+        words["took"] = console.duration((job_status["ended"] or time.time()) - job_status["started"])
     return words

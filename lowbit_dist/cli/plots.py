@@ -49,8 +49,8 @@ def _means(points: Points, columns: int) -> list[tuple[int, float]]:
     if not points:
         return []
     first, last = points[0][0], points[-1][0]
-    found: dict[int, list[float]] = {}
+    by_column: dict[int, list[float]] = {}
     for x, y in points:
         column = min(columns - 1, int((x - first) / ((last - first) or 1.0) * columns))
-        found.setdefault(column, []).append(y)
-    return [(column, sum(ys) / len(ys)) for column, ys in found.items()]
+        by_column.setdefault(column, []).append(y)
+    return [(column, sum(ys) / len(ys)) for column, ys in by_column.items()]

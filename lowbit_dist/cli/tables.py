@@ -92,25 +92,26 @@ def memory_bars(console: Console, memory: Mapping[str, Any]) -> None:
     console.print(memory_bars_text(bytes_per_parameter(memory), width=width), markup=False)
 
 
-def summary(console: Console, found: Mapping[str, Any], mlflow: str | None) -> None:
+def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> None:
     """What a run ended with."""
-    memory = found.get("memory") or {}
-    entropy, loss = found.get("unigram_entropy"), found.get("val_loss")
+    memory = result.get("memory") or {}
+    entropy, loss = result.get("unigram_entropy"), result.get("val_loss")
     below = f" ({1 - loss / entropy:.1%} below the corpus's unigram entropy)" if entropy and loss else ""
-    speed = found.get("tokens_per_second")
+    speed = result.get("tokens_per_second")
     rows = {
-        "run": found["run"],
-        "steps": f"{found['steps']:,} ({found['tokens']:,} tokens)",
-        "training loss": _number(found.get("train_loss")),
+        "run": result["run"],
+        "steps": f"{result['steps']:,} ({result['tokens']:,} tokens)",
+        "training loss": _number(result.get("train_loss")),
         "validation loss": None if loss is None else f"{loss:.4f}{below}",
-        "perplexity": _number(found.get("perplexity")),
-        "bits per byte": _number(found.get("bits_per_byte")),
+        "perplexity": _number(result.get("perplexity")),
+        "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",
-        "restarts": found.get("restarts"),
-        "skipped steps": found.get("skipped_steps"),
-        "digest": found.get("digest"),
-        "checkpoint": found.get("checkpoint"),
-        "MLflow": mlflow and f"run {found.get('mlflow_run_id')}; see: mlflow ui --backend-store-uri {mlflow}",
+        "restarts": result.get("restarts"),
+        "skipped steps": result.get("skipped_steps"),
+        "digest": result.get("digest"),
+        "checkpoint": result.get("checkpoint"),
+        "MLflow": mlflow
+        and f"run {result.get('mlflow_run_id')}; see: mlflow ui --backend-store-uri {mlflow}",
     }
     pairs(console, rows)
     if memory.get("components"):
@@ -118,57 +119,58 @@ def summary(console: Console, found: Mapping[str, Any], mlflow: str | None) -> N
         memory_bars(console, memory)
 
 
-def inspection(console: Console, found: Mapping[str, Any]) -> None:
+def inspection(console: Console, inspected: Mapping[str, Any]) -> None:
     """A checkpoint."""
-    problems: Sequence[str] = found["problems"]
-    rows = {key.replace("_", " "): found[key] for key in ("checkpoint", "run", "method", "digest")}
+    problems: Sequence[str] = inspected["problems"]
+    rows = {key.replace("_", " "): inspected[key] for key in ("checkpoint", "run", "method", "digest")}
     rows |= {
-        "step": f"{found['step']:,}",
-        "tokens": f"{found['tokens']:,}",
-        "parameters": f"{found['parameters']:,}",
+        "step": f"{inspected['step']:,}",
+        "tokens": f"{inspected['tokens']:,}",
+        "parameters": f"{inspected['parameters']:,}",
     }
-    rows |= {f"{name.replace('_', ' ')}": in_bytes(size) for name, size in found["components"].items()}
-    rows["integrity"] = "; ".join(problems) or f"intact ({found['verified']})"
+    rows |= {f"{name.replace('_', ' ')}": in_bytes(size) for name, size in inspected["components"].items()}
+    rows["integrity"] = "; ".join(problems) or f"intact ({inspected['verified']})"
     pairs(console, rows)
 
 
-def health(console: Console, found: Mapping[str, Any]) -> None:
+def health(console: Console, report: Mapping[str, Any]) -> None:
     """What `doctor` found, and whether a training can run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
-    for each in found["checks"]:
-        status = f"[{colours[each['status']]}]{each['status']}"
-        table.add_row(status, each["name"], each["found"], each["advice"])
+    for finding in report["checks"]:
+        status = f"[{colours[finding['status']]}]{finding['status']}"
+        table.add_row(status, finding["name"], finding["result"], finding["advice"])
     console.print(table)
-    console.print("A training can run here." if found["ok"] else "[red]No training can run here.")
+    console.print("A training can run here." if report["ok"] else "[red]No training can run here.")
 
 
-def update_times(console: Console, found: Mapping[str, Any]) -> None:
+def update_times(console: Console, measured: Mapping[str, Any]) -> None:
     """One step of each optimizer and grid, against the peer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "ns per parameter", "ratio to peer", "resident B", "moved B", "of copy bandwidth"):
         table.add_column(name, justify="right" if name else "left")
-    peer = found["peer"]
+    peer = measured["peer"]
     rows = [(peer["name"], peer)]
-    for each in found["update"]:
-        scales = f", groups of {each['group']}" if each["group"] else ""
-        rows.append((f"{each['optimizer']}, {each['grid']}, {each['states']} states{scales}", each))
-    rows += [(f"decode {each['grid']} to {each['to']}", each) for each in found["decode"]]
-    for name, each in rows:
-        resident = each.get("bytes_resident_per_parameter")
+    for row in measured["update"]:
+        scales = f", groups of {row['group']}" if row["group"] else ""
+        rows.append((f"{row['optimizer']}, {row['grid']}, {row['states']} states{scales}", row))
+    rows += [(f"decode {row['grid']} to {row['to']}", row) for row in measured["decode"]]
+    for name, row in rows:
+        resident = row.get("bytes_resident_per_parameter")
         table.add_row(
             name,
-            f"{each['ns_per_parameter']:.3f}",
-            f"{each['ratio_to_peer']:.2f}",
+            f"{row['ns_per_parameter']:.3f}",
+            f"{row['ratio_to_peer']:.2f}",
             "-" if resident is None else f"{resident:.2f}",
-            f"{each['bytes_moved_per_parameter']:.2f}",
-            f"{each['share_of_copy_bandwidth']:.0%}",
+            f"{row['bytes_moved_per_parameter']:.2f}",
+            f"{row['share_of_copy_bandwidth']:.0%}",
         )
     console.print(table)
     console.print(
-        f"{found['device']}, {found['backend']}, {found['parameters']:,} parameters, "
-        f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}, median of {found['repetitions']} "
-        f"({found['clock']}); a copy moves {found['copy_gigabytes_per_second']:.1f} GB/s."
+        f"{measured['device']}, {measured['backend']}, {measured['parameters']:,} parameters, "
+        f"{measured['threads']} thread{'' if measured['threads'] == 1 else 's'}, "
+        f"median of {measured['repetitions']} ({measured['clock']}); "
+        f"a copy moves {measured['copy_gigabytes_per_second']:.1f} GB/s."
     )
 
 

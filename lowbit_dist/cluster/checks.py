@@ -46,11 +46,11 @@ def _check_prepared(config: RunConfig) -> None:
     """Whoever starts without data is told how to make it."""
     path = config.data.path
     if "://" not in path and not os.path.exists(path):
-        words = Path(path).parent / "tokenizer"
+        tokenizer = Path(path).parent / "tokenizer"
         raise ConfigError(
             f"data.path ({path}) does not exist; prepare it, for example with "
-            f"`lowbit tokenizer train --input stdlib --vocab-size 2048 --out {words}` and "
-            f"`lowbit data prepare --input stdlib --tokenizer {words} --out {path}`"
+            f"`lowbit tokenizer train --input stdlib --vocab-size 2048 --out {tokenizer}` and "
+            f"`lowbit data prepare --input stdlib --tokenizer {tokenizer} --out {path}`"
         )
 
 
@@ -61,8 +61,8 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
         ("CPUs", "cpus_per_worker", cpus, config.cluster.cpus_per_worker),
         ("GPUs", "gpus_per_worker", gpus, gpus_per_worker(config, gpus)),
     ]
-    for what, field, have, each in asked:
-        if n <= (fit := how_many_fit(have, each)):
+    for what, field, have, per_worker in asked:
+        if n <= (fit := how_many_fit(have, per_worker)):
             continue
         suggested = max((m for m in range(1, int(fit) + 1) if _divides(config, m)), default=None)
         ways = [] if suggested is None else [f"cluster.workers={suggested}"]
@@ -71,17 +71,20 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
         elif what == "GPUs":
             ways.append("cluster.gpus_per_worker=0, to train on CPUs")
         raise ConfigError(
-            f"cluster.workers ({n}) x cluster.{field} ({each:g}) are {n * each:g} {what}, but {place} has "
-            f"{have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; write {' or '.join(ways)}"
+            f"cluster.workers ({n}) x cluster.{field} ({per_worker:g}) are {n * per_worker:g} {what}, but "
+            f"{place} has {have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; "
+            f"write {' or '.join(ways)}"
         )
     return next(
-        m for m in config.worker_counts() if all(m <= how_many_fit(have, each) for _, _, have, each in asked)
+        m
+        for m in config.worker_counts()
+        if all(m <= how_many_fit(have, per_worker) for _, _, have, per_worker in asked)
     )
 
 
-def how_many_fit(have: float, each: float) -> float:
+def how_many_fit(have: float, needed: float) -> float:
     """How often `each` is in `have`, though fractions are not exact; without end if nothing is asked."""
-    return int(have / each * (1 + 1e-9)) if each else float("inf")
+    return int(have / needed * (1 + 1e-9)) if needed else float("inf")
 
 
 def check_answers(address: str) -> None:

@@ -15,19 +15,19 @@ def failure(error: BaseException) -> Failure:
             f"the workers could not be started, or Ray was lost ({last_line(cause)})", ray_failed=True
         )
     failures = sorted(error.worker_failures.items())
-    for _, each in failures:
-        if isinstance(each, ConfigError):
-            raise ConfigError(str(each))
-    for _, each in failures:
-        if isinstance(each, Diverged):
-            return Failure(str(each), str(each), is_final=True)
-    for rank, each in failures:
-        if (how := _death(each)) is not None:
+    for _, worker_error in failures:
+        if isinstance(worker_error, ConfigError):
+            raise ConfigError(str(worker_error))
+    for _, worker_error in failures:
+        if isinstance(worker_error, Diverged):
+            return Failure(str(worker_error), str(worker_error), is_final=True)
+    for rank, worker_error in failures:
+        if (how := _death(worker_error)) is not None:
             return Failure(f"worker {rank} died ({how})")
     # When one worker fails, the others' collectives fail after it: those say nothing of the reason.
-    rank, each = min(failures, key=lambda item: (_is_collective(item[1]), item[0]))
-    what = f"{type(each).__name__}: {last_line(each)}"
-    return Failure(f"worker {rank}: {what}", None if _is_collective(each) else what)
+    rank, worker_error = min(failures, key=lambda item: (_is_collective(item[1]), item[0]))
+    what = f"{type(worker_error).__name__}: {last_line(worker_error)}"
+    return Failure(f"worker {rank}: {what}", None if _is_collective(worker_error) else what)
 
 
 def _death(error: BaseException) -> str | None:

@@ -98,14 +98,14 @@ class Jobs:
 
     def list(self) -> list[dict[str, Any]]:
         """What is known of each job of a run, the newest first."""
-        found = [each for each in _answered(self.address, self._client.list_jobs) if each.submission_id]
-        return [self._described(each) for each in sorted(found, key=lambda each: -(each.start_time or 0))]
+        infos = [info for info in _answered(self.address, self._client.list_jobs) if info.submission_id]
+        return [self._described(info) for info in sorted(infos, key=lambda info: -(info.start_time or 0))]
 
     def status(self, job: str) -> dict[str, Any]:
         """What is known of one job, with its last line of progress."""
-        found = self._described(self._info(job))
+        described = self._described(self._info(job))
         lines = _PROGRESS.findall(self._logs(job))
-        return found | {"progress": lines[-1] if lines else None}
+        return described | {"progress": lines[-1] if lines else None}
 
     def logs(self, job: str, *, follow: bool = False) -> Iterator[str]:
         """What a job has printed, piece by piece; with `follow`, until its end."""
@@ -169,7 +169,7 @@ class Jobs:
         except _Refused as error:
             if "404" not in str(error) and "does not exist" not in str(error):
                 raise
-            known = ", ".join(each["job"] for each in self.list()[:5]) or "none yet"
+            known = ", ".join(listed["job"] for listed in self.list()[:5]) or "none yet"
             raise NoSuchJob(f"{self.address} has no job {job!r}; its newest are: {known}") from None
 
     def _logs(self, job: str) -> str:
@@ -192,7 +192,7 @@ class Jobs:
                 fresh, seen = piece[seen:], max(0, seen - len(piece))
                 if fresh:
                     yield fresh
-        except Exception:  # a connection that was cut: the next one goes on where this ended
+        except Exception:  # a connection that was cut: the next one resumes where this ended
             return
         finally:
             loop.run_until_complete(pieces.aclose())
@@ -201,7 +201,9 @@ class Jobs:
     def _next_name(self, run: str) -> str:
         """RUN-ATTEMPT: the cluster refuses a name that it has had; ConfigError while a job trains the run."""
         known = self.list()
-        active = [each["job"] for each in known if each["run"] == run and not _has_ended(each["status"])]
+        active = [
+            listed["job"] for listed in known if listed["run"] == run and not _has_ended(listed["status"])
+        ]
         if active:
             raise ConfigError(
                 f"run.name ({run}) is being trained by job {active[0]}; follow it by `lowbit logs "
@@ -209,7 +211,7 @@ class Jobs:
             )
         attempts = [
             int(number)
-            for name, _, number in (each["job"].rpartition("-") for each in known)
+            for name, _, number in (listed["job"].rpartition("-") for listed in known)
             if name == run and number.isdigit()
         ]
         return f"{run}-{max(attempts, default=0) + 1}"

@@ -10,7 +10,7 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.network import why_no_answer
 
 ANSWER = 3.0  # seconds that a machine has to take a connection
-SETTLE = 3.0  # seconds for which a smaller number of places must stay the same before it is taken
+SETTLE = 3.0  # seconds for which a smaller number of slots must stay the same before it is taken
 RETURN = 60.0  # seconds that a start waits, for start_timeout: auto
 
 
@@ -40,15 +40,15 @@ def nodes(among: Iterable[str] | None = None) -> list[Node]:
     leaving = leaving_nodes()
     return [
         Node(
-            each["NodeID"],
-            each["NodeManagerAddress"],
-            each["NodeManagerHostname"],
-            each["NodeManagerPort"],
-            free.get(each["NodeID"], {}).get("CPU", 0.0),
-            free.get(each["NodeID"], {}).get("GPU", 0.0),
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["NodeManagerHostname"],
+            node["NodeManagerPort"],
+            free.get(node["NodeID"], {}).get("CPU", 0.0),
+            free.get(node["NodeID"], {}).get("GPU", 0.0),
         )
-        for each in ray.nodes()
-        if each["Alive"] and each["NodeID"] not in leaving and (among is None or each["NodeID"] in among)
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving and (among is None or node["NodeID"] in among)
     ]
 
 
@@ -59,27 +59,35 @@ def leaving_nodes() -> set[str]:
     return set(state.state.get_draining_nodes() or ())
 
 
-def reachable(found: list[Node]) -> list[Node]:
-    with ThreadPoolExecutor(min(32, len(found) or 1)) as pool:
-        return [node for node, answers in zip(found, pool.map(Node.answers, found), strict=True) if answers]
+def reachable(candidates: list[Node]) -> list[Node]:
+    with ThreadPoolExecutor(min(32, len(candidates) or 1)) as pool:
+        return [
+            node
+            for node, answers in zip(candidates, pool.map(Node.answers, candidates), strict=True)
+            if answers
+        ]
 
 
-def worker_slots(config: RunConfig, found: list[Node], gpus: float) -> list[str]:
-    """The machine of each place for a worker, fullest machines first; `gpus`: all of the cluster."""
+def worker_slots(config: RunConfig, candidates: list[Node], gpus: float) -> list[str]:
+    """The machine of each slot for a worker, fullest machines first; `gpus`: all of the cluster."""
     cpu, gpu = config.cluster.cpus_per_worker, gpus_per_worker(config, gpus)
-    room = {node: int(min(how_many_fit(node.cpus, cpu), how_many_fit(node.gpus, gpu))) for node in found}
+    slots = {
+        node: int(min(how_many_fit(node.cpus, cpu), how_many_fit(node.gpus, gpu))) for node in candidates
+    }
     return [
-        node.id for node in sorted(found, key=lambda node: (-room[node], node.id)) for _ in range(room[node])
+        node.id
+        for node in sorted(candidates, key=lambda node: (-slots[node], node.id))
+        for _ in range(slots[node])
     ]
 
 
 def largest_worker_count(config: RunConfig, n_slots: int) -> int:
-    """The largest number of workers for which there are places; 0 if there are too few."""
+    """The largest number of workers for which there are slots; 0 if there are too few."""
     return next((n for n in config.worker_counts() if n <= n_slots), 0)
 
 
 def await_worker_slots(config: RunConfig, say: Callable[[str], None]) -> list[str]:
-    """The machine of each worker, of as many workers as there is room for; none after `start_timeout`.
+    """The machine of each worker, of as many workers as there are slots for; none after `start_timeout`.
 
     Fewer than the most are taken when their number has not changed for a while: machines of a run that has
     just ended become free one after another.
@@ -89,19 +97,19 @@ def await_worker_slots(config: RunConfig, say: Callable[[str], None]) -> list[st
     last, told = -1, False
     try:
         while True:
-            found = worker_slots(config, reachable(nodes()), _gpus())
-            n = largest_worker_count(config, len(found))
+            slots = worker_slots(config, reachable(nodes()), _gpus())
+            n = largest_worker_count(config, len(slots))
             now = time.monotonic()
             if n != last:
                 last, settled = n, now
             if n == config.workers or (n and now - settled >= SETTLE):
-                return found[:n]
+                return slots[:n]
             if now - began > timeout:
                 return []
             if not told and now - began > SETTLE:
                 told = True
                 say(
-                    f"waiting up to {timeout:.0f} s for machines: there is room for {len(found)} of "
+                    f"waiting up to {timeout:.0f} s for machines: there are slots for {len(slots)} of "
                     f"{config.workers} workers"
                 )
                 _request(config)
@@ -119,8 +127,8 @@ def _request(config: RunConfig | None) -> None:
         request_resources(bundles=[])
         return
     gpus = gpus_per_worker(config, _gpus())
-    each = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
-    request_resources(bundles=[each] * config.workers)
+    bundle = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    request_resources(bundles=[bundle] * config.workers)
 
 
 def _gpus() -> float:

@@ -72,13 +72,13 @@ def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> MemoryBudg
 
 def packages() -> dict[str, str]:
     """Versions of what must be the same on all machines; of this package, a hash of its source."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    versions = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found | {"lowbit-dist": fingerprint([Path(__file__).parent.parent])}
+            versions[name] = "absent"
+    return versions | {"lowbit-dist": fingerprint([Path(__file__).parent.parent])}
 
 
 def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any]:
@@ -96,22 +96,22 @@ def examine(content: dict[str, Any], folder: str, on_gpu: bool) -> dict[str, Any
         config = configfile.from_dict(content)
     except ConfigError as mistake:  # a package that the run needs is absent here, or is another one
         return {"packages": installed, "mistake": str(mistake)}
-    found: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "packages": installed,
         "memory": smallest_gpu() if on_gpu else available_memory(),
         "word": None,
         "data": None,
     }
     with contextlib.suppress(OSError):
-        found["word"] = (config.run_dir / MARK).read_text()
-    found["writable"] = why_not_writable(config.run_dir) if found["word"] else None
+        answer["word"] = (config.run_dir / MARK).read_text()
+    answer["writable"] = why_not_writable(config.run_dir) if answer["word"] else None
     try:
         data.read_manifest(config.data.path)
     except Exception as error:  # in the words of whatever hinders it
-        found["data"] = str(error)
+        answer["data"] = str(error)
     if (pretrained := config.model.pretrained) is not None and not Path(pretrained).exists():
-        found["pretrained"] = str(pretrained)
-    return found
+        answer["pretrained"] = str(pretrained)
+    return answer
 
 
 def check_packages(name: str, answer: dict[str, Any], here: dict[str, str], own: dict[str, str]) -> None:

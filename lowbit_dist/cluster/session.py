@@ -113,12 +113,12 @@ def signals_stop() -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield Signals()
         return
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     signals = Signals()
-    for each in before:
-        signal.signal(each, signals.handle)
+    for signum in before:
+        signal.signal(signum, signals.handle)
     try:
         yield signals
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

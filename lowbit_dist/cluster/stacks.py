@@ -19,37 +19,38 @@ def stacks_of(heartbeats: list[dict[str, Any]], *, and_kill: bool) -> Iterator[s
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     by_node: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for each in heartbeats:
-        by_node[each["node"]].append(each)
+    for worker in heartbeats:
+        by_node[worker["node"]].append(worker)
     look = ray.remote(num_cpus=0, max_retries=0)(look_at)
     tasks = {
         node: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        ).remote([each["pid"] for each in workers], and_kill)
+        ).remote([worker["pid"] for worker in workers], and_kill)
         for node, workers in by_node.items()
     }
     ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=SECONDS)
     for node, workers in by_node.items():
         try:
-            found = ray.get(tasks[node], timeout=0)
+            stacks = ray.get(tasks[node], timeout=0)
         except Exception as error:  # the machine may be what hangs
-            found = dict.fromkeys(
-                (each["pid"] for each in workers), f"cannot be read ({type(error).__name__})"
+            stacks = dict.fromkeys(
+                (worker["pid"] for worker in workers), f"cannot be read ({type(error).__name__})"
             )
-        for each in workers:
-            yield f"  worker {each['rank']} (process {each['pid']} on {each['host']}, phase {each['phase']}):"
-            yield from (f"    {line}" for line in found[each["pid"]].splitlines())
+        for worker in workers:
+            process = f"process {worker['pid']} on {worker['host']}, phase {worker['phase']}"
+            yield f"  worker {worker['rank']} ({process}):"
+            yield from (f"    {line}" for line in stacks[worker["pid"]].splitlines())
 
 
 def look_at(pids: list[int], and_kill: bool) -> dict[int, str]:
     """The state and the stacks of processes of this machine; afterwards they are ended if so wished."""
-    found = {pid: f"{_state(pid)}\n{_stacks(pid)}" for pid in pids}
+    stacks = {pid: f"{_state(pid)}\n{_stacks(pid)}" for pid in pids}
     for pid in pids if and_kill else ():
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    return found
+    return stacks
 
 
 def _state(pid: int) -> str:

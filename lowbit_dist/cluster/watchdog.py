@@ -1,4 +1,4 @@
-"""Watching the workers from outside: machines that are lost, training that hangs, room that grows.
+"""Watching the workers from outside: machines that are lost, training that hangs, slots for more workers.
 
 Ray notices a dead process at once, a lost machine after a while, and a stopped or stuck worker never; gloo
 and NCCL wait for half an hour.  So the workers' heartbeats and their machines are looked at here,
@@ -19,7 +19,7 @@ from lowbit_dist.config import RunConfig
 
 EVERY = 1.0  # seconds between looks
 NODE_TIMEOUT = 12.0  # seconds without an answer after which a machine is lost
-ROOM = 10.0  # seconds for which there must be room for more workers before they are started
+GROWTH_DELAY = 10.0  # seconds for which there must be slots for more workers before they are started
 MEDIANS = 20  # of a step: without progress for so long, and at least LEAST, training hangs
 LEAST = 60.0  # seconds
 SLOW_PHASE_TIMEOUT = 600.0  # seconds, for phases in which a worker may be busy for long
@@ -41,14 +41,14 @@ class Watchdog:
         gpus: float,
         end: Callable[[Failure], None],
     ):
-        self.restart_reason: str | None = None  # why the workers were asked to stop, for others to go on
+        self.restart_reason: str | None = None  # why the workers were asked to stop, for others to resume
         self._config, self._start, self._gpus, self._end = config, start, gpus, end
         self._machines = None if machines is None else sorted(set(machines))
         self._workers = 0 if machines is None else len(machines)
         self._addresses = {} if machines is None else {node.id: node for node in nodes(machines)}
         self._answered = dict.fromkeys(self._addresses, time.monotonic())
         self._changes = _Changes()
-        self._roomy_since: float | None = None
+        self._can_grow_since: float | None = None
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -85,67 +85,67 @@ class Watchdog:
         return None
 
     def _hang(self) -> Failure | None:
-        """Training that does not get on: the stacks of all workers go to the log, and they are ended."""
-        found = heartbeat.read(self._config.run_dir, self._start)
-        if not found:
+        """Training that makes no progress: the stacks of all workers go to the log, and they are ended."""
+        heartbeats = heartbeat.read(self._config.run_dir, self._start)
+        if not heartbeats:
             return None
-        self._changes.note(found)
-        limit = hang_limit(self._config, found)
-        culprit = next((each for each in found if self._changes.age(each, "time") > limit), None)
+        self._changes.note(heartbeats)
+        limit = hang_limit(self._config, heartbeats)
+        culprit = next((worker for worker in heartbeats if self._changes.age(worker, "time") > limit), None)
         if culprit is not None:
             seconds = self._changes.age(culprit, "time")
             what = "does not run"
         else:
             patience = (
                 max(limit, SLOW_PHASE_TIMEOUT)
-                if any(each["phase"] in heartbeat.SLOW for each in found)
+                if any(worker["phase"] in heartbeat.SLOW for worker in heartbeats)
                 else limit
             )
-            seconds = min(self._changes.age(each, "beats") for each in found)
+            seconds = min(self._changes.age(worker, "beats") for worker in heartbeats)
             if seconds <= patience:
                 return None
-            culprit = min(found, key=lambda each: each["beats"])
+            culprit = min(heartbeats, key=lambda worker: worker["beats"])
             what = f"is stuck in {culprit['phase']}"
         text = (
             f"worker {culprit['rank']} (process {culprit['pid']} on {culprit['host']}) {what}: no progress "
             f"after step {culprit['step']} for {seconds:.0f} s"
         )
         _log(f"{text}; the stacks of the workers:")
-        for line in stacks_of(found, and_kill=True):
+        for line in stacks_of(heartbeats, and_kill=True):
             print(line, file=sys.stderr)
         sys.stderr.flush()
         return Failure(text, ray_failed=True)
 
     def _change(self) -> str | None:
-        """Why other workers should go on: a machine is about to go, or there is room for more."""
+        """Why other workers should resume the run: a machine is about to go, or there are slots for more."""
         assert self._machines is not None, "on a cluster"
         if leaving := leaving_nodes() & set(self._machines):
             names = ", ".join(sorted(self._addresses[id].name for id in leaving if id in self._addresses))
             return f"{names or 'a machine'} is about to be taken away"
-        found = heartbeat.read(self._config.run_dir, self._start)
-        steps = bool(found) and all(each["phase"] == "step" for each in found)
+        heartbeats = heartbeat.read(self._config.run_dir, self._start)
+        steps = bool(heartbeats) and all(worker["phase"] == "step" for worker in heartbeats)
         if self._workers == self._config.workers or not steps:
-            self._roomy_since = None
+            self._can_grow_since = None
             return None
         n = largest_worker_count(
             self._config, self._workers + len(worker_slots(self._config, reachable(nodes()), self._gpus))
         )
         now = time.monotonic()
         if n <= self._workers:
-            self._roomy_since = None
-        elif self._roomy_since is None:
-            self._roomy_since = now
-        elif now - self._roomy_since > ROOM:
-            return f"there is room for {n} workers instead of {self._workers}"
+            self._can_grow_since = None
+        elif self._can_grow_since is None:
+            self._can_grow_since = now
+        elif now - self._can_grow_since > GROWTH_DELAY:
+            return f"there are slots for {n} workers instead of {self._workers}"
         return None
 
 
-def hang_limit(config: RunConfig, found: Iterable[dict[str, Any]]) -> float:
+def hang_limit(config: RunConfig, heartbeats: Iterable[dict[str, Any]]) -> float:
     """Seconds without progress that are a hang: `cluster.hang_timeout`, or by the median step."""
     timeout = config.cluster.hang_timeout
     if timeout != "auto":
         return timeout
-    return max(LEAST, MEDIANS * max(each["step_seconds"] or 0.0 for each in found))
+    return max(LEAST, MEDIANS * max(worker["step_seconds"] or 0.0 for worker in heartbeats))
 
 
 class _Changes:
@@ -154,17 +154,17 @@ class _Changes:
     def __init__(self) -> None:
         self._seen: dict[tuple[int, str], tuple[Any, float]] = {}
 
-    def note(self, found: Iterable[dict[str, Any]]) -> None:
+    def note(self, heartbeats: Iterable[dict[str, Any]]) -> None:
         now = time.monotonic()
-        for each in found:
+        for worker in heartbeats:
             for key in ("time", "beats"):
-                value, _ = self._seen.get((each["rank"], key), (None, now))
-                if value != each[key]:
-                    self._seen[each["rank"], key] = (each[key], now)
+                value, _ = self._seen.get((worker["rank"], key), (None, now))
+                if value != worker[key]:
+                    self._seen[worker["rank"], key] = (worker[key], now)
 
-    def age(self, one: dict[str, Any], key: str) -> float:
+    def age(self, worker: dict[str, Any], key: str) -> float:
         """Seconds since `key` of a worker's heartbeat changed."""
-        return time.monotonic() - self._seen[one["rank"], key][1]
+        return time.monotonic() - self._seen[worker["rank"], key][1]
 
 
 def _log(text: str) -> None:

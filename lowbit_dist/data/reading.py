@@ -55,18 +55,18 @@ class Order:
         self._windows: dict[tuple[int, int], Array] = {}
 
     def indices(self, first_sample: int, size: int) -> Array:  # [size] int64
-        """The places of samples `first_sample`, ..., `first_sample + size - 1`."""
-        found = []
+        """The indices of samples `first_sample`, ..., `first_sample + size - 1`."""
+        runs = []
         while size > 0:
             epoch, position = divmod(first_sample, self.n_samples)
             _, borders = self.shards(epoch)
             number = int(np.searchsorted(borders, position, side="right")) - 1
             start = position - int(borders[number])
             run = self._window(epoch, number)[start : start + size]
-            found.append(run)
+            runs.append(run)
             first_sample += len(run)
             size -= len(run)
-        return np.concatenate([np.empty(0, np.int64), *found])
+        return np.concatenate([np.empty(0, np.int64), *runs])
 
     def shards(self, epoch: int) -> tuple[Array, Array]:
         """The epoch's order of shards, and the position at which each of its windows begins."""
@@ -275,9 +275,9 @@ class _Shards:
                     raise  # the cache is full; the data may be well
                 wrong = f"cannot be read ({type(error).__name__}: {error})"
                 continue
-            if (found := (hashed or _hash)(data)) == expected:
+            if (actual := (hashed or _hash)(data)) == expected:
                 return data
-            wrong = f"is damaged (its hash is {found}, and must be {expected})"
+            wrong = f"is damaged (its hash is {actual}, and must be {expected})"
         times = f", after {n_fetches} fetches" if self.is_remote else ""
         raise DamagedData(f"{self.path}/{self.split}/{name} {wrong}{times}; copy or prepare the data again")
 

@@ -62,9 +62,9 @@ class Writer:
 
     def _write(self, chunk: Mapping[str, Array]) -> None:
         is_val = chunk["places"] < self.limit
-        for name, chosen in (("train", ~is_val), ("val", is_val)):
-            tokens = chunk["tokens"][np.repeat(chosen, chunk["lengths"])]
-            self.splits[name].add(tokens, int(chosen.sum()), int(chunk["sizes"][chosen].sum()))
+        for name, is_in in (("train", ~is_val), ("val", is_val)):
+            tokens = chunk["tokens"][np.repeat(is_in, chunk["lengths"])]
+            self.splits[name].add(tokens, int(is_in.sum()), int(chunk["sizes"][is_in].sum()))
 
     def _limit_of_few(self) -> int:
         """Of few documents, perhaps none has a place below the limit; then the lowest of all go to val."""
@@ -73,17 +73,17 @@ class Writer:
         lengths = np.concatenate([np.empty(0, np.int64), *(chunk["lengths"] for chunk in chunks)])
         if lengths[places < self.limit].sum() >= self.seq_len:
             return self.limit
-        each, where = np.unique(places, return_inverse=True)
-        tokens = np.bincount(where, lengths, len(each)).cumsum()  # in documents up to this place
+        distinct, where = np.unique(places, return_inverse=True)
+        tokens = np.bincount(where, lengths, len(distinct)).cumsum()  # in documents up to this place
         enough = max(self.seq_len, self.val_fraction * self.n_held)
         n = int(np.searchsorted(tokens, enough)) + 1
-        if n >= len(each) or tokens[-1] - tokens[n - 1] < self.seq_len:
+        if n >= len(distinct) or tokens[-1] - tokens[n - 1] < self.seq_len:
             raise ConfigError(
                 f"--input has {len(places):,} documents with {self.n_held:,} tokens, too few for a "
                 f"training and a validation sample of --seq-len {self.seq_len} tokens from different "
                 "documents; give more text"
             )
-        return int(each[n])
+        return int(distinct[n])
 
     def finish(self) -> dict[str, Any]:
         """Close the shards; what the manifest says of them."""

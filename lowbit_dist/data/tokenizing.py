@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 
 def tokenised(
-    chosen: Sequence[documents.FileRange], tokenizer: Tokenizer, seed: int, workers: int | None
+    ranges: Sequence[documents.FileRange], tokenizer: Tokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
     # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
@@ -42,8 +42,10 @@ def tokenised(
         context.enable_progress_bars = context.print_on_execution_start = False
         for name in loggers:
             logging.getLogger(name).setLevel(logging.ERROR)
-        bundles = _bundles(chosen)
-        dataset = ray.data.from_items([{"parts": each} for each in bundles], override_num_blocks=len(bundles))
+        bundles = _bundles(ranges)
+        dataset = ray.data.from_items(
+            [{"parts": bundle} for bundle in bundles], override_num_blocks=len(bundles)
+        )
         dataset.context.execution_options.preserve_order = True
         tokenise: Any = _tokenise  # Ray's types know no further arguments
         chunks: Any = dataset.map_batches(
@@ -82,12 +84,12 @@ def _start_ray(workers: int | None) -> None:
     )
 
 
-def _bundles(chosen: Sequence[documents.FileRange]) -> list[str]:
+def _bundles(ranges: Sequence[documents.FileRange]) -> list[str]:
     """Consecutive parts, some MB together, as JSON; at most some ten thousand tasks."""
-    enough = max(text.PART, sum(part.size for part in chosen) // 10_000)
+    enough = max(text.PART, sum(part.size for part in ranges) // 10_000)
     bundles: list[list[documents.FileRange]] = []
     size = enough
-    for part in chosen:
+    for part in ranges:
         if size >= enough:
             bundles.append([])
             size = 0
@@ -148,7 +150,7 @@ class _Chunk:
         self.n_bytes += size
 
     def row(self, size: int, error: str = "") -> dict[str, Array]:
-        lengths = np.array([len(each) for each in self.tokens], np.int32)
+        lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
         columns = {
             "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]).tobytes(),
             "lengths": lengths.tobytes(),

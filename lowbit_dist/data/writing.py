@@ -49,14 +49,14 @@ def prepare(
         )
     out = Path(out_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    chosen = documents.parts(inputs)
+    ranges = documents.parts(inputs)
     recipe = {
         "format": FORMAT,
         "seq_len": seq_len,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
-        "sources": [str(each) for each in inputs],
-        "sources_sha256": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+        "sources": [str(source) for source in inputs],
+        "sources_sha256": hashlib.sha256(json.dumps(ranges).encode()).hexdigest(),
         "val_fraction": val_fraction,
         "seed": seed,
     }
@@ -66,9 +66,9 @@ def prepare(
     with atomic_folder(out, needs=lambda: needed) as draft:
         _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
         writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
-        n_bytes, n_read = sum(part.size for part in chosen), 0
+        n_bytes, n_read = sum(part.size for part in ranges), 0
         with _progress(n_bytes) as advance:
-            for chunk in tokenizing.tokenised(chosen, tokenizer, seed, workers):
+            for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
                 writer.add(chunk)
@@ -84,18 +84,18 @@ def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not (out / MANIFEST).is_file():
         raise ConfigError(f"--out ({out}) is there and is not prepared data; write the name of a new folder")
-    found = read_manifest(out).model_dump()
-    if differing := [name for name in recipe if found[name] != recipe[name]]:
+    manifest = read_manifest(out).model_dump()
+    if differing := [name for name in recipe if manifest[name] != recipe[name]]:
         name = differing[0]
         what = (
             "its inputs have changed"
             if name == "sources_sha256"
-            else f"{name} {found[name]}, not {recipe[name]}"
+            else f"{name} {manifest[name]}, not {recipe[name]}"
         )
         raise ConfigError(
             f"--out ({out}) holds data prepared otherwise ({what}); write another folder, or delete this one"
         )
-    return found
+    return manifest
 
 
 def _copy_tokenizer(source: Path, tokenizer: Tokenizer, folder: Path) -> None:

@@ -34,28 +34,28 @@ class Source:
 
 def parts(inputs: Iterable[str | Path]) -> list[FileRange]:
     """All parts of `inputs`, in the order of the corpus, once their beginnings are seen to be text."""
-    found: list[FileRange] = []
+    ranges: list[FileRange] = []
     for given in inputs:
-        found += _parts_of(str(given))
-    if not found:
+        ranges += _parts_of(str(given))
+    if not ranges:
         raise ConfigError(f"--input is required; {_INPUTS}")
     seen: dict[tuple[str, str, int], FileRange] = {}
-    for part in found:
+    for part in ranges:
         if seen.setdefault((part.source, part.path, part.start), part) is not part:
             raise ConfigError(f"--input: {part.path} is read twice; name it once")
-    _probe([part for part in found if part.source in ("text", "jsonl", "parquet")])
-    return found
+    _probe([part for part in ranges if part.source in ("text", "jsonl", "parquet")])
+    return ranges
 
 
-def _probe(found: list[FileRange]) -> None:
+def _probe(ranges: list[FileRange]) -> None:
     """ConfigError for a mistake at the beginning of any part, or anywhere in a small corpus.
 
     So it is answered before any process is started.  A mistake deep in a large corpus is answered by
     whichever process reads it.
     """
-    quota = max(text.PIECE, PROBED // max(1, len(found)))
+    quota = max(text.PIECE, PROBED // max(1, len(ranges)))
     deadline = time.monotonic() + PROBE_SECONDS
-    for part in found:
+    for part in ranges:
         left = quota
         for document in read([part]):
             left -= len(document)
@@ -65,9 +65,9 @@ def _probe(found: list[FileRange]) -> None:
                 break
 
 
-def read(chosen: Iterable[FileRange]) -> Iterator[str]:
+def read(ranges: Iterable[FileRange]) -> Iterator[str]:
     """The documents of the parts, in order; empty ones included."""
-    for part in chosen:
+    for part in ranges:
         try:
             yield from SOURCES[part.source].documents(part)
         except OSError as error:
@@ -76,14 +76,14 @@ def read(chosen: Iterable[FileRange]) -> Iterator[str]:
             ) from None
 
 
-def sample(chosen: list[FileRange], n_bytes: int) -> Iterator[str]:
+def sample(ranges: list[FileRange], n_bytes: int) -> Iterator[str]:
     """About `n_bytes` of documents: all of them, or the beginnings of evenly spaced parts."""
-    if sum(part.size for part in chosen) > n_bytes:
-        n = min(len(chosen), 64)
-        chosen = [chosen[i * len(chosen) // n] for i in range(n)]
-    quota = n_bytes // len(chosen)
+    if sum(part.size for part in ranges) > n_bytes:
+        n = min(len(ranges), 64)
+        ranges = [ranges[i * len(ranges) // n] for i in range(n)]
+    quota = n_bytes // len(ranges)
     left = 0
-    for part in chosen:
+    for part in ranges:
         left += quota  # what a short part leaves goes to the next
         for document in read([part]):
             if left <= 0:
@@ -107,14 +107,14 @@ def _parts_of(given: str) -> list[FileRange]:
             if path.stat().st_size == 0:
                 raise ConfigError(f"--input ({given}) is empty; leave it out")
             return list(SOURCES[_kind(path)].parts(given))
-        matches = [each for each in sorted(glob.glob(given, recursive=True)) if os.path.isfile(each)]
+        matches = [path for path in sorted(glob.glob(given, recursive=True)) if os.path.isfile(path)]
     except OSError as error:
         raise ConfigError(
             f"--input ({given}) cannot be read: {error.strerror or error}; repair it or leave it out"
         ) from None
     if not matches:
         raise ConfigError(f"--input ({given}) does not exist; {_INPUTS}")
-    return [part for each in matches for part in SOURCES[_kind(Path(each))].parts(each)]
+    return [part for path in matches for part in SOURCES[_kind(Path(path))].parts(path)]
 
 
 def _kind(path: Path) -> str:
@@ -125,15 +125,15 @@ def _kind(path: Path) -> str:
 
 
 def _folder(folder: Path) -> list[FileRange]:
-    found = [
+    ranges = [
         part
         for path in text.walk(folder, lambda name: name.startswith(".") or name == "__pycache__")
         if path.stat().st_size
         for part in SOURCES[_kind(path)].parts(str(path))
     ]
-    if not found:
+    if not ranges:
         raise ConfigError(f"--input ({folder}) has no file with text; write the path of one that has")
-    return found
+    return ranges
 
 
 SOURCES = {

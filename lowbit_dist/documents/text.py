@@ -63,8 +63,8 @@ def walk(folder: Path, is_skipped: Callable[[str], bool]) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    found = []
+    paths = []
     for where, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not is_skipped(name)]
-        found += [Path(where, name) for name in files if not is_skipped(name)]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        paths += [Path(where, name) for name in files if not is_skipped(name)]
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())

@@ -2,10 +2,10 @@
 group `lowbit_dist.methods` in a package of your own; README.md beside this file shows both.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowbit_dist.methods.method import Method
+from lowbit_dist.registry import lazily
 
 if TYPE_CHECKING:
     from lowbit_dist.methods.bitnet import BitNet
@@ -20,12 +20,6 @@ METHODS = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for place in METHODS.values():
-        module, _, owner = place.partition(":")
-        if owner == name:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = lazily(__name__, METHODS)
 
 __all__ = ["DQT", "METHODS", "BitNet", "Dense", "Method"]

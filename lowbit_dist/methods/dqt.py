@@ -1,20 +1,43 @@
 """Direct Quantized Training (arXiv 2412.04787): the stored weight is the quantised weight, updated by
 stochastic rounding.
 
-Quantisation-aware training keeps a full-precision latent behind each low-bit weight.  Here there is none: a
-random (or pretrained) weight is rounded once to the nearest level, and from then on each step of the
-optimizer, which is far smaller than a level, moves a code by a whole level with the probability that makes
-its expectation right:
+Quantisation-aware training keeps a full-precision latent behind each low-bit weight, and rounds it anew in
+each forward pass.  Here there is none: a random (or pretrained) weight is rounded once to the nearest level,
+and its code is all that is kept.  Of a ternary [4096, 4096] that is 4.2 MB of codes, 2 bits each, and one
+scale; the latent alone would be 67 MB in float32.
 
-    level      -1          0          1          weight = scale * level
+An optimizer's step is far smaller than a level.  Added to the weight it gives a *proposal* between two
+levels, which is rounded back onto the grid by chance: up as often as the proposal is far up.
+
+    level      -1          0          1          weight = scale * level, scale 0.02
                |-----------|-----------|
-                           ^ code 0, step d = +0.03 levels
-    next       0 with probability 0.97,  1 with probability 0.03          E[next] = 0 + d
+                           ^ code 0, direction u = -0.6, lr 0.001: the weight should move by
+                             -lr * u = 0.0006, which are d = 0.0006 / 0.02 = 0.03 levels
+    next       0 with probability 0.97,  1 with probability 0.03
 
-Nothing else of the step is kept: what the weight "would have been" is gone, and only the drift of many steps
-remains.  One step flips few codes (flip rate), but in the direction of the gradient; on a fine grid (int8)
-nearly every step moves a code, and the walk is close to ordinary training.  The rounding itself is
-`ops.apply_`, its random bits are a function of seed, step, tensor and position.
+    E[next] = 0.97 * 0 + 0.03 * 1 = 0.03 = 0 + d
+
+So the rounding is unbiased: nothing of a gradient is lost on average, it is only made rare.  Rounding to the
+nearest would lose all of it, here and at each step after.  The same for 256,000 such weights, of which about
+7,680 should flip, give or take 86:
+
+    >>> from lowbit_dist import ops
+    >>> n, grid = 256_000, GRIDS["ternary"]
+    >>> codes = ops.pack(torch.zeros(n, dtype=torch.int8), grid=grid)
+    >>> codes.numel(), codes.dtype
+    (64000, torch.uint8)
+    >>> target = ops.Codes(codes, torch.tensor([0.02]), n, grid, tensor=0, first_block=0)
+    >>> u = torch.full((n,), -0.6)
+    >>> int(ops.apply_(target, u, now=ops.Now(lr=0.001, weight_decay=0.0, step=1, seed=0)))
+    7564
+    >>> round(ops.unpack(codes, grid=grid).float().mean().item(), 4)
+    0.0295
+
+Nothing else of the step is kept: what a weight "would have been" is gone, and only the drift of many steps
+remains.  One step flips few codes (the flip rate), but in the direction of the gradient; on a fine grid
+(int8) nearly every step moves a code, and the walk is close to ordinary training.  At the grid's ends a level
+saturates: a ternary 1 that should grow stays.  The rounding is `ops.apply_`, and its random bits are a
+function of seed, step, tensor and position (ops/reference.py).
 
 The stored grid is the forward grid.  The paper's released code re-derives the scale at each step from the
 largest weight (which can only shrink it); here the scale of the initialisation is stored and stays.

@@ -30,6 +30,7 @@ __all__ = [
     "quantize",
     "step_",
     "unpack",
+    "whole_step_",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -66,6 +67,22 @@ def step_(
     return flips
 
 
+def whole_step_(
+    target: Codes | Weights,  # of N elements, changed in place
+    grad: Tensor,  # of the parameter's shape, N elements
+    state: list[Stored],  # one for each slot of the rule, of N elements, changed in place
+    *,
+    rule: Rule,
+    now: Now,
+) -> Tensor:  # [1] int64, on the device
+    """`step_` for a rule of any other scope: it sees the parameter whole, in its shape."""
+    slots = (slot.load(0, grad.numel()).view(grad.shape) for slot in state)
+    u, *moved = rule.update(grad.float() * now.grad_scale, *slots, step=now.step)
+    for slot, x in zip(state, moved, strict=True):
+        slot.store(0, grad.numel(), x.reshape(-1))
+    return apply_(target, u.reshape(-1).contiguous(), now=now)
+
+
 def apply_(
     target: Codes | Weights,  # of N elements, changed in place
     u: Tensor,  # [N] float32
@@ -74,7 +91,7 @@ def apply_(
 ) -> Tensor:  # [1] int64, on the device
     """The second half of a step alone: `target` moves by -lr * u and decays; how many codes changed.
 
-    For a rule whose direction is of a row or a matrix. Nothing is remembered; `now.grad_scale` is not used.
+    For a rule whose direction is of a row or a matrix. It keeps no state; `now.grad_scale` is not used.
     """
     _check_target(target, u.numel(), "u")
     _check_tensor("u", u, (torch.float32,))
@@ -209,31 +226,33 @@ def _check_scale(scale: Tensor, n: int, first_block: int, scale_every: int) -> N
 
 def _check_state(state: list[Stored], rule: Rule, n: int) -> None:
     name = type(rule).__name__
-    if [each.slot for each in state] != list(rule.slots):
+    if [stored.slot for stored in state] != list(rule.slots):
         raise ValueError(
-            f"state has {_names([each.slot for each in state])}; {name} has {_names(rule.slots)}"
+            f"state has {_names([stored.slot for stored in state])}; {name} has {_names(rule.slots)}"
         )
     if rule.fused is not None and fused.SLOTS.get(rule.fused) != tuple(slot.signed for slot in rule.slots):
         raise ValueError(
             f"{name} says that it is fused as {rule.fused!r}, which is none of {', '.join(fused.SLOTS)} or "
             "has other slots; a rule without a kernel has fused = None"
         )
-    for each in state:
-        _check_tensor(f"slot {each.slot.name}", each.values, tuple(dtype_of(each.slot, s) for s in STATES))
-        if each.states != state[0].states:
+    for stored in state:
+        _check_tensor(
+            f"slot {stored.slot.name}", stored.values, tuple(dtype_of(stored.slot, s) for s in STATES)
+        )
+        if stored.states != state[0].states:
             raise ValueError(
-                f"slot {each.slot.name} is kept in {each.states} and slot {state[0].slot.name} in "
+                f"slot {stored.slot.name} is kept in {stored.states} and slot {state[0].slot.name} in "
                 f"{state[0].states}; a rule's slots are kept alike"
             )
-        if (each.scale is None) == (each.states == "int8"):
+        if (stored.scale is None) == (stored.states == "int8"):
             raise ValueError(
-                f"slot {each.slot.name} of {each.values.dtype} "
-                f"{'needs' if each.scale is None else 'has no'} scales: use Stored.zeros"
+                f"slot {stored.slot.name} of {stored.values.dtype} "
+                f"{'needs' if stored.scale is None else 'has no'} scales: use Stored.zeros"
             )
-        _check_count(f"slot {each.slot.name}", each.values, n, n)
-        if each.scale is not None:
-            _check_tensor(f"the scale of slot {each.slot.name}", each.scale, (torch.float32,))
-            _check_count(f"the scale of slot {each.slot.name}", each.scale, -(-n // BLOCK), n)
+        _check_count(f"slot {stored.slot.name}", stored.values, n, n)
+        if stored.scale is not None:
+            _check_tensor(f"the scale of slot {stored.slot.name}", stored.scale, (torch.float32,))
+            _check_count(f"the scale of slot {stored.slot.name}", stored.scale, -(-n // BLOCK), n)
 
 
 def _check_count(name: str, tensor: Tensor, wanted: int, n: int) -> None:

@@ -7,9 +7,10 @@ One step of an optimizer is a gradient that becomes a direction, and a direction
     target       moves by -lr * u                   `apply_`: below, the same for every rule
 
 The target is ordinary weights, or codes, which have no weights to add a small number to.  A weight is
-scale * level and a level an integer, stored as the code `level - grid.low`.  256 consecutive elements of the
-flattened tensor are a *block*, four *planes* of 64; a plane has one scale, and a scale serves `scale_every`
-elements: 64, 128, ..., a row of any whole number of planes, or the whole tensor.
+scale * level and a level an integer, stored as the code `level - grid.low`: on the ternary grid the levels
+-1, 0, 1 are the codes 0, 1, 2, in 2 bits each.  256 consecutive elements of the flattened tensor are a
+*block*, four *planes* of 64; a plane has one scale, and a scale serves `scale_every` elements: 64, 128, ...,
+a row of any whole number of planes, or the whole tensor.
 
     element      0           64          128         192         256
                  +-----------+-----------+-----------+-----------+---
@@ -21,8 +22,6 @@ elements: 64, 128, ..., a row of any whole number of planes, or the whole tensor
                  192: s0          s0          s0          s1        s1      (a row of K = 192)
     random       one Philox call gives words to elements j, j + 64, j + 128 and j + 192      64 calls
 
-Shards are cut on block borders, so no number of workers changes what shares a byte, a scale or a call.
-
 So the step is measured in levels and rounded to an integer by chance, up as often as its fraction says:
 
     d = -((lr / scale) * u) - (lr * weight_decay) * level           lr 0.001, scale 0.02, u -6, no decay,
@@ -30,20 +29,41 @@ So the step is measured in levels and rounded to an integer by chance, up as oft
     t = uint32((a - n) * 2^32)                                      t = 0.3 * 2^32
     level = clamp(level + sign(d) * (n + (word < t)), low, high)    2 with a chance of 0.3, else 1
 
-    level    1                             2       the mean of many such steps is 1.3: nothing that a
-             o---------^-------------------|       gradient says is lost, it is only made rare
-            70 %      1.3                30 %
+`word` is 32 random bits, a function of seed, step, tensor and position alone (rng.py): nobody keeps a
+generator, so whoever computes an element, on a CPU or a GPU, in whatever order and on however many workers,
+draws the same word for it.  Seed 0, step 1, tensor 0:
 
-`word` is 32 random bits.  Inside the grid the new level's expectation is `level + d` to 2^-32; beyond, the
+    element         0     1     2     3     4     5     6     7   ...  256   257   258   259
+    word / 2^32   0.52  0.79  0.77  0.13  0.82  0.84  0.06  0.08       0.88  0.00  0.77  0.78
+    level 1 ->      1     1     1     2     1     1     2     2   ...    1     2     1     1
+
+    >>> from lowbit_dist.grid import GRIDS
+    >>> scale, grid = torch.tensor([0.02]), GRIDS["int4"]
+    >>> now = Now(lr=0.001, weight_decay=0.0, step=1, seed=0)
+    >>> codes = pack(torch.ones(512, dtype=torch.int8), grid=grid)
+    >>> apply_(Codes(codes, scale, 512, grid, tensor=0, first_block=0), torch.full((512,), -6.0), now=now)
+    tensor([144])
+    >>> unpack(codes, grid=grid)[:8].tolist()
+    [1, 1, 1, 2, 1, 1, 2, 2]
+    >>> shard = pack(torch.ones(256, dtype=torch.int8), grid=grid)  # block 1 alone, as a worker has it
+    >>> apply_(Codes(shard, scale, 512, grid, tensor=0, first_block=1), torch.full((256,), -6.0), now=now)
+    tensor([69])
+    >>> torch.equal(shard, codes[128:])
+    True
+
+144 of 512 moved, where 0.3 * 512 = 154 were to be expected, give or take 10.  Inside the grid the new level's
+expectation is `level + d` to 2^-32: nothing that a gradient says is lost, it is only made rare.  Beyond, the
 level saturates.  The step is rounded, never `level + d`: near level 128 a float32 sum resolves 1.5e-5 of a
-level, and smaller steps would be lost.  Ordinary weights move by
+level, and smaller steps would be lost.  Shards are cut on block borders, so no number of workers changes what
+shares a byte, a scale or a call.  Ordinary weights move by
 
     w = w * (1 - lr * weight_decay) - u * lr
 
 All arithmetic is float32 in exactly this order, one rounding per operation, no fused multiply-add; constants
-such as lr * weight_decay are computed in double and then rounded.  `rng.py` says which word is whose,
-`states.py` how slots are kept, `grid.py` where in a block a code is.  Every op works through its tensors in
-chunks of bounded memory.  Letters: N elements, B = N / 256 blocks.
+such as lr * weight_decay are computed in double and then rounded.  So the backends agree bit for bit, and
+are tested against this file by equality.  `rng.py` says which word is whose, `states.py` how slots are kept,
+`grid.py` where in a block a code is.  Every op works through its tensors in chunks of bounded memory.
+Letters: N elements, B = N / 256 blocks.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a rule remembers of each element, and how it is kept: float32, bfloat16, or 8 bits.
+"""The state that a rule has of each element (its slots), and how it is kept: float32, bfloat16, or 8 bits.
 
 8 bits are power companding, with a scale for each block of 256 elements:
 
@@ -32,7 +32,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Slot(NamedTuple):
-    """A number that a rule remembers of each element; one that is not signed is never below 0."""
+    """A number of a rule's state, one for each element; one that is not signed is never below 0."""
 
     name: str
     signed: bool
@@ -48,7 +48,7 @@ class Stored:
 
     @classmethod
     def zeros(cls, slot: Slot, n: int, states: str, device: torch.device | str = "cpu") -> "Stored":
-        """What is remembered before the first step; `states` is one of STATES."""
+        """The state before the first step; `states` is one of STATES."""
         if states not in STATES:
             raise ValueError(f"states is {states!r}; it must be one of {', '.join(STATES)}")
         dtype = dtype_of(slot, cast(States, states))

@@ -2,10 +2,10 @@
 `lowbit_dist.optimizers` in a package of your own.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowbit_dist.optim.rule import Rule
+from lowbit_dist.registry import lazily
 
 if TYPE_CHECKING:
     from lowbit_dist.optim.adamw import AdamW
@@ -18,12 +18,6 @@ OPTIMIZERS = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for place in OPTIMIZERS.values():
-        module, _, owner = place.partition(":")
-        if owner == name:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = lazily(__name__, OPTIMIZERS)
 
 __all__ = ["OPTIMIZERS", "AdamW", "Lion", "Rule"]

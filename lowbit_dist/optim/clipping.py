@@ -17,7 +17,7 @@ def global_norm(gradients: Sequence[Tensor], *, copies: int = 1, over_workers: b
     elements are spread over workers.  `copies` of each element are there, where workers hold the same ones.
 
     Squares are rounded to integers in units of max^2 / 2^k, whose sum does not depend on its order; k leaves
-    room for as many elements as there are, so the error of a sum is below its count in those units.
+    headroom for as many elements as there are, so the error of a sum is below its count in those units.
     """
     device = gradients[0].device
     largest = torch.zeros(1, dtype=torch.float64, device=device)

@@ -1,6 +1,6 @@
 """What every optimizer says of itself: how a gradient becomes a direction.
 
-An update is rule x stored x target: a rule maps a gradient and what it remembers (its slots) to a direction
+An update is rule x stored x target: a rule maps a gradient and its state (slots) to a direction
 in float32; `ops.Stored` keeps each slot in float32, bfloat16 or 8 bits; `ops.Codes` or `ops.Weights` applies
 the direction.  A rule knows neither how its slots are kept nor what it moves.
 """

@@ -30,13 +30,13 @@ def _overrides(value: Any) -> tuple[str, ...]:
     """Overrides, from a list of them or from a mapping."""
     value = () if value is None else value
     if isinstance(value, Mapping):
-        value = [_override(str(name), each) for name, each in value.items()]
+        value = [_override(str(name), item) for name, item in value.items()]
     if not isinstance(value, list | tuple) or not all(
-        isinstance(each, str) and "=" in each for each in value
+        isinstance(override, str) and "=" in override for override in value
     ):
         raise _rule("must be overrides; write {train.steps: 20}, or [train.steps=20], for example")
-    for each in value:
-        if re.match(r"\s*run\s*[.=]", each):
+    for override in value:
+        if re.match(r"\s*run\s*[.=]", override):
             raise _rule(
                 "must not set run: a child's name, seed and folder are the sweep's; write seeds: [0, 1]"
             )
@@ -46,7 +46,7 @@ def _overrides(value: Any) -> tuple[str, ...]:
 def _labelled(value: Any) -> Any:
     if value is not None and not isinstance(value, Mapping):
         raise _rule("must be labels with overrides; write {dense: {method.name: dense}}, for example")
-    return {str(label): each for label, each in (value or {}).items()}
+    return {str(label): item for label, item in (value or {}).items()}
 
 
 def _grid(value: Any) -> Any:
@@ -68,7 +68,7 @@ def _seeds(value: Any) -> Any:
 
 def _at_once(value: Any) -> Any:
     if value != "auto" and not (type(value) is int and value >= 1):
-        raise _rule("must be auto, or a whole number from 1 up; write auto, for as many as there is room for")
+        raise _rule("must be auto, or a whole number from 1 up; write auto, for as many as fit")
     return value
 
 
@@ -157,7 +157,7 @@ def _read(file: Path) -> Definition:
     if data.get("base") is None:
         raise ConfigError(f"base is required in {file}; {EXAMPLE}")
     try:
-        return Definition.model_validate({name: each for name, each in data.items() if each is not None})
+        return Definition.model_validate({name: item for name, item in data.items() if item is not None})
     except ValidationError as error:
         first: dict[str, Any] = {**error.errors(include_url=False, include_context=True)[0]}
         place = [str(part) for part in first["loc"] if part != "[key]"]
@@ -170,7 +170,7 @@ def _children(definition: Definition, base: Path, folder: Path) -> Iterator[Chil
     for label, overrides in _variants(definition, base):
         for seed in definition.seeds:
             own = {"run.name": f"{label}-seed{seed}", "run.seed": seed, "run.dir": str(folder)}
-            everything = (*definition.set, *overrides, *(_override(*each) for each in own.items()))
+            everything = (*definition.set, *overrides, *(_override(*setting) for setting in own.items()))
             try:
                 yield Child(label, configfile.load(base, everything))
             except ConfigError as error:
@@ -197,7 +197,7 @@ def _variants(definition: Definition, base: Path) -> Iterator[tuple[str, tuple[s
 def _word(value: Any) -> str:
     """A value as a part of a name."""
     if isinstance(value, Mapping):
-        value = "-".join(_word(each) for each in value.values())
+        value = "-".join(_word(item) for item in value.values())
     text = f"{value:g}" if isinstance(value, float) else written({"": value}).removeprefix("'': ")
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-") or "x"
 
@@ -210,7 +210,7 @@ def _check_different(children: Sequence[Child]) -> None:
         if child.name in names:
             raise ConfigError(f"grid has {child.label} twice; leave out one of the equal values")
         names.add(child.name)
-        same = repr({key: each for key, each in child.config.flat().items() if key != "run.name"})
+        same = repr({key: value for key, value in child.config.flat().items() if key != "run.name"})
         if (other := labels.setdefault(same, child.label)) != child.label:
             raise ConfigError(
                 f"{other} and {child.label} are the same run; change one of them, or leave it out"

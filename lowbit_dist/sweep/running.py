@@ -1,6 +1,6 @@
-"""The children of a sweep, trained in processes of their own, as many at once as there is room for.
+"""The children of a sweep, trained in processes of their own, as many at once as fit.
 
-What is finished is not run again, and what is half-done goes on from its checkpoint: so it is with each run,
+What is finished is not run again, and what is half-done resumes from its checkpoint: so it is with each run,
 and a sweep has no state of its own.  Signals are handed on to the children, which save and end; one whose
 sweep is gone does so too, and is waited for when the sweep is started again.
 """
@@ -32,7 +32,7 @@ ChildState = Literal["finished", "failed", "stopped", "waiting"]
 
 
 class SweepProgress(Protocol):
-    """Who is told how the sweep goes on."""
+    """Who is told of the sweep's progress."""
 
     def say(self, text: str) -> None:
         """An event, in one line."""
@@ -88,17 +88,17 @@ def run(sweep: Sweep, progress: SweepProgress) -> SweepResult:
         signum = signals.received[0] if signals.received else None
         if signum is None:
             _catch_up(sweep)  # not before training, which a store that hangs would hold up
-        found = compare.compare(
+        comparison = compare.compare(
             [runs.read(child.config.run_dir) for child in sweep.children if _began(child)]
         )
-        files = compare.write(found, sweep.folder / "comparison")
+        files = compare.write(comparison, sweep.folder / "comparison")
         if parent is not None:
             _adopt(sweep, parent)
             is_done = all(state == "finished" for state in states.values())
             status = "KILLED" if signum is not None else "FINISHED" if is_done else "FAILED"
-            parent.finish(status, [sweep.file, *files], compare.markdown(found))
+            parent.finish(status, [sweep.file, *files], compare.markdown(comparison))
         run_id = None if parent is None else parent.run_id
-        return SweepResult(states, why, signum, found, files, run_id)
+        return SweepResult(states, why, signum, comparison, files, run_id)
 
 
 def _check(sweep: Sweep) -> None:
@@ -107,7 +107,7 @@ def _check(sweep: Sweep) -> None:
         try:
             cluster.check(child.config)
         except ConfigError as error:
-            for folder in (*(each.config.run_dir for each in sweep.children), sweep.folder):
+            for folder in (*(other.config.run_dir for other in sweep.children), sweep.folder):
                 with contextlib.suppress(OSError):  # all that is not empty stays
                     folder.rmdir()
             raise ConfigError(f"{child.name}: {error}") from None
@@ -129,15 +129,12 @@ def _alone(sweep: Sweep) -> contextlib.AbstractContextManager[None]:
 def _noting_signals() -> Iterator[_Signals]:
     """Inside, SIGINT and SIGTERM are only noted."""
     signals = _Signals()
-    before = {each: signal.signal(each, signals.handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, signals.handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-# ------------------------------------------------------------------ how many at once
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
@@ -148,17 +145,17 @@ def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
         return 1
     if os.environ.get("RAY_ADDRESS"):
         cpus, gpus = free_in_cluster(progress.say)
-        return max(1, min(_places(config, cpus, gpus) for config in waiting))
+        return max(1, min(_how_many_at_once(config, cpus, gpus) for config in waiting))
     import torch
 
-    n = min(_places(config, os.cpu_count() or 1, torch.cuda.device_count()) for config in waiting)
+    n = min(_how_many_at_once(config, os.cpu_count() or 1, torch.cuda.device_count()) for config in waiting)
     return max(1, min(n, _in_memory(waiting)) if n > 1 else n)
 
 
-def _places(config: RunConfig, cpus: float, gpus: float) -> int:
+def _how_many_at_once(config: RunConfig, cpus: float, gpus: float) -> int:
     """How many such runs find processors."""
     needs = [(cpus, config.cluster.cpus_per_worker), (gpus, gpus_per_worker(config, gpus))]
-    return int(min(how_many_fit(have, config.workers * each) for have, each in needs))
+    return int(min(how_many_fit(have, config.workers * per_worker) for have, per_worker in needs))
 
 
 def _in_memory(configs: list[RunConfig]) -> int:
@@ -166,16 +163,13 @@ def _in_memory(configs: list[RunConfig]) -> int:
     from lowbit_dist import data, memory
     from lowbit_dist.memory.machine import RAY
 
-    places = []
+    counts = []
     for config in {repr({**config.to_dict(), "run": None}): config for config in configs}.values():
         fit = memory.fits_here(config, data.read_manifest(config.data.path).vocab_size)
         need = fit["needed_bytes_per_worker"] * config.workers
         spare = fit["available_bytes_per_worker"] * config.workers - need
-        places.append(1 + max(0, spare // (need + RAY)))
-    return min(places)
-
-
-# ------------------------------------------------------------------ the children
+        counts.append(1 + max(0, spare // (need + RAY)))
+    return min(counts)
 
 
 def _train_all(
@@ -204,28 +198,28 @@ def _train_all(
                 elif child.name not in told:
                     told.add(child.name)
                     progress.say(f"{child.name} is still being trained by another process: it is waited for")
-            for each in list(running):
-                each.follower.read()
-                if (code := each.process.poll()) is not None:
-                    running.remove(each)
-                    state, reason = _ended(sweep, each.child, code)
-                    states[each.child.name] = state
+            for training in list(running):
+                training.follower.read()
+                if (code := training.process.poll()) is not None:
+                    running.remove(training)
+                    state, reason = _ended(sweep, training.child, code)
+                    states[training.child.name] = state
                     if state == "failed":
-                        why[each.child.name] = reason
-                    progress.ends(each.child, state, reason)
+                        why[training.child.name] = reason
+                    progress.ends(training.child, state, reason)
             for signum in signals.received[signals.passed_on :]:
                 signals.passed_on += 1
                 progress.say(
                     f"{signal.Signals(signum).name}: {len(running)} runs save and end; again ends at once"
                 )
-                for each in running:
-                    each.process.send_signal(signum)
+                for training in running:
+                    training.process.send_signal(signum)
             if parent is not None:
                 _adopt(sweep, parent)
             time.sleep(POLL)
     finally:
-        for each in running:  # after an error of our own: their input ends, and they do
-            each.process.stdin.close()  # type: ignore[union-attr]
+        for training in running:  # after an error of our own: their input ends, and they do
+            training.process.stdin.close()  # type: ignore[union-attr]
     return states, why
 
 
@@ -277,15 +271,12 @@ def _ended(sweep: Sweep, child: Child, code: int) -> tuple[ChildState, str]:
     return "failed", lines[-1].partition(" ")[2] if lines else f"exit code {code}"
 
 
-# ------------------------------------------------------------------ MLflow
-
-
 def _parent(sweep: Sweep) -> "tracking.Parent | None":
-    """The sweep's own run, where its children's runs are; None if they are nowhere, or in several places."""
-    places = {(each.config.tracking.mlflow, each.config.tracking.experiment) for each in sweep.children}
-    if len(places) > 1:
+    """The sweep's own run, where its children's runs are; None if they are nowhere, or in several stores."""
+    stores = {(child.config.tracking.mlflow, child.config.tracking.experiment) for child in sweep.children}
+    if len(stores) > 1:
         return None
-    ((uri, experiment),) = places
+    ((uri, experiment),) = stores
     return None if uri is None else tracking.Parent(uri, experiment, sweep.name, sweep.folder)
 
 

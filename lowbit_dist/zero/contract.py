@@ -67,8 +67,8 @@ def check_deepspeed() -> None:
         )
     for owner, name, expected in CONTRACT:
         method = getattr(owner, name, None)
-        found = None if method is None else ", ".join(inspect.signature(method).parameters)
-        if found != expected:
+        actual = None if method is None else ", ".join(inspect.signature(method).parameters)
+        if actual != expected:
             raise RuntimeError(
-                f"DeepSpeed's {owner.__name__}.{name} takes ({found}), packed ZeRO-3 expects ({expected})"
+                f"DeepSpeed's {owner.__name__}.{name} takes ({actual}), packed ZeRO-3 expects ({expected})"
             )

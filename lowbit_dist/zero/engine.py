@@ -122,7 +122,7 @@ class Engine:
         (self._engine.optimizer if self._standard is None else self._standard).refresh()
 
     @contextmanager
-    def whole(self, name: str) -> Iterator[Tensor]:
+    def full_weight(self, name: str) -> Iterator[Tensor]:
         """A weight as its layer sees it, [N, K] in the compute precision; on every worker at once."""
         owner, _, key = name.rpartition(".")
         param: Any = self.module.get_submodule(owner)._parameters[key]
@@ -149,7 +149,7 @@ class Engine:
     def resident_codes(self) -> list[Tensor]:
         """The packed bytes that this worker keeps between steps."""
         packed = filter(None, map(packed_of, self.module.parameters()))
-        return [codes for each in packed for codes in each.resident]
+        return [codes for weights in packed for codes in weights.resident]
 
     def gathered(self) -> Iterator[Tensor]:
         """What the parameters hold now: values, or the codes that a layer decodes."""

@@ -1,14 +1,35 @@
 """Parameters as shards: cut on block borders, low-bit ones packed, gathered as bytes, decoded by their layer.
 
-What a worker of two holds of a ternary weight [4, 256], and what its layer sees between gather and release:
+A low-bit tensor is flattened and packed in blocks of 256 consecutive elements, each of four *planes* of 64
+that lie side by side: byte j of a ternary block holds elements j, 64 + j, 128 + j and 192 + j.  A block is
+the atom of all that is shared: its elements share bytes, Philox calls, a scale of each 8-bit optimizer slot,
+and a plane shares a scale of the weight.  So shards are cut on block borders only, and a step on a shard has
+the bits of the step on the tensor (`first_block` says where it begins), whatever the number of workers.
 
-    element      0        256       512       768      1024
-    unsharded    | block 0 | block 1 | block 2 | block 3 |      a block: 256 levels in 64 bytes
-    worker 0     |####|####|                                    ds_tensor: 128 bytes of codes, and the states
-    worker 1                         |####|####|                of an update of these elements
-    gathered     |####|####|####|####|                          weight.packed.whole: 256 bytes on each worker
-    weight.data  one zero, seen as [4, 256]                     autograd wants a shape; nobody reads it
-    in linear    scale * level, [4, 256] in bf16                while the layer multiplies
+What two workers hold of a ternary weight [5, 256], which is 1,280 elements and padded to a multiple of
+2 * 256, and what its layer sees between gather and release:
+
+    element      0         256       512       768       1024      1280      1536
+    tensor       | block 0 | block 1 | block 2 | block 3 | block 4 |             5 * 64 = 320 bytes of codes
+    worker 0     |#########|#########|#########|                                 ds_tensor: 192 bytes
+    worker 1                                   |#########|#########| zeros   |   192 bytes, 512 elements
+    gathered     |#########|#########|#########|#########|#########| zeros   |   384 bytes on each worker
+    weight.data  one zero, seen as [5, 256]                                      the stub: 2 bytes in bf16
+    in linear    scale * level, [5, 256] in bf16                                 2,560 bytes for one matmul
+
+1. At the start each worker makes the whole tensor, packs it (`Partitioner`) and keeps its own blocks
+   (`Packed.own`, which DeepSpeed knows as `ds_tensor`) and all scales, which are few.
+2. Before a layer runs, DeepSpeed gathers its parameters.  Of a low-bit one the codes are gathered: each
+   worker receives 192 bytes here, where bf16 weights would be 1,536.  They wait in `weight.packed.whole`.
+3. Autograd asks a weight for its shape and dtype, and nobody reads its values: `weight.data` is the *stub*,
+   one zero that is expanded to the shape.  The layer asks `Packed.dense` inside its matmul (linear.py), and
+   again in the backward pass.  A low-bit tensor that no layer decodes, as an embedding, is decoded when its
+   gather is waited for.
+4. Release drops the gathered codes.  The gradient, dense, is reduced into each worker's part, and the update
+   changes its codes in place: 768 elements with their optimizer slots on worker 0, 512 on worker 1.
+
+`replicated` keeps the gathered codes, so that a step gathers once.  A method whose forward grid is coarser
+than its stored one sends that (`wire`, made by `Method.sent`) instead of its shard.
 
 DeepSpeed gathers, prefetches, releases, buckets and reduces; here is only what a shard is made of.
 """
@@ -41,8 +62,8 @@ Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, floa
 
 @dataclass
 class Shard:
-    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and what
-    the optimizer remembers of them.
+    """One worker's part of one parameter: elements [start, start + numel) of the flattened tensor, and the
+    optimizer's state of them.
 
     A low-bit shard has `codes` (and the whole tensor's `scale`), any other the float32 `weight` that the
     optimizer updates.
@@ -333,10 +354,10 @@ def owners(model: nn.Module) -> Iterator[tuple[str, torch.Size, list[tuple[nn.Mo
     """Each parameter's canonical name, its shape and every (module, attribute) that holds it (tied:
     several).
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, key))
+                owners.setdefault(id(parameter), []).append((module, key))
     for name, parameter in list(model.named_parameters()):
-        yield name, parameter.shape, places[id(parameter)]
+        yield name, parameter.shape, owners[id(parameter)]

@@ -189,15 +189,15 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         own part of the direction, so the result is that of one worker.
         """
 
-        def whole(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32
+        def gathered(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32
             n, world = param.partition_numel(), dist.get_world_size()
             padded = nn.functional.pad(part.float(), (0, n - len(part)))
-            found = padded.new_empty(world * n)
-            dist.all_gather_into_tensor(found, padded)
-            return found[: param.ds_numel].view(param.ds_shape)
+            full = padded.new_empty(world * n)
+            dist.all_gather_into_tensor(full, padded)
+            return full[: param.ds_numel].view(param.ds_shape)
 
-        slots = (whole(each.load(0, shard.numel)) for each in shard.state)
-        u, *moved = self.rule.update(whole(gradient) * now.grad_scale, *slots, step=now.step)
+        slots = (gathered(stored.load(0, shard.numel)) for stored in shard.state)
+        u, *moved = self.rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.step)
         here = slice(shard.start, shard.start + shard.numel)
         if not shard.numel:
             return 0

@@ -63,20 +63,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             ops.step_(target, grad, part_of(self.stored(p), here), rule=self.rule, now=now)
             return
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
-        state = self.stored(p)
-        slots = (each.load(0, p.numel()).view(p.shape) for each in state)
-        u, *moved = self.rule.update(p.grad.float() * now.grad_scale, *slots, step=now.step)
-        for each, x in zip(state, moved, strict=True):
-            each.store(0, p.numel(), x.reshape(-1))
-        ops.apply_(target, u.reshape(-1).contiguous(), now=now)
+        ops.whole_step_(target, p.grad, self.stored(p), rule=self.rule, now=now)
 
     def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
-        """Know the elements `here` of p as those of a parameter; what the rule remembers of them."""
+        """Know the elements `here` of p as those of a parameter; the rule's state of them."""
         self.parts.setdefault(p, []).append((here, name, self.method.rates(name, shape)))
         return part_of(self.stored(p), here)
 
     def stored(self, p: Tensor) -> list[ops.Stored]:
-        """What the rule remembers of a tensor; zeros before its first step."""
+        """The rule's state of a tensor; zeros before its first step."""
         state = self.state[p]
         if "slots" not in state:
             state["slots"] = [
@@ -90,8 +85,10 @@ def part_of(state: list[ops.Stored], here: slice) -> list[ops.Stored]:
     """A run of a tensor's slots; 8-bit ones, whose blocks cannot follow every border, only as a whole."""
     if state and len(state[0].values) == len(range(*here.indices(len(state[0].values)))):
         return state
-    assert all(each.scale is None for each in state), "configurations with parts of 8-bit slots are refused"
-    return [ops.Stored(each.slot, each.values[here]) for each in state]
+    assert all(stored.scale is None for stored in state), (
+        "configurations with parts of 8-bit slots are refused"
+    )
+    return [ops.Stored(stored.slot, stored.values[here]) for stored in state]
 
 
 def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype: torch.dtype) -> None:
@@ -105,7 +102,7 @@ def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype:
 
 
 class StandardZero:
-    """The optimizer that DeepSpeed made of `RuleOptimizer` under stages 0 to 2, seen as shards."""
+    """The optimizer that DeepSpeed made of `RuleOptimizer` under stages 0 to 2, as shards."""
 
     def __init__(self, engine: Any, optimizer: RuleOptimizer, stage: int):
         self.engine, self.optimizer, self.stage = engine, optimizer, stage
