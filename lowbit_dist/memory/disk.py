@@ -64,13 +64,13 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of one checkpoint of the run, all workers' files together."""
     model = shapes(config, vocab_size)
     low_bit, workers = set(low_bit_names(model, config.method)), config.workers
-    stored, found = config.method.stored, 0
+    stored, total = config.method.stored, 0
     for name, p in model.named_parameters():
-        found += state_bytes(config.optimizer, p.numel())
+        total += state_bytes(config.optimizer, p.numel())
         if stored is not None and name in low_bit:
-            found += p.numel() // BLOCK * stored.bytes_per_block
-            found += scale_bytes(config, tuple(p.shape)) // 2  # float16 on the disk
+            total += p.numel() // BLOCK * stored.bytes_per_block
+            total += scale_bytes(config, tuple(p.shape)) // 2  # float16 on the disk
         else:
-            found += torch.float32.itemsize * p.numel()
+            total += torch.float32.itemsize * p.numel()
     n = len(list(model.parameters()))
-    return found + n * (PER_SHARD * workers + PER_PARAMETER) + PER_CHECKPOINT
+    return total + n * (PER_SHARD * workers + PER_PARAMETER) + PER_CHECKPOINT

@@ -41,12 +41,12 @@ def local_budget(config: RunConfig) -> MemoryBudget:
     gpus, asked = torch.cuda.device_count(), config.cluster.gpus_per_worker
     if not gpus or asked == 0:
         return MemoryBudget("this machine", max(0, available_memory() - RAY))
-    each = 1 if asked == "auto" else asked
+    share = 1 if asked == "auto" else asked
     return MemoryBudget(
         "a GPU of this machine",
-        int(smallest_gpu() * min(1, each)),
+        int(smallest_gpu() * min(1, share)),
         on_gpu=True,
-        most_workers=int(gpus / each),
+        most_workers=int(gpus / share),
     )
 
 

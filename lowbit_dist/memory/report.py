@@ -43,18 +43,15 @@ def report(
     workers: int,
 ) -> dict[str, Any]:
     """One worker's memory, as JSON."""
-    parts: dict[str, int | None] = {name: resident[name] for name in RESIDENT}
-    parts |= {name: None if peak is None else getattr(peak, name) for name in ("transient", "activations")}
-    counts = {"low_bit": parameters.low_bit, "other": parameters.other, "total": parameters.total}
+    sizes: dict[str, int | None] = {name: resident[name] for name in RESIDENT}
+    sizes |= {"transient": None, "activations": None} if peak is None else peak._asdict()
+    counts = {**parameters._asdict(), "total": parameters.total}
     at_rest = sum(resident.values())
     return {
         "resident_bytes_per_worker": at_rest,
         "peak_bytes_per_worker": None if peak is None else at_rest + sum(peak),
         "components": {
-            name: {
-                "bytes": parts[name],
-                "bytes_per_parameter": _ratio(parts[name], counts[serves]),
-            }
+            name: {"bytes": sizes[name], "bytes_per_parameter": _ratio(sizes[name], counts[serves])}
             for name, serves in COMPONENTS.items()
         },
         "parameters": counts,
@@ -64,17 +61,12 @@ def report(
 
 def largest(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report of the worker with the most resident bytes, with the highest peak of all."""
-    chosen = dict(max(reports, key=lambda each: each["resident_bytes_per_worker"]))
+    chosen = dict(max(reports, key=lambda report: report["resident_bytes_per_worker"]))
     for name in ("peak_bytes_per_worker", "peak_rss_bytes"):
-        values = [each[name] for each in reports if each.get(name) is not None]
+        values = [report[name] for report in reports if report.get(name) is not None]
         if values:
             chosen[name] = max(values)
     return chosen
-
-
-def saved(report: dict[str, Any], baseline: dict[str, Any]) -> float:
-    """The fraction of the baseline's resident bytes that is not needed."""
-    return float(1 - report["resident_bytes_per_worker"] / baseline["resident_bytes_per_worker"])
 
 
 def metrics(report: dict[str, Any]) -> dict[str, float | None]:

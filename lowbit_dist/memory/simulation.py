@@ -5,14 +5,10 @@ a worker's step measures this one (`live`).
 """
 
 import copy
-import pickle
-import subprocess
-import sys
 from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit_dist import ops
@@ -23,10 +19,7 @@ from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel, shapes
 from lowbit_dist.model import low_bit_names
 
-LONGEST = 5  # blocks; longer models are extrapolated from so many
-ELSEWHERE = """import pickle, sys
-from lowbit_dist.memory.simulation import simulate_step
-print(*simulate_step(*pickle.load(sys.stdin.buffer)))"""
+LONGEST = 4  # blocks; longer models are extrapolated from so many
 
 
 class Step(NamedTuple):
@@ -45,14 +38,7 @@ class Step(NamedTuple):
 
 
 def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
-    """Bytes above the resident ones at the highest moment of a step, on the worker that has the most.
-
-    In a live process group another process simulates, which takes some seconds longer.
-    """
-    if dist.is_initialized():
-        question, command = pickle.dumps((config, vocab_size, workers)), [sys.executable, "-c", ELSEWHERE]
-        answer = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=True).stdout
-        return Peak(*map(int, answer.splitlines()[-1].split()))
+    """Bytes above the resident ones at the highest moment of a step, on the worker that has the most."""
     model = shapes(config, vocab_size)
     blocks = _blocks(model)
     # Only ZeRO-3 treats all blocks alike: the other stages cut the flat model anywhere.
@@ -92,7 +78,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
             with engine.step(ops.Now(lr=0.0, weight_decay=0.0, step=n + 1, seed=0)) as step:
                 for i in range(passes):
                     if (n, i) == (n_steps - 1, int(briefly)):
-                        found = sampled.enter_context(track_peak(engine, meter))
+                        sample = sampled.enter_context(track_peak(engine, meter))
                     meter.begin("early")
                     with warm if not n + i else nullcontext():
                         step.backward(tokens)
@@ -100,7 +86,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         meter.begin("early")
         sampled.close()
         engine.close()
-    return Step(found["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
+    return Step(sample["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
 
 
 def _empty(name: str, shape: torch.Size) -> Tensor:
