@@ -2,7 +2,6 @@
 
 import shutil
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,9 @@ def check_disk(config: RunConfig, vocab_size: int) -> None:
     n = at_once(config)
     folder = config.run_dir / "checkpoints"
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, held = shutil.disk_usage(place).free, _held(folder)
+    free = shutil.disk_usage(place).free
+    # The next checkpoints follow or replace those that are there.
+    held = sum(file.stat().st_size for file in folder.glob("step-*/*") if file.is_file())
     missing = n * size - held - free
     if missing <= 0:
         return
@@ -52,11 +53,6 @@ def at_once(config: RunConfig) -> int:
     older = max(0, saves - train.keep_last - 1)
     for_good = older * train.save_every // train.keep_every if train.keep_every else 0
     return saves - older + for_good
-
-
-def _held(folder: Path) -> int:
-    """Bytes of the checkpoints that are there, which the next ones follow or replace."""
-    return sum(file.stat().st_size for file in folder.glob("step-*/*") if file.is_file())
 
 
 @lru_cache(maxsize=64)

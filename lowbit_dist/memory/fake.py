@@ -76,7 +76,7 @@ def _number(mode: FakeTensorMode, func: Any, tensor: Tensor) -> int:
 class _gather:
     """`dist.all_gather_into_tensor`, and what it returns."""
 
-    def __init__(self, *_: Any, async_op: bool = False):
+    def __init__(self, *_: Any, **__: Any):
         # Work of gloo keeps the state of the thread that began it.  In a forward pass under activation
         # checkpointing that includes hooks which hold a block's input: until a weight that was fetched ahead
         # is waited for, in the backward pass, the input stays.

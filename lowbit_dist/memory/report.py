@@ -51,8 +51,8 @@ def report(
         "resident_bytes_per_worker": at_rest,
         "peak_bytes_per_worker": None if peak is None else at_rest + sum(peak),
         "components": {
-            name: {"bytes": sizes[name], "bytes_per_parameter": _ratio(sizes[name], counts[serves])}
-            for name, serves in COMPONENTS.items()
+            name: {"bytes": n, "bytes_per_parameter": None if n is None else n / (counts[serves] or 1)}
+            for (name, serves), n in zip(COMPONENTS.items(), sizes.values(), strict=True)
         },
         "parameters": counts,
         "workers": workers,
@@ -73,7 +73,3 @@ def metrics(report: dict[str, Any]) -> dict[str, float | None]:
     """The resident bytes as flat numbers, for a log."""
     parts = {f"memory/{name}": report["components"][name]["bytes"] for name in RESIDENT}
     return {"resident_bytes": report["resident_bytes_per_worker"], **parts}
-
-
-def _ratio(n_bytes: int | None, parameters: int) -> float | None:
-    return None if n_bytes is None else n_bytes / parameters if parameters else 0.0

@@ -9,7 +9,7 @@ from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
@@ -64,7 +64,9 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
-        engine = Engine(config, model, _empty, low_bit_names(model, config.method))
+        engine = Engine(
+            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method)
+        )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         meter, blocks = _Phases(), _blocks(model)
         for p in (p for block in blocks[: len(blocks) // 2] for p in block.parameters()):
@@ -87,10 +89,6 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         sampled.close()
         engine.close()
     return Step(sample["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
-
-
-def _empty(name: str, shape: torch.Size) -> Tensor:
-    return torch.empty(shape)
 
 
 class _Phases(StorageMeter):
