@@ -6,6 +6,7 @@ a worker's step measures this one (`live`).
 
 import copy
 from contextlib import ExitStack, nullcontext
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -112,12 +113,12 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
         return 0
     numels = [p.numel() for p in model.parameters()]
     part = flat_numel(sum(numels), workers) // workers
-    touched, offset = [0] * workers, 0
-    for n in numels:
-        for worker in range(offset // part, (offset + n - 1) // part + 1):
-            touched[worker] += n
-        offset += n
-    return touched.index(max(touched))
+    places = list(zip(numels, accumulate(numels), strict=True))
+
+    def touched(worker: int) -> int:
+        return sum(n for n, end in places if end > worker * part and end - n < (worker + 1) * part)
+
+    return max(range(workers), key=touched)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
