@@ -1,8 +1,8 @@
 """Bytes of a run, component by component: planned from its configuration, measured on its live workers.
 
 `plan` needs no data, no worker and no weights. What stays allocated between steps is arithmetic on the
-model's shapes (`resident`); what lives only inside a step comes from a rehearsal of that step on tensors
-without storage (`rehearsal`, `lifetimes`). `measure` looks at a worker's live tensors, each storage once
+model's shapes (`resident`); what lives only inside a step is measured on a step of the real engine whose
+tensors have no storage (`simulation`, `fake`). `measure` looks at a worker's live tensors, each storage once
 (`live`), and `compare` sets the largest worker's measurement against the plans of the two baselines. All
 answer with the same names (`report`).
 

@@ -2,7 +2,6 @@
 
 import shutil
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,9 @@ def check_disk(config: RunConfig, vocab_size: int) -> None:
     n = at_once(config)
     folder = config.run_dir / "checkpoints"
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, held = shutil.disk_usage(place).free, _held(folder)
+    free = shutil.disk_usage(place).free
+    # The next checkpoints follow or replace those that are there.
+    held = sum(file.stat().st_size for file in folder.glob("step-*/*") if file.is_file())
     missing = n * size - held - free
     if missing <= 0:
         return
@@ -54,23 +55,18 @@ def at_once(config: RunConfig) -> int:
     return saves - older + for_good
 
 
-def _held(folder: Path) -> int:
-    """Bytes of the checkpoints that are there, which the next ones follow or replace."""
-    return sum(file.stat().st_size for file in folder.glob("step-*/*") if file.is_file())
-
-
 @lru_cache(maxsize=64)
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of one checkpoint of the run, all workers' files together."""
     model = shapes(config, vocab_size)
     low_bit, workers = set(low_bit_names(model, config.method)), config.workers
-    stored, found = config.method.stored, 0
+    stored, total = config.method.stored, 0
     for name, p in model.named_parameters():
-        found += state_bytes(config.optimizer, p.numel())
+        total += state_bytes(config.optimizer, p.numel())
         if stored is not None and name in low_bit:
-            found += p.numel() // BLOCK * stored.bytes_per_block
-            found += scale_bytes(config, tuple(p.shape)) // 2  # float16 on the disk
+            total += p.numel() // BLOCK * stored.bytes_per_block
+            total += scale_bytes(config, tuple(p.shape)) // 2  # float16 on the disk
         else:
-            found += torch.float32.itemsize * p.numel()
+            total += torch.float32.itemsize * p.numel()
     n = len(list(model.parameters()))
-    return found + n * (PER_SHARD * workers + PER_PARAMETER) + PER_CHECKPOINT
+    return total + n * (PER_SHARD * workers + PER_PARAMETER) + PER_CHECKPOINT

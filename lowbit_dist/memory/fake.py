@@ -60,6 +60,7 @@ def fake_worker(rank: int, workers: int) -> Iterator[None]:
         enter(patch.object(ops, "quantize", lambda w, scale, **_: torch.empty_like(w, dtype=torch.int8)))
         # DeepSpeed moves the module to its device, where it is; to swap a fake tensor's data is refused.
         enter(patch.object(nn.Module, "_apply", lambda self, *_, **__: self))
+        enter(patch.object(dist, "all_gather_into_tensor", _gather))
         enter(patch.dict(op_implementations_dict, {torch.ops.aten._local_scalar_dense.default: _number}))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         yield
@@ -70,6 +71,19 @@ def _number(mode: FakeTensorMode, func: Any, tensor: Tensor) -> int:
     flag of an overflow.
     """
     return 0 if tensor.dtype == torch.uint8 else 1
+
+
+class _gather:
+    """`dist.all_gather_into_tensor`, and what it returns."""
+
+    def __init__(self, *_: Any, **__: Any):
+        # Work of gloo keeps the state of the thread that began it.  In a forward pass under activation
+        # checkpointing that includes hooks which hold a block's input: until a weight that was fetched ahead
+        # is waited for, in the backward pass, the input stays.
+        self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def wait(self) -> None:
+        pass
 
 
 class _Shapes:

@@ -1,7 +1,6 @@
 """Whether a run fits into the memory there is, and if not, what would."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lowbit_dist import configfile
@@ -9,7 +8,7 @@ from lowbit_dist.config import PRESETS, ConfigError, RunConfig, Sizes
 from lowbit_dist.errors import in_bytes, plain
 from lowbit_dist.memory.disk import checkpoint_bytes
 from lowbit_dist.memory.machine import MemoryBudget, local_budget
-from lowbit_dist.memory.plan import at_rest, planned
+from lowbit_dist.memory.plan import planned
 
 # Of a worker on CPUs beside its tensors: Python, torch, DeepSpeed, Ray and on worker 0 MLflow.  Two workers
 # whose tensors took 12 MB had resident sets of 1.24 and 1.17 GB at most, of which 0.45 GB are pages of
@@ -37,46 +36,42 @@ class Fit(NamedTuple):
         return self.needed <= self.available
 
 
-class Remedy(NamedTuple):
-    """A change to a configuration that makes its workers smaller."""
-
-    cuts: tuple[str, ...]  # components
-    choices: list[Changes]  # from the mildest on, each needing less than the one before
-
-
 def check_memory(config: RunConfig, vocab_size: int, budget: MemoryBudget) -> None:
     """ConfigError unless the run fits into `budget`; it names the largest part, and what would fit."""
-    if _is_small(config, vocab_size, budget) or (found := fit(config, vocab_size, budget)).fits:
+    if _is_small(config, vocab_size, budget) or (need := fit(config, vocab_size, budget)).fits:
         return
-    workers, least = config.workers, "" if found.is_complete else "at least "
-    part = max(found.parts.keys() - {"checkpoint_copy"}, key=lambda name: found.parts[name])
+    workers, least = config.workers, "" if need.is_complete else "at least "
+    part = max(need.parts.keys() - {"checkpoint_copy"}, key=lambda name: need.parts[name])
     if budget.on_gpu:
-        needs = f"{least}{in_bytes(found.needed)} on each worker's GPU, but {budget.place} has"
-        needs += f" {in_bytes(found.available)} for it"
+        needs = f"{least}{in_bytes(need.needed)} on each worker's GPU, but {budget.place} has"
+        needs += f" {in_bytes(need.available)} for it"
     else:
-        on_one = budget.workers_on_one(workers) * found.needed
-        needs = f"{least}{in_bytes(found.needed)} of memory each, {in_bytes(on_one)} in all, "
+        on_one = budget.workers_on_one(workers) * need.needed
+        needs = f"{least}{in_bytes(need.needed)} of memory each, {in_bytes(on_one)} in all, "
         needs += f"but {budget.place} has {in_bytes(budget.bytes)} free"
-    changes = _sufficient(config, vocab_size, budget, part)
-    if changes is None:
-        answer = "nothing smaller that would fit is known: free memory, or train on more machines"
-    else:
-        needed = fit(changed(config, changes), vocab_size, budget).needed
-        words = " ".join(f"{name}={_value(value)}" for name, value in changes.items())
-        answer = f"write {words}, which needs {in_bytes(needed)} each"
+    answer = "nothing smaller that would fit is known: free memory, or train on more machines"
+    for changes in _remedies(config, budget, part):
+        try:
+            smaller = fit(changed(config, changes), vocab_size, budget)
+        except ConfigError:  # the changes contradict the rest of the configuration
+            continue
+        if smaller.fits:
+            words = " ".join(f"{name}={_value(value)}" for name, value in changes.items())
+            answer = f"write {words}, which needs {in_bytes(smaller.needed)} each"
+            break
     raise ConfigError(
         f"cluster.workers ({workers:,}) need{'s' if workers == 1 else ''} {needs}; the largest part is "
-        f"{part} with {in_bytes(found.parts[part])} a worker; {answer}"
+        f"{part} with {in_bytes(need.parts[part])} a worker; {answer}"
     )
 
 
 def fits_here(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     """What `plan` says of this machine, all workers on it."""
-    found = fit(config, vocab_size, local_budget(config), complete=True)
+    need = fit(config, vocab_size, local_budget(config), complete=True)
     return {
-        "needed_bytes_per_worker": found.needed,
-        "available_bytes_per_worker": found.available,
-        "fits": found.fits,
+        "needed_bytes_per_worker": need.needed,
+        "available_bytes_per_worker": need.available,
+        "fits": need.fits,
     }
 
 
@@ -84,17 +79,17 @@ def fit(config: RunConfig, vocab_size: int, budget: MemoryBudget, *, complete: b
     """Without `complete`, a step is simulated only if what is at rest fits."""
     workers, beside = config.workers, {"process": CUDA_CONTEXT}
     if not budget.on_gpu:
-        # While a checkpoint is written, training goes on beside a copy of the worker's part of it; under
+        # While a checkpoint is written, training continues beside a copy of the worker's part of it; under
         # stage 0 worker 0 writes all.
         writers = 1 if config.zero.stage == 0 else workers
         beside = {"checkpoint_copy": checkpoint_bytes(config, vocab_size) // writers, "process": PROCESS}
 
-    def of(report: Mapping[str, Any], is_complete: bool) -> Fit:
-        sizes = {name: part["bytes"] or 0 for name, part in report["components"].items()}
+    def of(is_complete: bool) -> Fit:
+        components = planned(config, vocab_size, workers, with_step=is_complete)["components"]
+        sizes = {name: part["bytes"] or 0 for name, part in components.items()}
         return Fit(sizes | beside, budget.per_worker(workers), is_complete)
 
-    found = of(at_rest(config, vocab_size, workers), False)
-    return of(planned(config, vocab_size, workers), True) if complete or found.fits else found
+    return of(True) if complete or (resting := of(False)).fits else resting
 
 
 def _is_small(config: RunConfig, vocab_size: int, budget: MemoryBudget) -> bool:
@@ -131,81 +126,38 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return configfile.from_dict(content)
 
 
-def _sufficient(config: RunConfig, vocab_size: int, budget: MemoryBudget, part: str) -> Changes | None:
-    """The first remedy that is enough, else several, else a smaller model; each has been planned.
-
-    Remedies that cut `part` come first.
-    """
-
-    def fits(changes: Changes) -> bool:
-        try:
-            return fit(changed(config, changes), vocab_size, budget).fits
-        except ConfigError:
-            return False
-
-    remedies = sorted(_remedies(config, budget), key=lambda remedy: part not in remedy.cuts)
-    for remedy in remedies:
-        if (changes := _smallest_sufficient(fits, remedy.choices)) is not None:
-            return changes
+def _remedies(config: RunConfig, budget: MemoryBudget, part: str) -> Iterator[Changes]:
+    """What makes workers smaller: one change, those that cut `part` first; several; a smaller model."""
+    ladders = [(cuts, choices) for cuts, choices in _ladders(config, budget) if choices]
+    ladders.sort(key=lambda ladder: part not in ladder[0])
     together: Changes = {}
-    for remedy in remedies:
-        together |= remedy.choices[-1]
-        if fits(together):
-            return _drop_unneeded(fits, together, remedy.choices[-1])
-    for before in ({}, together) if together else ({},):
-        for model in _smaller_models(config):
-            if fits({**before, **model}):
-                return _drop_unneeded(fits, {**before, **model}, model)
-    return None
+    for _, choices in ladders:
+        yield from choices
+    for _, choices in ladders:
+        together |= choices[-1]
+        yield dict(together)
+    for before in ({}, together):
+        yield from (before | model for model in _smaller_models(config))
 
 
-def _smallest_sufficient(fits: Callable[[Changes], bool], choices: list[Changes]) -> Changes | None:
-    i = bisect_left(choices, True, key=fits)
-    return choices[i] if i < len(choices) else None
-
-
-def _drop_unneeded(fits: Callable[[Changes], bool], changes: Changes, needed: Changes) -> Changes:
-    for name in changes.keys() - needed.keys():
-        fewer = {other: value for other, value in changes.items() if other != name}
-        changes = fewer if fits(fewer) else changes
-    return changes
-
-
-def _remedies(config: RunConfig, budget: MemoryBudget) -> Iterator[Remedy]:
-    train, workers, stage = config.train, config.workers, config.zero.stage
-    if config.optimizer.states != "int8":
-        needs = {"zero.stage": 3} if stage in (1, 2) else {}
-        yield Remedy(("optimizer_states",), [{"optimizer.states": "int8", **needs}])
-    if not train.activation_checkpointing:
-        yield Remedy(("activations",), [{"train.activation_checkpointing": True}])
-    sizes = [n for n in range(train.micro_batch - 1, 0, -1) if _halves(train.micro_batch, n) or n == 1]
-    if sizes:
-        yield Remedy(("activations", "transient"), [{"train.micro_batch": n} for n in sizes])
-    if config.zero.residency == "replicated" and workers > 1:
-        yield Remedy(("low_bit_weights",), [{"zero.residency": "sharded"}])
-    if stage in (0, 1, 2):
-        yield Remedy(("other_weights", "gradients", "optimizer_states", "transient"), [{"zero.stage": 3}])
-    if others := [{"cluster.workers": n} for n in _other_numbers(config, budget)]:
-        yield Remedy(("process", "activations"), others)
-    if config.method.stored is None:
-        stageless = {} if stage is None else {"zero.stage": None}
-        yield Remedy(("other_weights",), [{"method.name": "dqt", **stageless}])
-
-
-def _halves(size: int, n: int) -> bool:
-    """Whether n is a half of size, or a half of that, ...: it divides whatever size divides."""
-    times, rest = divmod(size, n)
-    return not rest and times & (times - 1) == 0
-
-
-def _other_numbers(config: RunConfig, budget: MemoryBudget) -> list[int]:
-    """More workers where there are places for them, for each has less; else fewer, for each has more."""
-    n = config.workers
-    numbers = range(n + 1, budget.most_workers + 1)
-    if not numbers and not budget.on_gpu:
-        numbers = range(n - 1, 0, -1)
-    per_pass = config.train.micro_batch * config.data.seq_len
-    return [other for other in numbers if config.train.batch_tokens % (per_pass * other) == 0]
+def _ladders(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, list[Changes]]]:
+    """The components that a change cuts, and its choices from the mildest on."""
+    train, n, stage = config.train, config.workers, config.zero.stage
+    sharded = {"zero.stage": 3} if stage in (1, 2) else {}
+    yield "optimizer_states", [{"optimizer.states": "int8", **sharded}] * (config.optimizer.states != "int8")
+    yield "activations", [{"train.activation_checkpointing": True}] * (not train.activation_checkpointing)
+    halves = [train.micro_batch >> i for i in range(1, train.micro_batch.bit_length())]
+    yield "activations transient", [{"train.micro_batch": size} for size in halves]
+    yield (
+        "low_bit_weights",
+        [{"zero.residency": "sharded"}] * (config.zero.residency == "replicated" and n > 1),
+    )
+    yield "other_weights gradients optimizer_states transient", [{"zero.stage": 3}] * (stage in (0, 1, 2))
+    # More workers where there are places for them, for each has less; else fewer, for each has more.
+    numbers = range(n + 1, budget.most_workers + 1) or range(0 if budget.on_gpu else n - 1, 0, -1)
+    yield "process activations", [{"cluster.workers": other} for other in numbers]
+    stageless = {} if stage is None else {"zero.stage": None}
+    yield "other_weights", [{"method.name": "dqt", **stageless}] * (config.method.stored is None)
 
 
 def _smaller_models(config: RunConfig) -> Iterator[Changes]:

@@ -26,8 +26,8 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
     claimed: set[tuple[Any, ...]] = set()
 
     def bytes_of(tensors: Iterable[Tensor | None]) -> int:
-        found = {_identity(t): t.untyped_storage().nbytes() for t in tensors if t is not None}
-        new = {key: n for key, n in found.items() if key not in claimed}
+        sizes = {_identity(t): t.untyped_storage().nbytes() for t in tensors if t is not None}
+        new = {key: n for key, n in sizes.items() if key not in claimed}
         claimed.update(new)
         return sum(new.values())
 
@@ -41,15 +41,15 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
         "buffers": bytes_of(engine.module.buffers()),
     }
     low_bit = sum(engine.numels[name] for name in engine.low_bit)
-    found = report(
+    measured = report(
         resident,
         Peak(peak["transient"], peak["activations"]) if peak else None,
         parameters=Parameters(low_bit, sum(engine.numels.values()) - low_bit),
         workers=engine.world,
     )
     # Of the whole process since it started: Python, libraries and buffers of other kinds included.
-    found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
+    measured["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return measured
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def track_peak(
     some microseconds an operation. Memory that an operation takes for itself and gives back is seen by the
     first only, that of the communication library by neither.
     """
-    found: dict[str, int] = {}
+    sample: dict[str, int] = {}
     if meter is None:
         meter = _Allocator(engine.device) if engine.device.type == "cuda" else StorageMeter()
     resident = {_identity(t) for t in [*engine.forward_weights(), *engine.resident_codes()]}
@@ -76,12 +76,12 @@ def track_peak(
     hook = engine.module.register_forward_hook(note)
     try:
         with meter:
-            yield found
+            yield sample
     finally:
         hook.remove()
     # Later passes of a step may stand on gradients of the first.
     activations = after_forward[0] if after_forward else 0
-    found |= {"activations": activations, "transient": meter.peak - activations}
+    sample |= {"activations": activations, "transient": meter.peak - activations}
 
 
 class StorageMeter(TorchDispatchMode):
@@ -95,7 +95,13 @@ class StorageMeter(TorchDispatchMode):
         self.now = self.peak = 0
         self._live: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each operation passes two functions that keep a compiler away, which is not here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # C++ asks a fake tensor more often than it computes
+            return args[0].device
         out = func(*args, **(kwargs or {}))
         known: set[int] | None = None
         for tensor in _tensors(out):
@@ -141,6 +147,8 @@ class _Allocator:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):  # as most results are
+        return [tree]
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -11,6 +11,9 @@ from lowbit_dist.config import RunConfig
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+# The files of a control group's limit and use, and the count of pages that are given back.
+VERSION_2 = "memory.max", "memory.current", "inactive_file"
+VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 # Ray's own processes on a machine that trains: controller, actors, agents, dashboard and the object store.
 # The sum of their proportional shares (PSS in smaps), without the launcher's, in a run of two workers.
@@ -41,13 +44,9 @@ def local_budget(config: RunConfig) -> MemoryBudget:
     gpus, asked = torch.cuda.device_count(), config.cluster.gpus_per_worker
     if not gpus or asked == 0:
         return MemoryBudget("this machine", max(0, available_memory() - RAY))
-    each = 1 if asked == "auto" else asked
-    return MemoryBudget(
-        "a GPU of this machine",
-        int(smallest_gpu() * min(1, each)),
-        on_gpu=True,
-        most_workers=int(gpus / each),
-    )
+    share = 1 if asked == "auto" else asked
+    least = int(smallest_gpu() * min(1, share))
+    return MemoryBudget("a GPU of this machine", least, on_gpu=True, most_workers=int(gpus / share))
 
 
 def smallest_gpu() -> int:
@@ -72,15 +71,9 @@ def _cgroups() -> Iterator[tuple[int, int]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            yield from _limits(CGROUPS, path, "memory.max", "memory.current", "inactive_file")
+            yield from _limits(CGROUPS, path, *VERSION_2)
         elif "memory" in controllers.split(","):
-            yield from _limits(
-                CGROUPS / "memory",
-                path,
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
+            yield from _limits(CGROUPS / "memory", path, *VERSION_1)
 
 
 def _limits(root: Path, path: str, limit: str, use: str, cache: str) -> Iterator[tuple[int, int]]:

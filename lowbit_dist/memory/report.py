@@ -43,19 +43,16 @@ def report(
     workers: int,
 ) -> dict[str, Any]:
     """One worker's memory, as JSON."""
-    parts: dict[str, int | None] = {name: resident[name] for name in RESIDENT}
-    parts |= {name: None if peak is None else getattr(peak, name) for name in ("transient", "activations")}
-    counts = {"low_bit": parameters.low_bit, "other": parameters.other, "total": parameters.total}
+    sizes: dict[str, int | None] = {name: resident[name] for name in RESIDENT}
+    sizes |= {"transient": None, "activations": None} if peak is None else peak._asdict()
+    counts = {**parameters._asdict(), "total": parameters.total}
     at_rest = sum(resident.values())
     return {
         "resident_bytes_per_worker": at_rest,
         "peak_bytes_per_worker": None if peak is None else at_rest + sum(peak),
         "components": {
-            name: {
-                "bytes": parts[name],
-                "bytes_per_parameter": _ratio(parts[name], counts[serves]),
-            }
-            for name, serves in COMPONENTS.items()
+            name: {"bytes": n, "bytes_per_parameter": None if n is None else n / (counts[serves] or 1)}
+            for (name, serves), n in zip(COMPONENTS.items(), sizes.values(), strict=True)
         },
         "parameters": counts,
         "workers": workers,
@@ -64,24 +61,15 @@ def report(
 
 def largest(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report of the worker with the most resident bytes, with the highest peak of all."""
-    chosen = dict(max(reports, key=lambda each: each["resident_bytes_per_worker"]))
+    chosen = dict(max(reports, key=lambda report: report["resident_bytes_per_worker"]))
     for name in ("peak_bytes_per_worker", "peak_rss_bytes"):
-        values = [each[name] for each in reports if each.get(name) is not None]
+        values = [report[name] for report in reports if report.get(name) is not None]
         if values:
             chosen[name] = max(values)
     return chosen
-
-
-def saved(report: dict[str, Any], baseline: dict[str, Any]) -> float:
-    """The fraction of the baseline's resident bytes that is not needed."""
-    return float(1 - report["resident_bytes_per_worker"] / baseline["resident_bytes_per_worker"])
 
 
 def metrics(report: dict[str, Any]) -> dict[str, float | None]:
     """The resident bytes as flat numbers, for a log."""
     parts = {f"memory/{name}": report["components"][name]["bytes"] for name in RESIDENT}
     return {"resident_bytes": report["resident_bytes_per_worker"], **parts}
-
-
-def _ratio(n_bytes: int | None, parameters: int) -> float | None:
-    return None if n_bytes is None else n_bytes / parameters if parameters else 0.0

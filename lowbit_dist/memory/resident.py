@@ -45,9 +45,9 @@ def parameters(config: RunConfig, model: nn.Module) -> Parameters:
 
 def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int]:
     """Component -> bytes on worker 0, which has the most: the last ones' shards are short."""
-    found = dict.fromkeys(RESIDENT, 0)
+    sizes = dict.fromkeys(RESIDENT, 0)
     buffers = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model.buffers()}
-    found["buffers"] = sum(buffers.values())
+    sizes["buffers"] = sum(buffers.values())
     stage = 3 if config.zero.stage is None else config.zero.stage
     itemsize = 2 if config.precision == "bf16" else 4
     # In float32 the weights themselves are updated; behind others stand float32 ones.
@@ -56,22 +56,22 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
         numels = [p.numel() for p in model.parameters()]
         n = sum(numels) if stage == 0 else flat_numel(sum(numels), workers)
         parts = numels if stage == 0 else [n // workers]
-        found["other_weights"] = n * itemsize + (sum(parts) * (master if stage == 0 else 4))
-        found["optimizer_states"] = sum(state_bytes(config.optimizer, part) for part in parts)
-        return found
+        sizes["other_weights"] = n * itemsize + (sum(parts) * (master if stage == 0 else 4))
+        sizes["optimizer_states"] = sum(state_bytes(config.optimizer, part) for part in parts)
+        return sizes
     low_bit = set(models.low_bit_names(model, config.method))
     for name, p in model.named_parameters():
         n = p.numel()
         # Packed ZeRO-3's shards are whole blocks, as many on every worker.
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
         if name in low_bit:
-            found["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
-            found["scales"] += scale_bytes(config, tuple(p.shape))
+            sizes["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
+            sizes["scales"] += scale_bytes(config, tuple(p.shape))
         else:
-            found["other_weights"] += part * (itemsize + master)
-        found["gradients"] += part * config.gradient_bytes(workers)
-        found["optimizer_states"] += state_bytes(config.optimizer, min(part, n))
-    return found
+            sizes["other_weights"] += part * (itemsize + master)
+        sizes["gradients"] += part * config.gradient_bytes(workers)
+        sizes["optimizer_states"] += state_bytes(config.optimizer, min(part, n))
+    return sizes
 
 
 def _code_bytes(config: RunConfig, n_blocks: int, workers: int) -> int:

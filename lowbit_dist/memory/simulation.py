@@ -5,15 +5,12 @@ a worker's step measures this one (`live`).
 """
 
 import copy
-import pickle
-import subprocess
-import sys
 from contextlib import ExitStack, nullcontext
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
@@ -23,10 +20,7 @@ from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel, shapes
 from lowbit_dist.model import low_bit_names
 
-LONGEST = 5  # blocks; longer models are extrapolated from so many
-ELSEWHERE = """import pickle, sys
-from lowbit_dist.memory.simulation import simulate_step
-print(*simulate_step(*pickle.load(sys.stdin.buffer)))"""
+LONGEST = 4  # blocks; longer models are extrapolated from so many
 
 
 class Step(NamedTuple):
@@ -45,14 +39,7 @@ class Step(NamedTuple):
 
 
 def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
-    """Bytes above the resident ones at the highest moment of a step, on the worker that has the most.
-
-    In a live process group another process simulates, which takes some seconds longer.
-    """
-    if dist.is_initialized():
-        question, command = pickle.dumps((config, vocab_size, workers)), [sys.executable, "-c", ELSEWHERE]
-        answer = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=True).stdout
-        return Peak(*map(int, answer.splitlines()[-1].split()))
+    """Bytes above the resident ones at the highest moment of a step, on the worker that has the most."""
     model = shapes(config, vocab_size)
     blocks = _blocks(model)
     # Only ZeRO-3 treats all blocks alike: the other stages cut the flat model anywhere.
@@ -78,7 +65,9 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
-        engine = Engine(config, model, _empty, low_bit_names(model, config.method))
+        engine = Engine(
+            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method)
+        )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         meter, blocks = _Phases(), _blocks(model)
         for p in (p for block in blocks[: len(blocks) // 2] for p in block.parameters()):
@@ -92,7 +81,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
             with engine.step(ops.Now(lr=0.0, weight_decay=0.0, step=n + 1, seed=0)) as step:
                 for i in range(passes):
                     if (n, i) == (n_steps - 1, int(briefly)):
-                        found = sampled.enter_context(track_peak(engine, meter))
+                        sample = sampled.enter_context(track_peak(engine, meter))
                     meter.begin("early")
                     with warm if not n + i else nullcontext():
                         step.backward(tokens)
@@ -100,11 +89,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         meter.begin("early")
         sampled.close()
         engine.close()
-    return Step(found["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
-
-
-def _empty(name: str, shape: torch.Size) -> Tensor:
-    return torch.empty(shape)
+    return Step(sample["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
 
 
 class _Phases(StorageMeter):
@@ -128,12 +113,12 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
         return 0
     numels = [p.numel() for p in model.parameters()]
     part = flat_numel(sum(numels), workers) // workers
-    touched, offset = [0] * workers, 0
-    for n in numels:
-        for worker in range(offset // part, (offset + n - 1) // part + 1):
-            touched[worker] += n
-        offset += n
-    return touched.index(max(touched))
+    places = list(zip(numels, accumulate(numels), strict=True))
+
+    def touched(worker: int) -> int:
+        return sum(n for n, end in places if end > worker * part and end - n < (worker + 1) * part)
+
+    return max(range(workers), key=touched)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
