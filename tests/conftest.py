@@ -1,5 +1,6 @@
 """What several test files share: prepared data and living ranks, made once per session."""
 
+import fcntl
 import json
 import os
 import sys
@@ -15,20 +16,41 @@ import pytest
 from ranks import Ranks
 
 SEQ_LEN = 64
+STARTS_PROCESSES = {"ranks", "ray", "ray_port", "disk"}  # fixtures
+# Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
+LONGEST = ("hosts", "outside", "train", "cluster", "memory", "data", "kernels", "sweep", "disk")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data folder: some of the standard library's sources, 512 pieces, samples of 64 tokens."""
+    """A prepared data folder: some of the standard library's sources, 512 pieces, samples of 64 tokens.
+
+    Made by the first of pytest's processes that needs it, for all of them.
+    """
     import json as module_with_source
 
     from lowbit_dist import data, tokenizer
 
     sources = [str(Path(module_with_source.__file__).parent), str(Path(os.__file__))]
-    folder = tmp_path_factory.mktemp("corpus")
-    tokenizer.train(sources, 512, folder / "tokenizer")
-    data.prepare(sources, folder / "tokenizer", folder / "data", seq_len=SEQ_LEN, workers=1, val_fraction=0.1)
-    return folder / "data"
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "corpus"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        words, out = folder / "tokenizer", folder / "data"
+        if not out.exists():
+            tokenizer.train(sources, 512, words)
+            data.prepare(sources, words, out, seq_len=SEQ_LEN, workers=1, val_fraction=0.1)
+    return out
 
 
 @pytest.fixture(scope="session")

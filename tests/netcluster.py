@@ -157,6 +157,15 @@ class NetCluster:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
+    def processes_of(self, words):
+        """Ids of the processes, on whatever host of this cluster, whose command line has these words."""
+        own = set()
+        for i in range(self.hosts + 1):
+            listed = subprocess.run(["ip", "netns", "pids", self.ns(i)], capture_output=True, text=True)
+            own |= set(listed.stdout.split())
+        found = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split() if pid in own]
+
     def link(self, i, state):
         """Put a host's cable in ("up") or pull it ("down")."""
         sh(f"ip -n {self.bridge} link set {self.ns(i)}b {state}")

@@ -145,7 +145,7 @@ def test_two_shards_of_codes_equal_the_whole_of_the_reference(
     )  # fmt: skip
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize(("rule", "grid", "states", "granularity"), COMBINATIONS, ids=str)
 def test_all_combinations_equal_the_reference(

@@ -167,7 +167,7 @@ def train_by_rows(configuration):
     return train(configuration)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("states", ["fp32", "int8"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_reproducible_runs_are_equal_on_one_to_four_workers_for_every_grid_and_state(
