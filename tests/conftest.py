@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import Ranks
+from ranks import Ranks, start_server
 
 SEQ_LEN = 64
 STARTS_PROCESSES = {"ranks", "ray", "ray_port", "disk"}  # fixtures
@@ -57,6 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n gloo processes, kept for the session."""
     alive: dict[int, Ranks] = {}
+    start_server()
 
     def get(world: int) -> Ranks:
         if world not in alive:
@@ -123,13 +124,13 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "precision": "fp32",
             "zero": {},
             "train": {
-                "steps": 20,
+                "steps": 8,
                 "batch_tokens": 4 * SEQ_LEN,
                 "micro_batch": 2,
-                "log_every": 5,
-                "eval_every": 20,
+                "log_every": 4,
+                "eval_every": 8,
                 "eval_samples": 4,
-                "save_every": 20,
+                "save_every": 8,
             },
             "cluster": {},
             "tracking": {"mlflow": None},

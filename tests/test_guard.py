@@ -78,7 +78,7 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
         Engine._update, Step.backward = update, backward
 
 
-STEPS = (3, 4, 9)
+STEPS = (3, 4, 6)
 METHODS = {
     "ternary": {},
     "int8, fp32 states": {"method": {"grid": "int8"}, "optimizer": {"states": "fp32"}},
@@ -92,9 +92,14 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=METHODS)
+ALWAYS = ("ternary", "dense, stage 0")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in METHODS]
+)
 def method(request):
-    return {**METHODS[request.param], "train": {"steps": 10, "save_every": 10, "eval_every": 10}}
+    return {**METHODS[request.param], "train": {"steps": 7, "save_every": 7, "eval_every": 7}}
 
 
 def test_wrong_steps_leave_what_a_run_without_them_has(method, ranks, small):
@@ -191,6 +196,7 @@ def test_a_spike_sends_the_run_back_and_its_batches_are_skipped(ranks, small, tm
     assert max(row["loss"] for row in found) < 10
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_spike_ends_as_one_that_was_not(ranks, small):
     expected = ranks(2).run(train_with_spike, small(run={"name": "whole"}, train=SPIKE), 23)[0][0]
     stopped = small(run={"name": "cut"}, train=SPIKE)
