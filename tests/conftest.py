@@ -16,7 +16,9 @@ import pytest
 from ranks import Ranks, start_server
 
 SEQ_LEN = 64
-STARTS_PROCESSES = {"ranks", "ray", "ray_port", "disk"}  # fixtures
+# Tests of these files, and those that use these fixtures, are of marker `integration`.
+INTEGRATED = {"test_fitting.py", "test_memory.py", "test_tracking.py"}
+INTEGRATING = {"ranks", "ray", "ray_port", "disk", "store", "new_store"}
 # Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
 LONGEST = ("hosts", "outside", "train", "cluster", "memory", "data", "kernels", "sweep", "disk")
 
@@ -24,7 +26,7 @@ LONGEST = ("hosts", "outside", "train", "cluster", "memory", "data", "kernels", 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+        if item.path.name in INTEGRATED or INTEGRATING & set(getattr(item, "fixturenames", ())):
             item.add_marker("integration")
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
@@ -38,7 +40,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import json as module_with_source
 
-    from lowbit_dist import data, tokenizer
+    from preparing import prepare_alone
+
+    from lowbit_dist import tokenizer
 
     sources = [str(Path(module_with_source.__file__).parent), str(Path(os.__file__))]
     own = tmp_path_factory.getbasetemp()
@@ -49,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words, out = folder / "tokenizer", folder / "data"
         if not out.exists():
             tokenizer.train(sources, 512, words)
-            data.prepare(sources, words, out, seq_len=SEQ_LEN, workers=1, val_fraction=0.1)
+            prepare_alone(sources, words, out, seq_len=SEQ_LEN, val_fraction=0.1)
     return out
 
 

@@ -39,6 +39,7 @@ import triton.language as tl
 
 from lowbit_dist.ops import kernels
 
+pytestmark = pytest.mark.integration  # its interpreter and its compiler are other processes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)

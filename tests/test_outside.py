@@ -412,6 +412,7 @@ def test_its_rule_moves_codes_and_its_method_is_moved_by_other_rules(sections, w
     assert one != undisturbed(1, train={**steps, "clip_norm": 1e-3}, **sections)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((why := netcluster.why_not()) is not None, reason=str(why))
 @pytest.mark.timeout(1500)
 def test_it_is_submitted_to_a_cluster_and_a_host_without_it_is_named(installed, small, tmp_path, undisturbed):
