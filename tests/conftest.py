@@ -3,17 +3,22 @@
 import fcntl
 import json
 import os
+import shutil
+import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two cores serve every process here
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault(
+    "RAY_memory_monitor_refresh_ms", "0"
+)  # what else fills the memory ends no test's worker
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import Ranks, start_server
+from ranks import Ranks, search_path, start_server
 
 SEQ_LEN = 64
 # Tests of these files, and those that use these fixtures, are of marker `integration`.
@@ -144,6 +149,27 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return base
 
     return configuration
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package of tests/outside in it; pip builds in a copy, so that the source stays as it
+    is.
+    """
+    folder = tmp_path_factory.mktemp("outside")
+    source = shutil.copytree(Path(__file__).parent / "outside", folder / "source")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", source]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder / "site"
+
+
+@pytest.fixture
+def installed(outside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, found by this process and those that it starts."""
+    monkeypatch.syspath_prepend(outside)
+    monkeypatch.setenv("PYTHONPATH", search_path(outside))
+    return outside
 
 
 class Done(NamedTuple):

@@ -71,6 +71,7 @@ class NetCluster:
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            "RAY_memory_monitor_refresh_ms": "0",  # what else fills the memory ends no worker here
             "PATH": f"{here}:{os.environ['PATH']}",
         }
         self.address = f"http://{self.ip(0)}:8265"
@@ -183,9 +184,9 @@ class NetCluster:
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
 
-    def run(self, *command, i=0, token=True, **kwargs):
+    def run(self, *command, i=0, token=True, variables=None, **kwargs):
         """A command on the network of a host, with the cluster's token or without one."""
-        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.address}
+        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.address, **(variables or {})}
         if not token:
             env.pop("RAY_AUTH_TOKEN")
             env["HOME"] = str(self.folder / "nobody")
@@ -193,10 +194,10 @@ class NetCluster:
             ["ip", "netns", "exec", self.ns(i), *command], env=env, text=True, **kwargs
         )  # fmt: skip
 
-    def lowbit(self, *arguments, i=0, token=True, timeout=300):
+    def lowbit(self, *arguments, i=0, token=True, variables=None, timeout=300):
         """`lowbit ...` on the network of a host: (exit code, stdout, stderr)."""
         process = self.run(
-            sys.executable, "-m", "lowbit_dist", *map(str, arguments), i=i, token=token,
+            sys.executable, "-m", "lowbit_dist", *map(str, arguments), i=i, token=token, variables=variables,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         stdout, stderr = process.communicate(timeout=timeout)

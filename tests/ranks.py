@@ -12,6 +12,11 @@ from typing import Any
 _context = multiprocessing.get_context("forkserver")
 
 
+def search_path(*folders: Any) -> str:
+    """PYTHONPATH with these folders first."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def start_server() -> None:
     """Start the process that ranks are forked from, with the environment of this moment."""
     # Nothing here starts a thread, which would not be there after the fork.

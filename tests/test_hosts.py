@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import netcluster
 import pytest
 from netcluster import NetCluster
+from ranks import search_path
+from test_outside import CHOSEN, STEPS, TRAIN, train_outside
 from test_train import train
 
 from lowbit_dist import heartbeat
@@ -26,8 +29,18 @@ FAR = 10_000  # steps that a disturbed run never makes: it is stopped when the l
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with NetCluster(tmp_path_factory.mktemp("hosts"), token=secrets.token_hex(32)) as cluster:
+def sites(tmp_path_factory):
+    """Of each host, the folder of the packages that are installed on it alone."""
+    return [tmp_path_factory.mktemp(f"site{i}") for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def cluster(sites, tmp_path_factory):
+    def variables(i):
+        return {"PYTHONPATH": search_path(sites[i])}
+
+    folder = tmp_path_factory.mktemp("hosts")
+    with NetCluster(folder, token=secrets.token_hex(32), variables=variables) as cluster:
         yield cluster
 
 
@@ -181,6 +194,52 @@ def test_what_the_cluster_lacks_is_answered_in_one_line_before_a_worker_starts(c
         code, stdout, stderr = cluster.lowbit("submit", file, change)
         assert (code, stdout) == (2, ""), stderr
         assert answer in stderr.splitlines()[-1]
+
+
+def test_a_method_of_another_package_is_trained_and_a_host_without_it_is_named(
+    cluster, sites, installed, small, tmp_path, ranks
+):
+    content = small(run={"name": "signs"}, train=TRAIN, cluster={"workers": 2}, **CHOSEN)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(content))
+    here = {"PYTHONPATH": os.environ["PYTHONPATH"]}
+
+    def install(*numbers):
+        for i in numbers:
+            shutil.copytree(installed, sites[i], dirs_exist_ok=True)
+
+    def refusal():
+        code, stdout, stderr = cluster.lowbit("submit", file, variables=here)
+        assert (code, stdout) == (2, ""), stderr
+        return stderr.splitlines()[-1].removeprefix("lowbit: ")
+
+    answer = refusal()
+    assert answer.startswith(f"the head of {cluster.address} cannot read this run's configuration (")
+    assert "install lowbit-outside 0.1.0 (" in answer and answer.endswith(") on all machines")
+
+    install(0, 1)
+    answer = refusal()
+    assert answer.startswith(f"machine node2 ({cluster.ip(2)}) lacks lowbit-outside 0.1.0 (")
+    assert answer.endswith("from which this run's method or optimizer comes; install it on all machines")
+
+    install(2)
+    source = sites[2] / "lowbit_outside" / "sign.py"
+    source.write_text(source.read_text().replace("1.0", "2.0"))
+    answer = refusal()
+    assert answer.startswith(f"machine node2 ({cluster.ip(2)}) has lowbit-outside 0.1.0 (")
+    assert answer.endswith("install the same packages on all machines")
+
+    install(2)
+    code, stdout, stderr = cluster.lowbit("submit", file, "--follow", "--json", variables=here)
+    assert code == 0, stderr
+    assert json.loads(stdout)["status"] == "SUCCEEDED"
+    seen = Seen(content)
+    rows = [json.loads(line) for line in (seen.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["zero_fraction"] == 0.0
+    alone = {**content, "run": {**content["run"], "name": "alone"}}
+    expected = ranks(2).run(train_outside, str(installed), alone)[0]["digest"]
+    assert Checkpoint.open(resolve(seen.folder)).digest() == expected
 
 
 def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks):
