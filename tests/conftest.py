@@ -25,7 +25,10 @@ SEQ_LEN = 64
 INTEGRATED = {"test_fitting.py", "test_memory.py", "test_tracking.py"}
 INTEGRATING = {"ranks", "ray", "ray_port", "disk", "store", "new_store"}
 # Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
-LONGEST = ("hosts", "outside", "train", "cluster", "memory", "data", "kernels", "sweep", "disk")
+LONGEST = (
+    "hosts", "cluster", "train", "memory", "fitting", "kernels", "sweep", "outside", "data", "guard", "toys",
+    "wrong_input", "tracking", "checkpoint", "disk",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
