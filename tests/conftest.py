@@ -9,9 +9,7 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two cores serve every process here
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault(
-    "RAY_memory_monitor_refresh_ms", "0"
-)  # what else fills the memory ends no test's worker
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # whatever else fills the memory, no worker ends
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
