@@ -308,6 +308,7 @@ def linear_weights(checkpoint):
     return {name: checkpoint.tensor(name) for name in checkpoint.names if name.endswith("proj.weight")}
 
 
+@pytest.mark.slow
 def test_it_is_trained_by_two_workers_stopped_resumed_evaluated_and_inspected(
     installed, small, tmp_path, undisturbed, corpus
 ):
