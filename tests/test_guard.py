@@ -1,6 +1,7 @@
 """Steps that are not to be trusted: which they are, and that they leave no trace in a run."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -131,8 +132,10 @@ def test_a_run_whose_steps_are_all_wrong_ends_with_its_last_checkpoint_intact(ra
         diverging, small(run={"name": "bad"}, **sections), dict.fromkeys(range(6, 21), "nan")
     )
     assert all("of 4 steps in a row, up to step 9, cannot be used (loss " in answer for answer in answers)
-    newest = checkpoint.latest(tmp_path / "bad")
-    assert newest is not None and newest.name == "step-8"
+    deadline = time.monotonic() + 60  # who gives up does not wait for the thread that writes
+    while (newest := checkpoint.latest(tmp_path / "bad")) is None or newest.name != "step-8":
+        assert time.monotonic() < deadline, newest
+        time.sleep(0.1)
     opened = checkpoint.Checkpoint.open(newest)
     assert (opened.position.skipped_steps, opened.position.skipped_in_a_row) == (3, 3)
     assert opened.digest() != good[0]["digest"], "the learning rate of the shorter run differs"
