@@ -1,40 +1,73 @@
 """What several test files share: prepared data and living ranks, made once per session."""
 
+import fcntl
 import json
 import os
+import shutil
+import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two cores serve every process here
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # whatever else fills the memory, no worker ends
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import Ranks
+from ranks import Ranks, search_path, start_server
 
 SEQ_LEN = 64
+# Tests of these files, and those that use these fixtures, are of marker `integration`.
+INTEGRATED = {"test_fitting.py", "test_memory.py", "test_tracking.py"}
+INTEGRATING = {"ranks", "ray", "ray_port", "disk", "store", "new_store"}
+# Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
+LONGEST = (
+    "hosts", "cluster", "train", "memory", "fitting", "kernels", "sweep", "outside", "data", "guard", "toys",
+    "wrong_input", "tracking", "checkpoint", "disk",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in INTEGRATED or INTEGRATING & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data folder: some of the standard library's sources, 512 pieces, samples of 64 tokens."""
+    """A prepared data folder: some of the standard library's sources, 512 pieces, samples of 64 tokens.
+
+    Made by the first of pytest's processes that needs it, for all of them.
+    """
     import json as module_with_source
 
-    from lowbit_dist import data, tokenizer
+    from preparing import prepare_alone
+
+    from lowbit_dist import tokenizer
 
     sources = [str(Path(module_with_source.__file__).parent), str(Path(os.__file__))]
-    folder = tmp_path_factory.mktemp("corpus")
-    tokenizer.train(sources, 512, folder / "tokenizer")
-    data.prepare(sources, folder / "tokenizer", folder / "data", seq_len=SEQ_LEN, workers=1, val_fraction=0.1)
-    return folder / "data"
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "corpus"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        words, out = folder / "tokenizer", folder / "data"
+        if not out.exists():
+            tokenizer.train(sources, 512, words)
+            prepare_alone(sources, words, out, seq_len=SEQ_LEN, val_fraction=0.1)
+    return out
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n gloo processes, kept for the session."""
     alive: dict[int, Ranks] = {}
+    start_server()
 
     def get(world: int) -> Ranks:
         if world not in alive:
@@ -101,13 +134,13 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "precision": "fp32",
             "zero": {},
             "train": {
-                "steps": 20,
+                "steps": 8,
                 "batch_tokens": 4 * SEQ_LEN,
                 "micro_batch": 2,
-                "log_every": 5,
-                "eval_every": 20,
+                "log_every": 4,
+                "eval_every": 8,
                 "eval_samples": 4,
-                "save_every": 20,
+                "save_every": 8,
             },
             "cluster": {},
             "tracking": {"mlflow": None},
@@ -117,6 +150,27 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return base
 
     return configuration
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package of tests/outside in it; pip builds in a copy, so that the source stays as it
+    is.
+    """
+    folder = tmp_path_factory.mktemp("outside")
+    source = shutil.copytree(Path(__file__).parent / "outside", folder / "source")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", source]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder / "site"
+
+
+@pytest.fixture
+def installed(outside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, found by this process and those that it starts."""
+    monkeypatch.syspath_prepend(outside)
+    monkeypatch.setenv("PYTHONPATH", search_path(outside))
+    return outside
 
 
 class Done(NamedTuple):

@@ -71,6 +71,7 @@ class NetCluster:
             "RAY_AUTH_TOKEN": token,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            "RAY_memory_monitor_refresh_ms": "0",  # what else fills the memory ends no worker here
             "PATH": f"{here}:{os.environ['PATH']}",
         }
         self.address = f"http://{self.ip(0)}:8265"
@@ -157,6 +158,15 @@ class NetCluster:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
+    def processes_of(self, words):
+        """Ids of the processes, on whatever host of this cluster, whose command line has these words."""
+        own = set()
+        for i in range(self.hosts + 1):
+            listed = subprocess.run(["ip", "netns", "pids", self.ns(i)], capture_output=True, text=True)
+            own |= set(listed.stdout.split())
+        found = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split() if pid in own]
+
     def link(self, i, state):
         """Put a host's cable in ("up") or pull it ("down")."""
         sh(f"ip -n {self.bridge} link set {self.ns(i)}b {state}")
@@ -174,9 +184,9 @@ class NetCluster:
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
 
-    def run(self, *command, i=0, token=True, **kwargs):
+    def run(self, *command, i=0, token=True, variables=None, **kwargs):
         """A command on the network of a host, with the cluster's token or without one."""
-        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.address}
+        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.address, **(variables or {})}
         if not token:
             env.pop("RAY_AUTH_TOKEN")
             env["HOME"] = str(self.folder / "nobody")
@@ -184,10 +194,10 @@ class NetCluster:
             ["ip", "netns", "exec", self.ns(i), *command], env=env, text=True, **kwargs
         )  # fmt: skip
 
-    def lowbit(self, *arguments, i=0, token=True, timeout=300):
+    def lowbit(self, *arguments, i=0, token=True, variables=None, timeout=300):
         """`lowbit ...` on the network of a host: (exit code, stdout, stderr)."""
         process = self.run(
-            sys.executable, "-m", "lowbit_dist", *map(str, arguments), i=i, token=token,
+            sys.executable, "-m", "lowbit_dist", *map(str, arguments), i=i, token=token, variables=variables,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         stdout, stderr = process.communicate(timeout=timeout)

@@ -1,10 +1,27 @@
-"""Real gloo ranks for tests: processes that stay alive between tests, so that imports are paid for once."""
+"""Real gloo ranks for tests: processes that stay alive between tests, forked from one that has imported what
+they need, so that imports are paid for once.
+"""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def search_path(*folders: Any) -> str:
+    """PYTHONPATH with these folders first."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def start_server() -> None:
+    """Start the process that ranks are forked from, with the environment of this moment."""
+    # Nothing here starts a thread, which would not be there after the fork.
+    _context.set_forkserver_preload(["lowbit_dist.loop", "transformers.modeling_utils"])
+    multiprocessing.forkserver.ensure_running()
 
 
 class Ranks:
@@ -12,11 +29,10 @@ class Ranks:
 
     def __init__(self, world: int, store: str):
         self.world = world
-        context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for rank in range(world):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, store, there), daemon=True)
+            here, there = _context.Pipe()
+            process = _context.Process(target=_serve, args=(rank, world, store, there), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)

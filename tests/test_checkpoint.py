@@ -1,6 +1,7 @@
 """Checkpoints: their size, their integrity, and how they are found."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,11 +13,21 @@ from lowbit_dist.config import ConfigError
 from lowbit_dist.packed import PackedTensor
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where the run of the tests below is kept, once the first of them has made it."""
+    return tmp_path_factory.mktemp("trained") / "small"
+
+
 @pytest.fixture
-def run(ranks, small, tmp_path):
+def run(trained, ranks, small, tmp_path):
     """The folder of a finished run of two workers with checkpoints at steps 2, 4 and 6."""
+    folder = tmp_path / "small"
+    if trained.exists():
+        return shutil.copytree(trained, folder)
     ranks(2).run(train, small(train={"steps": 6, "save_every": 2, "keep_last": 3, "eval_every": 6}))
-    return tmp_path / "small"
+    shutil.copytree(folder, trained)
+    return folder
 
 
 def test_a_checkpoint_holds_codes_scales_states_and_other_weights_and_hardly_more(run):

@@ -169,6 +169,7 @@ def test_several_paths_may_follow_one_input_option():
     assert _repeated(given) == expected
 
 
+@pytest.mark.integration
 def test_a_tokenizer_and_data_are_made_from_the_command_line(tmp_path, lowbit):
     inputs = ["--input", Path(os.__file__), Path(json.__file__).parent]
     folders = ["--out", tmp_path / "t", "--json"]

@@ -273,6 +273,7 @@ def left_behind(pid, with_folder=True):
     return found
 
 
+@pytest.mark.integration
 def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run, tmp_path, results):
     process = shell(run("undisturbed"), tmp_path)
     stdout, stderr = process.communicate(timeout=400)
@@ -326,6 +327,7 @@ def mlflow_run(uri, run_dir):
     return client.get_run(run_id).info.status, sorted(point.step for point in points)
 
 
+@pytest.mark.integration
 def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left_alone(
     run, tmp_path, results
 ):

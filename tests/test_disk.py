@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from preparing import prepare_alone
 from tracked import Tracked
 
 from lowbit_dist import configfile, data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
-from lowbit_dist.data import reading, shards, tokenizing
+from lowbit_dist.data import reading, shards
 from lowbit_dist.record import METRICS
 from lowbit_dist.tracking import feeder
 
@@ -372,19 +373,10 @@ def words(documents, tmp_path_factory):
 def prepare(documents, words):
     """`prepare(out)`: in shards of 4 kB, without Ray's processes: they write nothing to the disk of `out`."""
 
-    def tokenised(chosen, words, seed, workers):
-        for bundle in tokenizing._bundles(chosen):
-            for row in tokenizing._tokenise({"parts": [bundle]}, None, words.sha256, seed):
-                yield {name: column[0] for name, column in row.items()}
-
-    loaded = tokenizer.load(words)
-
     def prepare(out):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(tokenizing._loaded, loaded.sha256, loaded)
-            patch.setattr(tokenizing, "tokenised", tokenised)
             patch.setattr(shards, "SHARD_BYTES", 4096)
-            return data.prepare([documents], words, out, seq_len=SEQ, val_fraction=0.1)
+            return prepare_alone([documents], words, out, seq_len=SEQ, val_fraction=0.1)
 
     return prepare
 

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -11,21 +12,35 @@ from pathlib import Path
 import netcluster
 import pytest
 from netcluster import NetCluster
+from ranks import search_path
+from test_outside import CHOSEN, STEPS, TRAIN, train_outside
 from test_train import train
 
 from lowbit_dist import heartbeat
 from lowbit_dist.checkpoint import Checkpoint, resolve
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif((why := netcluster.why_not()) is not None, reason=str(why)),
     pytest.mark.timeout(1500),
 ]
 CONTINUES = 90  # seconds within which a run goes on after it has lost a host
+FAR = 10_000  # steps that a disturbed run never makes: it is stopped when the last disturbance is over
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with NetCluster(tmp_path_factory.mktemp("hosts"), token=secrets.token_hex(32)) as cluster:
+def sites(tmp_path_factory):
+    """Of each host, the folder of the packages that are installed on it alone."""
+    return [tmp_path_factory.mktemp(f"site{i}") for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def cluster(sites, tmp_path_factory):
+    def variables(i):
+        return {"PYTHONPATH": search_path(sites[i])}
+
+    folder = tmp_path_factory.mktemp("hosts")
+    with NetCluster(folder, token=secrets.token_hex(32), variables=variables) as cluster:
         yield cluster
 
 
@@ -102,12 +117,26 @@ def job_of(cluster, name):
     return jobs[0]["job"], jobs[0]["status"]
 
 
-def driver_of(config_name):
-    """Processes of a job's own, on whatever host."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"lowbit_dist train {config_name}"], capture_output=True, text=True
-    )
-    return [int(pid) for pid in found.stdout.split()]
+def stop(cluster, job, seen):
+    """Stop a job; the checkpoint that it leaves behind."""
+    code, stdout, stderr = cluster.lowbit("stop", job, "--json")
+    assert (code, json.loads(stdout)["status"]) == (0, "STOPPED"), stderr
+    left = Checkpoint.open(resolve(seen.folder))
+    assert left.step == seen.step()
+    return left
+
+
+def digest_left_alone(ranks, content, step):
+    """What the same run has after so many steps in processes that nobody disturbs."""
+    alone = {
+        **content,
+        "run": {**content["run"], "name": "alone"},
+        "train": {**content["train"], "save_every": step},
+    }
+    ranks(2).run(train, alone, stop_at=step)
+    left = Checkpoint.open(resolve(Seen(alone).folder))
+    assert left.step == step
+    return left.digest()
 
 
 def test_a_job_is_submitted_stopped_with_a_checkpoint_submitted_again_and_followed_to_its_end(
@@ -125,10 +154,8 @@ def test_a_job_is_submitted_stopped_with_a_checkpoint_submitted_again_and_follow
 
     seen = Seen(content)
     seen.wait_for_steps(2, workers=2)
-    code, stdout, stderr = cluster.lowbit("stop", "calm-1", "--json")
-    assert (code, json.loads(stdout)["status"]) == (0, "STOPPED"), stderr
-    stopped_at = Checkpoint.open(resolve(seen.folder)).step
-    assert stopped_at == seen.step() > 1
+    stopped_at = stop(cluster, "calm-1", seen).step
+    assert 1 < stopped_at < 30, "it must have been stopped before its end"
 
     code, stdout, stderr = cluster.lowbit("submit", file, "--follow", "--json")
     assert code == 0, stderr
@@ -169,9 +196,54 @@ def test_what_the_cluster_lacks_is_answered_in_one_line_before_a_worker_starts(c
         assert answer in stderr.splitlines()[-1]
 
 
+def test_a_method_of_another_package_is_trained_and_a_host_without_it_is_named(
+    cluster, sites, installed, small, tmp_path, ranks
+):
+    content = small(run={"name": "signs"}, train=TRAIN, cluster={"workers": 2}, **CHOSEN)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(content))
+    here = {"PYTHONPATH": os.environ["PYTHONPATH"]}
+
+    def install(*numbers):
+        for i in numbers:
+            shutil.copytree(installed, sites[i], dirs_exist_ok=True)
+
+    def refusal():
+        code, stdout, stderr = cluster.lowbit("submit", file, variables=here)
+        assert (code, stdout) == (2, ""), stderr
+        return stderr.splitlines()[-1].removeprefix("lowbit: ")
+
+    answer = refusal()
+    assert answer.startswith(f"the head of {cluster.address} cannot read this run's configuration (")
+    assert "install lowbit-outside 0.1.0 (" in answer and answer.endswith(") on all machines")
+
+    install(0, 1)
+    answer = refusal()
+    assert answer.startswith(f"machine node2 ({cluster.ip(2)}) lacks lowbit-outside 0.1.0 (")
+    assert answer.endswith("from which this run's method or optimizer comes; install it on all machines")
+
+    install(2)
+    source = sites[2] / "lowbit_outside" / "sign.py"
+    source.write_text(source.read_text().replace("1.0", "2.0"))
+    answer = refusal()
+    assert answer.startswith(f"machine node2 ({cluster.ip(2)}) has lowbit-outside 0.1.0 (")
+    assert answer.endswith("install the same packages on all machines")
+
+    install(2)
+    code, stdout, stderr = cluster.lowbit("submit", file, "--follow", "--json", variables=here)
+    assert code == 0, stderr
+    assert json.loads(stdout)["status"] == "SUCCEEDED"
+    seen = Seen(content)
+    rows = [json.loads(line) for line in (seen.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["zero_fraction"] == 0.0
+    alone = {**content, "run": {**content["run"], "name": "alone"}}
+    expected = ranks(2).run(train_outside, str(installed), alone)[0]["digest"]
+    assert Checkpoint.open(resolve(seen.folder)).digest() == expected
+
+
 def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks):
-    content, file = run("storm", 260)
-    undisturbed = ranks(2).run(train, {**content, "run": {**content["run"], "name": "alone"}})[0]["digest"]
+    content, file = run("storm", FAR)
     code, _, stderr = cluster.lowbit("submit", file)
     assert code == 0, stderr
     seen = Seen(content)
@@ -189,31 +261,35 @@ def test_a_run_outlives_the_power_the_network_and_its_driver(cluster, run, ranks
 
     job, status = job_of(cluster, "storm")
     assert (job, status) == ("storm-1", "RUNNING")
-    for pid in driver_of("job.yaml"):
+    for pid in cluster.processes_of("lowbit_dist train job.yaml"):
         os.kill(pid, signal.SIGKILL)
     while job_of(cluster, "storm")[1] == "RUNNING":
         time.sleep(0.5)
     before = Checkpoint.open(resolve(seen.folder)).step
-    code, stdout, stderr = cluster.lowbit("submit", file, "--follow", "--json", timeout=600)
+    code, stdout, stderr = cluster.lowbit("submit", file, "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["job"] == "storm-2"
-    assert f"lowbit: step {before + 1}/260" in stderr
+    seen.wait_for_steps(1, workers=2)
+    left = stop(cluster, "storm-2", seen)
+    assert f"lowbit: step {before + 1}/{FAR}" in cluster.lowbit("logs", "storm-2")[1]
 
-    assert seen.steps() == list(range(1, 261))
-    assert Checkpoint.open(resolve(seen.folder)).digest() == undisturbed
+    assert seen.steps() == list(range(1, left.step + 1))
+    assert left.digest() == digest_left_alone(ranks, content, left.step)
     assert after_power_cut < CONTINUES
     assert after_partition < CONTINUES
     log = cluster.lowbit("logs", "storm-1")[1]
     # By default Ray takes a minute to believe that a host without network is lost.
     assert f"machine node1 ({cluster.ip(1)}) has not answered for" in log
     assert log.count("there are slots for 2 workers instead of 1") == 2
-    print(f"went on after {after_power_cut:.0f} s without power, {after_partition:.0f} s without network")
+    print(
+        f"went on after {after_power_cut:.0f} s without power, {after_partition:.0f} s without network; "
+        f"{left.step} steps"
+    )
 
 
 def test_a_host_that_will_be_taken_away_is_left_with_a_checkpoint(cluster, run, ranks):
-    content, file = run("preempted", 200)
-    undisturbed = ranks(2).run(train, {**content, "run": {**content["run"], "name": "alone"}})[0]["digest"]
-    code, _, stderr = cluster.lowbit("submit", file, "train.save_every=200")
+    content, file = run("preempted", FAR)
+    code, _, stderr = cluster.lowbit("submit", file, f"train.save_every={FAR}")
     assert code == 0, stderr
     seen = Seen(content)
     seen.wait_for_steps(3, workers=2)
@@ -223,18 +299,18 @@ def test_a_host_that_will_be_taken_away_is_left_with_a_checkpoint(cluster, run, 
     seen.wait_for_steps(1, workers=1)
     assert {each["host"] for each in seen.workers()} == {"node1"}
     cluster.power_off(2)  # as whoever announced it does
-    code, log, stderr = cluster.lowbit("logs", "preempted-1", "--follow")
-    assert code == 0, stderr
+    seen.wait_for_steps(3, workers=1)
+    left = stop(cluster, "preempted-1", seen)
     cluster.start(2)
     cluster.wait_for(3)
 
-    assert "node2 is about to be taken away" in log
-    assert seen.steps() == list(range(1, 201))
+    assert "node2 is about to be taken away" in cluster.lowbit("logs", "preempted-1")[1]
+    assert seen.steps() == list(range(1, left.step + 1))
     rows = [json.loads(line) for line in (seen.folder / "metrics.jsonl").read_text().splitlines()]
     first = next(row["step"] for row in rows if row["restarts"])
     assert first > 3, "no other checkpoint than that of leaving, and it was found"
-    summary = json.loads((seen.folder / "summary.json").read_text())
-    assert (summary["restarts"], summary["digest"]) == (1, undisturbed)
+    assert rows[-1]["restarts"] == 1
+    assert left.digest() == digest_left_alone(ranks, content, left.step)
 
 
 def test_the_token_is_nowhere_to_be_read(cluster, tmp_path):

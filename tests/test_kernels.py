@@ -39,6 +39,7 @@ import triton.language as tl
 
 from lowbit_dist.ops import kernels
 
+pytestmark = pytest.mark.integration  # its interpreter and its compiler are other processes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
@@ -145,7 +146,7 @@ def test_two_shards_of_codes_equal_the_whole_of_the_reference(
     )  # fmt: skip
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize(("rule", "grid", "states", "granularity"), COMBINATIONS, ids=str)
 def test_all_combinations_equal_the_reference(

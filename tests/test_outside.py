@@ -6,48 +6,21 @@ import importlib
 import itertools
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import netcluster
 import pytest
-from netcluster import NetCluster
+from ranks import search_path
 from test_train import train
 
 from lowbit_dist import configfile
-from lowbit_dist.checkpoint import Checkpoint, resolve
+from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
 
-SOURCE = Path(__file__).parent / "outside"
 CHOSEN = {"method": {"name": "sign"}, "optimizer": {"name": "momentum", "lr": 0.5}}
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory):
-    """A folder with the package installed in it; pip builds in a copy, so that the source stays as it is."""
-    folder = tmp_path_factory.mktemp("outside")
-    source = shutil.copytree(SOURCE, folder / "source")
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", source]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return folder / "site"
-
-
-@pytest.fixture
-def installed(outside, monkeypatch):
-    """In this process, and those that it starts."""
-    monkeypatch.syspath_prepend(outside)
-    monkeypatch.setenv("PYTHONPATH", search_path(outside))
-    return outside
-
-
-def search_path(*folders):
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def package(folder, name, source, **entry_points):
@@ -335,6 +308,7 @@ def linear_weights(checkpoint):
     return {name: checkpoint.tensor(name) for name in checkpoint.names if name.endswith("proj.weight")}
 
 
+@pytest.mark.slow
 def test_it_is_trained_by_two_workers_stopped_resumed_evaluated_and_inspected(
     installed, small, tmp_path, undisturbed, corpus
 ):
@@ -410,54 +384,3 @@ def test_its_rule_moves_codes_and_its_method_is_moved_by_other_rules(sections, w
     one, other = (undisturbed(world, train=steps, **sections) for world in worlds)
     assert one == other
     assert one != undisturbed(1, train={**steps, "clip_norm": 1e-3}, **sections)
-
-
-@pytest.mark.skipif((why := netcluster.why_not()) is not None, reason=str(why))
-@pytest.mark.timeout(1500)
-def test_it_is_submitted_to_a_cluster_and_a_host_without_it_is_named(installed, small, tmp_path, undisturbed):
-    content = small(run={"name": "signs"}, train=TRAIN, cluster={"workers": 2}, **CHOSEN)
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(content))
-    python_path = os.environ["PYTHONPATH"]
-    hosts = [tmp_path / f"host{i}" for i in range(3)]  # what is installed on each host
-    for host in hosts:
-        host.mkdir()
-
-    def install(*numbers):
-        for i in numbers:
-            shutil.copytree(installed, hosts[i], dirs_exist_ok=True)
-
-    def paths(i):
-        return {"PYTHONPATH": python_path.replace(str(installed), str(hosts[i]))}
-
-    with NetCluster(tmp_path / "cluster", token=secrets.token_hex(32), variables=paths) as cluster:
-
-        def refusal():
-            code, stdout, stderr = cluster.lowbit("submit", file)
-            assert (code, stdout) == (2, ""), stderr
-            return stderr.splitlines()[-1].removeprefix("lowbit: ")
-
-        answer = refusal()
-        assert answer.startswith(f"the head of {cluster.address} cannot read this run's configuration (")
-        assert "install lowbit-outside 0.1.0 (" in answer and answer.endswith(") on all machines")
-
-        install(0, 1)
-        answer = refusal()
-        assert answer.startswith(f"machine node2 ({cluster.ip(2)}) lacks lowbit-outside 0.1.0 (")
-        assert answer.endswith("from which this run's method or optimizer comes; install it on all machines")
-
-        install(2)
-        source = hosts[2] / "lowbit_outside" / "sign.py"
-        source.write_text(source.read_text().replace("1.0", "2.0"))
-        answer = refusal()
-        assert answer.startswith(f"machine node2 ({cluster.ip(2)}) has lowbit-outside 0.1.0 (")
-        assert answer.endswith("install the same packages on all machines")
-
-        install(2)
-        code, stdout, stderr = cluster.lowbit("submit", file, "--follow", "--json")
-        assert code == 0, stderr
-        assert json.loads(stdout)["status"] == "SUCCEEDED"
-    folder = tmp_path / "signs"
-    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
-    assert rows(folder)[-1]["zero_fraction"] == 0.0
-    assert Checkpoint.open(resolve(folder)).digest() == undisturbed(2, train=TRAIN, **CHOSEN)

@@ -140,6 +140,19 @@ def test_no_recipe_publishes_a_port_to_the_network_or_says_a_token():
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
+def test_what_runs_before_a_commit_is_what_the_tests_begin_with():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    script = (ROOT / "launch/test.sh").read_text().splitlines()
+    first = script.index("ruff format --check lowbit_dist tests")
+    hooks = repository.pop("hooks")
+    assert repository == {"repo": "local"}
+    assert [hook["entry"].removeprefix(".venv/bin/") for hook in hooks] == script[first : first + len(hooks)]
+    for hook in hooks:
+        assert (TOOLS / hook["entry"].split()[0].removeprefix(".venv/bin/")).is_file()
+        assert set(hook) == {"id", "name", "entry", "language", "types", "pass_filenames"}
+        assert (hook["language"], hook["types"], hook["pass_filenames"]) == ("system", ["python"], False)
+
+
 @pytest.mark.parametrize("arguments", [[], ["sideways"], ["up", "none"], ["up", "0"]])
 def test_a_cluster_that_is_asked_for_wrongly_is_not_started(arguments):
     # Its set-up is done: the test runs in the environment that it makes.
