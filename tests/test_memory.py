@@ -424,7 +424,7 @@ def test_the_plan_is_what_is_measured(number, ranks):
     check_plan(CASES[number], WORLDS[number % 4], ranks)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_plan_is_what_is_measured_on_any_number_of_workers(case, world, ranks):

@@ -20,12 +20,6 @@ ROOT = Path(__file__).parent.parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 EMPTY_NAMES = {"found", "each", "cfg", "opt", "ckpt"}
-# Files that still have such names; to be emptied.
-NOT_YET = (
-    "memory/", "tracking/", "loop.py", "runs.py", "cli/watching.py", "cluster/worker.py", "cluster/driver.py",
-    "cluster/following.py", "cluster/attempts.py", "cluster/fit.py",
-)  # fmt: skip
-
 OLD_WORDS = """
     answers.py Pulse pulse.py rehearse Room room_here of_each Way _mildest _without_needless that_answer
     is_rays GOODBYE OTHERS_END PATIENCE SILENCE ENOUGH FLAT RETURNS remembered _pushed _through Stock
@@ -67,7 +61,6 @@ def test_nothing_is_called_found_or_each_or_by_an_abbreviation():
     wrong = [
         f"{file}:{line} {name}"
         for file, tree in TREES.items()
-        if not file.startswith(NOT_YET)
         for name, line in bound_names(tree)
         if name in EMPTY_NAMES
     ]
@@ -84,7 +77,6 @@ def test_old_phrases_are_gone():
     wrong = [
         f"{file}: {phrase}"
         for file, text in written()
-        if not file.removeprefix("lowbit_dist/").startswith(NOT_YET)
         for phrase in OLD_PHRASES
         if phrase in " ".join(text.split())
     ]
