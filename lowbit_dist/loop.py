@@ -254,14 +254,16 @@ def _worker(config: RunConfig, restarts: int, heartbeat: Beat) -> Iterator[_Work
     try:
         yield worker
         worker.saver.close()  # only now: it waits for the other workers, of which one may have gone
+    except guard.Diverged:  # as on every other worker: their last checkpoint is complete
+        worker.saver.wait()
+        raise
     finally:
         worker.record.close()
         worker.engine.close()
 
 
 def _build(config: RunConfig, vocab_size: int) -> Engine:
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    built = model.build(config.model, vocab_size, config.method, dtype)
+    built = model.build(config.model, vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
     return Engine(config, built, initial, model.low_bit_names(built, config.method))
 

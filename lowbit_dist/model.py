@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist.config import ConfigError, Model
+from lowbit_dist.config import ConfigError, Model, RunConfig
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import check_shape
 from lowbit_dist.pretrained import Pretrained
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of a run's precision
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
 
@@ -158,6 +159,14 @@ def _restore_rotary(model: nn.Module) -> None:
             module.original_inv_freq = module.inv_freq
 
 
+def shapes(config: RunConfig, vocab_size: int) -> nn.Module:
+    """The run's model on the meta device, made once for all who only read it."""
+    return _built(config.model, vocab_size, config.method, DTYPES[config.precision])
+
+
+_built = lru_cache(maxsize=8)(build)
+
+
 def check_shapes(config: Model, vocab_size: int, method: Method) -> None:
     """ConfigError unless every low-bit weight of the model can be packed as the method packs it."""
     build(config, vocab_size, method, torch.bfloat16)
@@ -183,6 +192,11 @@ def scale_every(method: Method, shape: tuple[int, ...]) -> int:
     rows = 2 * (BLOCK // gcd(BLOCK, shape[-1]))  # the fewest that are whole blocks, and more than one
     every = _sampled(method, (rows, shape[-1]))
     return prod(shape) if every == rows * shape[-1] else every
+
+
+def n_scales(method: Method, shape: tuple[int, ...]) -> int:
+    """How many scales a low-bit weight of this shape has."""
+    return prod(shape) // scale_every(method, shape)
 
 
 @lru_cache(maxsize=256)

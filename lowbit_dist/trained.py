@@ -193,7 +193,7 @@ def network(trained: Trained, *, packed: bool = False, forward: Grid | None = No
     `packed`: linear layers keep their low-bit weights as codes and decode them whenever they multiply, with
     the same logits to the bit.  `forward`: the weights are rounded to this grid first.
     """
-    dtype = torch.bfloat16 if trained.precision == "bf16" else torch.float32
+    dtype = model.DTYPES[trained.precision]
     built = model.of_hf_config(trained.hf_config, trained.method, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     if differing := set(shapes) ^ set(trained.names):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from test_train import train
 
-from lowbit_dist import configfile, memory
-from lowbit_dist.checkpoint import Checkpoint
+from lowbit_dist import checkpoint, configfile, memory
+from lowbit_dist.checkpoint import Checkpoint, space
 from lowbit_dist.cluster import checks
 from lowbit_dist.config import ConfigError
-from lowbit_dist.memory import disk, fitting, machine
+from lowbit_dist.memory import fitting, machine
 
 VOCAB = 32_000
 GB = 10**9
@@ -119,7 +119,7 @@ def test_what_is_needed_is_the_peak_the_process_and_a_copy_of_the_checkpoint():
     config = load(content_of())
     plan = memory.plan(config, VOCAB, 2)
     found = memory.fits_here(config, VOCAB)
-    copy = memory.checkpoint_bytes(config, VOCAB) // 2
+    copy = checkpoint.checkpoint_bytes(config, VOCAB) // 2
     assert found["needed_bytes_per_worker"] == plan["peak_bytes_per_worker"] + copy + fitting.PROCESS
 
 
@@ -261,7 +261,7 @@ def test_a_checkpoints_size_is_known_beforehand(sections, ranks, small, tmp_path
         content["method"] = sections["method"]
     ranks(2).run(train, content)
     sizes = Checkpoint.open(tmp_path / "small" / "checkpoints" / "step-2").components()
-    planned = memory.checkpoint_bytes(load(content), 512)
+    planned = checkpoint.checkpoint_bytes(load(content), 512)
     assert planned == pytest.approx(sum(sizes.values()), rel=0.02)
 
 
@@ -289,14 +289,14 @@ def test_as_many_checkpoints_are_counted_as_a_run_has_on_disk_at_once():
                         }
                     )
                     expected = on_disk_at_once(steps, save_every, keep_last, keep_every)
-                    assert disk.at_once(load(content)) == expected, content
+                    assert space.at_once(load(content)) == expected, content
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run's configuration, its folder and a checkpoint's size."""
     content = content_of(run={"dir": str(tmp_path / "runs")}, train={"steps": 1000})
-    return content, tmp_path / "runs" / "run", memory.checkpoint_bytes(load(content), VOCAB)
+    return content, tmp_path / "runs" / "run", checkpoint.checkpoint_bytes(load(content), VOCAB)
 
 
 def has_free(monkeypatch, free):
@@ -307,22 +307,22 @@ def has_free(monkeypatch, free):
 def test_a_run_whose_checkpoints_do_not_fit_on_the_disk_is_refused(run, monkeypatch):
     content, folder, size = run
     has_free(monkeypatch, 4 * size)
-    memory.check_disk(load(content), VOCAB)
+    checkpoint.check_disk(load(content), VOCAB)
     has_free(monkeypatch, 4 * size - 1)
-    text = refusal(memory.check_disk, load(content), VOCAB)
+    text = refusal(checkpoint.check_disk, load(content), VOCAB)
     assert f"run.dir ({folder.parent}) must have room for 4 checkpoints at once" in text
     assert "write train.keep_last=1, free 1 B or write a run.dir with more room" in text
-    memory.check_disk(load(content, ["train.keep_last=1"]), VOCAB)
+    checkpoint.check_disk(load(content, ["train.keep_last=1"]), VOCAB)
     # Kept for good are those of steps 500 and 1000, of which the last is among the last.
     content["train"] |= {"keep_every": 500}
-    text = refusal(memory.check_disk, load(content), VOCAB)
+    text = refusal(checkpoint.check_disk, load(content), VOCAB)
     assert "room for 5 checkpoints" in text and "train.keep_every 500" in text
     has_free(monkeypatch, 2 * size)
-    text = refusal(memory.check_disk, load(content), VOCAB)
+    text = refusal(checkpoint.check_disk, load(content), VOCAB)
     assert "write train.keep_last=1 train.keep_every=null," in text
-    memory.check_disk(load(content, ["train.keep_last=1", "train.keep_every=null"]), VOCAB)
+    checkpoint.check_disk(load(content, ["train.keep_last=1", "train.keep_every=null"]), VOCAB)
     has_free(monkeypatch, size)
-    assert "keep_last=1" not in refusal(memory.check_disk, load(content), VOCAB)
+    assert "keep_last=1" not in refusal(checkpoint.check_disk, load(content), VOCAB)
 
 
 def test_checkpoints_that_are_there_already_need_no_room(run, monkeypatch):
@@ -333,9 +333,9 @@ def test_checkpoints_that_are_there_already_need_no_room(run, monkeypatch):
         with (path / "shard-00000.safetensors").open("wb") as file:
             file.truncate(size)
     has_free(monkeypatch, size)
-    memory.check_disk(load(content), VOCAB)
+    checkpoint.check_disk(load(content), VOCAB)
     has_free(monkeypatch, size - 1)
-    assert "free beside the" in refusal(memory.check_disk, load(content), VOCAB)
+    assert "free beside the" in refusal(checkpoint.check_disk, load(content), VOCAB)
 
 
 def test_a_small_disk_is_found_too_small(run, tmp_path):
@@ -345,7 +345,7 @@ def test_a_small_disk_is_found_too_small(run, tmp_path):
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a file system, and not everywhere")
     try:
-        text = refusal(memory.check_disk, load(run[0]), VOCAB)
+        text = refusal(checkpoint.check_disk, load(run[0]), VOCAB)
         assert f"but {small} has 1.05 MB free" in text
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -20,8 +20,9 @@ from lowbit_dist.checkpoint.finding import clear_partial, latest, newest_first, 
 from lowbit_dist.checkpoint.layout import FORMAT, MANIFEST, SUMS, Position
 from lowbit_dist.checkpoint.reading import Checkpoint
 from lowbit_dist.checkpoint.saver import Saver
+from lowbit_dist.checkpoint.space import check_disk, checkpoint_bytes
 
 __all__ = [
-    "FORMAT", "MANIFEST", "SUMS", "Checkpoint", "Position", "Saver", "clear_partial", "latest",
-    "newest_first", "resolve",
+    "FORMAT", "MANIFEST", "SUMS", "Checkpoint", "Position", "Saver", "check_disk", "checkpoint_bytes",
+    "clear_partial", "latest", "newest_first", "resolve",
 ]  # fmt: skip

@@ -34,11 +34,11 @@ def check(config: RunConfig) -> None:
 
     tracking.check(config)
     if finished(config) is None:
-        from lowbit_dist import memory
+        from lowbit_dist import checkpoint, memory
 
         if not address:
             memory.check_memory(config.with_workers(n), manifest.vocab_size, memory.local_budget(config))
-        memory.check_disk(config, manifest.vocab_size)
+        checkpoint.check_disk(config, manifest.vocab_size)
     check_folder(config)  # last: a refused launch leaves nothing behind
 
 

@@ -6,10 +6,9 @@ tensors have no storage (`simulation`, `fake`). `measure` looks at a worker's li
 (`live`), and `compare` sets the largest worker's measurement against the plans of the two baselines. All
 answer with the same names (`report`).
 
-Before a run starts, `check_memory` and `check_disk` refuse what does not fit (`fitting`, `machine`, `disk`).
+Before a run starts, `check_memory` refuses what does not fit (`fitting`, `machine`).
 """
 
-from lowbit_dist.memory.disk import check_disk, checkpoint_bytes
 from lowbit_dist.memory.fitting import check_memory, fits_here
 from lowbit_dist.memory.live import measure, track_peak
 from lowbit_dist.memory.machine import MemoryBudget, local_budget
@@ -20,9 +19,7 @@ __all__ = [
     "COMPONENTS",
     "MemoryBudget",
     "baselines",
-    "check_disk",
     "check_memory",
-    "checkpoint_bytes",
     "compare",
     "fits_here",
     "largest",

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lowbit_dist import configfile
+from lowbit_dist.checkpoint import checkpoint_bytes
 from lowbit_dist.config import PRESETS, ConfigError, RunConfig, Sizes
 from lowbit_dist.errors import in_bytes, plain
-from lowbit_dist.memory.disk import checkpoint_bytes
 from lowbit_dist.memory.machine import MemoryBudget, local_budget
 from lowbit_dist.memory.plan import planned
 
@@ -98,8 +98,7 @@ def _is_small(config: RunConfig, vocab_size: int, budget: MemoryBudget) -> bool:
     if sizes is None:
         return False
     n = 1.1 * (_linear_parameters(sizes) + 2 * vocab_size * sizes.hidden_size)
-    per_layer = 32 * sizes.hidden_size + 12 * sizes.intermediate_size
-    per_layer += 2 * sizes.heads * config.data.seq_len
+    per_layer = 32 * sizes.hidden_size + 12 * sizes.intermediate_size + 2 * sizes.heads * config.data.seq_len
     tokens = config.train.micro_batch * config.data.seq_len
     # Weights, gradients and states whole on each worker, twice for what is copied inside a step.
     bound = 64 * n + 4 * tokens * (sizes.layers * per_layer + 10 * vocab_size) + (64 << 20)
@@ -148,10 +147,8 @@ def _ladders(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, lis
     yield "activations", [{"train.activation_checkpointing": True}] * (not train.activation_checkpointing)
     halves = [train.micro_batch >> i for i in range(1, train.micro_batch.bit_length())]
     yield "activations transient", [{"train.micro_batch": size} for size in halves]
-    yield (
-        "low_bit_weights",
-        [{"zero.residency": "sharded"}] * (config.zero.residency == "replicated" and n > 1),
-    )
+    is_replicated = config.zero.residency == "replicated" and n > 1
+    yield "low_bit_weights", [{"zero.residency": "sharded"}] * is_replicated
     yield "other_weights gradients optimizer_states transient", [{"zero.stage": 3}] * (stage in (0, 1, 2))
     # More workers where there are places for them, for each has less; else fewer, for each has more.
     numbers = range(n + 1, budget.most_workers + 1) or range(0 if budget.on_gpu else n - 1, 0, -1)

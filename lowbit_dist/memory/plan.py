@@ -7,8 +7,9 @@ from typing import Any
 from lowbit_dist import configfile
 from lowbit_dist.config import RunConfig
 from lowbit_dist.memory.report import largest, report
-from lowbit_dist.memory.resident import parameters, resident, shapes
+from lowbit_dist.memory.resident import parameters, resident
 from lowbit_dist.memory.simulation import simulate_step
+from lowbit_dist.model import shapes
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:

@@ -4,36 +4,12 @@ It is what `live.measure` finds on the engine, simulated or real, without an eng
 baselines' while it trains.
 """
 
-from functools import lru_cache
-from math import prod
-
-import torch
 from torch import nn
 
 from lowbit_dist import model as models
-from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.memory.report import RESIDENT, Parameters
-from lowbit_dist.optim.rule import Rule
-
-_built = lru_cache(maxsize=8)(models.build)
-
-
-def shapes(config: RunConfig, vocab_size: int) -> nn.Module:
-    """The run's model on the meta device, made once for all who only read it."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return _built(config.model, vocab_size, config.method, dtype)
-
-
-def state_bytes(rule: Rule, numel: int) -> int:
-    """Of an optimizer's slots for so many elements."""
-    return sum(ops.Stored.zeros(slot, numel, rule.states, "meta").nbytes for slot in rule.slots)
-
-
-def scale_bytes(config: RunConfig, shape: tuple[int, ...]) -> int:
-    """Of a low-bit weight's float32 scales, which every worker has."""
-    return 4 * (prod(shape) // models.scale_every(config.method, shape))
 
 
 def parameters(config: RunConfig, model: nn.Module) -> Parameters:
@@ -57,7 +33,7 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
         n = sum(numels) if stage == 0 else flat_numel(sum(numels), workers)
         parts = numels if stage == 0 else [n // workers]
         sizes["other_weights"] = n * itemsize + (sum(parts) * (master if stage == 0 else 4))
-        sizes["optimizer_states"] = sum(state_bytes(config.optimizer, part) for part in parts)
+        sizes["optimizer_states"] = sum(config.optimizer.state_bytes(part) for part in parts)
         return sizes
     low_bit = set(models.low_bit_names(model, config.method))
     for name, p in model.named_parameters():
@@ -66,11 +42,11 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
         if name in low_bit:
             sizes["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
-            sizes["scales"] += scale_bytes(config, tuple(p.shape))
+            sizes["scales"] += 4 * models.n_scales(config.method, tuple(p.shape))
         else:
             sizes["other_weights"] += part * (itemsize + master)
         sizes["gradients"] += part * config.gradient_bytes(workers)
-        sizes["optimizer_states"] += state_bytes(config.optimizer, min(part, n))
+        sizes["optimizer_states"] += config.optimizer.state_bytes(min(part, n))
     return sizes
 
 

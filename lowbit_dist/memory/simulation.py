@@ -17,8 +17,8 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.memory.fake import fake_worker
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
-from lowbit_dist.memory.resident import flat_numel, shapes
-from lowbit_dist.model import low_bit_names
+from lowbit_dist.memory.resident import flat_numel
+from lowbit_dist.model import low_bit_names, shapes
 
 LONGEST = 4  # blocks; longer models are extrapolated from so many
 
@@ -69,10 +69,9 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
             config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method)
         )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
-        meter, blocks = _Phases(), _blocks(model)
+        meter, warm, ends, blocks = _Phases(), StorageMeter(), [], _blocks(model)
         for p in (p for block in blocks[: len(blocks) // 2] for p in block.parameters()):
             p.register_post_accumulate_grad_hook(lambda _: meter.begin("late"))
-        warm, ends = StorageMeter(), []
         for block in blocks[-2:]:
             block.register_forward_hook(lambda *_: ends.append(warm.now))
         # ZeRO-3 records the order of modules in its first pass, and fetches ahead by it in the others.

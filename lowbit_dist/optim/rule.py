@@ -44,6 +44,12 @@ class Rule(Section):
         if "update" in cls.__dict__ and "fused" not in cls.__dict__:
             cls.fused = None
 
+    def state_bytes(self, numel: int) -> int:
+        """Of the slots of so many elements."""
+        from lowbit_dist.ops import Stored
+
+        return sum(Stored.zeros(slot, numel, self.states, "meta").nbytes for slot in self.slots)
+
     def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
         """The direction u, then the new value of each slot.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.linear import values
+from lowbit_dist.model import DTYPES
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
 from lowbit_dist.zero.stage3 import PackedZero3, Update
@@ -56,7 +57,7 @@ class Engine:
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        dtype = DTYPES[config.precision]
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
             self._partitioner.adopt(model, initial, config.method, set(low_bit))

@@ -8,8 +8,7 @@ import torch
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import in_bytes
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.memory.resident import scale_bytes, shapes, state_bytes
-from lowbit_dist.model import low_bit_names
+from lowbit_dist.model import low_bit_names, n_scales, shapes
 
 # Names, shapes and offsets, measured on written checkpoints: of a parameter in each worker's file and in the
 # manifest, and of the configuration and the hashes.
@@ -62,10 +61,10 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     low_bit, workers = set(low_bit_names(model, config.method)), config.workers
     stored, total = config.method.stored, 0
     for name, p in model.named_parameters():
-        total += state_bytes(config.optimizer, p.numel())
+        total += config.optimizer.state_bytes(p.numel())
         if stored is not None and name in low_bit:
             total += p.numel() // BLOCK * stored.bytes_per_block
-            total += scale_bytes(config, tuple(p.shape)) // 2  # float16 on the disk
+            total += torch.float16.itemsize * n_scales(config.method, tuple(p.shape))
         else:
             total += torch.float32.itemsize * p.numel()
     n = len(list(model.parameters()))
