@@ -252,10 +252,23 @@ def children(pid):
     return found
 
 
+def train(content):
+    from lowbit_dist import loop
+
+    return loop.run(configuration(content))
+
+
 @pytest.fixture(scope="module")
-def results():
-    """Digests of finished runs, by name: tests run in this file's order."""
+def digests():
     return {}
+
+
+@pytest.fixture
+def undisturbed(run, ranks, digests):
+    """The digest of the run in processes that nobody stops."""
+    if not digests:
+        digests["alone"] = ranks(2).run(train, run("alone"))[0]["digest"]
+    return digests["alone"]
 
 
 def left_behind(pid, with_folder=True):
@@ -274,7 +287,7 @@ def left_behind(pid, with_folder=True):
 
 
 @pytest.mark.integration
-def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run, tmp_path, results):
+def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run, tmp_path, undisturbed):
     process = shell(run("undisturbed"), tmp_path)
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0, stderr
@@ -288,7 +301,7 @@ def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run
         assert words in stderr
     assert left_behind(process.pid) == []
     assert not (tmp_path / "undisturbed" / ".ray").exists()
-    results["digest"] = summary["digest"]
+    assert summary["digest"] == undisturbed
 
     # The same command again has nothing to do, and needs no Ray for it.
     told = Told()
@@ -296,9 +309,10 @@ def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run
     assert told.attempts == 0
     # Nor has it with a store that does not know the run yet, which then gets all of it.
     uri = f"sqlite:///{tmp_path}/later.db"
-    assert (
-        cluster.launch(configuration(run("undisturbed", tracking={"mlflow": uri})), progress=told) == summary
-    )
+    later = cluster.launch(configuration(run("undisturbed", tracking={"mlflow": uri})), progress=told)
+    number = (tmp_path / "undisturbed" / ".mlflow_run_id").read_text()
+    assert later == summary | {"mlflow_run_id": number}
+    assert later == json.loads((tmp_path / "undisturbed" / "summary.json").read_text())
     assert told.attempts == 0
     assert mlflow_run(uri, tmp_path / "undisturbed") == ("FINISHED", list(range(1, STEPS + 1)))
 
@@ -327,9 +341,9 @@ def mlflow_run(uri, run_dir):
     return client.get_run(run_id).info.status, sorted(point.step for point in points)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left_alone(
-    run, tmp_path, results
+    run, tmp_path, undisturbed
 ):
     folder, uri = tmp_path / "abused", f"sqlite:///{tmp_path}/mlflow.db"
     content = run("abused", tracking={"mlflow": uri})
@@ -392,14 +406,14 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     assert process.returncode == 0, stderr
     assert left_behind(process.pid) == []
     summary = json.loads(stdout)
-    assert summary["digest"] == results["digest"]
+    assert summary["digest"] == undisturbed
     assert summary["restarts"] == 4
     assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
     assert rows(folder) == list(range(1, STEPS + 1))
     assert not (folder / ".stop").exists()
 
 
-def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_alone(run, results, ray):
+def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_alone(run, undisturbed, ray):
     killed = []
 
     def kill(row):
@@ -415,10 +429,10 @@ def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_
     assert told.attempts == 2
     assert any(" died (" in text and "restart 1 of at most 10" in text for text in told.said), told.said
     assert summary["restarts"] == 1
-    assert summary["digest"] == results["digest"]
+    assert summary["digest"] == undisturbed
 
 
-def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(run, results, ray):
+def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(run, undisturbed, ray):
     stopped, found = [], []
 
     def stop(row):
@@ -438,7 +452,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(r
     (pid, began), (noticed,) = stopped[0], found
     assert 8 - 2 * heartbeat.EVERY <= noticed - began <= 8 + 30
     assert summary["restarts"] == 1
-    assert summary["digest"] == results["digest"]
+    assert summary["digest"] == undisturbed
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log
     assert "does not run: no progress after step" in log

@@ -158,7 +158,7 @@ def test_nothing_is_proposed_where_nothing_fits():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("preset", ["tiny", "1b"])
+@pytest.mark.parametrize("preset", ["tiny", pytest.param("1b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [{"name": "dqt"}, {"name": "bitnet"}])
 def test_what_is_let_through_without_a_simulation_fits(method, preset, checkpointing):
     for micro_batch, stage in ((1, None), (8, 0)):

@@ -423,7 +423,11 @@ def check_plan(case, world, ranks):
     assert plan == {name: largest[name] for name in plan}
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{WORLDS[n % 4]}-{CASES[n]}")
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[pytest.mark.slow] if n % 3 else []) for n in range(len(CASES))],
+    ids=lambda n: f"{WORLDS[n % 4]}-{CASES[n]}",
+)
 def test_the_plan_is_what_is_measured(number, ranks):
     check_plan(CASES[number], WORLDS[number % 4], ranks)
 
@@ -475,11 +479,15 @@ def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
 @pytest.mark.parametrize(
     ("workers", "case"),
     [
-        (2, {"precision": "bf16"}),
-        (3, {"train": CHECKPOINTED}),
+        pytest.param(2, {"precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param(3, {"train": CHECKPOINTED}, marks=pytest.mark.slow),
         (2, {"train": CHECKPOINTED, "precision": "bf16", "zero": {"residency": "replicated"}}),
         (3, {"method": {"name": "dense"}, "zero": {"stage": 1}, "train": CHECKPOINTED}),
-        (3, {"method": {"name": "dense"}, "zero": {"stage": 2}, "train": CHECKPOINTED}),
+        pytest.param(
+            3,
+            {"method": {"name": "dense"}, "zero": {"stage": 2}, "train": CHECKPOINTED},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

@@ -326,6 +326,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "| first | 1 |" in parent.data.tags["mlflow.note.content"]
     assert {each.path for each in client(store).list_artifacts(parent.info.run_id)} == {
         "sweep.yaml", "comparison.md", "comparison.csv", "loss-against-tokens.png", "loss-against-bytes.png",
+        "flips-per-layer.png",
     }  # fmt: skip
     children = client(store).search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"

@@ -356,6 +356,21 @@ def test_a_request_that_fails_in_the_middle_is_repeated_without_doubles(config, 
     assert steps(store, tracker.run_id, "tokens") == [1, 2, 3]
 
 
+def test_rows_that_are_cut_and_measured_again_before_they_were_sent_are_sent_once(config, store):
+    away = store.parent / "cut"
+    tracker = Tracked(config(f"sqlite:///{away}/mlflow.db", name="cut"))
+    for step in (1, 2, 3, 4):
+        tracker.log(step, {"loss": 1.0, "tokens": step})
+    wait(lambda: tracker.failed)
+    tracker.rewind(2)
+    for step in (3, 4, 5):
+        tracker.log(step, {"loss": 2.0, "tokens": step})
+    away.symlink_to(store.parent)
+    tracker.finish("FINISHED", SUMMARY)
+    points = client(store).get_metric_history(tracker.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+
+
 def test_many_rows_are_sent_in_requests_of_the_size_that_mlflow_takes(config, store):
     tracker = Tracked(config(name="many"))
     names = [f"memory/part{i}" for i in range(300)]

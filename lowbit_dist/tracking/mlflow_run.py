@@ -35,7 +35,8 @@ class MlflowRun(Feeder):
         self.config = config
         self.last = 0  # the newest step that MLflow has
         self.tail = Tail(config.run_dir / METRICS)
-        self.rows: deque[dict[str, Any]] = deque(self.tail.rows())
+        self.rows: deque[dict[str, Any]] = deque()  # that MLflow may lack, their steps rising
+        self._read()
         self.before = self.rows[-1]["time"] if self.rows else 0.0  # of the newest row before this start
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
@@ -109,10 +110,17 @@ class MlflowRun(Feeder):
 
     def _is_behind(self) -> bool:
         # MLflow takes seconds to import: not before the first step, for which all workers wait.
-        self.rows.extend(self.tail.rows())
+        self._read()
         if not self.rows:
             return False
         return self.client is not None or self.closing.is_set() or self.rows[-1]["time"] > self.before
+
+    def _read(self) -> None:
+        for row in self.tail.rows():
+            # A resumed run measures steps again, and the file that its rows were cut from is read anew.
+            while self.rows and self.rows[-1]["step"] >= row["step"]:
+                self.rows.pop()
+            self.rows.append(row)
 
     def _catch_up(self) -> None:
         client = self._connected()
