@@ -172,9 +172,12 @@ def loss_against_bytes(
     return _saved(figure, path)
 
 
-def layer_heat(rows: Sequence[Mapping[str, Any]], metric: str, path: str | Path) -> Path:
+def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
     """Draw a number of every layer over a run, a strip for each; rows are those of `layers.jsonl`."""
-    names = [name for name in rows[-1]["layers"] if metric in rows[-1]["layers"][name]]
+    rows = [row for row in rows if any(metric in layer for layer in row["layers"].values())]
+    names = list(
+        dict.fromkeys(name for row in rows for name in row["layers"] if metric in row["layers"][name])
+    )
     values = [[row["layers"].get(name, {}).get(metric, math.nan) for row in rows] for name in names]
     figure, axes = _figure(7.2, min(12.0, 1.6 + 0.16 * len(names)))
     edges = [row["step"] for row in rows]

@@ -67,7 +67,7 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
             for run in members
         ],
         **{name: _spread([values[name] for values in measured]) for name in MEASURES},
-        "layer_flips": _layer_flips(members),
+        "layer_flips": _layer_flips(finished),
     }
 
 
@@ -109,7 +109,7 @@ def _curve(run: RunFolder) -> list[tuple[float, float]]:
 
 
 def _layer_flips(members: Sequence[RunFolder]) -> dict[str, float]:
-    """Layer -> its flip rate, the mean over the log steps of all runs; layers in the order of the model."""
+    """Layer -> its flip rate, the mean over the log steps of the runs; layers in the order of the model."""
     rates: dict[str, list[float]] = {}
     for run in members:
         for name, values in runs.layer_flips(run.folder).items():

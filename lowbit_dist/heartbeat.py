@@ -114,3 +114,10 @@ def read(run_dir: Path, start: int | None = None) -> list[dict[str, Any]]:
         if isinstance(content, dict) and (start is None or content.get("start") == start):
             workers.append(content)
     return sorted(workers, key=lambda worker: worker["rank"])
+
+
+def newest(run_dir: Path) -> list[dict[str, Any]]:
+    """The same of the newest start: a worker that was killed leaves its file behind."""
+    workers = read(run_dir)
+    start = max((worker.get("start", 0) for worker in workers), default=0)
+    return [worker for worker in workers if worker.get("start", 0) == start]

@@ -9,6 +9,7 @@ Rows are in order, each step once, and no line stays torn, whatever happens to t
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -124,23 +125,30 @@ class Tail:
     def __init__(self, path: Path, *, from_end: bool = False):
         self.path, self.from_end = path, from_end
         self.position = path.stat().st_size if from_end and path.exists() else 0
-        self._inode: int | None = None
+        self._last = b""  # the line before the position, by which a file that was replaced is told
 
     def lines(self) -> list[str]:
         """Those that are new; what has no newline yet is left for the next time."""
         try:
             with self.path.open("rb") as file:
-                inode, size = os.fstat(file.fileno()).st_ino, file.seek(0, os.SEEK_END)
-                is_replaced = inode != self._inode or size < self.position
-                if is_replaced and not self.from_end:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, min(self.position, size) - len(self._last)))
+                if (size < self.position or file.read(len(self._last)) != self._last) and not self.from_end:
                     self.position = 0
-                self._inode, self.position = inode, min(self.position, size)
+                self.position = min(self.position, size)
                 file.seek(self.position)
-                complete, newline, _ = file.read().rpartition(b"\n")
+                new = file.read()
         except OSError:  # not there yet; or a shared file system is away, and what is new comes later
             return []
-        self.position += len(complete) + len(newline)
-        return complete.decode(errors="replace").splitlines()
+        complete = new[: new.rfind(b"\n") + 1]
+        self.position += len(complete)
+        lines = complete.splitlines(keepends=True)
+        self._last = lines[-1] if lines else self._last
+        return [line.decode(errors="replace").rstrip("\r\n") for line in lines]
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest of the rows that are new; the others are not looked at."""
+        return next(filter(None, map(_row, reversed(self.lines()))), None)
 
     def rows(self) -> list[dict[str, Any]]:
         """The same as rows; a line that a kill or a crash tore is none."""
@@ -149,18 +157,21 @@ class Tail:
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
     """Every complete row, each step once; a line that a kill or a crash tore is none."""
-    return [row for row, _ in _rows_and_ends(file)]
+    return [row for row, _, _ in _kept(file)]
 
 
-def _rows_and_ends(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Rows, and where in the file their lines end."""
+def _kept(file: Path, step: float = math.inf) -> Iterator[tuple[dict[str, Any], bytes, int]]:
+    """Rows up to `step`, their lines, and where in the file these end."""
+    if not file.exists():
+        return
     last, end = -1, 0
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
-        end += len(line)
-        row = _row(line)
-        if row is not None and row["step"] > last:
-            last = row["step"]
-            yield row, end
+    with file.open("rb") as lines:
+        for line in lines:
+            end += len(line)
+            row = _row(line) if line.endswith(b"\n") else None
+            if row is not None and last < row["step"] <= step:
+                last = row["step"]
+                yield row, line, end
 
 
 def _row(line: str | bytes) -> dict[str, Any] | None:
@@ -173,13 +184,12 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
 
 def cut(file: Path, step: int) -> None:
     """Keep the rows up to `step`."""
-    kept = [(row, end) for row, end in _rows_and_ends(file) if row["step"] <= step]
-    content = "".join(json.dumps(row) + "\n" for row, _ in kept).encode()
-    if not file.exists() or file.read_bytes() == content:
+    kept = [(len(line), end) for _, line, end in _kept(file, step)]
+    if not file.exists() or file.stat().st_size == sum(length for length, _ in kept):
         return
     try:
-        with atomic_write(file) as draft:
-            draft.write_bytes(content)
+        with atomic_write(file) as draft, draft.open("wb") as out:
+            out.writelines(line for _, line, _ in _kept(file, step))
     except OSError:
         # No room for a draft: the file is cut where it stands.
         os.truncate(file, kept[-1][1] if kept else 0)

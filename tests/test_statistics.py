@@ -139,7 +139,7 @@ def test_they_are_drawn(run, lowbit, tmp_path):
     from lowbit_dist import charts
 
     _, layers, folder = run(1, "drawn")
-    charts.layer_heat(layers, "flip_rate", tmp_path / "heat.png")
+    charts.layer_heat(layers, tmp_path / "heat.png")
     assert (tmp_path / "heat.png").stat().st_size > 5000
     shown = lowbit("watch", folder, "--once", "--layers").stdout
     assert "layers.1.mlp.down_proj" in shown and "flip rate of each layer" in shown

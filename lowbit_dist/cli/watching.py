@@ -84,13 +84,12 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
     workers: list[dict[str, Any]] = [
         {key: worker.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
         | {"age_seconds": max(0.0, now - worker.get("time", 0.0))}
-        for worker in heartbeat.read(folder)
+        for worker in heartbeat.newest(folder)
     ]
     is_alive = run.state == "running" or any(worker["age_seconds"] < HEARTBEAT_TIMEOUT for worker in workers)
     step = max([run.step, *(worker["step"] or 0 for worker in workers)])
     steps, rate = run.config.train.steps, run.last("tokens_per_second")
     left = (steps - step) * run.config.train.batch_tokens / rate if rate and is_alive else None
-    newest = run.rows[-1] if run.rows else {}
     return {
         "run": run.config.run.name,
         "folder": str(folder),
@@ -103,7 +102,7 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
         "seconds_left": left,
         "age_seconds": runs.age(run),
         **{key: run.last(key) for key in NUMBERS},
-        **{key: newest.get(key, 0) for key in COUNTS},
+        **{key: run.last(key) or 0 for key in COUNTS},
         "checkpoint": _checkpoint(folder, now),
         "resident_bytes": run.last("resident_bytes"),
         "components": _components(run),
@@ -145,8 +144,8 @@ def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
 
 
 def _components(run: "RunFolder") -> dict[str, Any]:
-    names = [key for row in run.rows[-1:] for key in row if key.startswith("memory/")]
-    return {name.removeprefix("memory/"): run.last(name) for name in names}
+    measured: dict[str, Any] = next((row for row in reversed(run.rows) if "resident_bytes" in row), {})
+    return {name.removeprefix("memory/"): n for name, n in measured.items() if name.startswith("memory/")}
 
 
 def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":

@@ -36,7 +36,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             tracking.catch_up(config, summary)
             return _numbered(config, summary)
         runs.note_failure(config.run_dir, None)
-        tracker = tracking.Tracker(config)
+        tracker = tracking.Tracker(config, progress.say)
         try:
             summary = train_until_done(config, progress, signals=signals)
         except Stopped:
@@ -46,7 +46,11 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             runs.note_failure(config.run_dir, error)
             tracker.finish("FAILED")
             raise
-        tracker.finish("FINISHED", summary)
+        signals.are_noted = True  # the run is done; the next signal ends this at once
+        try:
+            tracker.finish("FINISHED", summary)
+        finally:
+            signals.are_noted = False
         return _numbered(config, summary)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from lowbit_dist.tracking.stores import make_database, resolve, sqlite_file, sql
 
 POLL = 1.0  # seconds between looks for something new
 RETRY_SECONDS = 30.0  # at most, between attempts to reach a store that does not answer
-FLUSH_SECONDS = 60.0  # for a slow store to take the rest, at the end
+FLUSH_SECONDS = 60.0  # that the end waits for a store which takes nothing
 log = logging.getLogger(__name__)
 
 
@@ -31,13 +32,16 @@ class Feeder(ABC):
         self.client: Any = None  # an MlflowClient while the store answers
         self.run_id = run_id
         self.failed = False  # the last attempt
+        self.progressed = 0.0  # when the store last took something
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
 
     def close(self) -> bool:
         """Let the store have everything, but do not wait for one that does not answer; whether it has."""
         self.closing.set()
-        self.thread.join(timeout=FLUSH_SECONDS)
+        self.progressed = time.monotonic()
+        while self.thread.is_alive() and time.monotonic() < self.progressed + FLUSH_SECONDS:
+            self.thread.join(timeout=0.1)
         return not self.thread.is_alive() and not self._is_behind()
 
     @abstractmethod
@@ -74,6 +78,7 @@ class Feeder(ABC):
             self.failed = True
             return False
         self.failed = False
+        self.progressed = time.monotonic()
         return True
 
     def _connected(self) -> Any:

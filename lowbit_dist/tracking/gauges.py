@@ -7,7 +7,6 @@ age of a checkpoint grows between steps.  `launch/monitoring` draws these names.
 """
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -58,11 +57,9 @@ ROW = {
     "flip_rate": "lowbit_flip_rate",
     "skipped_steps": "lowbit_skipped_steps",
     "rollbacks": "lowbit_rollbacks",
-    "restarts": "lowbit_restarts",
 }
 BASELINE_NAMES = {"plan_dense": "AdamW fp32", "plan_bitnet": "BitNet STE"}
 SECONDS = 3.0  # between two times that everything is handed to Ray
-log = logging.getLogger(__name__)
 
 Values = dict[tuple[str, tuple[str, ...]], float]  # name, values of its tags -> value
 
@@ -76,11 +73,14 @@ class Gauges:
         self._of_rows: Values = {}  # what the rows have told so far
 
     def read(self) -> Values:
-        values: Values = {("lowbit_steps", ()): self.config.train.steps}
+        starts = heartbeat.count_starts(self.folder)
+        values: Values = {
+            ("lowbit_steps", ()): self.config.train.steps, ("lowbit_restarts", ()): max(0, starts - 1)
+        }  # fmt: skip
         for row in self._metrics.rows():
             self._of_rows |= {(ROW[key], ()): float(x) for key, x in row.items() if key in ROW}
-        for row in self._layers.rows()[-1:]:
-            for name, numbers in row["layers"].items():
+        if (newest := self._layers.newest()) is not None:
+            for name, numbers in newest["layers"].items():
                 if "flip_rate" in numbers:
                     layer = name.removeprefix("model.").removesuffix(".weight")
                     self._of_rows["lowbit_layer_flip_rate", (layer,)] = numbers["flip_rate"]
@@ -88,7 +88,7 @@ class Gauges:
 
     def _of_workers(self) -> Values:
         values: Values = {}
-        workers = heartbeat.read(self.folder)
+        workers = heartbeat.newest(self.folder)
         if workers:
             values["lowbit_workers", ()] = len(workers)
             values["lowbit_step", ()] = max(worker["step"] for worker in workers)
@@ -154,5 +154,9 @@ def _export(gauges: Gauges, is_over: threading.Event) -> None:
             is_well = True
         except Exception as error:  # whatever happens to the metrics, training continues
             if is_well:
-                log.warning("Ray takes no metrics (%s: %s); training continues", type(error).__name__, error)
+                why = f"{type(error).__name__}: {error}"
+                # As the run's log has its lines, which the launcher shows.
+                print(
+                    time.strftime("%H:%M:%S"), f"Ray takes no metrics ({why}); training continues", flush=True
+                )
             is_well = False

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import atomic_write
-from lowbit_dist.record import METRICS, Tail
+from lowbit_dist.record import METRICS, Tail, rows_of
 from lowbit_dist.tracking.feeder import Feeder
 from lowbit_dist.tracking.stores import without_password
 
@@ -29,15 +29,15 @@ class MlflowRun(Feeder):
 
     meanwhile = "training continues, and rows wait until it does"
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, say: Callable[[str], None]):
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"
         super().__init__(config.tracking.mlflow, noted_run_id(config.run_dir))
-        self.config = config
+        self.config, self.say = config, say
         self.last = 0  # the newest step that MLflow has
         self.tail = Tail(config.run_dir / METRICS)
         self.rows: deque[dict[str, Any]] = deque()  # that MLflow may lack, their steps rising
         self._read()
-        self.before = self.rows[-1]["time"] if self.rows else 0.0  # of the newest row before this start
+        self.old = {row["time"] for row in self.rows}  # of the rows that were there before this start
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
         self.told = False
@@ -45,13 +45,18 @@ class MlflowRun(Feeder):
             (config.run_dir / COMPLETE).unlink(missing_ok=True)
         self.thread.start()
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.rows) or self.last > 0 or bool(rows_of(self.tail.path))
+
     def finish(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
         """Send what is left, then the files, and end the run as FINISHED, FAILED or KILLED."""
         is_complete = self.close()
         if is_complete:
-            actions = [*(partial(self._upload, file) for file in files), partial(self._end, status, summary)]
-            taken = [self._attempt(action) for action in actions]  # each of them, whatever becomes of others
-            is_complete = all(taken)
+            # The status first; a store that does not take one of these is not asked for the others.
+            actions = [partial(self._end, status, summary), *(partial(self._upload, file) for file in files)]
+            is_complete = all(self._attempt(action) for action in actions)
         if not is_complete:
             log.warning(
                 "MLflow at %s did not get all of the run; when the run is started again, it gets the rest "
@@ -92,7 +97,7 @@ class MlflowRun(Feeder):
         self.last = max((point.step for history in histories for point in history), default=0)
         if not self.told:
             self.told = True
-            log.info("MLflow: %s", link(self.uri, run.info.experiment_id, run.info.run_id))
+            self.say(f"MLflow: {link(self.uri, run.info.experiment_id, run.info.run_id)}")
 
     def _note(self) -> None:
         """Keep the run's number in the folder, where the next start finds it."""
@@ -113,7 +118,7 @@ class MlflowRun(Feeder):
         self._read()
         if not self.rows:
             return False
-        return self.client is not None or self.closing.is_set() or self.rows[-1]["time"] > self.before
+        return self.client is not None or self.closing.is_set() or self.rows[-1]["time"] not in self.old
 
     def _read(self) -> None:
         for row in self.tail.rows():

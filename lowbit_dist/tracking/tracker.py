@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 class Tracker:
     """Brings MLflow, if the run has one, what its folder has; from now until `finish`."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, say: Callable[[str], None] = log.info):
+        """say: told where MLflow shows the run"""
         self.config = config
-        self._mlflow = None if config.tracking.mlflow is None else MlflowRun(config)
+        self._mlflow = None if config.tracking.mlflow is None else MlflowRun(config, say)
 
     @property
     def run_id(self) -> str | None:
@@ -33,32 +34,41 @@ class Tracker:
         A run that has measured nothing is not begun in MLflow.
         """
         folder = self.config.run_dir
-        rows, layers = rows_of(folder / METRICS), rows_of(folder / LAYERS)
-        drawings: dict[str, Callable[[Path], object]] = {}
-        if any("loss" in row for row in rows):
-            drawings["loss.png"] = partial(charts.loss_curve, rows, title=self.config.run.name)
-        if any("flip_rate" in layer for row in layers for layer in row["layers"].values()):
-            drawings["flips.png"] = partial(charts.layer_heat, layers, "flip_rate")
-        if summary is not None:
-            drawings["memory.png"] = partial(
-                charts.memory_bars, charts.bytes_per_parameter(summary["memory"])
-            )
-        drawn = [folder / name for name, draw in drawings.items() if _is_drawn(folder / name, draw)]
-        if self._mlflow is not None and (rows or noted_run_id(folder) is not None):
-            files = [folder / "config.yaml", *drawn, *([folder / LAYERS] if layers else [])]
-            self._mlflow.finish(status, files, summary or {})
-        elif self._mlflow is not None:
+        pictures = _draw(self.config, summary)
+        if self._mlflow is None:
+            return
+        if self._mlflow.has_rows or noted_run_id(folder) is not None:
+            files = [folder / name for name in ("config.yaml", LAYERS) if (folder / name).exists()]
+            self._mlflow.finish(status, files + pictures, summary or {})
+        else:
             self._mlflow.close()
 
 
-def _is_drawn(file: Path, draw: Callable[[Path], object]) -> bool:
-    try:
-        with atomic_write(file) as draft:
-            draw(draft)
-    except OSError as error:
-        log.warning("%s is not drawn (%s)", file, error.strerror or error)
-        return False
-    return True
+def _draw(config: RunConfig, summary: Mapping[str, Any] | None) -> list[Path]:
+    """The pictures for which there is something to draw; whatever becomes of them, the run ends as it did."""
+    folder, drawn = config.run_dir, []
+    drawings: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
+        "loss.png": (lambda: _with("loss", folder), partial(charts.loss_curve, title=config.run.name)),
+        "flips.png": (lambda: rows_of(folder / LAYERS), charts.layer_heat),
+        "memory.png": (
+            lambda: summary and charts.bytes_per_parameter(summary["memory"]), charts.memory_bars
+        ),
+    }  # fmt: skip
+    for name, (content, draw) in drawings.items():
+        try:
+            if there := content():
+                with atomic_write(folder / name) as draft:
+                    draw(there, draft)
+                drawn.append(folder / name)
+        except Exception as error:
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            log.warning("%s is not drawn (%s)", folder / name, why)
+    return drawn
+
+
+def _with(key: str, folder: Path) -> list[dict[str, Any]]:
+    rows = rows_of(folder / METRICS)
+    return rows if any(key in row for row in rows) else []
 
 
 def catch_up(config: RunConfig, summary: Mapping[str, Any]) -> bool:
