@@ -127,8 +127,7 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 def _remedies(config: RunConfig, budget: MemoryBudget, part: str) -> Iterator[Changes]:
     """What makes workers smaller: one change, those that cut `part` first; several; a smaller model."""
-    ladders = [(cuts, choices) for cuts, choices in _ladders(config, budget) if choices]
-    ladders.sort(key=lambda ladder: part not in ladder[0])
+    ladders = sorted((one for one in _ladders(config, budget) if one[1]), key=lambda one: part not in one[0])
     together: Changes = {}
     for _, choices in ladders:
         yield from choices

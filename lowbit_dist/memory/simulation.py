@@ -52,7 +52,7 @@ def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
 def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool = False) -> Step:
     """The second step of a worker whose model, on the meta device, this is.
 
-    `briefly`: the second pass of the first step instead, if there are two, which differs by some bytes.
+    `briefly`: from the second pass of its first step, if there are two.
     """
     passes = min(2, config.accumulation(workers))  # the second adds to the gradients of the first
     numel = passes * workers * config.train.micro_batch * config.data.seq_len
@@ -74,8 +74,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
             p.register_post_accumulate_grad_hook(lambda _: meter.begin("late"))
         for block in blocks[-2:]:
             block.register_forward_hook(lambda *_: ends.append(warm.now))
-        # ZeRO-3 records the order of modules in its first pass, and fetches ahead by it in the others.
-        n_steps = 1 if briefly else 2
+        n_steps = 1 if briefly else 2  # ZeRO-3 fetches ahead in the order of its first pass
         for n in range(n_steps):
             with engine.step(ops.Now(lr=0.0, weight_decay=0.0, step=n + 1, seed=0)) as step:
                 for i in range(passes):
@@ -83,11 +82,13 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
                         sample = sampled.enter_context(track_peak(engine, meter))
                     meter.begin("early")
                     with warm if not n + i else nullcontext():
-                        step.backward(tokens)
+                        left = step.backward(tokens).nbytes
                 meter.begin("update")
         meter.begin("early")
         sampled.close()
         engine.close()
+    if briefly:  # the first pass's loss is there until the second has its own
+        meter.peaks |= {phase: meter.peaks[phase] + left for phase in ("early", "late")}
     return Step(sample["activations"], **meter.peaks, block=ends[1] - ends[0] if len(blocks) > 1 else 0)
 
 
