@@ -24,6 +24,11 @@ LAYERS = "layers.jsonl"
 log = logging.getLogger(__name__)
 
 
+def layer_name(weight: str) -> str:
+    """The name of a weight as people read it."""
+    return weight.removeprefix("model.").removesuffix(".weight")
+
+
 class Record:
     """What worker 0 writes of a run as it trains; the other workers have one that writes nothing."""
 
@@ -119,13 +124,15 @@ class Tail:
 
     A file that was replaced, as when a run resumes and rows after its checkpoint are cut, is read from its
     start again: its reader knows by their steps the rows that it had.  With `from_end`, only what comes
-    behind the present end is read, and of a replaced file what comes behind what was read.
+    behind the present end is read, and of a replaced file what comes behind what was read, in whole lines.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False):
         self.path, self.from_end = path, from_end
-        self.position = path.stat().st_size if from_end and path.exists() else 0
+        self.position = 0
         self._last = b""  # the line before the position, by which a file that was replaced is told
+        if from_end:
+            self.lines()
 
     def lines(self) -> list[str]:
         """Those that are new; what has no newline yet is left for the next time."""
@@ -133,9 +140,9 @@ class Tail:
             with self.path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, min(self.position, size) - len(self._last)))
-                if (size < self.position or file.read(len(self._last)) != self._last) and not self.from_end:
-                    self.position = 0
-                self.position = min(self.position, size)
+                if size < self.position or file.read(len(self._last)) != self._last:
+                    file.seek(0)  # replaced: rows that were measured again are not as long as they were
+                    self.position = file.read(self.position).rfind(b"\n") + 1 if self.from_end else 0
                 file.seek(self.position)
                 new = file.read()
         except OSError:  # not there yet; or a shared file system is away, and what is new comes later
