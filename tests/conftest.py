@@ -1,6 +1,5 @@
 """What several test files share: prepared data and living ranks, made once per session."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -49,13 +48,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from preparing import prepare_alone
 
     from lowbit_dist import tokenizer
+    from lowbit_dist.files import locked
 
     sources = [str(Path(module_with_source.__file__).parent), str(Path(os.__file__))]
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "corpus"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / "lock"):
         words, out = folder / "tokenizer", folder / "data"
         if not out.exists():
             tokenizer.train(sources, 512, words)

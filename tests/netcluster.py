@@ -6,7 +6,7 @@ as an NFS would be.  Ending its first process is a power cut; taking its end of 
 `ray start` runs under a loop, as a service manager runs it.  Needs root and iproute2.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from lowbit_dist.files import locked
 
 CLUSTERS = 8  # at once on a machine, as when tests run side by side
 
@@ -33,16 +35,12 @@ def why_not():
     return None
 
 
-def own_number():
-    """A number that no other cluster here has, and the open file that holds it until it is closed."""
+def own_number(stack):
+    """A number that no other cluster here has until the stack is closed."""
     for number in range(CLUSTERS):
-        file = Path(f"/tmp/lowbit-netcluster-{number}.lock").open("w")  # noqa: SIM115 (closed with the cluster)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-        else:
-            return number, file
+        with contextlib.suppress(BlockingIOError):
+            stack.enter_context(locked(Path(f"/tmp/lowbit-netcluster-{number}.lock"), timeout=0))
+            return number
     raise RuntimeError(f"{CLUSTERS} clusters of hosts run on this machine")
 
 
@@ -63,7 +61,8 @@ class NetCluster:
         self.variables = variables
         self.token = token
         self.processes = {}
-        self.number, self._lock = own_number()
+        self._lock = contextlib.ExitStack()
+        self.number = own_number(self._lock)
         here = Path(sys.executable).parent
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
