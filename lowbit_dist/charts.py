@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit_dist.record import layer_name
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -219,7 +221,7 @@ def layer_curves(
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("model.").removeprefix("layers.").removesuffix(".weight")
+    return layer_name(name).removeprefix("layers.")
 
 
 def _look(number: int) -> tuple[str, str, str]:

@@ -22,7 +22,8 @@ class Tracked:
 
     @property
     def run_id(self):
-        return self.tracker.run_id
+        mlflow = self.tracker._mlflow
+        return None if mlflow is None else mlflow.run_id
 
     @property
     def failed(self):

@@ -11,6 +11,7 @@ from lowbit_dist.cli import console, plots
 from lowbit_dist.cli.arguments import Json
 from lowbit_dist.config import ConfigError
 from lowbit_dist.errors import in_bytes
+from lowbit_dist.record import layer_name
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -235,8 +236,9 @@ def _layers(rates: Mapping[str, list[float]], width: int) -> "RenderableType":
     table = Table.grid(padding=(0, 2))
     table.add_row("[dim]flip rate of each layer", "", "[dim]now")
     for name, values in rates.items():
-        short = name.removeprefix("model.").removesuffix(".weight")
-        table.add_row(short, f"[cyan]{plots.spark(values, max(8, width // 3))}", f"{values[-1]:.3%}")
+        table.add_row(
+            layer_name(name), f"[cyan]{plots.spark(values, max(8, width // 3))}", f"{values[-1]:.3%}"
+        )
     return table
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowbit_dist import heartbeat
 from lowbit_dist.config import RunConfig
-from lowbit_dist.record import LAYERS, METRICS, Tail
+from lowbit_dist.record import LAYERS, METRICS, Tail, layer_name
 from lowbit_dist.runs import BASELINES, content
 
 # Name -> its meaning, and its tags besides `run`; Ray exports it as ray_NAME.
@@ -82,8 +82,7 @@ class Gauges:
         if (newest := self._layers.newest()) is not None:
             for name, numbers in newest["layers"].items():
                 if "flip_rate" in numbers:
-                    layer = name.removeprefix("model.").removesuffix(".weight")
-                    self._of_rows["lowbit_layer_flip_rate", (layer,)] = numbers["flip_rate"]
+                    self._of_rows["lowbit_layer_flip_rate", (layer_name(name),)] = numbers["flip_rate"]
         return values | self._of_rows | self._of_workers() | self._of_baselines() | self._of_checkpoint()
 
     def _of_workers(self) -> Values:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import atomic_write
-from lowbit_dist.record import METRICS, Tail, rows_of
+from lowbit_dist.record import METRICS, Tail
 from lowbit_dist.tracking.feeder import Feeder
 from lowbit_dist.tracking.stores import without_password
 
@@ -45,14 +45,11 @@ class MlflowRun(Feeder):
             (config.run_dir / COMPLETE).unlink(missing_ok=True)
         self.thread.start()
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether there is anything to tell."""
-        return bool(self.rows) or self.last > 0 or bool(rows_of(self.tail.path))
-
     def finish(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
-        """Send what is left, then the files, and end the run as FINISHED, FAILED or KILLED."""
+        """Send what is left, then end the run as FINISHED, FAILED or KILLED, with its files."""
         is_complete = self.close()
+        if is_complete and self.run_id is None:  # nothing was measured: it is not begun
+            return
         if is_complete:
             # The status first; a store that does not take one of these is not asked for the others.
             actions = [partial(self._end, status, summary), *(partial(self._upload, file) for file in files)]

@@ -10,7 +10,7 @@ from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import atomic_write
 from lowbit_dist.record import LAYERS, METRICS, rows_of
-from lowbit_dist.tracking.mlflow_run import COMPLETE, MlflowRun, noted_run_id
+from lowbit_dist.tracking.mlflow_run import COMPLETE, MlflowRun
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +23,6 @@ class Tracker:
         self.config = config
         self._mlflow = None if config.tracking.mlflow is None else MlflowRun(config, say)
 
-    @property
-    def run_id(self) -> str | None:
-        """Of the MLflow run; None without one, and while it could not be made."""
-        return None if self._mlflow is None else self._mlflow.run_id
-
     def finish(self, status: str, summary: Mapping[str, Any] | None = None) -> None:
         """Draw the charts, and end the MLflow run as FINISHED, FAILED or KILLED with all rows and files.
 
@@ -35,13 +30,9 @@ class Tracker:
         """
         folder = self.config.run_dir
         pictures = _draw(self.config, summary)
-        if self._mlflow is None:
-            return
-        if self._mlflow.has_rows or noted_run_id(folder) is not None:
+        if self._mlflow is not None:
             files = [folder / name for name in ("config.yaml", LAYERS) if (folder / name).exists()]
             self._mlflow.finish(status, files + pictures, summary or {})
-        else:
-            self._mlflow.close()
 
 
 def _draw(config: RunConfig, summary: Mapping[str, Any] | None) -> list[Path]:
