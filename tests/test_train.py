@@ -98,7 +98,7 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, sma
 
 
 TWELVE = {
-    "steps": 4, "batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "save_every": 2,
+    "steps": 3, "batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "save_every": 2,
 }  # fmt: skip
 SMALLER = {"layers": 1}
 
