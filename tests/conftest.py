@@ -62,6 +62,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def ray() -> Iterator[int]:
+    """A Ray session that launches of this process join, and that is not their own: its metrics port."""
+    from lowbit_dist.cluster import session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with session.ray_session(os.getppid(), print):
+            import ray
+
+            patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+            yield ray.nodes()[0]["MetricsExportPort"]
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n gloo processes, kept for the session."""

@@ -15,7 +15,7 @@ import pytest
 
 from lowbit_dist import cluster, configfile, heartbeat
 from lowbit_dist.checkpoint import FORMAT, Position
-from lowbit_dist.cluster import attempts, checks, session
+from lowbit_dist.cluster import attempts, checks
 from lowbit_dist.config import ConfigError
 
 STEPS, BATCH = 24, 512
@@ -40,7 +40,7 @@ class Told:
 
     @property
     def attempts(self):
-        return sum(text.startswith("starting 2 workers") for text in self.said)
+        return sum(text.startswith("starting ") and " worker" in text for text in self.said)
 
 
 def configuration(content):
@@ -62,16 +62,6 @@ def run(small):
         return content
 
     return make
-
-
-@pytest.fixture(scope="module")
-def ray():
-    """A Ray session that launches of this process join, and that is not their own."""
-    with pytest.MonkeyPatch.context() as patch, session.ray_session(os.getppid(), print):
-        import ray
-
-        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-        yield
 
 
 def shell(content, folder):
@@ -416,7 +406,12 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
 def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_killed_replaced(
     run, undisturbed, ray
 ):
-    stopped, found, killed = [], [], []
+    """And Ray's metrics have all of the run's gauges meanwhile."""
+    from test_monitoring import exported
+
+    from lowbit_dist.tracking import gauges
+
+    stopped, found, killed, told_by_ray = [], [], [], set()
 
     def harm(row):
         if row["step"] >= 6 and not stopped:
@@ -428,12 +423,13 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
             assert len(workers) == 2
             killed.append(workers[-1])
             os.kill(killed[0], signal.SIGKILL)
+        told_by_ray.update(name for name, run, *_ in exported(ray) if run == "harmed")
 
     def note(text):
         if "does not run" in text and not found:
             found.append(time.monotonic())
 
-    config = configuration(run("harmed", cluster={"hang_timeout": 8}))
+    config = configuration(run("harmed", cluster={"hang_timeout": 8}, train={"eval_every": 2}))
     told = Told(harm)
     told.say = lambda text: (told.said.append(text), note(text))
     summary = cluster.launch(config, progress=told)
@@ -444,6 +440,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
     assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said
     assert summary["restarts"] == 2
     assert summary["digest"] == undisturbed
+    assert told_by_ray == set(gauges.GAUGES)
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log
     assert "does not run: no progress after step" in log
@@ -528,17 +525,13 @@ def test_workers_get_their_folder_threads_and_interface_and_a_mistake_that_one_f
 
 def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers_own_words(run, ray):
     def work(settings):
-        import torch.distributed as dist
+        raise ValueError("weights do not fit\nwrong shape (3, 4)")
 
-        if dist.get_rank() == 1:
-            raise ValueError("weights do not fit\nwrong shape (3, 4)")
-        dist.barrier()
-
-    config, told = configuration(run("broken")), Told()
+    config, told = configuration(run("broken", cluster={"workers": 1})), Told()
     config.run_dir.mkdir()
     with pytest.raises(cluster.RunFailed) as error:
         attempts.train_until_done(config, told, work)
-    assert str(error.value).startswith("worker 1: ValueError: wrong shape (3, 4) after 1 restart")
+    assert str(error.value).startswith("worker 0: ValueError: wrong shape (3, 4) after 1 restart")
     assert told.attempts == 2
 
 
@@ -550,7 +543,8 @@ def test_no_failure_is_retried_when_none_is_allowed_and_mlflow_says_failed(run, 
                     os.kill(pid, signal.SIGKILL)
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    config = configuration(run("fragile", cluster={"max_failures": 0}, tracking={"mlflow": uri}))
+    alone = {"workers": 1, "max_failures": 0}
+    config = configuration(run("fragile", cluster=alone, tracking={"mlflow": uri}))
     told = Told(kill)
     with pytest.raises(cluster.RunFailed, match=r"worker \d died"):
         cluster.launch(config, progress=told)

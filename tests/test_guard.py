@@ -100,7 +100,8 @@ ALWAYS = ("ternary", "dense, stage 0")
     params=[pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in METHODS]
 )
 def method(request):
-    return {**METHODS[request.param], "train": {"steps": 7, "save_every": 7, "eval_every": 7}}
+    sections = {"model": {"layers": 1}, "train": {"steps": 7, "save_every": 7, "eval_every": 7}}
+    return {**METHODS[request.param], **sections}
 
 
 def test_wrong_steps_leave_what_a_run_without_them_has(method, ranks, small):

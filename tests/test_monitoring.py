@@ -331,6 +331,7 @@ def test_every_query_of_the_dashboard_finds_its_data(ray_port, process, tmp_path
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_launched_tells_all_of_its_gauges(ray_port, small, tmp_path):
     """In a terminal's process, whose child talks to Ray."""
     import ray

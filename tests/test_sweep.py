@@ -260,7 +260,7 @@ def test_a_sweep_runs_once_at_a_time(small, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(900)
 def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
-    small, store, corpus, tmp_path, monkeypatch, lowbit
+    small, store, corpus, ray, tmp_path, monkeypatch, lowbit
 ):
     monkeypatch.chdir(tmp_path)
     train = {"steps": 12, "batch_tokens": 256, "log_every": 2, "eval_every": 12, "save_every": 12}

@@ -48,6 +48,9 @@ def digest(ranks, world, configuration):
     return ranks(world).run(train, configuration)[0]["digest"]
 
 
+SMALLER = {"layers": 1}
+
+
 @pytest.mark.parametrize("grid", ["ternary", *slow(*((grid,) for grid in GRIDS[1:]))])
 def test_workers_residency_checkpointing_and_repetition_give_one_digest(grid, ranks, small):
     variants = {
@@ -91,7 +94,7 @@ def test_the_digest_sees_the_seed_and_the_learning_rate(ranks, small):
     ids=str,
 )  # fmt: skip
 def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, small):
-    halfway = {"train": {"save_every": 4}}
+    halfway = {"train": {"save_every": 4}, "model": SMALLER}
     expected = digest(ranks, 2, small(run={"name": "whole"}, **sections, **halfway))
     stopped = small(run={"name": "stopped"}, **sections, **halfway)
     ranks(2).run(train, stopped, stop_at=4)
@@ -101,9 +104,6 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, sma
 TWELVE = {
     "steps": 3, "batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "save_every": 2,
 }  # fmt: skip
-SMALLER = {"layers": 1}
-
-
 MATRIX = [(grid, states) for grid in GRIDS for states in ("int8", "fp32")]
 
 
