@@ -1,7 +1,7 @@
 """`lowbit config`: every field of a run's configuration, with its meaning, as the models say it."""
 
 import json
-import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +14,6 @@ from lowbit_dist.yamlfile import written
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-log = logging.getLogger(__name__)
 
 PAGE = """# The configuration of a run
 
@@ -97,7 +95,7 @@ def schema(*, installed: bool = True) -> dict[str, Any]:
     """The JSON schema of a run's file; what is installed and cannot be imported is said, and left out."""
     models, errors = _choices(installed=installed)
     for error in errors.values():
-        log.warning("%s", error)
+        print(f"lowbit: {error}", file=sys.stderr)
     return _schema(models)
 
 
@@ -131,7 +129,7 @@ def reference(*, choices: bool = True, installed: bool = True) -> list[dict[str,
                 if chosen_in == section:
                     add(section, error, (), choice)
         elif parts:
-            add(section, parts[0]["description"], _fields(parts[0], whole))
+            add(section, parts[0].get("description", ""), _fields(parts[0], whole))
         else:
             add(section, "", [_field(section, content, whole)])
     return sections
