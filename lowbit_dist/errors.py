@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from lowbit_dist import synonyms
+
 
 class ConfigError(Exception):
     """A user's mistake, in one line: the field, the value, the rule and what to write instead."""
@@ -139,8 +141,14 @@ def why_not_writable(folder: Path) -> str | None:
     return None
 
 
-def nearest(word: Any, known: Any) -> str | None:
-    matches = difflib.get_close_matches(word.lower(), list(known), 1) if isinstance(word, str) else []
+def nearest(word: Any, known: Any, cutoff: float = 0.6) -> str | None:
+    """The one of `known` that a word is most like, or is elsewhere's name for; None if it is like none."""
+    known = list(known)
+    if not isinstance(word, str):
+        return None
+    if (here := synonyms.value(word)) in known:
+        return here
+    matches = difflib.get_close_matches(word.lower(), known, 1, cutoff)
     return matches[0] if matches else None
 
 

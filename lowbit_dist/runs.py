@@ -14,15 +14,14 @@ from typing import Any, Literal
 
 from lowbit_dist import files
 from lowbit_dist.config import RunConfig
-from lowbit_dist.errors import ConfigError, nearest
+from lowbit_dist.errors import ConfigError
+from lowbit_dist.naming import CONFIG, find_runs
 from lowbit_dist.record import LAYERS, METRICS, rows_of
 
-CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 BASELINES = ".baselines.json"  # the planned memory of what the run is compared with
 LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
-RUNS = Path("runs")
 LOOK = 0.2  # seconds: who only looks whether a run is running has its lock for a moment
 
 RunState = Literal["finished", "running", "stopped", "failed"]
@@ -118,44 +117,13 @@ def note_failure(folder: Path, error: BaseException | None) -> None:
             (folder / FAILURE).write_text(json.dumps({"why": " ".join(str(error).split())}) + "\n")
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def folders(folder: Path) -> list[Path]:
-    """The runs of a folder, and those of its sweeps, in the order of their names."""
-    runs = []
-    for entry in _inside(folder):
-        runs += [entry] if is_run(entry) else [child for child in _inside(entry) if is_run(child)]
-    return runs
-
-
-def _inside(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
 def named(words: Sequence[str]) -> list[RunFolder]:
     """The runs that are meant by folders or names, of runs or of whole sweeps; each of them once."""
     meant: dict[Path, Path] = {}
     for word in words:
-        for folder in _meant(word):
+        for folder in find_runs(word):
             meant.setdefault(folder.resolve(), folder)
     return [read(folder) for folder in meant.values()]
-
-
-def _meant(word: str) -> list[Path]:
-    for folder in (Path(word), RUNS / word):
-        if is_run(folder):
-            return [folder]
-        if folder.is_dir() and (inside := folders(folder)):
-            return inside
-    known = [str(folder.relative_to(RUNS)) for folder in folders(RUNS)] if RUNS.is_dir() else []
-    known += sorted({name.partition("/")[0] for name in known if "/" in name})
-    meant = nearest(word, known)
-    raise ConfigError(
-        f"{word} is no run and no sweep, and neither is {RUNS / word}; "
-        + (f"did you mean {meant!r}?" if meant else "write a run's or a sweep's name, or its folder")
-    )
 
 
 def age(run: RunFolder) -> float:

@@ -18,7 +18,8 @@ PACKAGE = Path(lowbit_dist.__file__).parent
 
 # A file imports its own floor or lower.
 FLOOR = {
-    "grid": 0, "errors": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "registry": 0,
+    "grid": 0, "errors": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "shape": 0, "synonyms": 0,
+    "registry": 0, "naming": 0,
     "guard": 0, "heartbeat": 0, "record": 0,
     "ops": 1, "documents": 1,
     "packed": 2, "linear": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,

@@ -100,7 +100,7 @@ def test_a_run_that_has_measured_nothing_yet_is_drawn_too(folder, lowbit):
 def test_what_is_no_run_is_refused_in_one_line(folder, lowbit):
     done = lowbit("watch", folder.parent / "smal")
     assert done.returncode == 2
-    assert "is no run" in done.stderr
+    assert "is neither a run" in done.stderr and "did you mean" in done.stderr
     twin = folder.parent / "twin"
     twin.mkdir()
     (twin / "config.yaml").write_text((folder / "config.yaml").read_text())

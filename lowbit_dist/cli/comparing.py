@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit_dist import naming
 from lowbit_dist.cli import console
-from lowbit_dist.cli.arguments import Json
+from lowbit_dist.cli.arguments import Json, at_home, run_names
 from lowbit_dist.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 Runs = Annotated[
     list[str],
     typer.Argument(
-        metavar="RUN... | SWEEP", help="Names or folders of runs, or of whole sweeps.", show_default=False
+        metavar="RUN... | SWEEP",
+        help="Names or folders of runs, or of whole sweeps.",
+        show_default=False,
+        callback=at_home,
+        autocompletion=run_names,
     ),
 ]
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
@@ -28,7 +33,8 @@ COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed"
 
 def sweep(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False)
+        Path,
+        typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False, callback=at_home),
     ],
     as_json: Json = False,
 ) -> None:
@@ -79,12 +85,13 @@ def compare(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the table and the pictures go; the sweep's folder, or ./comparison, if not given.",
+            help="Write table and pictures there; by default into the sweep's folder, or ./comparison.",
+            callback=at_home,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Mean and spread over seeds of runs side by side, as a table and as pictures.
+    """Compare runs side by side: mean and spread over seeds, as a table and as pictures.
 
     Runs that differ only in seed and name are one group; those that are not finished are in no mean.
 
@@ -115,19 +122,19 @@ def _place(words: Sequence[str], folders: Sequence[Path]) -> Path:
 
 
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where the runs are.", callback=at_home)
+    ] = naming.RUNS,
     as_json: Json = False,
 ) -> None:
-    """The runs of a folder, those of sweeps too: state, step, loss, method and age.
+    """List the runs of a folder, those of sweeps too: state, step, loss, method and age.
 
     Example: lowbit runs
     """
     with console.answering(as_json) as answer:
-        from lowbit_dist import runs
-
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder; write the run.dir of a run, or train one first")
-        listing = {"runs": [_line(run, folder) for run in runs.folders(folder)]}
+        listing = {"runs": [_line(run, folder) for run in naming.folders(folder)]}
         answer(listing, lambda terminal: draw_runs(terminal, listing["runs"]))
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit_dist.cli import console, plots
-from lowbit_dist.cli.arguments import Json
-from lowbit_dist.config import ConfigError
+from lowbit_dist.cli.arguments import Json, at_home, run_names
 from lowbit_dist.errors import in_bytes
 from lowbit_dist.record import layer_name
 
@@ -19,7 +18,14 @@ if TYPE_CHECKING:
     from lowbit_dist.runs import RunFolder
 
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's name or its folder.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's name or its folder.",
+        show_default=False,
+        callback=at_home,
+        autocompletion=run_names,
+    ),
 ]
 EVERY = 1.0  # seconds between looks
 HEARTBEAT_TIMEOUT = 15.0  # seconds after which a worker that trains would have written its heartbeat
@@ -43,7 +49,9 @@ def watch(
     Example: lowbit watch quickstart
     """
     with console.answering(as_json) as answer:
-        folder = _folder(run)
+        from lowbit_dist.naming import find_run
+
+        folder = find_run(run)
         seen = snapshot(folder, layers=layers)
 
         def draw(terminal: "Console") -> None:
@@ -53,15 +61,6 @@ def watch(
                 terminal.print(picture(seen, terminal.width))
 
         answer(seen, draw)
-
-
-def _folder(word: str) -> Path:
-    from lowbit_dist.runs import named
-
-    chosen = named([word])
-    if len(chosen) > 1:
-        raise ConfigError(f"{word} has {len(chosen)} runs; name one of them, for example {chosen[0].folder}")
-    return chosen[0].folder
 
 
 def _live(terminal: "Console", folder: Path, layers: bool) -> None:

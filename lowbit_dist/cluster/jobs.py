@@ -101,6 +101,13 @@ class Jobs:
         infos = [info for info in _answered(self.address, self._client.list_jobs) if info.submission_id]
         return [self._described(info) for info in sorted(infos, key=lambda info: -(info.start_time or 0))]
 
+    def newest(self, name: str) -> str:
+        """The job that a name means: its own, or the newest one of the run that is called so."""
+        listed = self.list()
+        of_run = [job["job"] for job in listed if job["run"] == name]
+        is_job = any(job["job"] == name for job in listed)
+        return name if is_job or not of_run else of_run[0]
+
     def status(self, job: str) -> dict[str, Any]:
         """What is known of one job, with its last line of progress."""
         described = self._described(self._info(job))

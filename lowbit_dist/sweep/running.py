@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from lowbit_dist import cluster, compare, runs, tracking
+from lowbit_dist import cluster, compare, naming, runs, tracking
 from lowbit_dist.cluster.checks import finished, gpus_per_worker, how_many_fit
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.cluster.session import free_in_cluster
@@ -114,7 +114,7 @@ def _check(sweep: Sweep) -> None:
 
 
 def _began(child: Child) -> bool:
-    return runs.is_run(child.config.run_dir)
+    return naming.is_run(child.config.run_dir)
 
 
 def _alone(sweep: Sweep) -> contextlib.AbstractContextManager[None]:
