@@ -31,7 +31,8 @@ class FastTokenizer:
             raise ConfigError(
                 f"{folder / FILE} cannot be read ({first_line(error)}); copy the model's tokenizer again"
             ) from None
-        self.vocab_size: int = len(self._fast)
+        self.ids = frozenset(self._fast.get_vocab().values())
+        self.vocab_size: int = max(self.ids, default=-1) + 1  # there may be holes
         self.bos_id: int | None = bos_id if self._fast.bos_token_id is None else self._fast.bos_token_id
         self.eos_id: int | None = eos_id if self._fast.eos_token_id is None else self._fast.eos_token_id
 

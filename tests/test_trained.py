@@ -251,7 +251,7 @@ BROKEN = {
         lambda at: resaved(at, lambda w: w.update({UP: torch.zeros(64, 64)})),
         (UP, "(64, 64)", "(128, 64)", "fit together")),
     "a weight that is missing": (
-        lambda at: resaved(at, lambda w: w.pop(UP)), (UP, "none of its safetensors files")),
+        lambda at: resaved(at, lambda w: w.pop(UP)), (UP, "none of the folder's safetensors files")),
     "a weight that the model does not have": (
         lambda at: resaved(at, lambda w: w.update(bias=torch.zeros(3))),
         ("bias", "no parameter of the model")),
@@ -264,10 +264,10 @@ BROKEN = {
     "damaged weights": (
         lambda at: (at / "model.safetensors").write_bytes(b"x" * 100), ("model.safetensors cannot be read",)),
     "a configuration that is none": (
-        lambda at: (at / "config.json").write_text("{"), ("config.json is not a configuration",)),
+        lambda at: (at / "config.json").write_text("{"), ("cannot read its config.json",)),
     "an architecture that nobody knows": (
-        lambda at: rewritten(at, model_type="nobody"), ("config.json is not a configuration", "nobody")),
-    "code of its own": (with_code_of_its_own, ("config.json is not a configuration",)),
+        lambda at: rewritten(at, model_type="nobody"), ("cannot read its config.json", "nobody")),
+    "code of its own": (with_code_of_its_own, ("cannot read its config.json",)),
     "no language model": (
         lambda at: rewritten(at, model_type="vit"), ("not a causal language model",)),
     "no configuration": (

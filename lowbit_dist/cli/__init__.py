@@ -167,12 +167,13 @@ def plan(
     Example: lowbit plan configs/quickstart.yaml --workers 4 model.preset=7b --vocab-size 32000
     """
     with console.answering(as_json) as answer:
-        from lowbit_dist import memory
+        from lowbit_dist import memory, model
         from lowbit_dist.cli import tables
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
         n_pieces = _vocab_size(loaded, vocab_size)
+        model.check(loaded, n_pieces)
         estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
 
@@ -253,7 +254,7 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a text.
+    """Continue a text: it and what follows it are printed as they are, while they are made.
 
     Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
     """
@@ -263,8 +264,9 @@ def generate(
         generated = trained.open(run).generate(
             prompt,
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            stream=(lambda text: None) if as_json else answer.write,
         )  # fmt: skip
-        answer(generated, lambda terminal: terminal.print(prompt + generated["text"], markup=False))
+        answer(generated, lambda terminal: answer.end_line())
 
 
 @app.command()

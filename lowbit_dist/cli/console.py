@@ -18,12 +18,39 @@ if TYPE_CHECKING:
     from lowbit_dist.config import RunConfig
 
 QUIET = 10.0  # seconds between two lines about the same thing
-Answer = Callable[[Mapping[str, Any], Callable[["Console"], None]], None]
+
+
+class Answer:
+    """What a verb says on stdout: `answer(content, draw)`, one JSON object or what `draw` draws of it, or a
+    text that is written as it comes.
+    """
+
+    def __init__(self, stdout: IO[str], as_json: bool):
+        self.stdout, self.as_json = stdout, as_json
+        self._last = "\n"  # character written
+
+    def __call__(self, content: Mapping[str, Any], draw: Callable[["Console"], None]) -> None:
+        if self.as_json:
+            self.stdout.write(json.dumps(finite(content)) + "\n")
+        else:
+            draw(console(self.stdout))
+        self.stdout.flush()
+
+    def write(self, text: str) -> None:
+        """The text as it is, at once."""
+        self._last = text[-1:] or self._last
+        self.stdout.write(text)
+        self.stdout.flush()
+
+    def end_line(self) -> None:
+        """In a terminal the shell's next line begins on a new one; a file or a pipe gets the text alone."""
+        if self.stdout.isatty() and self._last != "\n":
+            self.write("\n")
 
 
 @contextlib.contextmanager
 def answering(as_json: bool) -> Iterator[Answer]:
-    """Gives the function that writes a verb's answer: one JSON object, or what its second argument draws.
+    """Gives what writes a verb's answer.
 
     Until then, and ever after, whatever libraries write to stdout, in Python or in C, goes to stderr.
     """
@@ -31,14 +58,7 @@ def answering(as_json: bool) -> Iterator[Answer]:
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def answer(content: Mapping[str, Any], draw: Callable[["Console"], None]) -> None:
-        if as_json:
-            stdout.write(json.dumps(finite(content)) + "\n")
-        else:
-            draw(console(stdout))
-        stdout.flush()
-
-    yield answer
+    yield Answer(stdout, as_json)
     stdout.close()
 
 

@@ -27,9 +27,7 @@ def check(config: RunConfig) -> None:
         data.check_cache(config.data)
     from lowbit_dist import model
 
-    model.check_shapes(config.model, manifest.vocab_size, config.method)
-    if config.model.pretrained is not None:
-        model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, config.method)
+    model.check(config, manifest.vocab_size)
     from lowbit_dist import tracking
 
     tracking.check(config)

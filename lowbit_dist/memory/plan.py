@@ -5,8 +5,9 @@ from functools import lru_cache
 from typing import Any
 
 from lowbit_dist import configfile
-from lowbit_dist.config import RunConfig
-from lowbit_dist.memory.report import largest, report
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.hf_tokenizer import first_line
+from lowbit_dist.memory.report import Peak, largest, report
 from lowbit_dist.memory.resident import parameters, resident
 from lowbit_dist.memory.simulation import simulate_step
 from lowbit_dist.model import shapes
@@ -65,7 +66,20 @@ def planned(config: RunConfig, vocab_size: int, workers: int, *, with_step: bool
     which takes a simulated one to know.
     """
     model = shapes(config, vocab_size)
-    peak = simulate_step(config, vocab_size, workers) if with_step else None
+    peak = _peak(config, vocab_size, workers) if with_step else None
     return report(
         resident(config, model, workers), peak, parameters=parameters(config, model), workers=workers
     )
+
+
+def _peak(config: RunConfig, vocab_size: int, workers: int) -> Peak:
+    """ConfigError for a pretrained architecture whose step fails without values: its code is not known."""
+    try:
+        return simulate_step(config, vocab_size, workers)
+    except Exception as error:
+        if config.model.pretrained is None:
+            raise
+        raise ConfigError(
+            f"model.pretrained ({config.model.pretrained}): a step of {type(shapes(config, vocab_size)).__name__} "
+            f"fails ({first_line(error)}); write the folder of a model of another architecture"
+        ) from error

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
+from lowbit_dist.experts import number
 from lowbit_dist.memory.fake import fake_worker
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
@@ -59,7 +60,10 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
     train = config.train.model_copy(update={"batch_tokens": numel})
     config, model = config.model_copy(update={"train": train}), copy.deepcopy(model)
     briefly = briefly and passes == 2 and config.zero.residency == "sharded"
-    with fake_worker(_largest_worker(config, model, workers), workers), ExitStack() as sampled:
+    with (
+        fake_worker(_largest_worker(config, model, workers), workers, experts=number(model)),
+        ExitStack() as sampled,
+    ):
         from lowbit_dist.zero import Engine
 
         for module in model.modules():
@@ -123,7 +127,8 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
+    # Not the longest: a block may have a list of many experts.
+    return max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=nn.ModuleList())
 
 
 def _alike(blocks: nn.ModuleList) -> bool:
