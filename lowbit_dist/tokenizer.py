@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from lowbit_dist import documents
 from lowbit_dist.errors import ConfigError, why_not_writable
 from lowbit_dist.files import atomic_folder, os_errors
+from lowbit_dist.machine import processors
 
 MODEL = "tokenizer.model"
 FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -162,7 +162,7 @@ def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=min(os.cpu_count() or 1, 16),
+            num_threads=min(processors(), 16),
             minloglevel=2,
         )
     except RuntimeError as error:

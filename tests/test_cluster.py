@@ -1,11 +1,16 @@
 """Launching with Ray: what is refused before a worker starts, and what becomes of a run when one dies."""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +20,7 @@ import pytest
 
 from lowbit_dist import cluster, configfile, heartbeat
 from lowbit_dist.checkpoint import FORMAT, Position
-from lowbit_dist.cluster import attempts, checks, session
+from lowbit_dist.cluster import attempts, checks, driver, failures, session
 from lowbit_dist.config import ConfigError
 
 STEPS, BATCH = 24, 512
@@ -208,13 +213,21 @@ def test_one_run_is_not_trained_twice_at_once(small):
         pass
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "http://"])
-def test_an_address_without_a_ray_cluster_is_refused(address, small, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "answer"),
+    [
+        ("127.0.0.1:1", "does not answer"),
+        ("127.0.0.1:port", "is no address"),
+        ("ray://127.0.0.1:10001", "is an address of Ray's client"),
+        ("http://127.0.0.1:8265", "is the address of Ray's dashboard"),
+    ],
+)
+def test_an_address_without_a_ray_cluster_is_refused(address, answer, small, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     config = configuration(small(cluster={"workers": 1}))
     with pytest.raises(ConfigError) as error:
         checks.check(config)
-    assert str(error.value).startswith(f"RAY_ADDRESS ({address}) does not answer")
+    assert str(error.value).startswith(f"RAY_ADDRESS ({address}) {answer}")
 
 
 # ------------------------------------------------------------------ runs
@@ -274,12 +287,15 @@ def undisturbed(run, ranks, digests):
 def left_behind(pid, with_folder=True):
     """Processes of a launch that has ended, and its folder (of a killed one, the next launch removes it)."""
     deadline = time.monotonic() + 10
+    mark = re.compile(rf"lowbit-ray-{pid}\b")
     while time.monotonic() < deadline:
-        mark = f"lowbit-ray-{pid}-"
         processes = [
-            each for each in psutil.process_iter(["cmdline"]) if mark in " ".join(each.info["cmdline"] or ())
+            each
+            for each in psutil.process_iter(["cmdline"])
+            if mark.search(" ".join(each.info["cmdline"] or ()))
         ]
-        found = [*processes, *(Path("/tmp").glob(f"{mark}*") if with_folder else ())]
+        places = [place for place in Path("/tmp").glob("lowbit-ray-*") if mark.match(place.name)]
+        found = [*processes, *(places if with_folder else ())]
         if not found:
             break
         time.sleep(0.2)
@@ -363,7 +379,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
 
     # A signal ends it after the step in hand, with a checkpoint of that step.
     step = 0
-    for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         process = started_and_beyond(step)
         if not step:
             # Ray is there for this machine alone.  The store by which torch's workers meet is not.
@@ -407,7 +423,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     assert left_behind(process.pid) == []
     summary = json.loads(stdout)
     assert summary["digest"] == undisturbed
-    assert summary["restarts"] == 4
+    assert summary["restarts"] == 5
     assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
     assert rows(folder) == list(range(1, STEPS + 1))
     assert not (folder / ".stop").exists()

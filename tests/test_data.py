@@ -61,12 +61,10 @@ def small():
 def ray(small):
     import ray
 
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        tokenizing._start_ray(2)
-    yield
-    if is_ours:
-        ray.shutdown()
+    with contextlib.ExitStack() as session:
+        if not ray.is_initialized():
+            session.enter_context(tokenizing._started_ray(None, 2))
+        yield
 
 
 @pytest.fixture(scope="module")

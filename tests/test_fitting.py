@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_train import train
 
+import lowbit_dist.machine
 from lowbit_dist import checkpoint, configfile, memory
 from lowbit_dist.checkpoint import Checkpoint, space
 from lowbit_dist.cluster import checks
@@ -202,8 +203,8 @@ GROUP = {
 @pytest.mark.parametrize("version", GROUP)
 def test_a_containers_limit_counts_less_its_use(version, tmp_path, monkeypatch):
     own, controller, limit, use, cache = GROUP[version]
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(lowbit_dist.machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(lowbit_dist.machine, "OWN_CGROUPS", tmp_path / "own")
     (tmp_path / "own").write_text(own)
     unlimited = machine.available_memory()
     root = tmp_path / "cgroup" / controller

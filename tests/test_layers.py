@@ -19,8 +19,7 @@ PACKAGE = Path(lowbit_dist.__file__).parent
 # A file imports its own floor or lower.
 FLOOR = {
     "grid": 0, "errors": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "shape": 0, "synonyms": 0,
-    "registry": 0, "naming": 0,
-    "guard": 0, "heartbeat": 0, "record": 0,
+    "registry": 0, "naming": 0, "guard": 0, "heartbeat": 0, "record": 0, "machine": 0, "folders": 0,
     "ops": 1, "documents": 1,
     "packed": 2, "linear": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
     "experts": 2,
@@ -45,6 +44,7 @@ HOMES = {
     "pyarrow": {"documents"},
     "zstandard": {"documents"},
     "fcntl": {"files"},
+    "grpc": {"network"},
     "safetensors": {"checkpoint", "pretrained"},
     "ray": {"cluster", "data", "tracking"},  # cluster: Train and Jobs; data: Ray Data; tracking: metrics
 }

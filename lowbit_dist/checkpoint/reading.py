@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -30,12 +29,13 @@ from lowbit_dist.checkpoint.layout import (
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import show
 from lowbit_dist.grid import GRIDS, Grid
+from lowbit_dist.machine import processors
 from lowbit_dist.packed import PackedTensor
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and reading needs none of it
     from lowbit_dist.zero import Shard
 
-HASHERS = min(8, os.cpu_count() or 1)  # threads
+HASHERS = min(8, processors())  # threads
 
 
 class Checkpoint:

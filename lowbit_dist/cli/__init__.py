@@ -1,6 +1,7 @@
 """The command line: a verb is a function, its docstring is its help.
 
-Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 and 143 ended by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 129, 130 and 143 ended by SIGHUP, SIGINT and
+SIGTERM.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lowbit_dist import folders
 from lowbit_dist.cli import benches, comparing, complaints, console, jobs, reference, watching
 from lowbit_dist.cli.arguments import (
     Config,
@@ -308,6 +310,7 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """The entry point: every failure is one line on stderr and an exit code."""
+    folders.provide_home()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _log_to_stderr()

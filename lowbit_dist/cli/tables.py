@@ -139,7 +139,7 @@ def health(console: Console, report: Mapping[str, Any]) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in report["checks"]:
         status = f"[{colours[finding['status']]}]{finding['status']}"
-        table.add_row(status, finding["name"], finding["result"], finding["advice"])
+        table.add_row(status, finding["name"], finding["found"], finding["advice"])
     console.print(table)
     console.print("A training can run here." if report["ok"] else "[red]No training can run here.")
 

@@ -13,10 +13,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit_dist import runs, tracking
+from lowbit_dist import folders, runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
 from lowbit_dist.cluster.checks import check, finished, run_lock
-from lowbit_dist.cluster.following import Progress
+from lowbit_dist.cluster.following import Progress, Unbroken
 from lowbit_dist.cluster.session import Stopped, signals_stop
 from lowbit_dist.config import RunConfig
 
@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
     """Train `config` to its end; its summary.  A run of the same name resumes from its newest checkpoint."""
+    folders.provide_home()
     check(config)
+    progress = Unbroken(progress)
     for remark in config.remarks():
         progress.say(remark)
     with run_lock(config), signals_stop() as signals:

@@ -19,6 +19,7 @@ from lowbit_dist.cluster.following import LOG, Follower, Progress
 from lowbit_dist.cluster.session import Signals, Stopped
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.heartbeat import STARTS, count_starts
+from lowbit_dist.heartbeat import read as read_heartbeats
 
 POLL = 0.2  # seconds
 
@@ -32,7 +33,7 @@ def train_until_done(
 ) -> dict[str, Any]:
     """`work` on every worker, again after each failure, up to `cluster.max_failures`; the run's summary.
 
-    `Stopped` after a signal, once the workers have saved a checkpoint.
+    `Stopped` after a signal: at once before they have made a step, else once they have saved a checkpoint.
     """
     signals = signals or Signals()
     config.stop_file.unlink(missing_ok=True)
@@ -44,8 +45,9 @@ def train_until_done(
     try:
         while True:
             driver = driver or Driver(config, work, probed)
-            driver.fit(_count_start(config))
-            outcome = _followed(driver, follower, config, signals, probed)
+            start = _count_start(config)
+            driver.fit(start)
+            outcome = _followed(driver, follower, config, signals, probed, start + 1)
             if isinstance(outcome, dict):
                 return outcome
             if isinstance(outcome, ConfigError):
@@ -89,11 +91,11 @@ def _count_start(config: RunConfig) -> int:
 
 
 def _followed(
-    driver: Driver, follower: Follower, config: RunConfig, signals: Signals, probed: set[str]
+    driver: Driver, follower: Follower, config: RunConfig, signals: Signals, probed: set[str], start: int
 ) -> Outcome:
-    """One attempt, to its end."""
+    """One attempt, start number `start` of the run, to its end."""
     signals.are_noted = True
-    asked = False
+    asked, n_rows = False, follower.n_rows
     try:
         while True:
             for kind, content in driver.messages(POLL):
@@ -107,6 +109,8 @@ def _followed(
             follower.read()
             if signals.received is not None and not asked:
                 asked = True
+                if follower.n_rows == n_rows and not _has_trained(config, start):
+                    raise Stopped(signals.received)
                 name = signal.Signals(signals.received).name
                 follower.progress.say(
                     f"{name}: stopping after this step, with a checkpoint; again stops at once"
@@ -114,3 +118,8 @@ def _followed(
                 config.stop_file.touch()
     finally:
         signals.are_noted = False
+
+
+def _has_trained(config: RunConfig, start: int) -> bool:
+    """Whether the workers of this start have made a step: before, there is nothing to save."""
+    return any(worker["phase"] != "start" for worker in read_heartbeats(config.run_dir, start))

@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lowbit_dist import folders
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import why_not_writable
-from lowbit_dist.network import why_no_answer
+from lowbit_dist.machine import processors
+from lowbit_dist.network import check_ray_head, ray_address
 
 
 def check(config: RunConfig) -> None:
     """ConfigError for everything that can be known to be wrong without starting Ray."""
     n = config.workers
-    if address := os.environ.get("RAY_ADDRESS"):
-        check_answers(address)
+    if address := ray_address():
+        check_ray_head(address)
     else:
-        n = check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
+        n = check_workers(config, cpus=processors(), gpus=_local_gpus(), place="this machine")
     check_run(config)
     _check_prepared(config)
     from lowbit_dist import data
@@ -37,6 +39,8 @@ def check(config: RunConfig) -> None:
         if not address:
             memory.check_memory(config.with_workers(n), manifest.vocab_size, memory.local_budget(config))
         checkpoint.check_disk(config, manifest.vocab_size)
+        if not address:
+            folders.for_sessions(os.getpid())
     check_folder(config)  # last: a refused launch leaves nothing behind
 
 
@@ -83,17 +87,6 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
 def how_many_fit(have: float, needed: float) -> float:
     """How often `each` is in `have`, though fractions are not exact; without end if nothing is asked."""
     return int(have / needed * (1 + 1e-9)) if needed else float("inf")
-
-
-def check_answers(address: str) -> None:
-    """ConfigError unless something listens at a Ray address; Ray itself would wait for minutes."""
-    if address == "auto":  # the cluster whose node this machine is; Ray finds it, or says that there is none
-        return
-    if why := why_no_answer(address, port=6379, timeout=10):
-        raise ConfigError(
-            f"RAY_ADDRESS ({address}) does not answer ({why}); write HOST:PORT of a Ray head, or "
-            "unset it to train on this machine"
-        )
 
 
 def gpus_per_worker(config: RunConfig, gpus: float) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist import configfile, tracking
+from lowbit_dist import configfile, folders, tracking
 from lowbit_dist.cluster.probe import CHECKED
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.network import why_no_answer
@@ -272,8 +272,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def _show_token() -> None:
     """Ray's client keeps its token to itself unless it is told otherwise before it is imported."""
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if os.environ.get("RAY_AUTH_TOKEN") or file.is_file():
+    if os.environ.get("RAY_AUTH_TOKEN") or folders.token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import locked
+from lowbit_dist.folders import provide_home
 from lowbit_dist.heartbeat import Heartbeat
 
 STALE_WRITER_TIMEOUT = 60.0  # seconds
@@ -66,6 +67,7 @@ def prepare(settings: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    provide_home()  # another machine's user may have none
     if os.path.isdir(settings["folder"]):  # on another machine it need not exist; then paths must be absolute
         os.chdir(settings["folder"])
     torch.set_num_threads(settings["threads"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_dist import documents
+from lowbit_dist import documents, folders, network
 from lowbit_dist.documents import text
 from lowbit_dist.errors import ConfigError
+from lowbit_dist.machine import processors
 from lowbit_dist.tokenizer import Tokenizer
 
 TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
@@ -26,15 +28,16 @@ def tokenised(
     ranges: Sequence[documents.FileRange], tokenizer: Tokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
-    # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := network.ray_address():
+        network.check_ray_head(address)
+    else:  # read when Ray is imported: its services then listen on 127.0.0.1 alone
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     import ray.data
 
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _start_ray(workers)
+    session = contextlib.ExitStack()
+    if not ray.is_initialized():
+        session.enter_context(_started_ray(address, workers))
     context = ray.data.DataContext.get_current()
     before = (context.enable_progress_bars, context.print_on_execution_start)
     loggers = {name: logging.getLogger(name).level for name in ("ray.data", "ray.data.dataset")}
@@ -63,25 +66,32 @@ def tokenised(
         context.enable_progress_bars, context.print_on_execution_start = before
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
-        if is_ours:
-            ray.shutdown()
+        session.close()
 
 
-def _start_ray(workers: int | None) -> None:
+@contextlib.contextmanager
+def _started_ray(address: str | None, workers: int | None) -> Iterator[None]:
+    """Ray on this machine, or the cluster at an address."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return
-    ray.init(
-        address="local",
-        num_cpus=workers or os.cpu_count(),
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        object_store_memory=1 << 29,
-        **quiet,
-    )
+    with contextlib.ExitStack() as stack:
+        if address:
+            stack.callback(ray.shutdown)
+            ray.init(**quiet)
+        else:
+            folder = stack.enter_context(folders.session_folder(os.getpid()))
+            stack.callback(ray.shutdown)
+            ray.init(
+                address="local",
+                num_cpus=workers or processors(),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=1 << 29,
+                _temp_dir=str(folder),
+                **quiet,
+            )
+        yield
 
 
 def _bundles(ranges: Sequence[documents.FileRange]) -> list[str]:
