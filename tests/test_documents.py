@@ -549,7 +549,7 @@ def test_the_command_line_passes_the_options_on_and_says_what_was_left_out(tmp_p
         "--input",
         tmp_path / "corpus",
         "--vocab-size",
-        300,
+        320,
         "--out",
         tmp_path / "out",
     )
