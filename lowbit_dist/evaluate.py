@@ -122,4 +122,7 @@ def _documents(path: str) -> Iterator[str]:
     try:
         yield from documents.read(documents.parts([path]))
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--input", "--data")) from None
+        message = str(error).replace("--input", "--data")
+        for option in ("write --field NAME, ", ", or leave such rows out with --on-bad-row skip"):
+            message = message.replace(option, "")
+        raise ConfigError(message.replace("write --field NAME", "rename the one that holds text")) from None

@@ -26,6 +26,7 @@ MODEL = "tokenizer.model"
 FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SAMPLE_BYTES = 64 << 20  # of text that the pieces are learned from
 LINE_BYTES = 4000  # of one training sentence
+RESERVED = "\u2585"  # stands for unknown characters inside sentencepiece, which leaves out sentences with it
 
 
 class Tokenizer:
@@ -80,11 +81,20 @@ def load(path: str | Path) -> Tokenizer:
         ) from None
 
 
-def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) -> Tokenizer:
+def train(
+    inputs: Iterable[str | Path],
+    vocab_size: int,
+    out_dir: str | Path,
+    *,
+    reading: documents.Reading | None = None,
+    tally: documents.Tally | None = None,
+) -> Tokenizer:
     """Learn `vocab_size` pieces from the inputs' documents and write the tokenizer's files to `out_dir`.
 
-    The same inputs give the same files; a folder that holds another tokenizer is not overwritten.
+    The same inputs give the same files; a folder that holds another tokenizer is not overwritten.  `reading`
+    says how documents are found in the inputs; `tally` counts what of them is not learned from.
     """
+    tally = documents.Tally() if tally is None else tally
     out = Path(out_dir)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 260 <= vocab_size <= 1 << 20:
         raise ConfigError(
@@ -98,7 +108,8 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
         raise ConfigError(f"--out ({out}) is not empty and holds no tokenizer; write another folder")
     if why := why_not_writable(out.parent):
         raise ConfigError(f"--out ({out}) cannot be written: {why}; write a folder that can")
-    model = _learn(_sentences(documents.sample(documents.parts(inputs), SAMPLE_BYTES)), vocab_size)
+    texts = documents.sample(documents.parts(inputs, reading, tally), SAMPLE_BYTES, tally)
+    model = _learn(_sentences(texts, tally), vocab_size)
     tokenizer = Tokenizer(model)
     if out.is_dir() and any(out.iterdir()):
         if (out / MODEL).is_file() and (out / MODEL).read_bytes() == model and (out / FILES[1]).is_file():
@@ -114,9 +125,9 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
     return tokenizer
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
+def _sentences(texts: Iterable[str], tally: documents.Tally) -> Iterator[str]:
     """The texts in runs of whole lines, line ends included, of at most LINE_BYTES where the lines allow."""
-    for text in texts:
+    for text in _without_reserved(texts, tally):
         run: list[str] = []
         n_bytes = 0
         for line in text.splitlines(keepends=True):
@@ -129,6 +140,16 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 n_bytes += len(piece.encode())
         if run:
             yield "".join(run)
+
+
+def _without_reserved(texts: Iterable[str], tally: documents.Tally) -> Iterator[str]:
+    """The texts between reserved characters, so that no more than these is left out."""
+    for text in texts:
+        first, *others = text.split(RESERVED)
+        yield first
+        if others:
+            tally.left_out["characters U+2585, reserved by sentencepiece and spelled in bytes"] += len(others)
+            yield from others
 
 
 def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_dist import tokenizer
+from lowbit_dist import documents, tokenizer
 from lowbit_dist.config import ConfigError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -86,6 +86,17 @@ def test_long_lines_are_learned_from_too(tmp_path):
     (tmp_path / "one-line.txt").write_text("x" * 9000 + " abracadabra" * 5000)
     words = tokenizer.train([tmp_path / "one-line.txt"], 280, tmp_path / "out")
     assert len(words.encode(" abracadabra")) <= 2
+
+
+def test_text_around_a_reserved_character_is_learned_from_and_the_character_is_counted(tmp_path):
+    """sentencepiece leaves out each sentence with U+2585, here all that hold the word."""
+    bars = "".join(map(chr, range(0x2581, 0x2589)))
+    (tmp_path / "log.txt").write_text("plain words\n" * 50 + f"abracadabra {bars[4]} abracadabra\n" * 100)
+    tally = documents.Tally()
+    words = tokenizer.train([tmp_path / "log.txt"], 284, tmp_path / "out", tally=tally)
+    assert len(words.encode("abracadabra")) == 1
+    assert tally.left_out == {"characters U+2585, reserved by sentencepiece and spelled in bytes": 100}
+    assert words.decode(words.encode(bars[1:])) == bars[1:]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ SIGTERM.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +19,12 @@ from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
     Json,
+    OnBadRow,
     Overrides,
     RunOrCheckpoint,
     RunOrFolder,
+    Separator,
+    TextField,
     at_home,
     load,
     pairs,
@@ -89,6 +93,9 @@ def tokenizer_train(
         typer.Option(metavar="DIR", help="Write this folder.", show_default=False, callback=at_home),
     ],
     vocab_size: Annotated[int, typer.Option(metavar="N", help="Number of pieces.")] = 4096,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
 ) -> None:
     """Learn a sentencepiece tokenizer (BPE with byte fallback) from text.
@@ -96,11 +103,17 @@ def tokenizer_train(
     Example: lowbit tokenizer train --input stdlib --vocab-size 4096 --out data/tokenizer
     """
     with console.answering(as_json) as answer:
-        from lowbit_dist import tokenizer
+        from lowbit_dist import documents, tokenizer
 
-        trained = tokenizer.train(inputs, vocab_size, out)
+        reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
+        trained = tokenizer.train(inputs, vocab_size, out, reading=reading, tally=tally)
         result = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
-        answer(result, pairs(result))
+        counts = {
+            "skipped_rows": tally.skipped_rows,
+            "first_skipped_row": tally.first_skipped,
+            "left_out": dict(tally.left_out),
+        }
+        answer(result | counts, pairs(result | _in_words(counts)))
 
 
 @data_app.command("prepare")
@@ -125,6 +138,9 @@ def data_prepare(
     ] = None,
     val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of documents held out.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice of documents held out.")] = 0,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
 ) -> None:
     """Tokenise documents into hashed training and validation shards.
@@ -135,8 +151,9 @@ def data_prepare(
         from lowbit_dist import data
 
         manifest = data.prepare(
-            inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed
-        )
+            inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed,
+            field=field, separator=separator, on_bad_row=on_bad_row,
+        )  # fmt: skip
         splits = {
             name: f"{split['tokens']:,} tokens in {split['samples']:,} samples, "
             f"{split['documents']:,} documents"
@@ -144,7 +161,19 @@ def data_prepare(
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
         result = {"data": str(out), **manifest}
-        answer(result, pairs({"data": out, **splits, "unigram entropy": entropy}))
+        answer(result, pairs({"data": out, **splits, "unigram entropy": entropy, **_in_words(manifest)}))
+
+
+def _in_words(counts: Mapping[str, Any]) -> dict[str, str]:
+    """What of the inputs was not read, or read in pieces; nothing if there is no such thing."""
+    words = {}
+    if longest := counts.get("longest_document"):
+        words["split"] = f"documents of more than {longest:,} bytes, since there are few"
+    if n := counts["skipped_rows"]:
+        words["skipped rows"] = f"{n:,}, the first: {counts['first_skipped_row']}"
+    if left_out := counts["left_out"]:
+        words["left out"] = ", ".join(f"{reason} ({n:,})" for reason, n in left_out.items())
+    return words
 
 
 @app.command()

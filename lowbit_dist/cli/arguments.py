@@ -1,5 +1,6 @@
 """What verbs have in common: their arguments, and how they become a configuration."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,10 +46,33 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="PATH...",
-        help="Read text files and folders, .jsonl(.gz, .zst), .parquet, hf:NAME, or stdlib.",
+        help="Read text, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, folders, hf:NAME, or stdlib.",
         show_default=False,
         callback=at_home,
     ),
+]
+TextField = Annotated[
+    str, typer.Option("--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field.")
+]
+
+
+def _unescaped(text: str | None) -> str | None:
+    """`text` with line ends and tabs for what shells leave as they are typed."""
+    marks = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return None if text is None else re.sub(r"\\([nrt\\])", lambda match: marks[match[1]], text)
+
+
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help=r"Divide text files into documents where this stands; \n is a line end.",
+        show_default=False,
+        callback=_unescaped,
+    ),
+]
+OnBadRow = Annotated[
+    str, typer.Option(metavar="skip|fail", help="Skip a row that holds no text, or fail.")
 ]
 RunOrCheckpoint = Annotated[
     str,

@@ -61,7 +61,15 @@ class Manifest(Section):
     unigram_entropy: float  # nats per token of val under train's token frequencies, each count one more
     empty_documents: Number
     sources: list[str]
-    sources_sha256: str  # of the names, sizes and times of what was read
+    sources_sha256: str  # of the names, sizes and times of what was read, and of data sets' fingerprints
+    # How documents were found, and what of the sources they are not; older manifests do not say.
+    field: str = "text"
+    separator: str | None = None
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    longest_document: Number | None = None  # bytes; longer ones were split, for there are few
+    skipped_rows: Number = 0
+    first_skipped_row: str | None = None
+    left_out: dict[str, Number] = Field(default_factory=dict)  # files and folders, by the reason
     val_fraction: float
     seed: int
 

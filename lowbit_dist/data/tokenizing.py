@@ -108,6 +108,11 @@ def _bundles(ranges: Sequence[documents.FileRange]) -> list[str]:
     return [json.dumps(bundle) for bundle in bundles]
 
 
+def place_of(document: bytes, seed: int) -> bytes:
+    """A hash of the text, uint64 little-endian, that says into which split it goes."""
+    return hashlib.blake2b(document, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+
+
 _loaded: dict[str, Tokenizer] = {}  # by hash; a Ray worker process serves many tasks
 
 
@@ -115,26 +120,25 @@ def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> It
     """The documents of one bundle of parts, as rows of about TEXT_CHUNK bytes of text.
 
     `tokens` int32, every document with its <s> and </s>; of every document its `lengths` int32 in tokens, the
-    `sizes` int64 of its text in bytes, and its `places` uint64, a hash that says into which split it goes.
+    `sizes` int64 of its text in bytes, and its `places` uint64; the last row has the rows that were skipped.
     """
     import ray
 
     if sha256 not in _loaded:
         _loaded[sha256] = Tokenizer(ray.get(model))
     tokenizer = _loaded[sha256]
-    parts = [documents.FileRange(*part) for part in json.loads(batch["parts"][0])]
+    parts = [documents.FileRange.of_json(part) for part in json.loads(batch["parts"][0])]
     left = sum(part.size for part in parts)  # of the input, in bytes, for the progress bar
-    key = seed.to_bytes(8, "little")
-    chunk = _Chunk()
+    chunk, tally = _Chunk(), documents.Tally()
     error = ""
     try:
-        for document in documents.read(parts):
+        for document in documents.read(parts, tally):
             data = document.encode()
             if not data:
                 chunk.n_empty += 1
                 continue
-            place = hashlib.blake2b(data, digest_size=8, key=key).digest()
-            chunk.add([tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id], len(data), place)
+            tokens = [tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id]
+            chunk.add(tokens, len(data), place_of(data, seed))
             if chunk.n_bytes >= TEXT_CHUNK:
                 size = min(left, chunk.n_bytes)
                 left -= size
@@ -143,7 +147,7 @@ def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> It
     except ConfigError as mistake:
         # Raised in a task, it would reach the user inside Ray's own report of a failed task.
         error = str(mistake)
-    yield chunk.row(left, error)
+    yield chunk.row(left, error, tally)
 
 
 class _Chunk:
@@ -159,7 +163,7 @@ class _Chunk:
         self.places.append(place)
         self.n_bytes += size
 
-    def row(self, size: int, error: str = "") -> dict[str, Array]:
+    def row(self, size: int, error: str = "", tally: documents.Tally | None = None) -> dict[str, Array]:
         lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
         columns = {
             "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]).tobytes(),
@@ -171,6 +175,8 @@ class _Chunk:
         return {
             **row,
             "n_empty": np.array([self.n_empty]),
+            "n_skipped": np.array([tally.skipped_rows if tally else 0]),
+            "first_skipped": np.array([(tally and tally.first_skipped) or ""], dtype=object),
             "size": np.array([size]),
             "error": np.array([error], dtype=object),
         }
