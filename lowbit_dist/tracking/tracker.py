@@ -10,7 +10,7 @@ from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
 from lowbit_dist.files import atomic_write
 from lowbit_dist.record import LAYERS, METRICS, rows_of
-from lowbit_dist.tracking.mlflow_run import COMPLETE, MlflowRun
+from lowbit_dist.tracking.mlflow_run import MlflowRun, is_complete
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ def _with(key: str, folder: Path) -> list[dict[str, Any]]:
 
 def catch_up(config: RunConfig, summary: Mapping[str, Any]) -> bool:
     """Bring MLflow what it did not get of a finished run, as while it was down; whether it has all of it."""
-    complete = config.run_dir / COMPLETE
-    if config.tracking.mlflow is None or complete.exists():
+    if config.tracking.mlflow is None or is_complete(config):
         return True
     Tracker(config).finish("FINISHED", summary)
-    return complete.exists()
+    return is_complete(config)
