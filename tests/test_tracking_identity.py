@@ -155,6 +155,7 @@ def test_another_store_gets_all_of_a_finished_run(config, store, tmp_path):
     client(other).delete_run(tracker.run_id)
     moved = config("stores", uri=f"sqlite:///{other}")
     assert tracking.catch_up(moved, SUMMARY)
+    assert tracking.noted_run_id(made.run_dir) != tracker.run_id
     assert steps(other, tracking.noted_run_id(made.run_dir)) == [1, 2, 3]
 
 
