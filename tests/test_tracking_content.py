@@ -82,6 +82,8 @@ def test_a_run_says_what_it_is_and_on_which_data(config, corpus, store, tmp_path
 
     (given,) = run.inputs.dataset_inputs
     assert given.dataset.name == corpus.name
+    assert data.read_manifest(corpus).digest.startswith(given.dataset.digest)
+    assert len(given.dataset.digest) == 32
     assert json.loads(given.dataset.source) == {"uri": str(corpus)}
     assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training"}
     split = data.read_manifest(corpus).splits["train"]
@@ -124,7 +126,8 @@ def test_memory_is_a_number_of_the_run_with_its_baselines_and_savings(config, st
 
     memory = SUMMARY["memory"] | {"peak_bytes_per_worker": 150, "saved_vs_bitnet_ste": 0.625, "saved_vs": "x"}
     memory["components"] = memory["components"] | {"activations": {"bytes": None}}
-    run = finished(made, store, row, row, row, summary={"memory": memory})
+    run = finished(made, store, row, row, row, summary={"memory": memory, "diverged": True})
+    assert run.data.tags["diverged"] == "True"
     assert run.info.run_id == tracker.run_id
     shown = {name: x for name, x in run.data.metrics.items() if name.startswith("memory/")}
     assert shown.items() >= {

@@ -6,7 +6,6 @@ file is sent again under the new names: so each chart has every row, and compari
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import sys
@@ -26,6 +25,7 @@ from lowbit_dist.tracking.stores import without_password
 NAMES = {
     "perplexity": "val/perplexity",
     "bits_per_byte": "val/bits_per_byte",
+    "diverged": "val/diverged",
     "tokens_per_second": "speed/tokens_per_second",
     "flip_rate": "codes/flip_rate",
     "zero_fraction": "codes/zero_fraction",
@@ -117,9 +117,9 @@ def describe(client: Any, run: Any, config: RunConfig) -> None:
 
 def conclude(client: Any, run_id: str | None, summary: Mapping[str, Any]) -> None:
     """What a run's summary has beside its rows; memory is that of the largest worker."""
-    for key in ("digest", "checkpoint"):
+    for key in ("digest", "checkpoint", "diverged"):
         if key in summary:
-            client.set_tag(run_id, key, summary[key])
+            client.set_tag(run_id, key, str(summary[key]))
     if "memory" in summary:
         _log_levels(client, run_id, _memory(summary["memory"]))
 
@@ -196,18 +196,17 @@ def _tags(config: RunConfig, counts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data_set(config: RunConfig, manifest: Any) -> Any:
-    """The prepared data, known by what the shards' hashes and the tokenizer's make together."""
+    """The prepared data, known by its digest wherever it lies."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     path = without_password(config.data.path)
     scheme, is_remote, _ = path.partition("://")
     uri = path if is_remote else str(Path(path).absolute())
-    hashes = [manifest.tokenizer_sha256, *(split.index_sha256 for split in manifest.splits.values())]
     split = manifest.splits["train"]
     described = Dataset(
         name=uri.rstrip("/").rpartition("/")[2],
-        digest=hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32],  # MLflow takes 36 characters
+        digest=manifest.digest[:32],  # MLflow takes 36 characters
         source_type=scheme if is_remote else "local",
         source=json.dumps({"uri": uri}),
         profile=json.dumps({"num_rows": split.samples, "num_elements": split.tokens}),

@@ -130,20 +130,23 @@ def settle_mlflow() -> None:
 
 def described(error: BaseException) -> str:
     """What is wrong with a store, in words that follow its name; what comes before a bracket is the kind."""
+    from mlflow.exceptions import MlflowException
+
     if isinstance(error, stores.Unusable):
         return str(error)
-    code = getattr(error, "error_code", None)
-    if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
+    if status == 401:
         return (
             "does not know who asks (401): write its user's name and password into ~/.mlflow/credentials, or "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and start "
             "again"
         )
-    if code == "PERMISSION_DENIED":
+    if status == 403:
         return (
             "does not let this user write (403): ask for the right to edit the experiment, or start again "
             "as another user or with another tracking.experiment"
         )
     while error.__cause__ is not None:  # those around the first only tell what was tried
         error = error.__cause__
-    return f"does not answer ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    what = "does not answer" if status >= 500 else "refuses what it is sent"
+    return f"{what} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
