@@ -17,7 +17,6 @@ from typing import Any
 
 from lowbit_dist import runs
 from lowbit_dist.config import RunConfig
-from lowbit_dist.errors import ConfigError
 from lowbit_dist.tracking.identity import place_of
 from lowbit_dist.tracking.stores import without_password
 
@@ -34,7 +33,10 @@ NAMES = {
     "resident_bytes": "memory/resident_bytes_per_worker",
 }
 RUN_LEVEL = 0  # the step of numbers that a run has one of, such as its memory: MLflow draws them as bars
-PROBES = {False: ("train/tokens", "train/loss"), True: ("val/loss",)}  # of training, of validation
+PROBES = {
+    "train": ("train/tokens", "train/loss"),
+    "val": ("val/loss",),
+}  # which tell the steps that it has
 SIZES = {
     "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
@@ -58,7 +60,7 @@ class Sent:
     """
 
     def __init__(self, client: Any = None, run: Any = None):
-        self.steps: dict[bool, set[int]] = {False: set(), True: set()}  # of validation?
+        self.steps: dict[str, set[int]] = {side: set() for side in PROBES}
         self.levels: dict[str, float] = {}
         if run is not None:
             self.levels = {k: x for k, x in run.data.metrics.items() if k.startswith("memory/")}
@@ -73,7 +75,7 @@ class Sent:
         at, points = int(row["time"] * 1000), []
         for key, x in row.items():
             name = name_of(key)
-            if key in ("step", "time") or row["step"] in self.steps[_is_validation(name)]:
+            if key in ("step", "time") or row["step"] in self.steps[_side(name)]:
                 continue
             if not name.startswith("memory/"):
                 points.append(Metric(name, x, at, row["step"]))
@@ -85,20 +87,19 @@ class Sent:
     def add(self, points: list[Any]) -> None:
         for point in points:
             if not point.key.startswith("memory/"):
-                self.steps[_is_validation(point.key)].add(point.step)
+                self.steps[_side(point.key)].add(point.step)
 
 
-def _is_validation(name: str) -> bool:
-    return name.startswith("val/")
+def _side(name: str) -> str:
+    return "val" if name.startswith("val/") else "train"
 
 
 def describe(client: Any, run: Any, config: RunConfig) -> None:
     """Parameters, tags and data set of a run that begins or is resumed, and what its baselines would need."""
     from mlflow.entities import Param, RunTag
 
-    manifest, counts = _manifest(config), {}
+    manifest, counts = _known(config)
     if manifest is not None:
-        counts = _counts(config, manifest.vocab_size)
         client.log_inputs(run.info.run_id, datasets=[_data_set(config, manifest)])
     tags = _tags(config, counts)
     if run.data.tags.get("mlflow.note.content"):  # somebody may have written there
@@ -146,26 +147,22 @@ def _memory(report: Mapping[str, Any], prefix: str = "memory/") -> Iterator[tupl
         yield f"{prefix}bytes_per_parameter", of_all / report["parameters"]["total"]
 
 
-def _manifest(config: RunConfig) -> Any:
-    """What the data say of themselves; None while they are away, and the next start describes them."""
-    from lowbit_dist import data
-
-    try:
-        return data.read_manifest(config.data.path)
-    except (ConfigError, OSError):
-        return None
-
-
-def _counts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
-    """What follows from the configuration and is compared: sizes, also a preset's, and parameters."""
-    from lowbit_dist import model
+def _known(config: RunConfig) -> tuple[Any, dict[str, Any]]:
+    """The manifest of the data, and what is compared and follows from the configuration: sizes, also a
+    preset's, and numbers of parameters.  Nothing while data or model are away: rows do not wait for them.
+    """
+    from lowbit_dist import data, model
     from lowbit_dist.memory.resident import parameters
 
-    shapes = model.shapes(config, vocab_size)
-    counts = parameters(config, shapes)
+    try:
+        manifest = data.read_manifest(config.data.path)
+        shapes = model.shapes(config, manifest.vocab_size)
+        counts = parameters(config, shapes)
+    except Exception:
+        return None, {}
     sizes = {f"model.{ours}": getattr(shapes.config, theirs, None) for ours, theirs in SIZES.items()}
-    return sizes | {
-        "model.vocab_size": vocab_size,
+    return manifest, sizes | {
+        "model.vocab_size": manifest.vocab_size,
         "model.parameters": counts.total,
         "model.low_bit_parameters": counts.low_bit,
         "model.low_bit_share": round(counts.low_bit / counts.total, 4),

@@ -130,11 +130,9 @@ def settle_mlflow() -> None:
 
 def described(error: BaseException) -> str:
     """What is wrong with a store, in words that follow its name; what comes before a bracket is the kind."""
-    from mlflow.exceptions import MlflowException
-
     if isinstance(error, stores.Unusable):
         return str(error)
-    status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
+    status = getattr(error, "get_http_status_code", lambda: 500)()  # as MLflow's own errors have
     if status == 401:
         return (
             "does not know who asks (401): write its user's name and password into ~/.mlflow/credentials, or "
