@@ -204,7 +204,7 @@ def submitted(cluster, configuration, folder):
 def mlflow_steps(uri, run_id):
     from mlflow.tracking import MlflowClient
 
-    return [point.step for point in MlflowClient(tracking_uri=uri).get_metric_history(run_id, "lr")]
+    return [point.step for point in MlflowClient(tracking_uri=uri).get_metric_history(run_id, "train/lr")]
 
 
 def main():

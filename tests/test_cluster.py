@@ -353,7 +353,7 @@ def mlflow_run(uri, run_dir):
 
     client = MlflowClient(tracking_uri=uri)
     run_id = (run_dir / ".mlflow_run_id").read_text()
-    points = client.get_metric_history(run_id, "lr")
+    points = client.get_metric_history(run_id, "train/lr")
     return client.get_run(run_id).info.status, sorted(point.step for point in points)
 
 

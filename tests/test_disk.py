@@ -78,7 +78,7 @@ def until(condition, what: str, seconds: float = 30.0) -> None:
 
 # --- tracking ---------------------------------------------------------------------------------------------
 
-WIDE = {f"memory/part{i}": 1.0 for i in range(60)}  # makes a row longer than a kilobyte
+WIDE = {f"train/part{i}": 1.0 for i in range(60)}  # makes a row longer than a kilobyte
 
 
 def config(folder: Path, uri: str | None = None) -> RunConfig:
@@ -219,7 +219,7 @@ def new_store(tmp_path_factory):
     return file
 
 
-def sent(file: Path, run_id: str, key: str = "loss") -> list[int]:
+def sent(file: Path, run_id: str, key: str = "train/loss") -> list[int]:
     """The steps that MLflow has, read without MLflow; the database must be sound."""
     with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
         assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
@@ -246,7 +246,7 @@ def test_mlflows_database_on_a_full_disk_stops_nothing_and_gets_every_row_when_t
     small.free()
     until(lambda: sent(file, run_id) == list(range(1, 100)), "the rows never arrived")
     tracker.finish("FINISHED")
-    assert sent(file, run_id, "memory/part59") == list(range(1, 100))
+    assert sent(file, run_id, "train/part59") == list(range(1, 100))
     assert len(warnings(caplog)) == 1
     assert "database or disk is full" in warnings(caplog)[0]
     assert "\n" not in warnings(caplog)[0]
