@@ -253,6 +253,13 @@ class RunConfig(Section):
                 f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
                 "are flat; write zero.stage: 3, or 0"
             )
+        passes = self.micro_batches // self.worker_counts()[-1]
+        if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
+            raise ConfigError(
+                f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
+                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write zero.stage: 2, which adds "
+                "them up in float32, or 3, or precision: fp32"
+            )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:
             raise ConfigError(

@@ -27,8 +27,9 @@ def evaluate(
     """Mean loss of `trained` on a prepared folder's validation split, or on a text file or folder.
 
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
-    a run is its training loop's; of text all of it, cut into samples as long as it says.  `n_samples` is
-    another number of samples.  `forward` names a grid to which the weights are rounded first.
+    a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
+    one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
+    weights are rounded first.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
@@ -36,15 +37,15 @@ def evaluate(
         samples, bytes_per_token = _prepared(trained, path, n_samples)
     else:
         samples, bytes_per_token = _text(trained, path, n_samples)
+    batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
-    size = min(trained.samples.micro_batch, len(samples))
-    losses = []
+    nats = 0.0
     with torch.inference_mode():
-        for batch in samples[: len(samples) // size * size].split(size):
+        for batch in batches:
             tokens = batch.to(device)
-            losses.append(network(input_ids=tokens, labels=tokens).loss.double().item())
-    loss = sum(losses) / len(losses)
+            nats += n_predicted(batch) * network(input_ids=tokens, labels=tokens).loss.double().item()
+    loss = nats / sum(map(n_predicted, batches))
     own = trained.method.forward_grid
     return {
         "checkpoint": str(trained.path),
@@ -54,14 +55,19 @@ def evaluate(
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "samples": len(losses) * size,
-        "tokens": len(losses) * size * samples.shape[1],
+        "samples": sum(map(len, batches)),
+        "tokens": sum(batch.numel() for batch in batches),
     }
+
+
+def n_predicted(tokens: Tensor) -> int:  # [samples, seq_len]
+    """How many tokens a loss is the mean of: the first of a sample is predicted from nothing."""
+    return len(tokens) * (tokens.shape[1] - 1)
 
 
 def _prepared(
     trained: Trained, path: str, n_samples: int | None
-) -> tuple[Tensor, float]:  # [samples, seq_len] int64, bytes per token
+) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
     manifest = _of_data(lambda: data.read_manifest(path))
     if manifest.tokenizer_sha256 != trained.tokenizer.sha256:
         raise ConfigError(
@@ -77,7 +83,7 @@ def _prepared(
         batches = data.Batches(source, "val", seed=0)  # the order of the validation split needs none
         return batches.micro_batch(0, min(n_samples or trained.samples.number, batches.n_samples))
 
-    return _of_data(read), manifest.splits["val"].bytes_per_token
+    return [_of_data(read)], manifest.splits["val"].bytes_per_token
 
 
 def _check_length(trained: Trained, path: str, seq_len: int) -> None:
@@ -99,8 +105,8 @@ def _of_data(read: Callable[[], T]) -> T:
 
 def _text(
     trained: Trained, path: str, n_samples: int | None
-) -> tuple[Tensor, float]:  # [samples, seq_len] int64, bytes per token
-    """Documents between the tokenizer's marks, in one row, cut; what is left at the end is dropped."""
+) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
+    """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
     begin, end = ([] if mark is None else [mark] for mark in (tokenizer.bos_id, tokenizer.eos_id))
     ids: list[int] = []
@@ -110,12 +116,15 @@ def _text(
         n_bytes += len(text.encode())
     if len(ids) < 2:  # the first token is predicted from nothing
         raise ConfigError(f"--data ({path}) holds no text; write the path of a file that does")
-    # A text shorter than a sample is a short sample.
-    length = min(trained.samples.seq_len, len(ids))
-    n = len(ids) // length
+    bytes_per_token = n_bytes / len(ids)
+    length = trained.samples.seq_len
     if n_samples is not None:
-        n = min(n, n_samples)
-    return torch.tensor(ids[: n * length]).view(n, length), n_bytes / len(ids)
+        ids = ids[: n_samples * length]
+    n, rest = divmod(len(ids), length)
+    whole, last = torch.tensor(ids).split([n * length, rest])
+    # A last token alone is predicted from nothing.
+    samples = [whole.view(n, length), *([last.view(1, rest)] if rest > 1 else [])]
+    return [part for part in samples if len(part)], bytes_per_token
 
 
 def _documents(path: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat)
     with _worker(config, restarts, heartbeat) as worker:
         position = worker.start
         while position.step < train.steps and not worker.stops:
-            now = schedule.now(config, position.step + 1)
+            now = schedule.now(config, position.step + 1, position.skipped_steps)
             limit = guard.norm_limit(position.norms, train.max_grad_ratio)
             logs = _is_due(now.step, train.log_every, train.steps)
             with worker.sampled(now.step), worker.engine.step(now, limit, norms=logs) as step:
@@ -170,11 +171,9 @@ class _Worker:
     def log(self, position: Position, lr: float, before: statistics.Levels, update: Update) -> Position:
         """Measure this step for the record; the means since the last one begin anew."""
         engine, n = self.engine, position.loss_count
-        if n:
-            position = replace(position, train_loss=position.loss_sum / n)
         self.metrics = {
             "tokens": position.tokens,
-            "loss": position.train_loss if n else None,
+            "loss": position.loss_sum / n if n else None,
             "lr": lr,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
             "tokens_per_second": self.clock.rate(),
@@ -226,7 +225,7 @@ class _Worker:
             "run": config.run.name,
             "steps": position.step,
             "tokens": position.tokens,
-            "train_loss": position.train_loss,
+            "train_loss": fmean(position.losses) if position.losses else None,
             **_quality(self.val_loss, self.manifest),
             "unigram_entropy": self.manifest.unigram_entropy,
             "tokens_per_second": self.clock.mean_rate(),
@@ -333,21 +332,22 @@ def evaluate(
     split.
     """
     batches = data.Batches(config.data, "val", config.run.seed)
-    n = min(config.train.eval_samples, manifest.splits["val"].samples)
-    size = min(config.train.micro_batch, n)
-    starts = range(0, n - size + 1, size)
+    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
+    starts = range(0, n, size)
+    # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
     losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
     for first in range(0, len(starts), engine.world):
         # Every worker takes part in every gather; one that has no batch left repeats one and drops the
         # result.
         mine = first + engine.rank
-        tokens = batches.micro_batch(starts[min(mine, len(starts) - 1)], size)
+        start = starts[min(mine, len(starts) - 1)]
+        tokens = batches.micro_batch(start, min(size, n - start))
         loss = engine.forward(tokens.to(engine.device))
         if mine < len(starts):
-            losses[mine] = loss.double()
+            losses[mine] = loss.double() * len(tokens)
         heartbeat()
     dist.all_reduce(losses)
-    return losses.mean().item()
+    return losses.sum().item() / n
 
 
 def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None]:

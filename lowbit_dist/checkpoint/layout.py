@@ -26,7 +26,6 @@ class Position:
     samples: int  # training samples consumed, over all epochs; the data position
     tokens: int
     skipped_steps: int = 0
-    train_loss: float | None = None  # as last logged
     # since the last log, so that a resumed run logs what an undisturbed one does
     loss_sum: float = 0.0
     loss_count: int = 0

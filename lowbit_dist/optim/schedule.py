@@ -6,12 +6,16 @@ from lowbit_dist import ops
 from lowbit_dist.config import RunConfig, Schedule
 
 
-def now(config: RunConfig, step: int) -> ops.Now:
-    """The numbers of step `step` (1-based) of a run."""
+def now(config: RunConfig, step: int, skipped: int = 0) -> ops.Now:
+    """The numbers of step `step` (1-based) of a run, of whose earlier steps `skipped` changed nothing."""
     lr, weight_decay = rate(config.schedule, step, config.train.steps)
     rule = config.optimizer
     return ops.Now(
-        lr=rule.lr * lr, weight_decay=rule.weight_decay * weight_decay, step=step, seed=config.run.seed
+        lr=rule.lr * lr,
+        weight_decay=rule.weight_decay * weight_decay,
+        step=step,
+        seed=config.run.seed,
+        skipped=skipped,
     )
 
 
