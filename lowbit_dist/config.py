@@ -142,9 +142,9 @@ class Model(Section):
 
 
 class Data(Section):
-    path: Text  # a folder or URL
+    path: Text = may_change(...)  # a folder or URL; `inputs.py` knows what lies there by its content
     seq_len: Annotated[int, Field(ge=2, le=2**20)] = 256  # tokens of a sample
-    tokenizer: MaybeFilePath = None  # if given, must be the one the data was prepared with
+    tokenizer: MaybeFilePath = may_change(None)  # if given, must be the one the data was prepared with
     cache: MaybeFilePath = may_change(None)  # where shards of a remote path are kept on this machine
 
 
@@ -257,8 +257,8 @@ class RunConfig(Section):
         if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
             raise ConfigError(
                 f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
-                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write zero.stage: 2, which adds "
-                "them up in float32, or 3, or precision: fp32"
+                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
+                "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
             )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, memory, model, runs, statistics
+from lowbit_dist import checkpoint, data, guard, inputs, memory, model, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import atomic_write
@@ -76,7 +76,7 @@ class _Worker:
 
     def __init__(self, config: RunConfig, restarts: int, heartbeat: Beat):
         self.config, self.restarts, self.heartbeat = config, restarts, heartbeat
-        self.manifest = data.check(config)
+        self.manifest = inputs.agreed(config)
         self.engine = engine = _build(config, self.manifest.vocab_size)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
@@ -292,6 +292,7 @@ def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) ->
     config.run_dir.mkdir(parents=True, exist_ok=True)
     _keep(config.run_dir / runs.CONFIG, config.to_yaml())
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
+    inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere
         _keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")

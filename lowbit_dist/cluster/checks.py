@@ -23,6 +23,9 @@ def check(config: RunConfig) -> None:
     from lowbit_dist import data
 
     manifest = data.check(config)
+    from lowbit_dist import inputs
+
+    inputs.check(config, manifest)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
     from lowbit_dist import model

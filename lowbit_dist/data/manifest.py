@@ -65,6 +65,20 @@ class Manifest(Section):
     val_fraction: float
     seed: int
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is trained on: of the tokens and their order, whatever they were made from and
+        wherever they lie.
+        """
+        content = {
+            "seq_len": self.seq_len,
+            "vocab_size": self.vocab_size,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer_sha256,
+            "splits": {name: split.index_sha256 for name, split in self.splits.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def is_remote(path: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+:/", path) is not None
