@@ -49,7 +49,7 @@ def check(config: RunConfig, manifest: data.Manifest) -> None:
 
 
 def agreed(config: RunConfig) -> data.Manifest:
-    """The data at `data.path`; ConfigError on every worker unless all see that which the run is trained on."""
+    """The data at `data.path`; ConfigError on every worker unless all see the data of the run."""
     manifest = data.check(config)
     check(config, manifest)
     digests: list[str] = [""] * dist.get_world_size()
