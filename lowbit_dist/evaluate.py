@@ -1,4 +1,6 @@
-"""What a trained model is worth, in one process: its loss, perplexity and bits per byte on any text."""
+"""What a model is worth: its loss, perplexity and bits per byte; of a trained one on any text, of one that
+trains on its validation split.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_dist import data, documents
-from lowbit_dist.config import ConfigError, Data
+from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
 
 if TYPE_CHECKING:
     from lowbit_dist.trained import Trained
+    from lowbit_dist.zero import Engine
 
 T = TypeVar("T")
 
@@ -53,10 +57,46 @@ def evaluate(
         "data": path,
         "forward": forward or (trained.method.name if own is None else own.name),
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        **quality(loss, bytes_per_token),
         "samples": sum(map(len, batches)),
         "tokens": sum(batch.numel() for batch in batches),
+    }
+
+
+def validation_loss(
+    engine: Engine,
+    config: RunConfig,
+    manifest: data.Manifest,
+    *,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
+    split, while a model trains; on every worker at once.
+    """
+    batches = data.Batches(config.data, "val", config.run.seed)
+    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
+    starts = range(0, n, size)
+    # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
+    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
+    for first in range(0, len(starts), engine.world):
+        # Every worker takes part in every gather; one that has no batch left repeats one and drops the
+        # result.
+        mine = first + engine.rank
+        start = starts[min(mine, len(starts) - 1)]
+        tokens = batches.micro_batch(start, min(size, n - start))
+        loss = engine.forward(tokens.to(engine.device))
+        if mine < len(starts):
+            losses[mine] = loss.double() * len(tokens)
+        heartbeat()
+    dist.all_reduce(losses)
+    return losses.sum().item() / n
+
+
+def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
+    """What a loss in nats per token means."""
+    return {
+        "perplexity": math.exp(min(loss, 700.0)),  # beyond is no float64
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
     }
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from lowbit_dist import checkpoint, data, guard, inputs, memory, model, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.evaluate import quality, validation_loss
 from lowbit_dist.files import atomic_write
 from lowbit_dist.heartbeat import Beat, no_heartbeat
 from lowbit_dist.optim import schedule
@@ -195,8 +196,21 @@ class _Worker:
         """The validation loss, for the record and the summary."""
         with self.clock.paused():
             beat = partial(self.heartbeat, "eval", step)
-            self.val_loss = evaluate(self.engine, self.config, self.manifest, heartbeat=beat)
+            self.val_loss = validation_loss(self.engine, self.config, self.manifest, heartbeat=beat)
         self.metrics |= _quality(self.val_loss, self.manifest)
+        if self._has_diverged(step):
+            self.metrics["diverged"] = 1.0
+            guessing = math.log(self.manifest.vocab_size)
+            log.warning(
+                "step %d: the validation loss %.4g is above that of guessing, %.4g: the run has diverged; "
+                "write a smaller optimizer.lr under another run.name", step, self.val_loss, guessing,
+            )  # fmt: skip
+
+    def _has_diverged(self, step: int) -> bool:
+        """A model that has not begun to learn is not meant: its first loss is that of guessing."""
+        assert self.val_loss is not None, "it was evaluated"
+        is_warm = step > self.config.schedule.warmup_steps
+        return is_warm and guard.is_no_better_than_guessing(self.val_loss, self.manifest.vocab_size)
 
     def write(self, step: int) -> None:
         """What was measured goes into the record."""
@@ -220,7 +234,7 @@ class _Worker:
             log.info("stopped at step %d: its checkpoint is saved", position.step)
             return None
         if self.val_loss is None:  # a finished run was started again
-            self.val_loss = evaluate(engine, config, self.manifest)
+            self.val_loss = validation_loss(engine, config, self.manifest)
         summary: dict[str, Any] = {
             "run": config.run.name,
             "steps": position.step,
@@ -234,6 +248,7 @@ class _Worker:
             "restarts": self.restarts,
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
+            "diverged": self._has_diverged(position.step),
         }
         if engine.rank == 0:
             summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
@@ -322,40 +337,10 @@ def _check_recovers(config: RunConfig, position: Position, loss: float, update: 
         )
 
 
-def evaluate(
-    engine: Engine,
-    config: RunConfig,
-    manifest: data.Manifest,
-    *,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
-    split.
-    """
-    batches = data.Batches(config.data, "val", config.run.seed)
-    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
-    starts = range(0, n, size)
-    # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
-    for first in range(0, len(starts), engine.world):
-        # Every worker takes part in every gather; one that has no batch left repeats one and drops the
-        # result.
-        mine = first + engine.rank
-        start = starts[min(mine, len(starts) - 1)]
-        tokens = batches.micro_batch(start, min(size, n - start))
-        loss = engine.forward(tokens.to(engine.device))
-        if mine < len(starts):
-            losses[mine] = loss.double() * len(tokens)
-        heartbeat()
-    dist.all_reduce(losses)
-    return losses.sum().item() / n
-
-
 def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None]:
     if not math.isfinite(val_loss):  # JSON has no word for it
         return {"val_loss": None, "perplexity": None, "bits_per_byte": None}
-    bits = val_loss / math.log(2) / manifest.splits["val"].bytes_per_token
-    return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
+    return {"val_loss": val_loss, **quality(val_loss, manifest.splits["val"].bytes_per_token)}
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

@@ -96,13 +96,18 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
     """What a run ended with."""
     memory = result.get("memory") or {}
     entropy, loss = result.get("unigram_entropy"), result.get("val_loss")
-    below = f" ({1 - loss / entropy:.1%} below the corpus's unigram entropy)" if entropy and loss else ""
+    against = ""
+    if entropy and loss:
+        side = "below" if loss < entropy else "above"
+        against = f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
+    if result.get("diverged"):
+        against += "; the run has diverged: guessing is better"
     speed = result.get("tokens_per_second")
     rows = {
         "run": result["run"],
         "steps": f"{result['steps']:,} ({result['tokens']:,} tokens)",
         "training loss": _number(result.get("train_loss")),
-        "validation loss": None if loss is None else f"{loss:.4f}{below}",
+        "validation loss": None if loss is None else f"{loss:.4f}{against}",
         "perplexity": _number(result.get("perplexity")),
         "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",
@@ -175,4 +180,6 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
 
 
 def _number(value: Any) -> str | None:
-    return f"{value:.4f}" if isinstance(value, int | float) else None
+    if not isinstance(value, int | float):
+        return None
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.2e}"
