@@ -149,9 +149,11 @@ class Data(Section):
 
 
 class Schedule(Section):
-    name: Literal["cosine", "linear", "constant", "two_stage"] = "cosine"
+    name: Literal["cosine", "linear", "constant", "wsd", "two_stage"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 50
-    min_lr_ratio: Fraction = 0.1  # where cosine and linear end
+    min_lr_ratio: Fraction = 0.1  # where cosine, linear and wsd end
+    # The last part of the steps, in which the rate falls from its peak on a line; wsd (arXiv 2404.06395).
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     switch_at: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the steps; two_stage
     second_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.667  # second peak / first; two_stage
 
@@ -168,7 +170,7 @@ class Train(Section):
     batch_tokens: Tokens = 8192  # of one optimizer step, over all workers
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] = 8  # samples of one worker's pass
     clip_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0  # 0 does not clip
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = may_change(False)
     reproducible: bool = False
     log_every: Count = may_change(10)
     eval_every: Count = may_change(100)
