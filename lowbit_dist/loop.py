@@ -45,7 +45,7 @@ def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat)
     with _worker(config, restarts, heartbeat) as worker:
         position = worker.start
         while position.step < train.steps and not worker.stops:
-            now = schedule.now(config, position.step + 1, position.skipped_steps)
+            now = schedule.now(config, position.step + 1, position.updates + 1)
             limit = guard.norm_limit(position.norms, train.max_grad_ratio)
             logs = _is_due(now.step, train.log_every, train.steps)
             with worker.sampled(now.step), worker.engine.step(now, limit, norms=logs) as step:

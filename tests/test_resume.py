@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: its length and its end, if no step that was made had another rate."""
+"""What may change when a run is resumed: its length and its end, if no step behind it had another rate."""
 
 from pathlib import Path
 

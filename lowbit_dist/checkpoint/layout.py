@@ -35,6 +35,12 @@ class Position:
     norms: tuple[float, ...] = ()
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # returns to a checkpoint after a spike
+    updates_before: int = 0  # that the optimizer's states have seen in the run that this one started from
+
+    @property
+    def updates(self) -> int:
+        """That the optimizer's states have seen."""
+        return self.updates_before + self.step - self.skipped_steps
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Position:

@@ -103,22 +103,16 @@ class Now:
     step: int  # 1 for the first
     seed: int  # 64 bits
     grad_scale: float = 1.0
-    skipped: int = 0  # steps before this one that changed nothing
+    # The number of this update, 1 for the first that slots see: the step's own, where none was skipped.
+    update: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.step < 2**32:
             raise ValueError(f"step is {self.step}; steps count from 1 and stay below 2**32")
-        if not 0 <= self.skipped < self.step:
-            raise ValueError(f"skipped is {self.skipped}; it must be from 0 to {self.step - 1}")
+        if not self.update:
+            object.__setattr__(self, "update", self.step)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
-
-    @property
-    def update(self) -> int:
-        """The number of this update, 1 for the first: what slots have seen, of which skipped steps are no
-        part.
-        """
-        return self.step - self.skipped
 
     @property
     def decay(self) -> float:

@@ -8,8 +8,8 @@ from lowbit_dist.config import RunConfig, Schedule
 SAMPLED = 10_000  # steps that are compared of a long run; a schedule has few bends
 
 
-def now(config: RunConfig, step: int, skipped: int = 0) -> ops.Now:
-    """The numbers of step `step` (1-based) of a run, of whose earlier steps `skipped` changed nothing."""
+def now(config: RunConfig, step: int, update: int) -> ops.Now:
+    """The numbers of step `step` of a run, if it becomes update `update` of its weights (both 1-based)."""
     lr, weight_decay = rate(config.schedule, step, config.train.steps)
     rule = config.optimizer
     return ops.Now(
@@ -17,7 +17,7 @@ def now(config: RunConfig, step: int, skipped: int = 0) -> ops.Now:
         weight_decay=rule.weight_decay * weight_decay,
         step=step,
         seed=config.run.seed,
-        skipped=skipped,
+        update=update,
     )
 
 
