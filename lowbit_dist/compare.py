@@ -85,9 +85,7 @@ def measures(run: RunFolder) -> dict[str, float | None]:
     return {
         "val_loss": summary.get("val_loss"),
         "perplexity": summary.get("perplexity"),
-        "bytes_per_parameter": sum(charts.bytes_per_parameter(memory)["this run"].values())
-        if memory
-        else None,
+        "bytes_per_parameter": sum(charts.of_report(memory).values()) if memory else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "flip_rate": statistics.fmean(flips) if flips else None,
     }

@@ -210,3 +210,12 @@ def _is_text(section: str, field: str) -> bool:
     info = _section_fields(section).get(field)
     kinds = (info.annotation, *get_args(info.annotation)) if info is not None else ()
     return any(kind in (str, Path) for kind in kinds)
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration that results when `changes` are written behind the same file."""
+    content = config.model_dump(mode="json", exclude_unset=True)
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        content[section] = {**content.get(section, {}), field: value} if field else value
+    return from_dict(content)
