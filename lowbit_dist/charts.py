@@ -171,7 +171,8 @@ def loss_against_bytes(
         has_bars = has_bars or y["spread"] is not None
         axes.errorbar(
             [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
-            color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="", label=group,
+            color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="",
+            label=f"{group} ({y['n']} seed{'' if y['n'] == 1 else 's'})", clip_on=False,
         )  # fmt: skip
     axes.margins(0.12)
     axes.set_xlim(left=0)
