@@ -58,13 +58,14 @@ class Run(Section):
 class Data(Section):
     """Which prepared tokens the run reads."""
 
-    path: FolderOrUrl = setting(
-        meaning="The folder or URL that `lowbit data prepare` has written, for example data/stdlib."
+    # `inputs.py` knows what lies there by its content.
+    path: FolderOrUrl = may_change(
+        ..., "The folder or URL that `lowbit data prepare` has written, for example data/stdlib."
     )
     seq_len: Annotated[int, Field(ge=2, le=2**20)] = setting(
         256, "The length of a sample, as the data was prepared.", unit="tokens"
     )
-    tokenizer: MaybeFilePath = setting(
+    tokenizer: MaybeFilePath = may_change(
         None, "The tokenizer's folder: if it is given, the data must have been prepared with it."
     )
     cache: MaybeFilePath = may_change(
@@ -77,16 +78,20 @@ class Data(Section):
 class Schedule(Section):
     """How the learning rate changes over the run."""
 
-    name: Literal["cosine", "linear", "constant", "two_stage"] = setting(
+    name: Literal["cosine", "linear", "constant", "wsd", "two_stage"] = setting(
         "cosine",
-        "The shape after the warm-up. two_stage is BitNet's: a line to zero, whose peak drops and whose "
+        "The shape after the warm-up. wsd (arXiv 2404.06395) is constant and then falls in a line, and like "
+        "constant can go on longer. two_stage is BitNet's: a line to zero, whose peak drops and whose "
         "weight decay ends at switch_at.",
     )
     warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
         50, "For so many steps the learning rate rises from zero to its peak, in a line.", unit="steps"
     )
     min_lr_ratio: Fraction = setting(
-        0.1, "Where cosine and linear end, as a share of optimizer.lr.", unit="of optimizer.lr"
+        0.1, "Where cosine, linear and wsd end, as a share of optimizer.lr.", unit="of optimizer.lr"
+    )
+    decay_share: Annotated[float, Field(gt=0, le=1)] = setting(
+        0.2, "The last part of the run, in which the rate of wsd falls.", unit="of train.steps"
     )
     switch_at: Annotated[float, Field(gt=0, lt=1)] = setting(
         0.5, "When the second stage of two_stage begins, as a share of train.steps.", unit="of train.steps"
@@ -120,7 +125,7 @@ class Train(Section):
     clip_norm: Annotated[float, Field(ge=0, le=1e6)] = setting(
         1.0, "Gradients whose norm over the whole model is larger are scaled down to it; 0 does not clip."
     )
-    activation_checkpointing: bool = setting(
+    activation_checkpointing: bool = may_change(
         False, "Whether activations are computed anew in the backward pass, which takes less memory."
     )
     reproducible: bool = setting(
@@ -244,6 +249,13 @@ class RunConfig(Section):
                 f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which "
                 f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
                 "are flat; write zero.stage: 3, or 0"
+            )
+        passes = self.micro_batches // self.worker_counts()[-1]
+        if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
+            raise ConfigError(
+                f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
+                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
+                "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
             )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:

@@ -243,3 +243,12 @@ def _types(annotation: Any) -> Iterator[Any]:
     yield annotation
     for argument in get_args(annotation):
         yield from _types(argument)
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration that results when `changes` are written behind the same file."""
+    content = config.model_dump(mode="json", exclude_unset=True)
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        content[section] = {**content.get(section, {}), field: value} if field else value
+    return from_dict(content)

@@ -9,19 +9,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, memory, model, runs, statistics
+from lowbit_dist import checkpoint, data, guard, inputs, memory, model, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.evaluate import quality, validation_loss
 from lowbit_dist.files import atomic_write
 from lowbit_dist.heartbeat import Beat, no_heartbeat
 from lowbit_dist.optim import schedule
@@ -43,7 +45,7 @@ def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat)
     with _worker(config, restarts, heartbeat) as worker:
         position = worker.start
         while position.step < train.steps and not worker.stops:
-            now = schedule.now(config, position.step + 1)
+            now = schedule.now(config, position.step + 1, position.updates + 1)
             limit = guard.norm_limit(position.norms, train.max_grad_ratio)
             logs = _is_due(now.step, train.log_every, train.steps)
             with worker.sampled(now.step), worker.engine.step(now, limit, norms=logs) as step:
@@ -75,7 +77,7 @@ class _Worker:
 
     def __init__(self, config: RunConfig, restarts: int, heartbeat: Beat):
         self.config, self.restarts, self.heartbeat = config, restarts, heartbeat
-        self.manifest = data.check(config)
+        self.manifest = inputs.agreed(config)
         self.engine = engine = _build(config, self.manifest.vocab_size)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
@@ -170,11 +172,9 @@ class _Worker:
     def log(self, position: Position, lr: float, before: statistics.Levels, update: Update) -> Position:
         """Measure this step for the record; the means since the last one begin anew."""
         engine, n = self.engine, position.loss_count
-        if n:
-            position = replace(position, train_loss=position.loss_sum / n)
         self.metrics = {
             "tokens": position.tokens,
-            "loss": position.train_loss if n else None,
+            "loss": position.loss_sum / n if n else None,
             "lr": lr,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
             "tokens_per_second": self.clock.rate(),
@@ -196,8 +196,21 @@ class _Worker:
         """The validation loss, for the record and the summary."""
         with self.clock.paused():
             beat = partial(self.heartbeat, "eval", step)
-            self.val_loss = evaluate(self.engine, self.config, self.manifest, heartbeat=beat)
+            self.val_loss = validation_loss(self.engine, self.config, self.manifest, heartbeat=beat)
         self.metrics |= _quality(self.val_loss, self.manifest)
+        if self._has_diverged(step):
+            self.metrics["diverged"] = 1.0
+            guessing = math.log(self.manifest.vocab_size)
+            log.warning(
+                "step %d: the validation loss %.4g is above that of guessing, %.4g: the run has diverged; "
+                "write a smaller optimizer.lr under another run.name", step, self.val_loss, guessing,
+            )  # fmt: skip
+
+    def _has_diverged(self, step: int) -> bool:
+        """A model that has not begun to learn is not meant: its first loss is that of guessing."""
+        assert self.val_loss is not None, "it was evaluated"
+        is_warm = step > self.config.schedule.warmup_steps
+        return is_warm and guard.is_no_better_than_guessing(self.val_loss, self.manifest.vocab_size)
 
     def write(self, step: int) -> None:
         """What was measured goes into the record."""
@@ -221,12 +234,12 @@ class _Worker:
             log.info("stopped at step %d: its checkpoint is saved", position.step)
             return None
         if self.val_loss is None:  # a finished run was started again
-            self.val_loss = evaluate(engine, config, self.manifest)
+            self.val_loss = validation_loss(engine, config, self.manifest)
         summary: dict[str, Any] = {
             "run": config.run.name,
             "steps": position.step,
             "tokens": position.tokens,
-            "train_loss": position.train_loss,
+            "train_loss": fmean(position.losses) if position.losses else None,
             **_quality(self.val_loss, self.manifest),
             "unigram_entropy": self.manifest.unigram_entropy,
             "tokens_per_second": self.clock.mean_rate(),
@@ -235,6 +248,7 @@ class _Worker:
             "restarts": self.restarts,
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
+            "diverged": self._has_diverged(position.step),
         }
         if engine.rank == 0:
             summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
@@ -293,6 +307,7 @@ def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) ->
     config.run_dir.mkdir(parents=True, exist_ok=True)
     _keep(config.run_dir / runs.CONFIG, config.to_yaml())
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
+    inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere
         _keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
@@ -322,39 +337,10 @@ def _check_recovers(config: RunConfig, position: Position, loss: float, update: 
         )
 
 
-def evaluate(
-    engine: Engine,
-    config: RunConfig,
-    manifest: data.Manifest,
-    *,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
-    split.
-    """
-    batches = data.Batches(config.data, "val", config.run.seed)
-    n = min(config.train.eval_samples, manifest.splits["val"].samples)
-    size = min(config.train.micro_batch, n)
-    starts = range(0, n - size + 1, size)
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
-    for first in range(0, len(starts), engine.world):
-        # Every worker takes part in every gather; one that has no batch left repeats one and drops the
-        # result.
-        mine = first + engine.rank
-        tokens = batches.micro_batch(starts[min(mine, len(starts) - 1)], size)
-        loss = engine.forward(tokens.to(engine.device))
-        if mine < len(starts):
-            losses[mine] = loss.double()
-        heartbeat()
-    dist.all_reduce(losses)
-    return losses.mean().item()
-
-
 def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None]:
     if not math.isfinite(val_loss):  # JSON has no word for it
         return {"val_loss": None, "perplexity": None, "bits_per_byte": None}
-    bits = val_loss / math.log(2) / manifest.splits["val"].bytes_per_token
-    return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
+    return {"val_loss": val_loss, **quality(val_loss, manifest.splits["val"].bytes_per_token)}
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

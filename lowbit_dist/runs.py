@@ -46,9 +46,17 @@ class RunFolder:
         """The newest value of a column, None if there is none."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether its newest validation loss is above that of guessing."""
+        newest = next((row for row in reversed(self.rows) if "val_loss" in row or "diverged" in row), {})
+        return bool(newest.get("diverged"))
+
     def described(self) -> str:
         """Where it stands, in words."""
         at = f"{self.state} at step {self.step:,} of {self.config.train.steps:,}"
+        if self.has_diverged:
+            at += f", diverged: its validation loss {self.last('val_loss')} is above that of guessing"
         return f"{at}: {self.why}" if self.why else at
 
 

@@ -61,7 +61,7 @@ class Samples:
 
     seq_len: int  # tokens of a sample of text
     number: int = 256  # of samples of prepared data
-    micro_batch: int = 1  # samples of one pass; text is evaluated in whole ones
+    micro_batch: int = 1  # samples of one pass
     cache: Path | None = None  # where shards of remote data are kept
 
 

@@ -40,7 +40,7 @@ def make(place):
             one = {"components": {part: {"bytes": 0} for part in PARTS}, "workers": 2}
             one = {**one, "parameters": {"total": 1000}}
             memory = {**one, "components": {**one["components"], "gradients": {"bytes": bytes_each}}}
-            memory |= {"plan_dense": one, "plan_bitnet": one}
+            memory |= {"plan_dense": one, "plan_dense_same_states": one, "plan_bitnet": one}
             found = {"steps": steps, "val_loss": val_loss, "perplexity": 2.0**val_loss, "memory": memory}
             (folder / "summary.json").write_text(json.dumps(found))
         return folder

@@ -254,17 +254,17 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         tmp_path, GOOD, "cluster.workers=1", "cluster.max_failures=0", "tracking.mlflow=null",
         "run.dir=elsewhere", "tracking.experiment=x", "train.log_every=1", "train.eval_every=2",
         "train.save_every=3", "train.keep_last=4", "train.keep_every=6", "train.max_skipped=7",
-        "train.max_grad_ratio=10", "train.on_spike=rollback", "data.cache=c",
+        "train.max_grad_ratio=10", "train.on_spike=rollback", "data.cache=c", "data.path=y",
+        "data.tokenizer=t",
     )  # fmt: skip
     assert old.differences(same) == []
     other = load(
         tmp_path, GOOD, "train.steps=20", "train.eval_samples=1", "run.seed=1", "optimizer.betas=[0,0.5]",
-        "precision=fp32", "method.activation_bits=null", "data.path=y",
+        "precision=fp32", "method.activation_bits=null",
     )  # fmt: skip
     assert old.differences(other) == [
         "run.seed: 0 -> 1",
         "method.activation_bits: 8 -> null",
-        "data.path: data/stdlib -> y",
         "optimizer.betas: [0.9, 0.95] -> [0.0, 0.5]",
         "precision: bf16 -> fp32",
         "train.steps: 300 -> 20",

@@ -74,7 +74,12 @@ REFUSED = {
         ["train.micro_batch"],
     ),
     "whole weights": (
-        content_of(model={"preset": "320m"}, method=DENSE, zero={"stage": 0}, train={"micro_batch": 2}),
+        content_of(
+            model={"preset": "320m"},
+            method=DENSE,
+            zero={"stage": 0},
+            train={"micro_batch": 2, "batch_tokens": 1024},
+        ),
         13,
         "other_weights",
         ["zero.stage"],
@@ -92,7 +97,13 @@ REFUSED = {
         ["cluster.workers"],
     ),
     "several": (
-        content_of(model={"preset": "320m"}, method=DENSE, zero={"stage": 0}, optimizer={"states": "fp32"}),
+        content_of(
+            model={"preset": "320m"},
+            method=DENSE,
+            zero={"stage": 0},
+            optimizer={"states": "fp32"},
+            train={"batch_tokens": 4096},
+        ),
         8,
         "optimizer_states",
         None,

@@ -26,7 +26,7 @@ FLOOR = {
     "methods": 3, "optim": 3, "config": 3, "configfile": 3, "schedule": 3,
     "model": 3, "data": 3, "zero": 3, "statistics": 3,
     "memory": 4, "checkpoint": 4, "runs": 4, "tracking": 4, "convert": 4,
-    "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
+    "inputs": 5, "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5, "doctor": 5,
     "cluster": 6, "compare": 6, "sweep": 6,
     "cli": 7, "__main__": 7,
     "__init__": 8,  # the Python API: nothing in the package imports from it

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from mlflow_server import Server
-from tracked import SUMMARY, Tracked, client, configuration, steps, wait
+from tracked import SUMMARY, Tracked, client, configuration, part, steps, wait
 
 from lowbit_dist import charts, configfile, record, tracking
 from lowbit_dist.config import ConfigError
@@ -185,7 +185,27 @@ def test_bytes_per_parameter_count_every_worker():
     bars = charts.bytes_per_parameter(SUMMARY["memory"])
     assert bars["this run"]["optimizer_states"] == 2.0
     assert bars["this run"]["low_bit_weights"] == 0.24
-    assert sum(bars["BitNet STE"].values()) == 6.0
+    assert sum(bars["BitNet"].values()) == 6.0
+
+
+def test_every_bar_is_named_with_its_states_and_an_equal_one_is_not_drawn_twice():
+    def named(own):
+        reports = {"plan_dense_same_states": own, "plan_bitnet": own, "plan_dense": "fp32"}
+        return [
+            *charts.bytes_per_parameter(
+                part()
+                | {"states": own}
+                | {name: part() | {"states": states} for name, states in reports.items()}
+            )
+        ]
+
+    assert named("int8") == [
+        "this run, 8-bit states",
+        "dense, 8-bit states",
+        "BitNet, 8-bit states",
+        "dense, fp32 states",
+    ]
+    assert named("fp32") == ["this run, fp32 states", "dense, fp32 states", "BitNet, fp32 states"]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,10 @@ Inputs = Annotated[
     ),
 ]
 TextField = Annotated[
-    str, typer.Option("--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field.")
+    str,
+    typer.Option(
+        "--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field."
+    ),
 ]
 
 
@@ -71,9 +74,7 @@ Separator = Annotated[
         callback=_unescaped,
     ),
 ]
-OnBadRow = Annotated[
-    str, typer.Option(metavar="skip|fail", help="Skip a row that holds no text, or fail.")
-]
+OnBadRow = Annotated[str, typer.Option(metavar="skip|fail", help="Skip a row that holds no text, or fail.")]
 RunOrCheckpoint = Annotated[
     str,
     typer.Argument(

@@ -156,6 +156,7 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
         "method": run.config.method.label,
         "seed": run.config.run.seed,
         "age_seconds": runs.age(run),
+        "diverged": run.has_diverged,
         "why": run.why,
     }
 
@@ -239,6 +240,8 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
     table = _table("run", "state", "step", "loss", "val", "method", "seed", "age")
     for run in runs:
         state = f"[{COLOURS.get(run['state'], 'red')}]{run['state']}[/]"
+        if run.get("diverged"):
+            state += " [red]diverged[/]"
         if run["state"] == "unreadable":
             table.add_row(escape(run["run"]), state)
             continue
@@ -272,7 +275,7 @@ def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
         table.add_row(escape(group["group"]), comparing.count(group), *cells)
     terminal.print(table)
     terminal.print("Mean ± sample standard deviation over finished runs.", style="dim")
-    for line in comparing.unfinished(comparison):
+    for line in comparing.not_well(comparison):
         terminal.print(line, markup=False)
     for file in comparison["files"]:
         terminal.print(file, style="dim", markup=False, soft_wrap=True)

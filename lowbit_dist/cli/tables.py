@@ -9,7 +9,12 @@ from rich.table import Table
 
 from lowbit_dist.errors import in_bytes
 
-RUNS = {"this run": None, "AdamW fp32": "plan_dense", "BitNet STE": "plan_bitnet"}
+# Like with like; the usual training, all in float32, is told in a sentence.
+RUNS = {
+    "this run": None,
+    "dense, same states": "plan_dense_same_states",
+    "BitNet, same states": "plan_bitnet",
+}
 
 
 def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None) -> None:
@@ -66,8 +71,9 @@ def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
     console.print(
         f"{parameters['total']:,} parameters, {parameters['low_bit']:,} of them low-bit; "
         f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Resident bytes saved: "
-        f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW fp32, "
-        f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet STE."
+        f"{memory['saved_vs_dense_same_states']:.1%} against dense weights and "
+        f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet's, each with {memory['states']} states as here; "
+        f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW with all in float32."
     )
     if "fits" in memory:
         needed, available = (in_bytes(memory[f"{name}_bytes_per_worker"]) for name in ("needed", "available"))
@@ -96,13 +102,18 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
     """What a run ended with."""
     memory = result.get("memory") or {}
     entropy, loss = result.get("unigram_entropy"), result.get("val_loss")
-    below = f" ({1 - loss / entropy:.1%} below the corpus's unigram entropy)" if entropy and loss else ""
+    against = ""
+    if entropy and loss:
+        side = "below" if loss < entropy else "above"
+        against = f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
+    if result.get("diverged"):
+        against += "; the run has diverged: guessing is better"
     speed = result.get("tokens_per_second")
     rows = {
         "run": result["run"],
         "steps": f"{result['steps']:,} ({result['tokens']:,} tokens)",
         "training loss": _number(result.get("train_loss")),
-        "validation loss": None if loss is None else f"{loss:.4f}{below}",
+        "validation loss": None if loss is None else f"{loss:.4f}{against}",
         "perplexity": _number(result.get("perplexity")),
         "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",
@@ -175,4 +186,6 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
 
 
 def _number(value: Any) -> str | None:
-    return f"{value:.4f}" if isinstance(value, int | float) else None
+    if not isinstance(value, int | float):
+        return None
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.2e}"

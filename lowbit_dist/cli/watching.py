@@ -136,6 +136,7 @@ def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
         return None
     dense = plans["plan_dense"]
     measured = {
+        "states": run.config.optimizer.states,
         "components": {name: {"bytes": n} for name, n in _components(run).items()},
         "workers": dense["workers"],
         "parameters": dense["parameters"],

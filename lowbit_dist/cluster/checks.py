@@ -25,6 +25,9 @@ def check(config: RunConfig) -> None:
     from lowbit_dist import data
 
     manifest = data.check(config)
+    from lowbit_dist import inputs
+
+    inputs.check(config, manifest)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
     from lowbit_dist import model
@@ -111,7 +114,7 @@ def check_run(config: RunConfig) -> None:
             earlier = configfile.load(folder / "config.yaml")
         except ConfigError as mistake:
             raise ConfigError(f"run.name ({config.run.name}): {folder / 'config.yaml'}: {mistake}") from None
-        _check_same(config, earlier, f"run.name ({config.run.name})")
+        _check_same(config, earlier, f"run.name ({config.run.name})", _step(newest_checkpoint(folder)))
     from lowbit_dist.checkpoint import Checkpoint, newest_first
 
     paths = newest_first(folder)
@@ -120,7 +123,7 @@ def check_run(config: RunConfig) -> None:
             earlier = Checkpoint.open(path).config
         except ConfigError:  # damaged: no reason to refuse, the workers name it and go back to the one before
             continue
-        _check_same(config, earlier, f"the checkpoint {path}")
+        _check_same(config, earlier, f"the checkpoint {path}", _step(path))
         break
     latest = folder / "latest"
     if os.path.lexists(latest) and not paths:
@@ -145,8 +148,35 @@ def _not_writable(config: RunConfig, why: str) -> ConfigError:
     )
 
 
-def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+
+
+def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> None:
+    """ConfigError unless `config` says what `earlier` did in the steps that were made.
+
+    So a run may be made longer, and be given another end, where that changes no rate of the steps before; and
+    of a pass as many samples as fit, for sums of losses and gradients change in their last digits alone.
+    """
+    from lowbit_dist.optim import schedule
+
     differences = earlier.differences(config)
+    if schedule.agree(earlier, config, step):
+        differences = [text for text in differences if not text.startswith(("train.steps:", "schedule."))]
+    elif config.train.steps < step:
+        raise ConfigError(
+            f"train.steps ({config.train.steps:,}) is less than {what} has behind it, {step:,}; write "
+            f"{step:,} or more, or another run.name"
+        )
+    elif any(text.startswith(("train.steps:", "schedule.")) for text in differences):
+        raise ConfigError(
+            f"train.steps ({config.train.steps:,}) and schedule.name ({config.schedule.name}) give the "
+            f"{step:,} steps that {what} has behind it other rates than they had "
+            f"({', '.join(differences[:3])}); write the earlier values, or another run.name: only a constant "
+            "rate, and the decay of wsd before it begins, can go on longer"
+        )
+    if not (config.train.reproducible or earlier.train.reproducible):
+        differences = [text for text in differences if not text.startswith("train.micro_batch:")]
     if differences:
         more = f" and {len(differences) - 5} more" if differences[5:] else ""
         raise ConfigError(

@@ -60,6 +60,7 @@ class Rule(Section):
         """The direction u, then the new value of each slot.
 
         All are float32 of g's shape: [n] with scope "element", else [rows, K] ([K] for vectors).  The
-        weight moves by -lr * u; weight decay is decoupled, and not the rule's.  `step` counts from 1.
+        weight moves by -lr * u; weight decay is decoupled, and not the rule's.  `step`
+        counts the updates from 1; a step that was skipped is none.
         """
         raise TypeError(f"optimizer {self.name} does not say how it updates")

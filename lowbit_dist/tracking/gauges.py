@@ -58,7 +58,11 @@ ROW = {
     "skipped_steps": "lowbit_skipped_steps",
     "rollbacks": "lowbit_rollbacks",
 }
-BASELINE_NAMES = {"plan_dense": "AdamW fp32", "plan_bitnet": "BitNet STE"}
+BASELINE_NAMES = {
+    "plan_dense": "AdamW fp32",
+    "plan_dense_same_states": "dense, same states",
+    "plan_bitnet": "BitNet STE",
+}
 SECONDS = 3.0  # between two times that everything is handed to Ray
 
 Values = dict[tuple[str, tuple[str, ...]], float]  # name, values of its tags -> value

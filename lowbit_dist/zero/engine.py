@@ -242,8 +242,9 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
     }
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        if stage == 0:
-            settings["data_types"] = {"grad_accum_dtype": "bf16"}  # the only one that stage 0 supports
+        # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
+        sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
+        settings["data_types"] = {"grad_accum_dtype": sums}
     return settings
 
 

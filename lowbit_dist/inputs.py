@@ -1,0 +1,86 @@
+"""What a run was made from, known by its content: where it lies may change, what it is may not.
+
+A run keeps the hashes of its data and its tokenizer in its folder, `inputs.json`.  Each start compares them
+with what is at `data.path` now: before any worker starts, and on every worker, whose machine may see other
+files.
+"""
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from lowbit_dist import data
+from lowbit_dist.checkpoint import Checkpoint, newest_first
+from lowbit_dist.config import RunConfig
+from lowbit_dist.errors import ConfigError
+from lowbit_dist.files import atomic_write
+from lowbit_dist.section import Section
+
+FILE = "inputs.json"
+
+
+class Inputs(Section):
+    """SHA-256 of each; None where a run of an earlier version does not say."""
+
+    data: str | None
+    tokenizer: str | None
+
+
+def of(manifest: data.Manifest) -> Inputs:
+    """What prepared data is."""
+    return Inputs(data=manifest.digest, tokenizer=manifest.tokenizer_sha256)
+
+
+def check(config: RunConfig, manifest: data.Manifest) -> None:
+    """ConfigError if the run has a checkpoint, and was trained on other data than this."""
+    if (kept := _kept(config.run_dir)) is None:
+        return
+    now, name, path = of(manifest), config.run.name, config.data.path
+    for what, field in (("tokenizer", "tokenizer"), ("data", "data")):
+        before, here = getattr(kept, field), getattr(now, field)
+        if before not in (None, here):
+            made = "was prepared with another tokenizer" if what == "tokenizer" else "is other data"
+            raise ConfigError(
+                f"data.path ({path}) {made} than run {name} was trained with (SHA-256 {here[:12]}, the run's "
+                f"{before[:12]}); write the path of the run's own data, or another run.name"
+            )
+
+
+def agreed(config: RunConfig) -> data.Manifest:
+    """The data at `data.path`; ConfigError on every worker unless all see the data of the run."""
+    manifest = data.check(config)
+    check(config, manifest)
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, manifest.digest)
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise ConfigError(
+            f"data.path ({config.data.path}) is other data for worker {others[0]} than for worker 0; copy "
+            "the same to each machine, or write a path that all share"
+        )
+    return manifest
+
+
+def keep(config: RunConfig, manifest: data.Manifest) -> None:
+    """Note in the run's folder what it is trained on."""
+    text = of(manifest).model_dump_json() + "\n"
+    file = config.run_dir / FILE
+    if not file.exists() or file.read_text() != text:
+        with atomic_write(file) as draft:
+            draft.write_text(text)
+
+
+def _kept(run_dir: Path) -> Inputs | None:
+    """What the run's checkpoints were trained on; None if it has none."""
+    newest = next(iter(newest_first(run_dir)), None)
+    if newest is None:
+        return None
+    try:
+        return Inputs(**json.loads((run_dir / FILE).read_text()))
+    except (OSError, ValueError, TypeError, ValidationError):  # of an earlier version, or damaged
+        pass
+    try:
+        return Inputs(data=None, tokenizer=Checkpoint.open(newest).manifest["tokenizer_sha256"])
+    except ConfigError:  # the workers name it, and go back to the one before
+        return None
