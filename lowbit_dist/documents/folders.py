@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +20,11 @@ def walk(folder: Path, why_left_out: Callable[[str], str | None], left_out: Coun
     """
     paths: list[Path] = []
     seen: set[str] = set()  # real paths
-    links: list[Path] = []
+    links: deque[Path] = deque()
     waiting = [(os.path.realpath(folder), folder)]
     while waiting or links:
         if not waiting:
-            path = links.pop(0)
+            path = links.popleft()
             waiting.append((os.path.realpath(path), path))
         real, path = waiting.pop()
         if real in seen:
