@@ -88,5 +88,6 @@ def _peak(config: RunConfig, vocab_size: int, workers: int) -> Peak:
             raise
         raise ConfigError(
             f"model.pretrained ({config.model.pretrained}): a step of "
-            f"{type(shapes(config, vocab_size)).__name__} fails ({first_line(error)}); write the folder of a model of another architecture"
+            f"{type(shapes(config, vocab_size)).__name__} fails ({first_line(error)}); "
+            "write the folder of a model of another architecture"
         ) from error
