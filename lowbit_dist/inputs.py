@@ -1,8 +1,8 @@
 """What a run was made from, known by its content: where it lies may change, what it is may not.
 
-A run keeps the hashes of its data and its tokenizer in its folder, `inputs.json`.  Each start compares them
-with what is at `data.path` now: before any worker starts, and on every worker, whose machine may see other
-files.
+A run keeps the hashes of its data, its tokenizer and the pretrained model that it began with in its folder,
+`inputs.json`.  Each start compares them with what is there now: before any worker starts, and on every
+worker, whose machine may see other files.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lowbit_dist import data
+from lowbit_dist import data, pretrained
 from lowbit_dist.checkpoint import Checkpoint, newest_first
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError
@@ -19,32 +19,44 @@ from lowbit_dist.files import atomic_write
 from lowbit_dist.section import Section
 
 FILE = "inputs.json"
+# What is known by its content -> the field that says where it lies, and the words for another one.
+FIELDS = {
+    "tokenizer": ("data.path", "was prepared with another tokenizer"),
+    "data": ("data.path", "is other data"),
+    "pretrained": ("model.pretrained", "is another model"),
+}
 
 
 class Inputs(Section):
-    """SHA-256 of each; None where a run of an earlier version does not say."""
+    """SHA-256 of each; None where a run of an earlier version does not say, or where there is none."""
 
     data: str | None
     tokenizer: str | None
+    pretrained: str | None = None
 
 
-def of(manifest: data.Manifest) -> Inputs:
-    """What prepared data is."""
-    return Inputs(data=manifest.digest, tokenizer=manifest.tokenizer_sha256)
+def of(config: RunConfig, manifest: data.Manifest) -> Inputs:
+    """What is there now; `manifest`: of the data."""
+    base = config.model.pretrained
+    return Inputs(
+        data=manifest.digest,
+        tokenizer=manifest.tokenizer_sha256,
+        pretrained=None if base is None else pretrained.fingerprint(base),
+    )
 
 
 def check(config: RunConfig, manifest: data.Manifest) -> None:
-    """ConfigError if the run has a checkpoint, and was trained on other data than this."""
+    """ConfigError if the run has a checkpoint, and was made from something else."""
     if (kept := _kept(config.run_dir)) is None:
         return
-    now, name, path = of(manifest), config.run.name, config.data.path
-    for what, field in (("tokenizer", "tokenizer"), ("data", "data")):
-        before, here = getattr(kept, field), getattr(now, field)
+    now = of(config, manifest)
+    for name, (field, otherwise) in FIELDS.items():
+        before, here = getattr(kept, name), getattr(now, name)
         if before not in (None, here):
-            made = "was prepared with another tokenizer" if what == "tokenizer" else "is other data"
             raise ConfigError(
-                f"data.path ({path}) {made} than run {name} was trained with (SHA-256 {here[:12]}, the run's "
-                f"{before[:12]}); write the path of the run's own data, or another run.name"
+                f"{field} ({config.flat()[field]}) {otherwise} than run {config.run.name} was trained with "
+                f"(SHA-256 {str(here)[:12]}, the run's {before[:12]}); write the path of the run's own, or "
+                "another run.name"
             )
 
 
@@ -63,8 +75,8 @@ def agreed(config: RunConfig) -> data.Manifest:
 
 
 def keep(config: RunConfig, manifest: data.Manifest) -> None:
-    """Note in the run's folder what it is trained on."""
-    text = of(manifest).model_dump_json() + "\n"
+    """Note in the run's folder what it is made from."""
+    text = of(config, manifest).model_dump_json() + "\n"
     file = config.run_dir / FILE
     if not file.exists() or file.read_text() != text:
         with atomic_write(file) as draft:

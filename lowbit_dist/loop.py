@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, inputs, memory, model, runs, statistics
+from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.evaluate import quality, validation_loss
@@ -85,7 +85,12 @@ class _Worker:
         if engine.rank == 0:
             _prepare_folder(config, self.manifest, engine.world)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
-        facts = {"vocab_size": self.manifest.vocab_size, "tokenizer_sha256": self.manifest.tokenizer_sha256}
+        facts: dict[str, Any] = {
+            "vocab_size": self.manifest.vocab_size, "tokenizer_sha256": self.manifest.tokenizer_sha256
+        }  # fmt: skip
+        if config.model.pretrained is not None:  # the checkpoint needs its folder no more
+            hf_config = model.hf_config(config.model, self.manifest.vocab_size)
+            facts["hf_config"] = pretrained.as_mapping(hf_config)
         self.saver = checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
         self.stops = False  # asked to, by the stop file
         self.metrics: dict[str, float | None] = {}

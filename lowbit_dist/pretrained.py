@@ -7,6 +7,7 @@ meant would give a model that trains, and is wrong.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -54,6 +55,45 @@ def configuration(folder: Path, field: str | None = None) -> Any:  # PretrainedC
         )
     loaded.use_cache = False
     return loaded
+
+
+def of_mapping(content: dict[str, Any]) -> Any:  # PretrainedConfig
+    """A configuration as `as_mapping` gives it; ConfigError if transformers knows no such model."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    except Exception as error:  # whatever a damaged file may hold
+        raise ConfigError(
+            f"the model's configuration in a checkpoint cannot be read ({first_line(error)}); name another one"
+        ) from None
+
+
+def as_mapping(config: Any) -> dict[str, Any]:
+    """A Hugging Face configuration as JSON."""
+    mapping: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return mapping
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 by which a model is known wherever its folder lies: of its configuration, and of each tensor's
+    name, type, shape and first bytes.
+
+    Not of all bytes, which take a minute where a model is large: two models differ in every matrix.
+    """
+    sha = hashlib.sha256(json.dumps(as_mapping(configuration(folder)), sort_keys=True).encode())
+    for name, place in sorted(Pretrained(folder).places.items()):
+        sha.update(f"{name} {place.dtype} {place.shape} ".encode())
+        sha.update(_first_bytes(place))
+    return sha.hexdigest()
+
+
+def _first_bytes(place: Place, n: int = 4096) -> bytes:
+    with place.file.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[place.name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return file.read(min(n, end - begin))
 
 
 def max_positions(config: Any) -> int | None:

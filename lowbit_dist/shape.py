@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from lowbit_dist.errors import ConfigError, nearest_divisor
-from lowbit_dist.section import MaybeFilePath, Section, Size, setting
+from lowbit_dist.section import MaybeFilePath, Section, Size, may_change, setting
 
 
 class Sizes(NamedTuple):
@@ -51,7 +51,7 @@ class Model(Section):
     kv_heads: Size | None = setting(
         None, "How many heads of keys and values there are; it divides heads.", unit="heads"
     )
-    pretrained: MaybeFilePath = setting(
+    pretrained: MaybeFilePath = may_change(
         None,
         "The folder of a Hugging Face model: training starts from its weights, and all that config.json says "
         "of its shape takes the place of the fields of this section.",

@@ -148,7 +148,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
     return Trained(
         path=checkpoint.path,
         step=checkpoint.step,
-        hf_config=model.hf_config(config.model, checkpoint.manifest["vocab_size"]),
+        hf_config=_own_config(checkpoint),
         method=config.method,
         precision=config.precision,
         names=checkpoint.names,
@@ -161,6 +161,13 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
             cache=config.data.cache,
         ),
     )
+
+
+def _own_config(checkpoint: Checkpoint) -> Any:  # PretrainedConfig
+    """Kept in the checkpoint of a model that began as a pretrained one, whose folder may be gone."""
+    if (content := checkpoint.manifest.get("hf_config")) is not None:
+        return pretrained.of_mapping(content)
+    return model.hf_config(checkpoint.config.model, checkpoint.manifest["vocab_size"])
 
 
 def of_folder(path: str | Path) -> Trained:
