@@ -65,7 +65,8 @@ def of_mapping(content: dict[str, Any]) -> Any:  # PretrainedConfig
         return CONFIG_MAPPING[content["model_type"]].from_dict(content)
     except Exception as error:  # whatever a damaged file may hold
         raise ConfigError(
-            f"the model's configuration in a checkpoint cannot be read ({first_line(error)}); name another one"
+            f"the model's configuration in a checkpoint cannot be read ({first_line(error)}); name another "
+            "checkpoint"
         ) from None
 
 
@@ -81,7 +82,13 @@ def fingerprint(folder: Path) -> str:
 
     Not of all bytes, which take a minute where a model is large: two models differ in every matrix.
     """
-    sha = hashlib.sha256(json.dumps(as_mapping(configuration(folder)), sort_keys=True).encode())
+    # Without where it lay, and by which version of the library it was written.
+    kept = {
+        name: value
+        for name, value in as_mapping(configuration(folder)).items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
+    sha = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name, place in sorted(Pretrained(folder).places.items()):
         sha.update(f"{name} {place.dtype} {place.shape} ".encode())
         sha.update(_first_bytes(place))
