@@ -7,9 +7,9 @@ configuration is checked here, before any worker starts; nothing is corrected si
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
 from lowbit_dist.errors import ConfigError, nearest_divisor, nearest_multiple, plain
 from lowbit_dist.grid import BLOCK, GRIDS
@@ -43,8 +43,8 @@ from lowbit_dist.yamlfile import written
 __all__ = ["PRESETS", "ConfigError", "FilePath", "Model", "RunConfig", "RunName", "Section", "Sizes"]
 
 
-class Run(Section):
-    """What a run is called, and where its folder is."""
+class _Run(Section):
+    """What a run is called, where its folder is, and what it starts from."""
 
     name: RunName = setting("run", "The name of the run and of its folder; the same name resumes the run.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(
@@ -52,6 +52,27 @@ class Run(Section):
     )
     dir: FilePath = may_change(
         Path("runs"), "The folder that holds the folders of runs; all machines of a cluster share it."
+    )
+    with_states: bool = setting(
+        False, "Whether a run that starts from another one takes its optimizer's states along, too."
+    )
+
+    @property
+    def parent(self) -> str | None:
+        """`from`, which is a word of Python's own."""
+        named: str | None = getattr(self, "from")
+        return named
+
+
+if TYPE_CHECKING:
+    Run = _Run
+else:
+    meaning = (
+        "Another run whose weights this one starts from, as RUN or RUN@STEP; the model and the method are the "
+        "same. Steps, schedule and data begin anew."
+    )
+    Run = create_model(
+        "Run", __base__=_Run, __doc__=_Run.__doc__, **{"from": (Text | None, setting(None, meaning))}
     )
 
 
@@ -256,6 +277,10 @@ class RunConfig(Section):
                 f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
                 "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if self.run.with_states and self.run.parent is None:
+            raise ConfigError(
+                "run.with_states (true) must go with run.from; write run.from: RUN, or leave it out"
             )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:

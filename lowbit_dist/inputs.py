@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lowbit_dist import data, pretrained
-from lowbit_dist.checkpoint import Checkpoint, newest_first
+from lowbit_dist import data, model, pretrained
+from lowbit_dist.checkpoint import Checkpoint, Kept, newest_first, resolve
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.files import atomic_write
@@ -60,10 +60,49 @@ def check(config: RunConfig, manifest: data.Manifest) -> None:
             )
 
 
+def parent(config: RunConfig) -> Path | None:
+    """The checkpoint that a run starts from, if it starts from another run's."""
+    if config.run.parent is None:
+        return None
+    try:
+        return resolve(config.run.parent, config.run.dir)
+    except ConfigError as error:
+        raise ConfigError(f"run.from ({config.run.parent}): {error}") from None
+
+
+def check_parent(config: RunConfig, manifest: data.Manifest) -> None:
+    """ConfigError unless a run that begins can take what `run.from` asks for."""
+    if next(iter(newest_first(config.run_dir)), None) is not None or (path := parent(config)) is None:
+        return
+    opened, named = Checkpoint.open(path), f"run.from ({config.run.parent})"
+    if opened.manifest["tokenizer_sha256"] != manifest.tokenizer_sha256:
+        raise ConfigError(
+            f"{named} was trained with another tokenizer than {config.data.path} was prepared with; prepare "
+            f"the data with the one in {path.parent.parent / 'tokenizer'}"
+        )
+    built = model.shapes(config, manifest.vocab_size)
+    low_bit, stored = set(model.low_bit_names(built, config.method)), config.method.stored
+    parts = {}
+    for name, p in built.named_parameters():
+        shape = tuple(p.shape)
+        is_packed = stored is not None and name in low_bit
+        packed = (stored.name, model.scale_every(config.method, shape)) if is_packed else ()
+        parts[name] = Kept(list(shape), *packed)
+    opened.check_holds(parts, "write another run.from, or its model and method")
+    theirs, ours = opened.config.optimizer, config.optimizer
+    if config.run.with_states and (theirs.name, theirs.states) != (ours.name, ours.states):
+        raise ConfigError(
+            f"run.with_states (true): {named} has the states of {theirs.name} in {theirs.states}, not of "
+            f"{ours.name} in {ours.states}; write optimizer.name={theirs.name} and "
+            f"optimizer.states={theirs.states}, or run.with_states=false"
+        )
+
+
 def agreed(config: RunConfig) -> data.Manifest:
     """The data at `data.path`; ConfigError on every worker unless all see the data of the run."""
     manifest = data.check(config)
     check(config, manifest)
+    check_parent(config, manifest)
     digests: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(digests, manifest.digest)
     if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:

@@ -52,6 +52,11 @@ class RunFolder:
         newest = next((row for row in reversed(self.rows) if "val_loss" in row or "diverged" in row), {})
         return bool(newest.get("diverged"))
 
+    @property
+    def parent(self) -> str | None:
+        """The run that it started from."""
+        return self.config.run.parent
+
     def described(self) -> str:
         """Where it stands, in words."""
         at = f"{self.state} at step {self.step:,} of {self.config.train.steps:,}"

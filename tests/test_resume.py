@@ -1,5 +1,6 @@
 """What may change when a run is resumed: its length and its end, if no step behind it had another rate."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,83 @@ def test_a_pass_may_take_other_samples_unless_bits_were_promised(ranks, small):
     with pytest.raises(ConfigError, match=r"train.micro_batch: 2 -> 4"):
         checks.check_run(configfile.from_dict(changed(promised, train={"micro_batch": 4})))
     assert Path(promised["run"]["dir"], "promised").is_dir()
+
+
+def test_a_run_from_another_starts_with_its_weights_and_its_loss(ranks, small):
+    parent = ranks(1).run(train, small(run={"name": "parent"}, train={"steps": 8, **EACH}))[0]
+    child = small(
+        run={"name": "child", "from": "parent"}, train={"steps": 2, "eval_every": 1, "save_every": 1},
+        optimizer={"lr": 0.0}, schedule={"name": "constant", "warmup_steps": 0},
+    )  # fmt: skip
+    found = ranks(2).run(train, child)[0]
+    assert found["digest"] == parent["digest"], "at a rate of zero nothing moves"
+    assert found["val_loss"] == pytest.approx(parent["val_loss"], rel=1e-6)
+    earlier = changed(child, run={"name": "earlier", "from": "parent@4"})
+    assert ranks(1).run(train, earlier)[0]["digest"] != parent["digest"]
+    # It resumes from its own checkpoints, even if the other run is gone.
+    shutil.rmtree(Path(parent["checkpoint"]).parent.parent)
+    longer = changed(child, train={"steps": 4})
+    checks.check_run(configfile.from_dict(longer))
+    assert ranks(1).run(train, longer)[0]["digest"] == parent["digest"]
+
+
+def test_with_its_states_a_run_goes_on_as_the_other_would(ranks, small):
+    constant = {"name": "constant", "warmup_steps": 0}
+    method = {"name": "dense"}
+    whole = small(run={"name": "whole"}, train={"steps": 8, **EACH}, schedule=constant, method=method)
+    expected = ranks(1).run(train, whole)[0]
+    child = small(
+        run={"name": "child", "from": "whole@4", "with_states": True}, train={"steps": 4, **EACH},
+        schedule=constant, method=method,
+    )  # fmt: skip
+    without = changed(child, run={"name": "without", "with_states": False})
+    ranks(1).run(continued, child)
+    ranks(1).run(continued, without)
+    folder = Path(child["run"]["dir"])
+    digests = {
+        name: Checkpoint.open(folder / name / "checkpoints" / "step-4").digest()
+        for name in ("child", "without")
+    }
+    assert digests["child"] == expected["digest"] != digests["without"]
+
+
+def continued(configuration):
+    """A run that reads the samples after those that the other has read."""
+    from lowbit_dist import data
+
+    micro_batch = data.Batches.micro_batch
+
+    def later(batches, first_sample, size):
+        return micro_batch(batches, first_sample + (16 if batches.order.seed is not None else 0), size)
+
+    data.Batches.micro_batch = later
+    try:
+        return train(configuration)
+    finally:
+        data.Batches.micro_batch = micro_batch
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"run": {"from": "absent"}}, r"run.from \(absent\): 'absent' is neither a run"),
+        ({"run": {"from": "parent@5"}}, r"run.from \(parent@5\): .* no checkpoint of step 5; write @4"),
+        ({"method": {"grid": "int8"}}, "is a checkpoint of another model: .* write another run.from"),
+        ({"model": {"layers": 1}}, "is a checkpoint of another model: .* write another run.from"),
+        (
+            {"run": {"with_states": True}, "optimizer": {"states": "fp32"}},
+            r"run.with_states \(true\): .* adamw in int8, not of adamw in fp32; .* optimizer.states=int8",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_run_cannot_start_from_is_refused_before_a_worker_starts(sections, words, ranks, small):
+    ranks(1).run(train, small(run={"name": "parent"}, train={"steps": 4, **EACH}))
+    content = changed(small(run={"name": "child", "from": "parent"}), **sections)
+    with pytest.raises(ConfigError, match=words):
+        checks.check(configfile.from_dict(changed(content, cluster={"workers": 1})))
+
+
+def test_states_come_with_a_run_alone(small):
+    with pytest.raises(ConfigError, match=r"run.with_states \(true\) must go with run.from"):
+        configfile.from_dict(small(run={"with_states": True}))

@@ -157,6 +157,7 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
         "seed": run.config.run.seed,
         "age_seconds": runs.age(run),
         "diverged": run.has_diverged,
+        "from": run.parent,
         "why": run.why,
     }
 
@@ -245,8 +246,9 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
         if run["state"] == "unreadable":
             table.add_row(escape(run["run"]), state)
             continue
+        started_from = f" [dim](from {escape(run['from'])})[/]" if run["from"] else ""
         table.add_row(
-            escape(run["run"]),
+            escape(run["run"]) + started_from,
             state,
             f"{run['step']:,}/{run['steps']:,}",
             *("-" if run[key] is None else f"{run[key]:.4f}" for key in ("loss", "val_loss")),

@@ -28,6 +28,7 @@ def check(config: RunConfig) -> None:
     from lowbit_dist import inputs
 
     inputs.check(config, manifest)
+    inputs.check_parent(config, manifest)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
     from lowbit_dist import model
