@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, runs, statistics
+from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, resuming, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
-from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.config import RunConfig
 from lowbit_dist.evaluate import quality, validation_loss
 from lowbit_dist.files import atomic_write
 from lowbit_dist.heartbeat import Beat, no_heartbeat
@@ -81,7 +81,7 @@ class _Worker:
         self.engine = engine = _build(config, self.manifest.vocab_size)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
-        self.start = _start(config, engine)
+        self.start = resuming.start(config, engine)
         if engine.rank == 0:
             _prepare_folder(config, self.manifest, engine.world)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
@@ -132,7 +132,7 @@ class _Worker:
         self.saver.wait()
         step = position.step + 1
         self.heartbeat("start", step)
-        earlier = _load_newest(self.config, self.engine)
+        earlier = resuming.load_newest(self.config, self.engine)
         if earlier is None:
             log.warning("step %d: there is no checkpoint to roll back to", step)
             return None
@@ -285,46 +285,6 @@ def _build(config: RunConfig, vocab_size: int) -> Engine:
     built = model.build(config.model, vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
     return Engine(config, built, initial, model.low_bit_names(built, config.method))
-
-
-def _start(config: RunConfig, engine: Engine) -> Position:
-    """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from."""
-    if (position := _load_newest(config, engine)) is not None:
-        return position
-    begin = Position(step=0, samples=0, tokens=0)
-    if (path := _chosen(lambda: inputs.parent(config))) is None:
-        return begin
-    parent, with_states = Checkpoint.open(path), config.run.with_states
-    parent.load_into(engine.shards, with_states=with_states)
-    engine.refresh()
-    log.info("starts from %s", path)
-    return replace(begin, updates_before=parent.position.updates) if with_states else begin
-
-
-def _load_newest(config: RunConfig, engine: Engine) -> Position | None:
-    """Load the newest undamaged checkpoint; None if there is none yet."""
-    if engine.rank == 0:
-        checkpoint.clear_partial(config.run_dir)
-    if (path := _chosen(lambda: checkpoint.latest(config.run_dir))) is None:
-        return None
-    opened = Checkpoint.open(path)
-    opened.load_into(engine.shards)
-    engine.refresh()
-    return opened.position
-
-
-def _chosen(choose: Callable[[], Path | None]) -> Path | None:
-    """What worker 0 chooses, for all; its ConfigError is every worker's."""
-    choice: list[Path | ConfigError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            choice = [choose()]
-        except ConfigError as error:
-            choice = [error]
-    dist.broadcast_object_list(choice)
-    if isinstance(choice[0], ConfigError):
-        raise choice[0]
-    return choice[0]
 
 
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
