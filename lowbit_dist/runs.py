@@ -61,7 +61,9 @@ class RunFolder:
         """Where it stands, in words."""
         at = f"{self.state} at step {self.step:,} of {self.config.train.steps:,}"
         if self.has_diverged:
-            at += f", diverged: its validation loss {self.last('val_loss')} is above that of guessing"
+            newest = next(row for row in reversed(self.rows) if "diverged" in row).get("val_loss")
+            loss = "is no number" if newest is None else f"{newest:.4g} is above that of guessing"
+            at += f", diverged: its validation loss {loss}"
         return f"{at}: {self.why}" if self.why else at
 
 

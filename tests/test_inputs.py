@@ -116,3 +116,31 @@ def on_two_machines(content, others):
 def test_workers_that_see_different_data_do_not_begin(ranks, small, other):
     answers = ranks(2).run(on_two_machines, small(run={"name": "run"}), str(other))
     assert all("is other data for worker 1 than for worker 0" in answer for answer in answers)
+
+
+def test_a_pretrained_base_may_move_and_is_needed_by_no_reader(ranks, small, tmp_path):
+    from hf_folders import rewrite, write
+
+    from lowbit_dist import pretrained, trained
+
+    base = write(tmp_path / "base", "llama")
+    content = small(run={"name": "run"}, **HALFWAY)
+    content["model"] = {"pretrained": str(base)}
+    expected = ranks(1).run(train, {**content, "run": {**content["run"], "name": "whole"}})[0]["digest"]
+    ranks(1).run(train, content, stop_at=4)
+    moved = {**content, "model": {"pretrained": str(base.rename(tmp_path / "elsewhere"))}}
+    checks.check_run(configfile.from_dict(moved))
+    # Its folder is not there, and the run's own folder lies elsewhere, too.
+    copied = shutil.copytree(Path(content["run"]["dir"], "run"), tmp_path / "copied")
+    opened = trained.open(copied)
+    assert opened.generate("def", max_new_tokens=3)["tokens"] == 3
+    assert ranks(1).run(train, moved)[0]["digest"] == expected
+
+    other = write(tmp_path / "other", "llama")
+    assert pretrained.fingerprint(other) == pretrained.fingerprint(tmp_path / "elsewhere")
+    rewrite(other, lambda weights: weights["model.norm.weight"].add_(1))
+    config = configfile.from_dict({**content, "model": {"pretrained": str(other)}})
+    with pytest.raises(
+        ConfigError, match=r"^model.pretrained \(.*/other\) is another model than run run was"
+    ):
+        inputs.check(config, data.check(config))
