@@ -113,7 +113,7 @@ def test_a_driver_that_is_starting_is_ended_at_once(small):
     config = configfile.from_dict(small())
     config.run_dir.mkdir()
     starting = driver.Driver(config, train, set())
-    starting.fit(0)
+    starting.fit(heartbeat.FIRST)
     began = time.monotonic()
     starting.close()
     assert time.monotonic() - began < 10
