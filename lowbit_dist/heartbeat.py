@@ -103,7 +103,7 @@ def _start(line: bytes) -> dict[str, Any]:
 
 def has_stepped(run_dir: Path, start: int) -> bool:
     """Whether workers of start number `start` are there and have made a step."""
-    return any(worker["phase"] != "start" for worker in read(run_dir, start))
+    return any(worker.get("phase", "start") != "start" for worker in read(run_dir, start))
 
 
 class Heartbeat:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +23,7 @@ from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrain
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
 from lowbit_dist.evaluate import quality, validation_loss
-from lowbit_dist.files import atomic_write
+from lowbit_dist.files import keep
 from lowbit_dist.heartbeat import FIRST, Beat, Start, no_heartbeat
 from lowbit_dist.optim import schedule
 from lowbit_dist.record import Record
@@ -292,19 +291,12 @@ def _build(config: RunConfig, vocab_size: int) -> Engine:
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
     """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    _keep(config.run_dir / runs.CONFIG, config.to_yaml())
+    keep(config.run_dir / runs.CONFIG, config.to_yaml())
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
     inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere
-        _keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
-
-
-def _keep(file: Path, text: str) -> None:
-    """`file` with this content; written only if it has another."""
-    if not file.exists() or file.read_text() != text:
-        with atomic_write(file) as draft:
-            draft.write_text(text)
+        keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
 
 
 def _warn(step: int, loss: float, before: Position, update: Update, *, spike: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from lowbit_dist import heartbeat
 from lowbit_dist.config import RunConfig
 from lowbit_dist.record import LAYERS, METRICS, Tail, layer_name
-from lowbit_dist.runs import BASELINES, content
+from lowbit_dist.runs import BASELINES, content, newest_checkpoint
 
 # Name -> its meaning, and its tags besides `run`; Ray exports it as ray_NAME.
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -117,12 +117,9 @@ class Gauges:
         }
 
     def _of_checkpoint(self) -> Values:
-        """The file `latest` names the newest one, and is as old as that is."""
-        try:
-            published = (self.folder / "latest").stat().st_mtime
-            step = int((self.folder / "latest").read_text().removeprefix("step-"))
-        except (OSError, ValueError):  # there is none yet, or a shared file system is away
+        if (newest := newest_checkpoint(self.folder)) is None:
             return {}
+        step, published = newest
         return {
             ("lowbit_checkpoint_step", ()): step,
             ("lowbit_checkpoint_timestamp_seconds", ()): published,
