@@ -42,7 +42,9 @@ def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
-    """Bytes on the largest worker, and per parameter that the component serves, beside both baselines."""
+    """Bytes on the largest worker, and those of all workers per parameter that the component serves, beside
+    both baselines.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("on each worker", style="bold")
     reports = _reports(memory)
@@ -58,16 +60,20 @@ def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
         table.add_row(component.replace("_", " "), *cells)
     table.add_section()
     for key, words in (
-        ("resident_bytes_per_worker", "resident, between steps"),
+        ("resident_bytes_per_worker", "state, between steps"),
         ("peak_bytes_per_worker", "peak, inside a step"),
     ):
         cells = []
         for report in reports.values():
             total, n = report[key], report["parameters"]["total"]
-            cells += [in_bytes(total), "-" if total is None else f"{total / n:.3f} B"]
+            per = None if total is None else total * report["workers"] / n
+            cells += [in_bytes(total), "-" if per is None else f"{per:.3f} B"]
         table.add_row(words, *cells)
     console.print(table)
     parameters = memory["parameters"]
+    console.print(
+        "Per parameter: bytes of all workers, over the parameters that a component serves.", style="dim"
+    )
     console.print(
         f"{parameters['total']:,} parameters, {parameters['low_bit']:,} of them low-bit; "
         f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Resident bytes saved: "
@@ -118,6 +124,7 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
         "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",
         "restarts": result.get("restarts"),
+        "resumes": result.get("resumes"),
         "skipped steps": result.get("skipped_steps"),
         "digest": result.get("digest"),
         "checkpoint": result.get("checkpoint"),

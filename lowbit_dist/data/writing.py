@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ BYTES_PER_TOKEN = 8  # more than text has
 MANY = 1 << 16  # documents, of which some go to val by their hash
 
 
+Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+
+
+@contextlib.contextmanager
+def _no_bar(n_bytes: int) -> Iterator[Callable[[int], object]]:
+    yield lambda n: None
+
+
 def prepare(
     inputs: Sequence[str | Path],
     tokenizer_dir: str | Path,
@@ -36,12 +45,14 @@ def prepare(
     field: str = "text",
     separator: str | None = None,
     on_bad_row: str = "fail",
+    bar: Bar = _no_bar,
 ) -> dict[str, Any]:
     """Write the prepared folder `out_dir` and return its manifest; the same bytes for any number of workers.
 
     The folder appears at its name complete or not at all.  If it is there already and was made from the same
     inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `field`,
-    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.
+    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.  `bar` is
+    told how many bytes there are to read, and gives what is told how many more were.
     """
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"--seq-len ({seq_len}) must be from 2 to {1 << 20:,}; write 256, for example")
@@ -81,7 +92,7 @@ def prepare(
         _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
         writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
         n_bytes, n_read = sum(part.size for part in ranges), 0
-        with _progress(n_bytes) as advance:
+        with bar(n_bytes) as advance:
             for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
@@ -177,15 +188,3 @@ def _write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
     """Last: its presence says that everything it speaks of is there."""
     with atomic_write(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _progress(n_bytes: int) -> Iterator[Any]:
-    """A bar on stderr; gives the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=n_bytes)
-        yield lambda n: progress.advance(task, n)
