@@ -1,4 +1,4 @@
-"""What a person sees: answers on stdout, everything else on stderr, what is going on before an answer, too."""
+"""What a person sees: answers on stdout; all else on stderr, what is going on before them too."""
 
 import contextlib
 import json

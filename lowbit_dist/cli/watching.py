@@ -80,11 +80,11 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
     from lowbit_dist import heartbeat, runs
 
     run = runs.read(folder)
-    now = time.time()
+    now, beats = time.time(), heartbeat.newest(folder)
     workers: list[dict[str, Any]] = [
         {key: worker.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
         | {"age_seconds": max(0.0, now - worker.get("time", 0.0))}
-        for worker in heartbeat.newest(folder)
+        for worker in beats
     ]
     is_alive = run.is_alive or any(worker["age_seconds"] < HEARTBEAT_TIMEOUT for worker in workers)
     start = heartbeat.newest_start(folder)
@@ -111,7 +111,7 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
         "resumes": max(start.resumes, run.last("resumes") or 0),
         "checkpoint": _checkpoint(folder, now),
         "resident_bytes": run.last("resident_bytes"),
-        "peak_bytes": _peak(heartbeat.newest(folder)),
+        "peak_bytes": _peak(beats),
         "components": _components(run),
         "bytes_per_parameter": _memory(run),
         "workers": workers,
@@ -171,7 +171,8 @@ def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":
     if seen["why"]:
         parts.append(Text(seen["why"], "red"))
     if seen["state"] == "starting" and seen["start_age_seconds"] is not None:
-        parts.append(Text(f"Ray and its workers start since {duration(seen['start_age_seconds'])}", "dim"))
+        since = duration(seen["start_age_seconds"])
+        parts.append(Text(f"starting for {since}: Ray first, then the workers", "dim"))
     parts += [Text(), _numbers(seen, width)]
     if points := seen["curves"]["loss"]:
         parts += [Text(), _loss(points, width)]
