@@ -401,6 +401,8 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
         assert "stopping after this step, with a checkpoint" in stderr
         assert "resumes from the newest checkpoint" in stderr.splitlines()[-1]
         assert "Traceback" not in stderr
+        assert "OOM" not in stderr
+        assert (f"resumes from step {step}" in stderr) == bool(step)
         assert left_behind(process.pid) == []
         done = rows(folder)[-1]
         assert step < done < STEPS, "it must have been stopped before its end"
@@ -463,6 +465,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
     assert told.attempts == 3
     assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said
     assert (summary["restarts"], summary["resumes"]) == (2, 0)
+    assert "worker 0: resumes from step" in " ".join(told.said)
     assert summary["digest"] == undisturbed
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log

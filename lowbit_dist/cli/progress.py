@@ -92,7 +92,7 @@ def going_on(event: str) -> str | None:
     if WORKERS_ARE_READY.search(event):
         return "making the first steps"
     found = TAKES_A_WHILE.search(event)
-    return found and found[1].strip()
+    return found[1].strip() if found else None
 
 
 def waits(word: str | None) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
         "resumes": max(start.resumes, run.last("resumes") or 0),
         "checkpoint": _checkpoint(folder, now),
         "resident_bytes": run.last("resident_bytes"),
-        "peak_bytes": _peak(beats),
+        "peak_bytes": _peak(beats, run.summary),
         "components": _components(run),
         "bytes_per_parameter": _memory(run),
         "workers": workers,
@@ -130,10 +130,13 @@ def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
     return {"step": step, "age_seconds": max(0.0, now - published)}
 
 
-def _peak(workers: Sequence[Mapping[str, Any]]) -> int | None:
-    """The most bytes that a worker has had at once, of those that have sampled a step; None if none has."""
+def _peak(workers: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> int | None:
+    """The most bytes that a worker has had at once: one that trains and has sampled a step, or of a run that
+    is finished; None if nobody knows.
+    """
     sizes = [worker["memory"] for worker in workers if "transient" in worker.get("memory", {})]
-    return max((sum(parts.values()) for parts in sizes), default=None)
+    finished = ((summary or {}).get("memory") or {}).get("peak_bytes_per_worker")
+    return max((sum(parts.values()) for parts in sizes), default=finished)
 
 
 def _curve(run: "RunFolder", key: str) -> list[tuple[int, float]]:
