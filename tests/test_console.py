@@ -207,6 +207,16 @@ def test_where_nobody_watches_a_long_wait_is_one_line_and_a_short_one_none(capsy
     assert capsys.readouterr().err == ""
 
 
+def test_the_lines_of_a_run_take_over_from_the_wait_before_them(small, capsys, monkeypatch):
+    monkeypatch.setattr(console, "QUIET", 0.1)
+    config = run(small, "quickstart", 40)
+    with console.Waiting("loading") as waiting, progress.following(config, waiting) as told:
+        time.sleep(0.5)
+        told.say("starting Ray on this machine")
+        assert not waiting._thread.is_alive()
+    assert capsys.readouterr().err == "lowbit: loading\nlowbit: starting Ray on this machine\n"
+
+
 CODE = """
 import sys, time
 from lowbit_dist.cli import console

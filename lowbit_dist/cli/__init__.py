@@ -215,13 +215,13 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
     Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading") as answer:
         from lowbit_dist import cluster
         from lowbit_dist.cli import tables
 
         loaded = load(config, overrides)
         try:
-            with progress.following(loaded) as told:
+            with progress.following(loaded, answer.waiting) as told:
                 summary = cluster.launch(loaded, progress=told)
         except cluster.Stopped as stopped:
             print(

@@ -44,11 +44,11 @@ def sweep(
 
     Example: lowbit sweep configs/sweep-methods.yaml
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading") as answer:
         from lowbit_dist import sweep as sweeping
 
         loaded = sweeping.Sweep.load(config)
-        with _following(loaded) as told:
+        with _following(loaded, answer.waiting) as told:
             outcome = sweeping.run(loaded, told)
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
@@ -165,7 +165,12 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
 class SweepLogLines:
     """A sweep's progress where nobody watches."""
 
+    def __init__(self, waiting: console.Waiting):
+        """waiting: ends with the first line"""
+        self._waiting = waiting
+
     def say(self, text: str) -> None:
+        self._waiting.stop()
         print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
     def begins(self, child: "Child") -> None:
@@ -221,11 +226,12 @@ class Bars:
 
 
 @contextlib.contextmanager
-def _following(loaded: "Sweep") -> "Iterator[SweepLogLines | Bars]":
+def _following(loaded: "Sweep", waiting: console.Waiting) -> "Iterator[SweepLogLines | Bars]":
     """Bars if stderr is a terminal, else lines."""
     if not sys.stderr.isatty():
-        yield SweepLogLines()
+        yield SweepLogLines(waiting)
         return
+    waiting.stop()
     bars = Bars(loaded)
     with bars.progress:
         yield bars

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowbit_dist.cli.console import QUIET
+from lowbit_dist.cli.console import QUIET, Waiting
 from lowbit_dist.cli.lines import duration, spinner, with_bar
 from lowbit_dist.errors import in_bytes
 
@@ -33,12 +33,14 @@ class LogLines:
     for rows one in ten seconds; one with a validation loss, a skipped step, a return or a restart always.
     """
 
-    def __init__(self, config: "RunConfig"):
-        self.config = config
+    def __init__(self, config: "RunConfig", waiting: Waiting | None = None):
+        """waiting: ends with the first line"""
+        self.config, self._waiting = config, waiting or Waiting(None)
         self._next = 0.0  # when an ordinary row is due
         self._counts: list[Any] = []
 
     def say(self, text: str) -> None:
+        self._waiting.stop()
         print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
     def row(self, row: Mapping[str, Any]) -> None:
@@ -126,11 +128,12 @@ def bars(terminal: "Console | None" = None) -> "Progress":
 
 
 @contextlib.contextmanager
-def following(config: "RunConfig") -> Iterator[LogLines | Bar]:
-    """A bar if stderr is a terminal, else lines."""
+def following(config: "RunConfig", waiting: Waiting) -> Iterator[LogLines | Bar]:
+    """A bar if stderr is a terminal, else lines; they take over from what has been waited for."""
     if not sys.stderr.isatty():
-        yield LogLines(config)
+        yield LogLines(config, waiting)
         return
+    waiting.stop()
     bar = Bar(config)
     with bar.progress:
         try:
