@@ -76,7 +76,7 @@ def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
     )
     console.print(
         f"{parameters['total']:,} parameters, {parameters['low_bit']:,} of them low-bit; "
-        f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Resident bytes saved: "
+        f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Saved of the state: "
         f"{memory['saved_vs_dense_same_states']:.1%} against dense weights and "
         f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet's, each with {memory['states']} states as here; "
         f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW with all in float32."

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from lowbit_dist.tokenizer import load as load_tokenizer
 BYTES_PER_TOKEN = 8  # more than text has
 MANY = 1 << 16  # documents, of which some go to val by their hash
 
-
-Bar = Callable[[int], AbstractContextManager[Callable[[int], object]]]
+# Told how many bytes there are to read, it gives what is told how many more have been.
+Bar = Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]
 
 
 @contextlib.contextmanager
@@ -51,8 +50,7 @@ def prepare(
 
     The folder appears at its name complete or not at all.  If it is there already and was made from the same
     inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `field`,
-    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.  `bar` is
-    told how many bytes there are to read, and gives what is told how many more were.
+    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.
     """
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"--seq-len ({seq_len}) must be from 2 to {1 << 20:,}; write 256, for example")
