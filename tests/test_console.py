@@ -273,7 +273,8 @@ def memory(workers):
     peak = report.Peak(transient=5000 // workers, activations=10_000 // workers)
     own = report.report(sizes, peak, parameters=counts, workers=workers) | {"states": "int8"}
     saved = ("dense_same_states", "bitnet_ste", "adamw_fp32")
-    return own | {f"saved_vs_{name}": 0.5 for name in saved}
+    baselines = {"plan_dense_same_states": own, "plan_bitnet": own}
+    return own | baselines | {f"saved_vs_{name}": 0.5 for name in saved}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -287,9 +288,32 @@ def test_bytes_per_parameter_are_those_of_all_workers_on_every_screen(workers):
     tables.memory_table(screen, known)
     text = screen.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
-    rows = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if " B" in line}
-    assert rows["low bit weights"][-2:] == ["0.250", "B"]
+    assert "…" not in text
+
+    def per_parameter(name):
+        cells = re.search(rf"^ ?{name} +" + r"\S+ k?B +(\S+) +" * 2 + r"\S+ k?B +(\S+) *$", text, re.M)
+        assert cells, f"{name} is not on one line in:\n{text}"
+        return set(cells.groups())
+
+    assert per_parameter("low bit weights") == {"0.250"}
+    assert per_parameter("optimizer states") == {"2.000"}
     whole = known["resident_bytes_per_worker"] * workers / 5000
-    assert rows["state, between steps"][-2:] == [f"{whole:.3f}", "B"]
-    assert rows["peak, inside a step"][-2:] == [f"{whole + 3:.3f}", "B"]
+    assert per_parameter("state") == {f"{whole:.3f}"}
+    assert per_parameter("peak") == {f"{whole + 3:.3f}"}
     assert sum(charts.of_report(known).values()) == pytest.approx(whole)
+
+
+def test_runs_are_listed_in_eighty_columns():
+    one = {
+        "run": "dqt-ternary-seed0", "state": "finished", "step": 300, "steps": 300, "loss": 4.25,
+        "val_loss": 4.3, "method": "dqt ternary", "seed": 0, "age_seconds": 4000.0, "diverged": False,
+        "from": None, "why": None,
+    }  # fmt: skip
+    screen = terminal()
+    comparing.draw_runs(
+        screen, [one, one | {"run": "b", "state": "starting", "loss": None, "val_loss": None}]
+    )
+    text = screen.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("finished  300/300  4.2500  4.3000  dqt ternary", "starting  300/300", "1:06:40"):
+        assert words in text

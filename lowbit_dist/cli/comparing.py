@@ -251,7 +251,7 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
     """One line each."""
     from rich.markup import escape
 
-    table = _table("run", "state", "step", "loss", "val", "method", "seed", "age")
+    table = _table("run", "state", "step", "loss", "val", "method", "seed", "age", no_wrap=True)
     for run in runs:
         state = f"[{COLOURS.get(run['state'], 'red')}]{run['state']}[/]"
         if run.get("diverged"):
@@ -296,12 +296,16 @@ def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
         terminal.print(file, style="dim", markup=False, soft_wrap=True)
 
 
-def _table(first: str, *columns: str) -> Any:
+def _table(first: str, *columns: str, no_wrap: bool = False) -> Any:
+    """no_wrap: of two cells only the first is written on several lines, where the terminal is narrow"""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    from lowbit_dist.cli.tables import NARROW
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
     table.add_column(first, style="bold", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("state", "method") else "right")
+        justify: Any = "left" if name in ("state", "method") else "right"
+        table.add_column(name, justify=justify, no_wrap=no_wrap)
     return table

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lowbit_dist.errors import in_bytes
 
+NARROW = (0, 1, 0, 0)  # padding of tables with many columns: two cells between two of them
 # Like with like; the usual training, all in float32, is told in a sentence.
 RUNS = {
     "this run": None,
@@ -43,36 +44,35 @@ def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
     """Bytes on the largest worker, and those of all workers per parameter that the component serves, beside
-    both baselines.
+    both baselines; in 80 columns.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("on each worker", style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
+    table.add_column("on each worker", style="bold", no_wrap=True)
     reports = _reports(memory)
     for name in reports:
         table.add_column(name, justify="right")
-        table.add_column("per parameter", justify="right", style="dim")
+        table.add_column("B/param.", justify="right", style="dim")
     for component in memory["components"]:
         cells = []
         for report in reports.values():
             part = report["components"][component]
             per = part["bytes_per_parameter"]
-            cells += [in_bytes(part["bytes"]), "-" if per is None else f"{per:.3f} B"]
+            cells += [in_bytes(part["bytes"]), "-" if per is None else f"{per:.3f}"]
         table.add_row(component.replace("_", " "), *cells)
     table.add_section()
-    for key, words in (
-        ("resident_bytes_per_worker", "state, between steps"),
-        ("peak_bytes_per_worker", "peak, inside a step"),
-    ):
+    for key, words in (("resident_bytes_per_worker", "state"), ("peak_bytes_per_worker", "peak")):
         cells = []
         for report in reports.values():
             total, n = report[key], report["parameters"]["total"]
             per = None if total is None else total * report["workers"] / n
-            cells += [in_bytes(total), "-" if per is None else f"{per:.3f} B"]
+            cells += [in_bytes(total), "-" if per is None else f"{per:.3f}"]
         table.add_row(words, *cells)
     console.print(table)
     parameters = memory["parameters"]
     console.print(
-        "Per parameter: bytes of all workers, over the parameters that a component serves.", style="dim"
+        "State: what stays allocated between steps; peak: the most inside a step. B/param.: bytes of all "
+        "workers, over the parameters that a component serves.",
+        style="dim",
     )
     console.print(
         f"{parameters['total']:,} parameters, {parameters['low_bit']:,} of them low-bit; "
