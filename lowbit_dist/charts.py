@@ -141,7 +141,8 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
+    # Shares of a whole: each component's bytes over all parameters, not over those that it serves alone.
+    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.spines["left"].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -208,7 +209,7 @@ def loss_against_bytes(
         )  # fmt: skip
     axes.margins(0.12)
     axes.set_xlim(left=0)
-    axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
+    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
     axes.set_ylabel("validation loss (nats per token)")
     words = f"{title}, ± one standard deviation over seeds" if has_bars else title
     axes.set_title(words, loc="left", fontsize=12, color=INK)

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lowbit_dist import data, model, pretrained
+from lowbit_dist import data, files, model, pretrained
 from lowbit_dist.checkpoint import Checkpoint, Kept, newest_first, resolve
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError
-from lowbit_dist.files import atomic_write
 from lowbit_dist.section import Section
 
 FILE = "inputs.json"
@@ -115,11 +114,7 @@ def agreed(config: RunConfig) -> data.Manifest:
 
 def keep(config: RunConfig, manifest: data.Manifest) -> None:
     """Note in the run's folder what it is made from."""
-    text = of(config, manifest).model_dump_json() + "\n"
-    file = config.run_dir / FILE
-    if not file.exists() or file.read_text() != text:
-        with atomic_write(file) as draft:
-            draft.write_text(text)
+    files.keep(config.run_dir / FILE, of(config, manifest).model_dump_json() + "\n")
 
 
 def _kept(run_dir: Path) -> Inputs | None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -24,8 +23,8 @@ from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrain
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
 from lowbit_dist.evaluate import quality, validation_loss
-from lowbit_dist.files import atomic_write
-from lowbit_dist.heartbeat import Beat, no_heartbeat
+from lowbit_dist.files import keep
+from lowbit_dist.heartbeat import FIRST, Beat, Start, no_heartbeat
 from lowbit_dist.optim import schedule
 from lowbit_dist.record import Record
 from lowbit_dist.zero import Engine, Update
@@ -34,15 +33,15 @@ from lowbit_dist.zero.engine import Step
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat) -> dict[str, Any] | None:
+def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbeat) -> dict[str, Any] | None:
     """Train to the last step inside an initialised process group; every worker returns the run's summary.
 
     A run that has checkpoints resumes from the newest undamaged one.  None if it was asked to stop
-    (`config.stop_file`): then a checkpoint of its last step is there.  `heartbeat` is called whenever
-    training makes progress.
+    (`config.stop_file`): then a checkpoint of its last step is there.  `begun`: which start of the run this
+    is.  `heartbeat` is called whenever training makes progress.
     """
     train = config.train
-    with _worker(config, restarts, heartbeat) as worker:
+    with _worker(config, begun, heartbeat) as worker:
         position = worker.start
         while position.step < train.steps and not worker.stops:
             now = schedule.now(config, position.step + 1, position.updates + 1)
@@ -75,8 +74,8 @@ def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat)
 class _Worker:
     """What one worker trains with, and what it has measured since it last wrote."""
 
-    def __init__(self, config: RunConfig, restarts: int, heartbeat: Beat):
-        self.config, self.restarts, self.heartbeat = config, restarts, heartbeat
+    def __init__(self, config: RunConfig, begun: Start, heartbeat: Beat):
+        self.config, self.begun, self.heartbeat = config, begun, heartbeat
         self.manifest = inputs.agreed(config)
         self.engine = engine = _build(config, self.manifest.vocab_size)
         self.layers = statistics.Layers(engine)
@@ -185,7 +184,8 @@ class _Worker:
             "tokens_per_second": self.clock.rate(),
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
-            "restarts": self.restarts,
+            "restarts": self.begun.restarts,
+            "resumes": self.begun.resumes,
         }
         if n_low_bit := sum(engine.numels[name] for name in engine.low_bit):
             self.metrics["flip_rate"] = position.flips / max(n, 1) / n_low_bit
@@ -250,7 +250,8 @@ class _Worker:
             "tokens_per_second": self.clock.mean_rate(),
             "checkpoint": str(self.saver.path(position.step)),
             "memory": self._memory(),
-            "restarts": self.restarts,
+            "restarts": self.begun.restarts,
+            "resumes": self.begun.resumes,
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
             "diverged": self._has_diverged(position.step),
@@ -268,8 +269,8 @@ class _Worker:
 
 
 @contextmanager
-def _worker(config: RunConfig, restarts: int, heartbeat: Beat) -> Iterator[_Worker]:
-    worker = _Worker(config, restarts, heartbeat)
+def _worker(config: RunConfig, begun: Start, heartbeat: Beat) -> Iterator[_Worker]:
+    worker = _Worker(config, begun, heartbeat)
     try:
         yield worker
         worker.saver.close()  # only now: it waits for the other workers, of which one may have gone
@@ -290,19 +291,12 @@ def _build(config: RunConfig, vocab_size: int) -> Engine:
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
     """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    _keep(config.run_dir / runs.CONFIG, config.to_yaml())
+    keep(config.run_dir / runs.CONFIG, config.to_yaml())
     data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
     inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere
-        _keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
-
-
-def _keep(file: Path, text: str) -> None:
-    """`file` with this content; written only if it has another."""
-    if not file.exists() or file.read_text() != text:
-        with atomic_write(file) as draft:
-            draft.write_text(text)
+        keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
 
 
 def _warn(step: int, loss: float, before: Position, update: Update, *, spike: bool) -> None:

@@ -21,9 +21,11 @@ log = logging.getLogger(__name__)
 def start(config: RunConfig, engine: Engine) -> Position:
     """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from."""
     if (position := load_newest(config, engine)) is not None:
+        log.info("resumes from step %d", position.step)
         return position
     begin = Position(step=0, samples=0, tokens=0)
     if (path := _chosen(lambda: inputs.parent(config))) is None:
+        log.info("begins at step 0")
         return begin
     parent, with_states = Checkpoint.open(path), config.run.with_states
     parent.load_into(engine.shards, with_states=with_states)

@@ -1,7 +1,8 @@
 """What a folder of runs holds: each run's configuration, numbers and state, read from its files alone.
 
-A run is *running* while a launcher holds its lock, *finished* when its summary is of its last step, *failed*
-when its last launch ended with an error, and *stopped* otherwise: by a signal, by a kill, or before it began.
+While a launcher holds its lock a run is *starting* until its workers have made a step, then *running*.  It is
+*finished* when its summary is of its last step, *failed* when its last launch ended with an error, and
+*stopped* otherwise: by a signal, by a kill, or before it began.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit_dist import files
+from lowbit_dist import files, heartbeat
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.naming import CONFIG, find_runs
@@ -24,7 +25,7 @@ LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
 LOOK = 0.2  # seconds: who only looks whether a run is running has its lock for a moment
 
-RunState = Literal["finished", "running", "stopped", "failed"]
+RunState = Literal["finished", "starting", "running", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class RunFolder:
     why: str | None  # of a failed run, one line
     rows: list[dict[str, Any]]
     summary: dict[str, Any] | None  # of a finished run
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a launcher of this machine is at work on it."""
+        return self.state in ("starting", "running")
 
     @property
     def step(self) -> int:
@@ -73,11 +79,13 @@ def read(folder: Path) -> RunFolder:
 
     config = configfile.load(folder / CONFIG)
     summary = content(folder / SUMMARY)
+    is_done = summary.get("steps") == config.train.steps
+    rows = rows_of(folder / METRICS)
     state: RunState = "stopped"
     failure = None
     if is_running(folder):
-        state = "running"
-    elif summary.get("steps") == config.train.steps:
+        state = "running" if is_done or _has_stepped(folder, rows) else "starting"
+    elif is_done:
         state = "finished"
     elif (folder / FAILURE).exists():
         state, failure = "failed", content(folder / FAILURE).get("why")
@@ -86,9 +94,37 @@ def read(folder: Path) -> RunFolder:
         config=config,
         state=state,
         why=failure,
-        rows=rows_of(folder / METRICS),
+        rows=rows,
         summary=summary if state == "finished" else None,
     )
+
+
+def _has_stepped(folder: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the workers of the newest start have made a step; those that have ended left rows."""
+    start = heartbeat.newest_start(folder)
+    return heartbeat.has_stepped(folder, start.number) or (
+        bool(rows) and rows[-1].get("time", 0.0) >= start.time
+    )
+
+
+def begin(config: RunConfig) -> None:
+    """Let a run that is launched be found by those who look for it, before anything of it is started."""
+    with contextlib.suppress(OSError):  # a full disk is reported elsewhere
+        files.keep(config.run_dir / CONFIG, config.to_yaml())
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether it has anything that belongs to its configuration: a checkpoint, or a row."""
+    return (folder / "latest").exists() or bool(rows_of(folder / METRICS))
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """Its step, and when it was published, in Unix time: the file that names it is as old as it is."""
+    file = folder / "latest"
+    try:
+        return int(file.read_text().removeprefix("step-")), file.stat().st_mtime
+    except (OSError, ValueError):  # there is none yet, or a shared file system is away
+        return None
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -262,7 +262,7 @@ def main():
     useful = sum(
         after["time"] - before["time"]
         for before, after in itertools.pairwise(kept)
-        if before["restarts"] == after["restarts"]
+        if all(before[key] == after[key] for key in ("restarts", "resumes"))
     )
     logged = mlflow_steps(uri, found["mlflow_run_id"])
     every = list(range(1, options.steps + 1))

@@ -142,9 +142,11 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     config = configuration(small())
     config.run_dir.mkdir()
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
+    checks.check_run(other)  # as long as the launch that left it has measured nothing
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n')
     checks.check_run(config)
     checks.check_run(configuration(small(cluster={"workers": 1}, train={"log_every": 1})))
-    other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
     with pytest.raises(ConfigError) as error:
         checks.check_run(other)
     assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
@@ -238,7 +240,13 @@ def test_rows_are_followed_from_the_end_of_the_file_whole_and_through_a_cut(tmp_
     follower = Follower(tmp_path, told)
     with metrics.open("a") as file:
         file.write('{"step": 2}\n{"st')
-    log.write_text("12:00:00 worker 0: careful\nTraceback\n")
+    log.write_text(
+        "12:00:00 worker 0: careful\nTraceback\n"
+        "2026-11-26 12:00:01,123\tERROR worker.py:433 -- A worker died or was killed while executing a task "
+        "by an unexpected system error. (1) The process is killed by SIGKILL by OOM killer\n"
+        "12:00:02 worker 0: stopped at step 2: its checkpoint is saved\n"
+        "12 of them were killed\n"
+    )
     follower.read()
     with metrics.open("a") as file:
         file.write('ep": 3}\n')
@@ -249,7 +257,7 @@ def test_rows_are_followed_from_the_end_of_the_file_whole_and_through_a_cut(tmp_
         file.write('{"step": 2}\n')
     follower.read()
     assert [row["step"] for row in told.rows] == [2, 3, 2]
-    assert told.said == ["worker 0: careful"]
+    assert told.said == ["worker 0: careful", "worker 0: stopped at step 2: its checkpoint is saved"]
 
 
 def children(pid):
@@ -393,6 +401,8 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
         assert "stopping after this step, with a checkpoint" in stderr
         assert "resumes from the newest checkpoint" in stderr.splitlines()[-1]
         assert "Traceback" not in stderr
+        assert "OOM" not in stderr
+        assert (f"resumes from step {step}" in stderr) == bool(step)
         assert left_behind(process.pid) == []
         done = rows(folder)[-1]
         assert step < done < STEPS, "it must have been stopped before its end"
@@ -419,7 +429,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     assert left_behind(process.pid) == []
     summary = json.loads(stdout)
     assert summary["digest"] == undisturbed
-    assert summary["restarts"] == 5
+    assert (summary["restarts"], summary["resumes"]) == (1, 4)
     assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
     assert rows(folder) == list(range(1, STEPS + 1))
     assert not (folder / ".stop").exists()
@@ -454,7 +464,8 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
     assert killed, "the case must kill a worker"
     assert told.attempts == 3
     assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said
-    assert summary["restarts"] == 2
+    assert (summary["restarts"], summary["resumes"]) == (2, 0)
+    assert "worker 0: resumes from step" in " ".join(told.said)
     assert summary["digest"] == undisturbed
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log

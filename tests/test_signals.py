@@ -15,7 +15,7 @@ import psutil
 import pytest
 from test_cluster import left_behind, mlflow_run, rows, shell, train
 
-from lowbit_dist import configfile, heartbeat
+from lowbit_dist import configfile, heartbeat, runs
 from lowbit_dist.cluster import attempts, driver, session
 from lowbit_dist.sweep import running
 
@@ -113,7 +113,7 @@ def test_a_driver_that_is_starting_is_ended_at_once(small):
     config = configfile.from_dict(small())
     config.run_dir.mkdir()
     starting = driver.Driver(config, train, set())
-    starting.fit(0)
+    starting.fit(heartbeat.FIRST)
     began = time.monotonic()
     starting.close()
     assert time.monotonic() - began < 10
@@ -132,6 +132,7 @@ def test_a_signal_during_a_start_ends_it_soon(small, tmp_path):
     while "starting Ray on this machine" not in (line := process.stderr.readline()):
         assert line, "it ended before Ray was started"
     time.sleep(1)
+    assert runs.read(tmp_path / "early").state == "starting", "it is known before Ray is there"
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
@@ -140,6 +141,7 @@ def test_a_signal_during_a_start_ends_it_soon(small, tmp_path):
     assert "stopped by SIGTERM" in stderr.splitlines()[-1]
     assert "with a checkpoint" not in stderr
     assert left_behind(process.pid) == []
+    assert runs.read(tmp_path / "early").state == "stopped"
 
 
 @pytest.mark.integration

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import benches, comparing, complaints, console, jobs, reference, watching
+from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, watching
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
@@ -102,7 +102,7 @@ def tokenizer_train(
 
     Example: lowbit tokenizer train --input stdlib --vocab-size 4096 --out data/tokenizer
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "learning the tokenizer") as answer:
         from lowbit_dist import documents, tokenizer
 
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
@@ -147,12 +147,12 @@ def data_prepare(
 
     Example: lowbit data prepare --input stdlib --tokenizer data/tokenizer --out data/stdlib
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "preparing") as answer:
         from lowbit_dist import data
 
         manifest = data.prepare(
             inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed,
-            field=field, separator=separator, on_bad_row=on_bad_row,
+            field=field, separator=separator, on_bad_row=on_bad_row, bar=answer.waiting.bar,
         )  # fmt: skip
         splits = {
             name: f"{split['tokens']:,} tokens in {split['samples']:,} samples, "
@@ -197,7 +197,7 @@ def plan(
 
     Example: lowbit plan configs/quickstart.yaml --workers 4 model.preset=7b --vocab-size 32000
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "planning") as answer:
         from lowbit_dist import memory, model
         from lowbit_dist.cli import tables
 
@@ -215,14 +215,14 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
     Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading") as answer:
         from lowbit_dist import cluster
         from lowbit_dist.cli import tables
 
         loaded = load(config, overrides)
         try:
-            with console.following(loaded) as progress:
-                summary = cluster.launch(loaded, progress=progress)
+            with progress.following(loaded, answer.waiting) as told:
+                summary = cluster.launch(loaded, progress=told)
         except cluster.Stopped as stopped:
             print(
                 f"lowbit: stopped by {stopped}; the same command resumes from the newest checkpoint in "
@@ -259,7 +259,7 @@ def evaluate(
 
     Example: lowbit eval quickstart --data data/stdlib --json
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "evaluating") as answer:
         from lowbit_dist import trained
 
         metrics = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
@@ -289,7 +289,7 @@ def generate(
 
     Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading the model") as answer:
         from lowbit_dist import trained
 
         generated = trained.open(run).generate(
@@ -312,7 +312,7 @@ def inspect(
 
     Example: lowbit inspect quickstart@200 --verify
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "reading") as answer:
         from lowbit_dist.cli import inspection, tables
 
         inspected = inspection.inspect(checkpoint, verify=verify)
@@ -327,7 +327,7 @@ def doctor(as_json: Json = False) -> None:
 
     Example: lowbit doctor --json
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "examining") as answer:
         from lowbit_dist import doctor
         from lowbit_dist.cli import tables
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit_dist import naming
-from lowbit_dist.cli import console
+from lowbit_dist.cli import console, progress
 from lowbit_dist.cli.arguments import Json, at_home, run_names
+from lowbit_dist.cli.lines import COLOURS, duration
 from lowbit_dist.config import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ Runs = Annotated[
         autocompletion=run_names,
     ),
 ]
-COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
 def sweep(
@@ -44,12 +44,12 @@ def sweep(
 
     Example: lowbit sweep configs/sweep-methods.yaml
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading") as answer:
         from lowbit_dist import sweep as sweeping
 
         loaded = sweeping.Sweep.load(config)
-        with _following(loaded) as progress:
-            outcome = sweeping.run(loaded, progress)
+        with _following(loaded, answer.waiting) as told:
+            outcome = sweeping.run(loaded, told)
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:
@@ -97,7 +97,7 @@ def compare(
 
     Example: lowbit compare methods
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "comparing") as answer:
         from lowbit_dist import compare as comparing
         from lowbit_dist.runs import named
 
@@ -131,7 +131,7 @@ def list_runs(
 
     Example: lowbit runs
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "reading") as answer:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder; write the run.dir of a run, or train one first")
         listing = {"runs": [_line(run, folder) for run in naming.folders(folder)]}
@@ -165,14 +165,19 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
 class SweepLogLines:
     """A sweep's progress where nobody watches."""
 
+    def __init__(self, waiting: console.Waiting):
+        """waiting: ends with the first line"""
+        self._waiting = waiting
+
     def say(self, text: str) -> None:
+        self._waiting.stop()
         print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
     def begins(self, child: "Child") -> None:
         self.say(f"{child.name} starts")
 
     def row(self, child: "Child", row: Mapping[str, Any]) -> None:
-        words = console.in_words(row, child.config).values()
+        words = progress.in_words(row, child.config).values()
         self.say("  ".join([f"{child.name}: step {row.get('step')}/{child.config.train.steps}", *words]))
 
     def ends(self, child: "Child", state: str, why: str) -> None:
@@ -182,43 +187,51 @@ class SweepLogLines:
 class Bars:
     """A sweep's progress in a terminal: a bar for each run that trains, and one for all."""
 
-    def __init__(self, loaded: "Sweep"):
+    def __init__(self, loaded: "Sweep", terminal: "Console | None" = None):
         from rich.progress import TaskID
 
-        self.progress = console.bars()
-        self.whole = self.progress.add_task(loaded.name, total=len(loaded.children), words="")
+        self.progress = progress.bars(terminal)
+        self.whole = self.progress.add_task(
+            loaded.name, total=len(loaded.children), words={}, **progress.waits("checking")
+        )
         self.tasks: dict[str, TaskID] = {}
         self.known: dict[str, dict[str, str]] = {}
         self.counts: dict[str, int] = {}
 
     def say(self, text: str) -> None:
         self.progress.console.print(f"lowbit: {text}", markup=False, style="dim")
+        self.progress.update(self.whole, **progress.waits(None))
 
     def begins(self, child: "Child") -> None:
         self.known[child.name] = {}
         self.tasks[child.name] = self.progress.add_task(
-            child.name, total=child.config.train.steps, words="starting"
+            child.name, total=child.config.train.steps, words={}, **progress.waits("starting")
         )
 
     def row(self, child: "Child", row: Mapping[str, Any]) -> None:
-        self.known[child.name] |= console.in_words(row, child.config)
-        words = "  ".join(self.known[child.name].values())
-        self.progress.update(self.tasks[child.name], completed=row.get("step", 0), words=words)
+        self.known[child.name] |= progress.in_words(row, child.config)
+        self.progress.update(
+            self.tasks[child.name],
+            completed=row.get("step", 0),
+            words=dict(self.known[child.name]),
+            **progress.waits(None),
+        )
 
     def ends(self, child: "Child", state: str, why: str) -> None:
         self.progress.remove_task(self.tasks.pop(child.name))
         self.say(f"{child.name} {state}{': ' if why else ''}{why}")
         self.counts[state] = self.counts.get(state, 0) + 1
         words = ", ".join(f"{n} {name}" for name, n in self.counts.items())
-        self.progress.update(self.whole, advance=state == "finished", words=words)
+        self.progress.update(self.whole, advance=state == "finished", words={"states": words})
 
 
 @contextlib.contextmanager
-def _following(loaded: "Sweep") -> "Iterator[SweepLogLines | Bars]":
+def _following(loaded: "Sweep", waiting: console.Waiting) -> "Iterator[SweepLogLines | Bars]":
     """Bars if stderr is a terminal, else lines."""
     if not sys.stderr.isatty():
-        yield SweepLogLines()
+        yield SweepLogLines(waiting)
         return
+    waiting.stop()
     bars = Bars(loaded)
     with bars.progress:
         yield bars
@@ -238,7 +251,7 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
     """One line each."""
     from rich.markup import escape
 
-    table = _table("run", "state", "step", "loss", "val", "method", "seed", "age")
+    table = _table("run", "state", "step", "loss", "val", "method", "seed", "age", no_wrap=True)
     for run in runs:
         state = f"[{COLOURS.get(run['state'], 'red')}]{run['state']}[/]"
         if run.get("diverged"):
@@ -254,7 +267,7 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
             *("-" if run[key] is None else f"{run[key]:.4f}" for key in ("loss", "val_loss")),
             run["method"],
             str(run["seed"]),
-            console.duration(run["age_seconds"]),
+            duration(run["age_seconds"]),
         )
     if table.row_count:
         terminal.print(table)
@@ -283,12 +296,16 @@ def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
         terminal.print(file, style="dim", markup=False, soft_wrap=True)
 
 
-def _table(first: str, *columns: str) -> Any:
+def _table(first: str, *columns: str, no_wrap: bool = False) -> Any:
+    """no_wrap: of two cells only the first is written on several lines, where the terminal is narrow"""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    from lowbit_dist.cli.tables import NARROW
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
     table.add_column(first, style="bold", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("state", "method") else "right")
+        justify: Any = "left" if name in ("state", "method") else "right"
+        table.add_column(name, justify=justify, no_wrap=no_wrap)
     return table

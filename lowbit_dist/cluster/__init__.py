@@ -1,6 +1,7 @@
 """Launching a run: the only package that knows Ray Train.
 
-`launch` checks everything that can be checked before a worker starts (`checks`) and makes attempts until
+`launch` checks everything that can be checked before a worker starts (`checks`), writes the run's folder, by
+which `lowbit watch` and `lowbit runs` know it from then on (`runs.begin`), and makes attempts until
 one reaches the end (`attempts`), while MLflow is fed from the run's folder (`tracking`).  A process of its
 own (`driver`) starts Ray on this machine or joins the cluster at `RAY_ADDRESS` (`session`) and has Ray Train
 start the workers in one process group (`fit`), which call `lowbit_dist.loop` (`worker`); what they write into
@@ -37,6 +38,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)
             return _numbered(config, summary)
+        runs.begin(config)
         runs.note_failure(config.run_dir, None)
         tracker = tracking.Tracker(config, progress.say)
         try:

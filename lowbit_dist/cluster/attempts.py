@@ -5,10 +5,7 @@ retries an error while the process group is set up, it would retry a user's mist
 name what another launch left.
 """
 
-import contextlib
-import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,7 @@ from lowbit_dist.cluster.driver import Change, Driver, Failure, Outcome, Work
 from lowbit_dist.cluster.following import LOG, Follower, Progress
 from lowbit_dist.cluster.session import Signals, Stopped
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.heartbeat import STARTS, count_starts
-from lowbit_dist.heartbeat import read as read_heartbeats
+from lowbit_dist.heartbeat import Reason, has_stepped, note_start
 
 POLL = 0.2  # seconds
 
@@ -38,16 +34,18 @@ def train_until_done(
     signals = signals or Signals()
     config.stop_file.unlink(missing_ok=True)
     follower = Follower(config.run_dir, progress)
-    restarts = 0  # of this launch
+    reason: Reason = "begin" if newest_checkpoint(config.run_dir) is None else "resume"
+    restarts = 0  # of this launch, after failures
     before: tuple[str | None, Path | None] | None = None
     driver: Driver | None = None
     probed: set[str] = set()
     try:
         while True:
             driver = driver or Driver(config, work, probed)
-            start = _count_start(config)
+            start = note_start(config.run_dir, reason)
+            reason = "restart"
             driver.fit(start)
-            outcome = _followed(driver, follower, config, signals, probed, start + 1)
+            outcome = _followed(driver, follower, config, signals, probed, start.number)
             if isinstance(outcome, dict):
                 return outcome
             if isinstance(outcome, ConfigError):
@@ -77,17 +75,6 @@ def train_until_done(
             driver.close()
         follower.read()
         config.stop_file.unlink(missing_ok=True)
-
-
-def _count_start(config: RunConfig) -> int:
-    """How often the run was started before, by this launch and by all others."""
-    earlier = count_starts(config.run_dir)
-    with (
-        contextlib.suppress(OSError),
-        (config.run_dir / STARTS).open("a") as file,
-    ):  # a full disk is reported elsewhere
-        file.write(json.dumps({"time": time.time()}) + "\n")
-    return earlier
 
 
 def _followed(
@@ -122,4 +109,4 @@ def _followed(
 
 def _has_trained(config: RunConfig, start: int) -> bool:
     """Whether the workers of this start have made a step: before, there is nothing to save."""
-    return any(worker["phase"] != "start" for worker in read_heartbeats(config.run_dir, start))
+    return has_stepped(config.run_dir, start)

@@ -110,11 +110,14 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(f"run.name ({config.run.name}): {folder} is a file; write another name")
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
-    if (folder / "config.yaml").exists():
+    from lowbit_dist import runs
+
+    # A launch that ended before its first step has left its configuration alone, which binds nobody.
+    if (folder / runs.CONFIG).exists() and runs.has_begun(folder):
         try:
-            earlier = configfile.load(folder / "config.yaml")
+            earlier = configfile.load(folder / runs.CONFIG)
         except ConfigError as mistake:
-            raise ConfigError(f"run.name ({config.run.name}): {folder / 'config.yaml'}: {mistake}") from None
+            raise ConfigError(f"run.name ({config.run.name}): {folder / runs.CONFIG}: {mistake}") from None
         _check_same(config, earlier, f"run.name ({config.run.name})", _step(newest_checkpoint(folder)))
     from lowbit_dist.checkpoint import Checkpoint, newest_first
 

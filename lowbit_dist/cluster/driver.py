@@ -20,6 +20,7 @@ from lowbit_dist import machine
 from lowbit_dist.cluster.following import LOG
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.folders import remove_left_sessions
+from lowbit_dist.heartbeat import Start
 
 SHUTDOWN_TIMEOUT = 30  # seconds that Ray has to end by itself
 MORE_MEMORY = (
@@ -75,10 +76,10 @@ class Driver:
             cloudpickle.dumps({"config": config, "launcher": os.getpid(), "work": work, "probed": probed})
         )
 
-    def fit(self, restarts: int) -> None:
+    def fit(self, start: Start) -> None:
         """Begin an attempt."""
         self._begin()
-        self._send(restarts)
+        self._send(start)
 
     def _begin(self) -> None:
         self._is_busy = True  # until an attempt has ended

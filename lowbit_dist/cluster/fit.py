@@ -24,6 +24,7 @@ from lowbit_dist.cluster.probe import CHECKED, probe
 from lowbit_dist.cluster.session import STOPPING, ray_session
 from lowbit_dist.cluster.watchdog import Watchdog
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.heartbeat import Start
 from lowbit_dist.network import ray_address
 
 COLLECTIVE_TIMEOUT = 1800  # seconds
@@ -31,7 +32,7 @@ HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on
 
 
 def main() -> None:
-    """One Ray session, in it an attempt for each number of restarts that comes through the socket."""
+    """One Ray session, in it an attempt for each start that comes through the socket."""
     pipe = Connection(int(sys.argv[1]))
     _ignore_signals()
     wishes: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -59,9 +60,9 @@ def main() -> None:
             _ignore_signals()  # Ray has handlers of its own
             fit = _Fit(config, job["work"], storage, job["probed"], pipe.send, end)
             busy.clear()
-            while (restarts := wishes.get()) is not None:
+            while (start := wishes.get()) is not None:
                 busy.set()
-                outcome = fit.attempt(restarts)
+                outcome = fit.attempt(start)
                 busy.clear()
                 pipe.send(("ended", outcome))
     except ConfigError as mistake:
@@ -114,15 +115,15 @@ class _Fit:
     def say(self, text: str) -> None:
         self.tell(("say", text))
 
-    def attempt(self, restarts: int) -> Outcome:
+    def attempt(self, start: Start) -> Outcome:
         try:
-            return self._attempt(restarts)
+            return self._attempt(start)
         except ConfigError as mistake:
             return mistake
         except Exception as error:
             return Failure(f"Ray failed ({type(error).__name__}: {last_line(error)})", ray_failed=True)
 
-    def _attempt(self, restarts: int) -> Outcome:
+    def _attempt(self, start: Start) -> Outcome:
         import ray
 
         resources = ray.cluster_resources()
@@ -146,10 +147,10 @@ class _Fit:
             "gpus": gpus_each,
             "threads": max(1, int(self.config.cluster.cpus_per_worker)),
             "log": str(self.config.run_dir / LOG),
-            "restarts": restarts,
+            "start": start,
         }
         self.say(f"starting {n} worker{'' if n == 1 else 's'}")
-        watch = Watchdog(self.config, restarts + 1, machines, gpus, self.end)
+        watch = Watchdog(self.config, start.number, machines, gpus, self.end)
         try:
             outcome = self._fit(n, machines, settings)
         finally:

@@ -1,6 +1,7 @@
 """What the launcher sees of its workers: the lines that they append to files in the run's folder."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 from lowbit_dist.record import METRICS, Tail
 
 LOG = "log.txt"  # what the workers log
+OUR_LINE = re.compile(r"\d\d:\d\d:\d\d \S")  # the time alone; Ray writes the date before it
 TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -47,8 +49,10 @@ class Follower:
 
     def read(self) -> None:
         for line in self.log.lines():
-            # A traceback stays in the file: its last line comes with the failure.
-            if line[:2].isdigit() and not line.endswith(TRACEBACK):
+            # Ray's own lines stay in the file: of every worker that ends, in an orderly stop too, they say
+            # that it may have been killed for lack of memory.  So does a traceback: its last line comes with
+            # the failure.
+            if OUR_LINE.match(line) and not line.endswith(TRACEBACK):
                 self.progress.say(line.partition(" ")[2])
         for row in self.metrics.rows():
             self.n_rows += 1

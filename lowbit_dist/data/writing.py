@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ from lowbit_dist.tokenizer import load as load_tokenizer
 BYTES_PER_TOKEN = 8  # more than text has
 MANY = 1 << 16  # documents, of which some go to val by their hash
 
+# Told how many bytes there are to read, it gives what is told how many more have been.
+Bar = Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]
+
+
+@contextlib.contextmanager
+def _no_bar(n_bytes: int) -> Iterator[Callable[[int], object]]:
+    yield lambda n: None
+
 
 def prepare(
     inputs: Sequence[str | Path],
@@ -36,6 +44,7 @@ def prepare(
     field: str = "text",
     separator: str | None = None,
     on_bad_row: str = "fail",
+    bar: Bar = _no_bar,
 ) -> dict[str, Any]:
     """Write the prepared folder `out_dir` and return its manifest; the same bytes for any number of workers.
 
@@ -81,7 +90,7 @@ def prepare(
         _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
         writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
         n_bytes, n_read = sum(part.size for part in ranges), 0
-        with _progress(n_bytes) as advance:
+        with bar(n_bytes) as advance:
             for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
@@ -177,15 +186,3 @@ def _write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
     """Last: its presence says that everything it speaks of is there."""
     with atomic_write(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _progress(n_bytes: int) -> Iterator[Any]:
-    """A bar on stderr; gives the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=n_bytes)
-        yield lambda n: progress.advance(task, n)
