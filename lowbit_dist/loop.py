@@ -291,7 +291,7 @@ def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) ->
     """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     _keep(config.run_dir / runs.CONFIG, config.to_yaml())
-    data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
+    data.copy_tokenizer(config.data, manifest, config.run_dir / "tokenizer")
     inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere
