@@ -37,8 +37,9 @@ class FastTokenizer:
     ):
         self.files: Mapping[str, bytes] = dict(files)
         self.sha256 = _identity(files)
+        config = config_of(files, name)
         try:
-            self._fast = _loaded(files)
+            self._fast = _loaded(files, config)
         except Exception as error:  # the library's parser in Rust raises `Exception` itself
             raise ConfigError(
                 f"{name}: its {FILE} cannot be read ({first_line(error)}); copy the model's tokenizer again"
@@ -59,13 +60,15 @@ class FastTokenizer:
         return text
 
 
-def config_of(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What `tokenizer_config.json` says; nothing where it is missing or damaged."""
+def config_of(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """What `tokenizer_config.json` says; nothing where it is missing."""
     try:
         content = json.loads(files.get(CONFIG, b"{}"))
     except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name}: its {CONFIG} is damaged; copy the model's tokenizer again")
+    return content
 
 
 def _identity(files: Mapping[str, bytes]) -> str:
@@ -77,16 +80,18 @@ def _identity(files: Mapping[str, bytes]) -> str:
     return sha.hexdigest()
 
 
-def _loaded(files: Mapping[str, bytes]) -> Any:  # PreTrainedTokenizerFast
+def _loaded(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Any:  # PreTrainedTokenizerFast
     """By the class that `AutoTokenizer` would take, which may change how `tokenizer.json` splits a text; by
     the base class where that one wants files that are not there.
     """
     from transformers import PreTrainedTokenizerFast
 
+    # Paths that are written there lead to files of another machine.
+    settings = {name: value for name, value in config.items() if not name.endswith("_file")}
     with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        for name, content in files.items():
+        for name, content in {**files, CONFIG: json.dumps(settings).encode()}.items():
             Path(folder, name).write_bytes(content)
-        own = _own_class(config_of(files).get("tokenizer_class"))
+        own = _own_class(settings.get("tokenizer_class"))
         if own is not None:
             try:
                 loaded = own.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -147,11 +147,14 @@ def of_files(
     `eos_id` stand for marks that a `tokenizer.json` does not have.
     """
     is_known = MODEL in files and sha256 == hashlib.sha256(files[MODEL]).hexdigest()
-    # As `train` writes it: a special token in a text is text, which sentencepiece agrees with.
-    is_trained = MODEL in files and hf_tokenizer.config_of(files).get("split_special_tokens") is True
-    if is_known or is_trained or hf_tokenizer.FILE not in files:
+    if is_known or hf_tokenizer.FILE not in files or _is_trained(files, str(folder)):
         return Tokenizer(files[MODEL], f"{folder}/{MODEL}", files)
     return FastTokenizer(files, str(folder), bos_id=bos_id, eos_id=eos_id)
+
+
+def _is_trained(files: Mapping[str, bytes], folder: str) -> bool:
+    """Whether `train` has written them: a special token in a text is text, which sentencepiece agrees with."""
+    return MODEL in files and hf_tokenizer.config_of(files, folder).get("split_special_tokens") is True
 
 
 def train(
