@@ -78,7 +78,7 @@ class _Worker:
     def __init__(self, config: RunConfig, restarts: int, heartbeat: Beat):
         self.config, self.restarts, self.heartbeat = config, restarts, heartbeat
         self.manifest = inputs.agreed(config)
-        self.engine = engine = _build(config, self.manifest.vocab_size)
+        self.engine = engine = _build(config, self.manifest)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
         self.start = resuming.start(config, engine)
@@ -281,10 +281,11 @@ def _worker(config: RunConfig, restarts: int, heartbeat: Beat) -> Iterator[_Work
         worker.engine.close()
 
 
-def _build(config: RunConfig, vocab_size: int) -> Engine:
-    built = model.build(config.model, vocab_size, config.method, model.DTYPES[config.precision])
+def _build(config: RunConfig, manifest: data.Manifest) -> Engine:
+    built = model.build(config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
-    return Engine(config, built, initial, model.low_bit_names(built, config.method))
+    marks = manifest.marks if config.data.document_mask else None
+    return Engine(config, built, initial, model.low_bit_names(built, config.method), marks)
 
 
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:

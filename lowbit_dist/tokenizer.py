@@ -153,7 +153,7 @@ def of_files(
 
 
 def _is_trained(files: Mapping[str, bytes], folder: str) -> bool:
-    """Whether `train` has written them: a special token in a text is text, which sentencepiece agrees with."""
+    """Whether `train` has written them: then a special token in a text is text, as sentencepiece has it."""
     return MODEL in files and hf_tokenizer.config_of(files, folder).get("split_special_tokens") is True
 
 

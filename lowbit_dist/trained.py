@@ -47,6 +47,7 @@ class Samples:
     number: int = 256  # of samples of prepared data
     micro_batch: int = 1  # samples of one pass
     cache: Path | None = None  # where shards of remote data are kept
+    document_mask: bool = False  # whether attention stays within a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
             number=config.train.eval_samples,
             micro_batch=config.train.micro_batch,
             cache=config.data.cache,
+            document_mask=config.data.document_mask,
         ),
     )
 

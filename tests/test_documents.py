@@ -426,7 +426,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
             assert (name, configuration, split) == ("owner/name", "en", "train[:5%]")
             return dataset
 
-    refused("pip install datasets", ["hf:owner/name"])
+    refused(r"pip install 'lowbit-dist\[hf\]'", ["hf:owner/name"])
     monkeypatch.setitem(sys.modules, "datasets", Library)
     monkeypatch.setattr(documents.tables, "ROWS", 10)
     given = "hf:owner/name:en:train[:5%]"

@@ -222,6 +222,11 @@ def check(config: RunConfig) -> Manifest:
             )
         for split in SPLITS:
             check_files(folder, split, manifest)
+    if data.document_mask and manifest.marks == Marks(None, None):
+        raise ConfigError(
+            f"data.document_mask (true) needs data that says what separates its documents, as {data.path} of "
+            "an earlier version does not; prepare it again into another folder, or write false"
+        )
     n_samples, needed = manifest.splits["train"].samples, config.train.batch_tokens // data.seq_len
     if n_samples < needed:
         raise ConfigError(
