@@ -56,7 +56,7 @@ def _begins(tokens: Tensor, marks: Marks) -> Tensor:  # [samples, length] bool
 
 
 def why_not_within_documents(model: nn.Module, length: int) -> str | None:
-    """Why a Hugging Face model does not read samples of `length` tokens as `within_documents` says, or None."""
+    """Why a Hugging Face model does not read samples of `length` tokens as `within_documents` says, if so."""
     # transformers' own function takes such a mask as it is; what other models do with it differs.
     takes_masks = "create_causal_mask" in vars(sys.modules[type(model).__module__])
     if not takes_masks or "position_ids" not in inspect.signature(model.forward).parameters:

@@ -92,7 +92,7 @@ class Tokenizer:
         self.files: Mapping[str, bytes] = {**(beside or {}), MODEL: model}
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
-        self.ids = range(self.vocab_size)
+        self.ids: Collection[int] = range(self.vocab_size)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:

@@ -16,8 +16,8 @@ SPLIT = (  # of Llama 3
 def _bytes(special: list[str], *, digits: bool = False) -> Tokenizer:
     """Byte-level BPE."""
     made = Tokenizer(models.BPE())
-    first = pre_tokenizers.Digits(individual_digits=True) if digits else None
-    first = first or pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    first = pre_tokenizers.Digits(individual_digits=True) if digits else words
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=digits)]
     )
