@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from lowbit_dist.tokenizer import Marks
 
-WINDOWS = (
-    "sliding_window",
-    "attention_chunk_size",
-)  # of configurations: tokens that a layer looks back at most
+# In configurations: how many tokens some layers look back at most.
+WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def within_documents(
@@ -36,15 +34,12 @@ def within_documents(
     `attention_mask` [samples, 1, length, length] of `dtype`, to be added to the scores, and `position_ids`
     [samples, length] int64.
     """
-    is_first = _begins(tokens, marks)
-    document = is_first.cumsum(1)
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    positions = place - torch.where(is_first, place, 0).cummax(1).values
-    sees = (document[:, :, None] == document[:, None, :]) & (place[:, None] >= place)
+    document = _begins(tokens, marks).cumsum(1)
+    sees = (document[:, :, None] == document[:, None, :]).tril()
     # Not of truth values, which PyTorch's fused attention takes, but transformers' plain one adds.
     mask = torch.zeros(sees.shape, dtype=dtype, device=tokens.device)
     mask.masked_fill_(~sees, torch.finfo(dtype).min)
-    return {"attention_mask": mask[:, None], "position_ids": positions}
+    return {"attention_mask": mask[:, None], "position_ids": sees.sum(2) - 1}
 
 
 def _begins(tokens: Tensor, marks: Marks) -> Tensor:  # [samples, length] bool

@@ -146,6 +146,24 @@ def test_a_run_trains_validates_and_is_evaluated_within_documents(ranks, small, 
     assert summary["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
+@pytest.mark.integration
+def test_the_plan_counts_the_mask():
+    from lowbit_dist.memory import simulation
+
+    def activations(document_mask):
+        sections = {
+            "model": {"hidden_size": 256, "intermediate_size": 512, "layers": 2, "heads": 4, "kv_heads": 2},
+            "method": {"name": "dense"},
+            "data": {"path": "data", "seq_len": 128, "document_mask": document_mask},
+            "precision": "fp32",
+            "train": {"micro_batch": 2, "batch_tokens": 4 * 128},
+            "cluster": {"workers": 1},
+        }
+        return simulation.simulate_step(configfile.from_dict(sections), 512, 1).activations
+
+    assert activations(True) >= activations(False) + 4 * 2 * 128 * 128
+
+
 def test_data_that_does_not_say_what_separates_documents_is_refused(short):
     import json
 
