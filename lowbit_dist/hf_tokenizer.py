@@ -27,9 +27,8 @@ FILES = (
 class FastTokenizer:
     """A tokenizer that transformers reads from its files without running code of theirs; never changes.
 
-    `files`: the content of each of FILES that is there, by name.  `bos_id` and `eos_id` are what they say, or
-    else the given ones, which are the model's; None where a model begins or ends no text with a mark of its
-    own.
+    `files`: the content of each of FILES that is there, by name.  `bos_id` and `eos_id` are what they say,
+    None where they say that there is none; where they say nothing, the given ones, which are the model's.
     """
 
     def __init__(
@@ -46,8 +45,9 @@ class FastTokenizer:
             ) from None
         self.ids: Collection[int] = frozenset(self._fast.get_vocab().values())
         self.vocab_size: int = max(self.ids, default=-1) + 1  # there may be holes
-        self.bos_id: int | None = bos_id if self._fast.bos_token_id is None else self._fast.bos_token_id
-        self.eos_id: int | None = eos_id if self._fast.eos_token_id is None else self._fast.eos_token_id
+        bos, eos = self._fast.bos_token_id, self._fast.eos_token_id
+        self.bos_id: int | None = bos_id if bos is None and "bos_token" not in config else bos
+        self.eos_id: int | None = eos_id if eos is None and "eos_token" not in config else eos
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the marks of its beginning and end."""

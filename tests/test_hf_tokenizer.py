@@ -190,6 +190,16 @@ def test_another_end_of_texts_is_another_tokenizer(copied):
     assert tokenizer.of_files(base.files, "elsewhere").sha256 == base.sha256
 
 
+def test_a_model_says_what_begins_a_text_where_its_tokenizer_says_nothing(copied):
+    folder = copied("qwen")
+    loaded = tokenizer.load(folder, bos_id=5, eos_id=6)
+    assert (loaded.bos_id, loaded.eos_id) == (None, 0), "it says that no token begins a text"
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    loaded = tokenizer.load(folder, bos_id=5, eos_id=6)
+    assert (loaded.bos_id, loaded.eos_id) == (5, 6)
+
+
 def test_nothing_outside_the_folder_is_read_and_nothing_in_it_is_executed(copied):
     folder = copied("llama3")
     expected = tokenizer.load(folder).encode("the model")

@@ -31,7 +31,7 @@ HASH = "xxh64"  # what readers check; sha256 stands beside it
 
 
 Number = Annotated[int, Field(ge=0, lt=2**63)]
-FileName = Annotated[str, Field(pattern=r"^[a-z_]+\.[a-z]+$")]  # no name leads out of the folder
+FileName = Annotated[str, Field(pattern=r"^[a-z_]+\.(json|model|jinja)$")]  # no name leads out of the folder
 
 
 class Split(Section):
