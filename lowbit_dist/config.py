@@ -49,6 +49,11 @@ class Data(Section):
     tokenizer: MaybeFilePath = may_change(
         None, "The tokenizer's folder: if it is given, the data must have been prepared with it."
     )
+    document_mask: bool = setting(
+        False,
+        "Whether attention stays within a document, where a sample holds several; positions begin anew in "
+        "each.",
+    )
     cache: MaybeFilePath = may_change(
         None,
         "Where each machine keeps the shards that it reads; null is lowbit-dist/data in XDG_CACHE_HOME or "

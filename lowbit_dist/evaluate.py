@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist import data, documents
+from lowbit_dist import attention, data, documents
 from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
+from lowbit_dist.model import DTYPES
+from lowbit_dist.tokenizer import marks
 
 if TYPE_CHECKING:
     from lowbit_dist.trained import Trained
@@ -48,16 +50,17 @@ def evaluate(
     with torch.inference_mode():
         for batch in batches:
             tokens = batch.to(device)
-            nats += n_predicted(batch) * network(input_ids=tokens, labels=tokens).loss.double().item()
-    loss = nats / sum(map(n_predicted, batches))
+            loss = network(input_ids=tokens, labels=tokens, **_mask(trained, tokens)).loss
+            nats += n_predicted(batch) * loss.double().item()
+    mean = nats / sum(map(n_predicted, batches))
     own = trained.method.forward_grid
     return {
         "checkpoint": str(trained.path),
         "step": trained.step,
         "data": path,
         "forward": forward or (trained.method.name if own is None else own.name),
-        "loss": loss,
-        **quality(loss, bytes_per_token),
+        "loss": mean,
+        **quality(mean, bytes_per_token),
         "samples": sum(map(len, batches)),
         "tokens": sum(batch.numel() for batch in batches),
     }
@@ -105,6 +108,13 @@ def n_predicted(tokens: Tensor) -> int:  # [samples, seq_len]
     return len(tokens) * (tokens.shape[1] - 1)
 
 
+def _mask(trained: Trained, tokens: Tensor) -> dict[str, Tensor]:
+    """What keeps attention within documents, of a model that was trained so."""
+    if not trained.samples.document_mask:
+        return {}
+    return attention.within_documents(tokens, marks(trained.tokenizer), DTYPES[trained.precision])
+
+
 def _prepared(
     trained: Trained, path: str, n_samples: int | None
 ) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
@@ -148,11 +158,11 @@ def _text(
 ) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
     """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
-    begin, end = ([] if mark is None else [mark] for mark in (tokenizer.bos_id, tokenizer.eos_id))
+    around = marks(tokenizer).around
     ids: list[int] = []
     n_bytes = 0
     for text in filter(None, _documents(path)):
-        ids += [*begin, *tokenizer.encode(text), *end]
+        ids += around(tokenizer.encode(text))
         n_bytes += len(text.encode())
     if len(ids) < 2:  # the first token is predicted from nothing
         raise ConfigError(f"--data ({path}) holds no text; write the path of a file that does")

@@ -77,7 +77,7 @@ class _Worker:
     def __init__(self, config: RunConfig, begun: Start, heartbeat: Beat):
         self.config, self.begun, self.heartbeat = config, begun, heartbeat
         self.manifest = inputs.agreed(config)
-        self.engine = engine = _build(config, self.manifest.vocab_size)
+        self.engine = engine = _build(config, self.manifest)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
         self.start = resuming.start(config, engine)
@@ -282,17 +282,18 @@ def _worker(config: RunConfig, begun: Start, heartbeat: Beat) -> Iterator[_Worke
         worker.engine.close()
 
 
-def _build(config: RunConfig, vocab_size: int) -> Engine:
-    built = model.build(config.model, vocab_size, config.method, model.DTYPES[config.precision])
+def _build(config: RunConfig, manifest: data.Manifest) -> Engine:
+    built = model.build(config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
-    return Engine(config, built, initial, model.low_bit_names(built, config.method))
+    marks = manifest.marks if config.data.document_mask else None
+    return Engine(config, built, initial, model.low_bit_names(built, config.method), marks)
 
 
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
     """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     keep(config.run_dir / runs.CONFIG, config.to_yaml())
-    data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
+    data.copy_tokenizer(config.data, manifest, config.run_dir / "tokenizer")
     inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist import experts, pretrained
+from lowbit_dist import attention, experts, pretrained
 from lowbit_dist.config import ConfigError, Model, RunConfig
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.hf_tokenizer import first_line
@@ -126,6 +126,11 @@ def check(config: RunConfig, vocab_size: int) -> None:
         raise ConfigError(
             "train.activation_checkpointing (true) must be false for a model whose architecture "
             f"has no checkpoints, as {_architecture(model)} of {named}; write false"
+        )
+    why = attention.why_not_within_documents(model, config.data.seq_len)
+    if config.data.document_mask and why is not None:
+        raise ConfigError(
+            f"data.document_mask (true) must be false for {named}: {_architecture(model)} {why}; write false"
         )
     _check_is_low_bit(model, config.method, named)
     InitialWeights(model, config.method, 0, config.model.pretrained).check(model)

@@ -1,4 +1,7 @@
-"""The tokenizer: sentencepiece BPE with byte fallback, LLaMA's conventions, text that comes back unchanged.
+"""Tokenizers: a model's own, of a Hugging Face folder, or one that is learned here.
+
+`load` gives the one of a folder; all have the members of `TextTokenizer`.  What `train` learns is
+sentencepiece BPE with byte fallback, LLaMA's conventions, and text that comes back unchanged.
 
 Ids: 0 `<unk>`, 1 `<s>` (begins a document), 2 `</s>` (ends one), 3 to 258 the bytes, then the pieces.
 Nothing is normalised, no space is put in front, runs of spaces and line ends are kept, digits stand alone.
@@ -14,25 +17,69 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from lowbit_dist import documents
+from lowbit_dist import documents, hf_tokenizer
 from lowbit_dist.errors import ConfigError, why_not_writable
 from lowbit_dist.files import atomic_folder, os_errors
+from lowbit_dist.hf_tokenizer import FastTokenizer
 from lowbit_dist.machine import processors
 
 MODEL = "tokenizer.model"
-FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")  # that `train` writes
 SAMPLE_BYTES = 64 << 20  # of text that the pieces are learned from
 LINE_BYTES = 4000  # of one training sentence
 RESERVED = "\u2585"  # stands for unknown characters inside sentencepiece, which leaves out sentences with it
 
 
-class Tokenizer:
-    """A sentencepiece model; thread-safe, and never changes."""
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer, of sentencepiece or of Hugging Face."""
 
-    def __init__(self, model: bytes, name: str = MODEL):
+    files: Mapping[str, bytes]  # by name: what it was loaded from, and what stands beside that
+    sha256: str  # by which it is known
+    vocab_size: int  # more than every id
+    ids: Collection[int]  # that stand for something
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Marks(NamedTuple):
+    """The ids that stand before and after each document; None: no token does."""
+
+    begin: int | None
+    end: int | None
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """A document's ids between its marks."""
+        begin, end = ([] if mark is None else [mark] for mark in self)
+        return [*begin, *ids, *end]
+
+    def in_words(self) -> str:
+        begin = [] if self.begin is None else [f"token {self.begin} before each"]
+        end = [] if self.end is None else [f"token {self.end} after each"]
+        return ", ".join(begin + end) or "not known"  # of an older manifest
+
+
+def marks(tokenizer: TextTokenizer) -> Marks:
+    """What stands around documents; a token that begins a text and ends it, too, stands before it alone."""
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    return Marks(begin, None if end == begin else end)
+
+
+class Tokenizer:
+    """A sentencepiece model; thread-safe, and never changes.
+
+    `beside`: the content of files that are kept with it, by name.
+    """
+
+    def __init__(self, model: bytes, name: str = MODEL, beside: Mapping[str, bytes] | None = None):
         from sentencepiece import SentencePieceProcessor
 
         wrong = ConfigError(f"{name} is not a sentencepiece model; write the path of a tokenizer.model")
@@ -42,10 +89,10 @@ class Tokenizer:
             self._processor = SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise wrong from None
-        self.model = model
+        self.files: Mapping[str, bytes] = {**(beside or {}), MODEL: model}
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
-        self.ids = range(self.vocab_size)
+        self.ids: Collection[int] = range(self.vocab_size)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
@@ -62,23 +109,52 @@ class Tokenizer:
         return text
 
 
-def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, or of a sentencepiece model's file."""
+def load(
+    path: str | Path, *, sha256: str | None = None, bos_id: int | None = None, eos_id: int | None = None
+) -> TextTokenizer:
+    """The tokenizer of a folder, see `of_files`, or of a sentencepiece model's file."""
     path = Path(path)
-    file = path / MODEL if path.is_dir() else path
+    path = path.parent if path.name == hf_tokenizer.FILE else path
+    otherwise = f"write a folder made by `lowbit tokenizer train`, or a model's with its {hf_tokenizer.FILE}"
     try:
-        return Tokenizer(file.read_bytes(), str(file))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"tokenizer ({path}) has no {MODEL}; write a folder made by `lowbit tokenizer train`"
-            if path.is_dir()
-            else f"tokenizer ({path}) does not exist; write a folder made by `lowbit tokenizer train`"
-        ) from None
+        if path.is_file():
+            return Tokenizer(path.read_bytes(), str(path))
+        places = [path / name for name in hf_tokenizer.FILES]
+        files = {place.name: place.read_bytes() for place in places if place.exists()}
     except OSError as error:
         raise ConfigError(
-            f"tokenizer ({file}) cannot be read: {error.strerror or error}; write a folder made by "
-            "`lowbit tokenizer train`"
+            f"tokenizer ({error.filename}) cannot be read: {error.strerror or error}; {otherwise}"
         ) from None
+    if not path.exists():
+        raise ConfigError(f"tokenizer ({path}) does not exist; {otherwise}")
+    if not {MODEL, hf_tokenizer.FILE} & set(files):
+        raise ConfigError(f"tokenizer ({path}) has no {MODEL} and no {hf_tokenizer.FILE}; {otherwise}")
+    return of_files(files, path, sha256=sha256, bos_id=bos_id, eos_id=eos_id)
+
+
+def of_files(
+    files: Mapping[str, bytes],
+    folder: str | Path,
+    *,
+    sha256: str | None = None,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> TextTokenizer:
+    """The tokenizer of a folder's files, by name; the folder itself is for messages.
+
+    Of a `tokenizer.model` and a `tokenizer.json` the second one counts, which may have tokens that the first
+    one lacks, unless the folder is one of `train`, or `sha256` is the hash of the first one.  `bos_id` and
+    `eos_id` stand for marks that a `tokenizer.json` does not have.
+    """
+    is_known = MODEL in files and sha256 == hashlib.sha256(files[MODEL]).hexdigest()
+    if is_known or hf_tokenizer.FILE not in files or _is_trained(files, str(folder)):
+        return Tokenizer(files[MODEL], f"{folder}/{MODEL}", files)
+    return FastTokenizer(files, str(folder), bos_id=bos_id, eos_id=eos_id)
+
+
+def _is_trained(files: Mapping[str, bytes], folder: str) -> bool:
+    """Whether `train` has written them: then a special token in a text is text, as sentencepiece has it."""
+    return MODEL in files and hf_tokenizer.config_of(files, folder).get("split_special_tokens") is True
 
 
 def train(

@@ -12,11 +12,11 @@ loading execute nothing of what is read: JSON, safetensors and tokenizers are da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,33 +26,17 @@ from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 from lowbit_dist.convert import pack_
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import Grid
-from lowbit_dist.hf_tokenizer import FILE as FAST
-from lowbit_dist.hf_tokenizer import FastTokenizer
 from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedTensor
 from lowbit_dist.pretrained import CONFIG, Pretrained
+from lowbit_dist.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TEXT_LENGTH = 2048  # tokens of a sample of text for a model that takes more and has no run to say
-
-
-class TextTokenizer(Protocol):
-    """What is asked of a tokenizer, of sentencepiece or of Hugging Face."""
-
-    sha256: str
-    vocab_size: int  # more than every id
-    ids: Collection[int]  # that stand for something
-
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +47,7 @@ class Samples:
     number: int = 256  # of samples of prepared data
     micro_batch: int = 1  # samples of one pass
     cache: Path | None = None  # where shards of remote data are kept
+    document_mask: bool = False  # whether attention stays within a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +144,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
             number=config.train.eval_samples,
             micro_batch=config.train.micro_batch,
             cache=config.data.cache,
+            document_mask=config.data.document_mask,
         ),
     )
 
@@ -267,12 +253,12 @@ def _unfitting(trained: Trained, what: str) -> ConfigError:
     return ConfigError(f"{trained.path} does not fit its own configuration: {what}; name another checkpoint")
 
 
-def _run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
+def _run_tokenizer(checkpoint: Checkpoint) -> TextTokenizer:
     """The tokenizer of the checkpoint's model: the copy in its run's folder, or its data's."""
     expected = checkpoint.manifest["tokenizer_sha256"]
     copied = checkpoint.path.resolve().parent.parent / "tokenizer"
     path = copied if copied.is_dir() else Path(checkpoint.config.data.path) / "tokenizer"
-    loaded = tokenizer.load(path)
+    loaded = tokenizer.load(path, sha256=expected)
     if loaded.sha256 != expected:
         raise ConfigError(
             f"{path} is not the tokenizer of {checkpoint.path}: its hash is {loaded.sha256[:12]}, "
@@ -282,14 +268,10 @@ def _run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
 
 
 def _folder_tokenizer(folder: Path, hf_config: Any) -> TextTokenizer:
-    """Of a Hugging Face folder: the sentencepiece model, with which data is prepared, or `tokenizer.json`."""
-    loaded: TextTokenizer
-    if (folder / FAST).is_file() and not _has_sentencepiece(folder):
-        loaded = FastTokenizer(
-            folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
-        )
-    else:
-        loaded = tokenizer.load(folder)
+    """Of a Hugging Face folder, whose model says what begins and ends a text where its tokenizer does not."""
+    loaded = tokenizer.load(
+        folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
+    )
     rows = pretrained.vocabulary(hf_config)
     if rows is not None and loaded.vocab_size > rows:
         raise ConfigError(
@@ -297,15 +279,6 @@ def _folder_tokenizer(folder: Path, hf_config: Any) -> TextTokenizer:
             "put the model's own tokenizer there"
         )
     return loaded
-
-
-def _has_sentencepiece(folder: Path) -> bool:
-    """Whether `tokenizer.model` is one with `<s>` and `</s>`; other libraries use that name, too."""
-    try:
-        tokenizer.load(folder)
-    except ConfigError:
-        return False
-    return True
 
 
 def _first(ids: int | list[int] | None) -> int | None:

@@ -43,6 +43,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "method.scale": "absmean", "method.granularity": "tensor", "method.group": 128,
         "method.activation_bits": 8, "method.sub_norms": False,
         "data.path": "data/stdlib", "data.seq_len": 256, "data.tokenizer": None, "data.cache": None,
+        "data.document_mask": False,
         "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.95],
         "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
@@ -385,7 +386,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "run: unknown name 'notes'; known names are name, seed, dir"),
     "a part of a name of another section": (
         GOOD, ("data.timeout=5",),
-        "data: unknown name 'timeout'; known names are path, seq_len, tokenizer, cache"),
+        "data: unknown name 'timeout'; known names are path, seq_len, tokenizer, document_mask, "
+        "cache"),
     "a name from elsewhere at the top level": (
         GOOD + "epochs: 3", (),
         "unknown name 'epochs'; write train.steps: an epoch is as many steps as the data's tokens / "

@@ -433,7 +433,7 @@ def test_a_preparation_that_fills_the_disk_at_any_place_leaves_it_empty_and_says
 
 
 def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, documents, words, monkeypatch):
-    model = tokenizer.load(words).model
+    model = tokenizer.load(words).files["tokenizer.model"]
     monkeypatch.setattr(tokenizer, "_learn", lambda *_: model)
     small = disk("4k")
     out = small.folder / "out"

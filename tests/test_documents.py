@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -426,7 +427,9 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
             assert (name, configuration, split) == ("owner/name", "en", "train[:5%]")
             return dataset
 
-    refused("pip install datasets", ["hf:owner/name"])
+    refused(r"pip install 'lowbit-dist\[hf\]'", ["hf:owner/name"])
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert any(need.startswith("datasets") for need in project["optional-dependencies"]["hf"])
     monkeypatch.setitem(sys.modules, "datasets", Library)
     monkeypatch.setattr(documents.tables, "ROWS", 10)
     given = "hf:owner/name:en:train[:5%]"

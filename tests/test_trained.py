@@ -316,6 +316,9 @@ def test_a_tokenizer_of_another_kind_under_the_name_of_sentencepieces_is_passed_
     path = folder("untied")
     ids = of_folder(path).tokenizer.encode(TEXT)
     (path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    del config["split_special_tokens"]  # which says that the folder is `lowbit tokenizer train`'s
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     assert of_folder(path).tokenizer.encode(TEXT) == ids
 
 

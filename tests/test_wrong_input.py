@@ -394,10 +394,10 @@ CASES = {
     # tokenizers
     "data whose tokenizer is gone": (
         without("data/tokenizer/tokenizer.model"), "train run.yaml",
-        ("tokenizer (data/tokenizer)", "no tokenizer.model", "write a folder")),
+        ("data.path (data)", "lacks tokenizer/tokenizer.model", "again")),
     "data with the tokenizer of other data": (
         other_tokenizer("data/tokenizer/tokenizer.model"), "train run.yaml",
-        ("data.path (data)", "tokenizer/tokenizer.model", "not the one", "again")),
+        ("data.path (data)", "its tokenizer/", "not the one", "again")),
     "data of another tokenizer": (
         other_tokenizer(), "train run.yaml run.name=new data.tokenizer=other",
         ("data.tokenizer (other)", "not the one", "leave it out, or prepare")),

@@ -123,7 +123,7 @@ def data_prepare(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Use what `lowbit tokenizer train` has made.",
+            help="Use what `lowbit tokenizer train` has made, or a model's own tokenizer.json.",
             show_default=False,
             callback=at_home,
         ),
@@ -155,13 +155,13 @@ def data_prepare(
             field=field, separator=separator, on_bad_row=on_bad_row, bar=answer.waiting.bar,
         )  # fmt: skip
         splits = {
-            name: f"{split['tokens']:,} tokens in {split['samples']:,} samples, "
-            f"{split['documents']:,} documents"
+            name: "{tokens:,} tokens in {samples:,} samples, {documents:,} documents".format(**split)
             for name, split in manifest["splits"].items()
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
-        result = {"data": str(out), **manifest}
-        answer(result, pairs({"data": out, **splits, "unigram entropy": entropy, **_in_words(manifest)}))
+        marks = data.Manifest(**manifest).marks.in_words()
+        rows = {"data": out, **splits, "between documents": marks, "unigram entropy": entropy}
+        answer({"data": str(out), **manifest}, pairs(rows | _in_words(manifest)))
 
 
 def _in_words(counts: Mapping[str, Any]) -> dict[str, str]:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_dist import documents, folders, network
+from lowbit_dist import documents, folders, network, tokenizer
 from lowbit_dist.documents import text
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.machine import processors
-from lowbit_dist.tokenizer import Tokenizer
+from lowbit_dist.tokenizer import TextTokenizer
 
 TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
 
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 def tokenised(
-    ranges: Sequence[documents.FileRange], tokenizer: Tokenizer, seed: int, workers: int | None
+    ranges: Sequence[documents.FileRange], chosen: TextTokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
     if address := network.ray_address():
@@ -54,7 +54,7 @@ def tokenised(
         chunks: Any = dataset.map_batches(
             tokenise,
             batch_size=1,
-            fn_kwargs={"model": ray.put(tokenizer.model), "sha256": tokenizer.sha256, "seed": seed},
+            fn_kwargs={"files": ray.put(dict(chosen.files)), "sha256": chosen.sha256, "seed": seed},
             concurrency=workers,
         )
         for table in chunks.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -113,20 +113,21 @@ def place_of(document: bytes, seed: int) -> bytes:
     return hashlib.blake2b(document, digest_size=8, key=seed.to_bytes(8, "little")).digest()
 
 
-_loaded: dict[str, Tokenizer] = {}  # by hash; a Ray worker process serves many tasks
+_loaded: dict[str, TextTokenizer] = {}  # by hash; a Ray worker process serves many tasks
 
 
-def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> Iterator[dict[str, Array]]:
+def _tokenise(batch: dict[str, Array], files: Any, sha256: str, seed: int) -> Iterator[dict[str, Array]]:
     """The documents of one bundle of parts, as rows of about TEXT_CHUNK bytes of text.
 
-    `tokens` int32, every document with its <s> and </s>; of every document its `lengths` int32 in tokens, the
+    `tokens` int32, every document between its marks; of every document its `lengths` int32 in tokens, the
     `sizes` int64 of its text in bytes, and its `places` uint64; the last row has the rows that were skipped.
     """
     import ray
 
     if sha256 not in _loaded:
-        _loaded[sha256] = Tokenizer(ray.get(model))
-    tokenizer = _loaded[sha256]
+        _loaded[sha256] = tokenizer.of_files(ray.get(files), "tokenizer", sha256=sha256)
+    chosen = _loaded[sha256]
+    marks = tokenizer.marks(chosen)
     parts = [documents.FileRange.of_json(part) for part in json.loads(batch["parts"][0])]
     left = sum(part.size for part in parts)  # of the input, in bytes, for the progress bar
     chunk, tally = _Chunk(), documents.Tally()
@@ -137,7 +138,7 @@ def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> It
             if not data:
                 chunk.n_empty += 1
                 continue
-            tokens = [tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id]
+            tokens = marks.around(chosen.encode(document))
             chunk.add(tokens, len(data), place_of(data, seed))
             if chunk.n_bytes >= TEXT_CHUNK:
                 size = min(left, chunk.n_bytes)

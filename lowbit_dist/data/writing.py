@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lowbit_dist.data.shards import Writer, too_few
 from lowbit_dist.documents import text
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.files import atomic_folder, atomic_write
-from lowbit_dist.tokenizer import FILES, MODEL, Tokenizer
+from lowbit_dist.tokenizer import TextTokenizer, marks
 from lowbit_dist.tokenizer import load as load_tokenizer
 
 BYTES_PER_TOKEN = 8  # more than text has
@@ -49,8 +48,9 @@ def prepare(
     """Write the prepared folder `out_dir` and return its manifest; the same bytes for any number of workers.
 
     The folder appears at its name complete or not at all.  If it is there already and was made from the same
-    inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `field`,
-    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.
+    inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `tokenizer_dir` is
+    one of `lowbit tokenizer train`, or a Hugging Face model's folder.  `field`, `separator` and `on_bad_row`
+    say how documents are found in the inputs: see `documents.Reading`.
     """
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"--seq-len ({seq_len}) must be from 2 to {1 << 20:,}; write 256, for example")
@@ -66,6 +66,12 @@ def prepare(
         )
     out = Path(out_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
+    begin, end = marks(tokenizer)
+    if begin is None and end is None:
+        raise ConfigError(
+            f"--tokenizer ({tokenizer_dir}) has no token that begins or ends a text, so that nothing would "
+            "separate documents; write a bos_token or an eos_token into its tokenizer_config.json"
+        )
     tally = documents.Tally()
     ranges = documents.parts(inputs, documents.Reading(field, separator, on_bad_row), tally)
     recipe = {
@@ -87,7 +93,7 @@ def prepare(
     ranges = [part._replace(reading=part.reading._replace(longest=longest)) for part in ranges]
     needed = None
     with atomic_folder(out, needs=lambda: needed) as draft:
-        _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
+        _copy_tokenizer(tokenizer, draft / "tokenizer")
         writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
         n_bytes, n_read = sum(part.size for part in ranges), 0
         with bar(n_bytes) as advance:
@@ -102,6 +108,9 @@ def prepare(
         manifest = {
             **recipe,
             **splits,
+            "tokenizer_files": sorted(tokenizer.files),
+            "document_begin": begin,
+            "document_end": end,
             "longest_document": longest,
             "skipped_rows": tally.skipped_rows,
             "first_skipped_row": tally.first_skipped,
@@ -174,12 +183,10 @@ def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     return manifest
 
 
-def _copy_tokenizer(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
+def _copy_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     folder.mkdir()
-    (folder / MODEL).write_bytes(tokenizer.model)
-    for name in FILES[1:] if source.is_dir() else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:

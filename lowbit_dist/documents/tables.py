@@ -89,7 +89,8 @@ def _hf_dataset(given: str) -> Any:
         import datasets
     except ImportError:
         raise ConfigError(
-            f"--input ({given}) needs the package datasets, which is not installed; run: pip install datasets"
+            f"--input ({given}) needs the package datasets, which is not installed; run: "
+            "pip install 'lowbit-dist[hf]'"
         ) from None
     try:
         return datasets.load_dataset(name, configuration or None, split=split or "train")

@@ -20,6 +20,7 @@ from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
 from lowbit_dist.model import low_bit_names, shapes
+from lowbit_dist.tokenizer import Marks
 
 LONGEST = 4  # blocks; longer models are extrapolated from so many
 
@@ -69,8 +70,9 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+        marks = Marks(1, 2) if config.data.document_mask else None  # a mask is as large for any
         engine = Engine(
-            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method)
+            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method), marks
         )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         meter, warm, ends, blocks = _Phases(), StorageMeter(), [], _blocks(model)
