@@ -212,6 +212,10 @@ class Pretrained:
                 self.check_shape(name, tuple(parameter.shape))
             elif not is_added(name, tuple(parameter.shape)):
                 raise self.missing(name)
+        for name in state_buffers(model):
+            if name not in self:
+                raise self.missing(name)
+            self._check_size(name, tuple(model.get_buffer(name).shape))
         if unknown:
             more = f", and {len(unknown) - 1:,} more," if unknown[1:] else ""
             raise ConfigError(
@@ -222,6 +226,9 @@ class Pretrained:
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         """ConfigError unless a tensor in the files has this shape and holds ordinary numbers."""
         self._check_plain(name)
+        self._check_size(name, expected)
+
+    def _check_size(self, name: str, expected: tuple[int, ...]) -> None:
         place = self.places[name]
         if place.shape != expected:
             raise ConfigError(
@@ -240,7 +247,7 @@ class Pretrained:
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """What the files hold of the model's buffers that are part of its state, by name."""
-        return {name: self._read(name) for name in state_buffers(model) if name in self}
+        return {name: self._read(name) for name in state_buffers(model)}
 
     def _check_plain(self, name: str) -> None:
         place = self.places[name]

@@ -7,6 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+transformers.logging.set_verbosity_error()  # as the command line has it
+
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -42,6 +44,9 @@ CONFIGS = {
     "olmoe": lambda: transformers.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=512, n_embd=256, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=2, num_attention_heads=4
     ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1),
     "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=64),

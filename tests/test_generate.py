@@ -1,5 +1,6 @@
 """Generated text: printed as it is, while it is made, of tokens that there are."""
 
+import json
 import os
 import sys
 
@@ -11,7 +12,7 @@ import lowbit_dist
 from lowbit_dist.config import ConfigError
 from lowbit_dist.generate import _Streamed
 
-PROMPT = "\tif x[:key:] == 1:\n\t\treturn \"a  b\"  # [bold]no[/bold] " + "a long line " * 20 + ":smile: \\n"
+PROMPT = '\tif x[:key:] == 1:\n\t\treturn "a  b"  # [bold]no[/bold] ' + "a long line " * 20 + ":smile: \\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,16 @@ def on(monkeypatch):
 
 
 def test_the_prompt_and_the_text_are_printed_byte_for_byte(folder, lowbit, on, tmp_path):
-    import json
-
-    command = "generate", folder("llama", max_position_embeddings=512), "--prompt", PROMPT, "--max-new-tokens", 40
+    command = (
+        "generate",
+        folder("llama", max_position_embeddings=512),
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        40,
+    )
     answer = json.loads(lowbit(*command, "--json").stdout)
-    assert answer["prompt"] == PROMPT and answer["tokens"] == 40
+    assert answer["prompt"] == PROMPT and answer["tokens"] > 10
     with (tmp_path / "out").open("wb") as file:
         assert on(file.fileno(), *command) == 0
     assert (tmp_path / "out").read_bytes() == (PROMPT + answer["text"]).encode()
@@ -158,3 +164,23 @@ def test_a_text_ends_at_the_models_last_position(name, folder):
 def test_a_prompt_that_is_not_utf8_is_refused(folder):
     with pytest.raises(ConfigError, match=r"--prompt .* must be text in UTF-8"):
         lowbit_dist.open(folder("llama")).generate(os.fsdecode(b"def \xff"))
+
+
+def test_ids_between_pieces_that_stand_for_none_are_not_generated(tmp_path, corpus):
+    """As in tokenizers whose added tokens begin at a round number: here the last piece is 600, not 511."""
+    path = write(tmp_path / "model", "llama", vocab_size=1024)
+    rewrite(path, lambda weights: weights["lm_head.weight"][511:600].mul_(100))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (path / file).write_bytes((corpus.parent / "tokenizer" / file).read_bytes())
+    fast = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = fast["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = 600
+    (path / "tokenizer.json").write_text(json.dumps(fast))
+    model = lowbit_dist.open(path)
+    assert model.tokenizer.vocab_size == 601
+    assert model.tokenizer.ids == {*range(511), 600}
+    seen = []
+    decode, model.tokenizer.decode = model.tokenizer.decode, lambda ids: seen.extend(ids) or decode(ids)
+    model.generate("def ", max_new_tokens=8, temperature=0)
+    assert len(seen) > 8 and set(seen) <= model.tokenizer.ids

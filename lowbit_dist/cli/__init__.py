@@ -349,8 +349,7 @@ def main() -> None:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our answer has gone; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except console.ReaderGone:
         code = 0
     except Exception as error:
         if os.environ.get("LOWBIT_DEBUG") == "1":

@@ -98,6 +98,10 @@ class Waiting:
                 return
 
 
+class ReaderGone(Exception):
+    """Nobody reads the answer: nothing is left to say.  (typer would end by a BrokenPipeError itself.)"""
+
+
 class Answer:
     """What a verb says on stdout: `answer(content, draw)`, one JSON object or what `draw` draws of it, or a
     text that is written as it comes.
@@ -109,18 +113,27 @@ class Answer:
 
     def __call__(self, content: Mapping[str, Any], draw: Callable[["Console"], None]) -> None:
         self.waiting.stop()
-        if self.as_json:
-            self.stdout.write(json.dumps(finite(content)) + "\n")
-        else:
-            draw(console(self.stdout))
-        self.stdout.flush()
+        with self._read():
+            if self.as_json:
+                self.stdout.write(json.dumps(finite(content)) + "\n")
+            else:
+                draw(console(self.stdout))
 
     def write(self, text: str) -> None:
         """The text as it is, at once."""
         self.waiting.stop()
         self._last = text[-1:] or self._last
-        self.stdout.write(text)
-        self.stdout.flush()
+        with self._read():
+            self.stdout.write(text)
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        """What is written inside is there for the reader; ReaderGone if there is none any more."""
+        try:
+            yield
+            self.stdout.flush()
+        except BrokenPipeError:
+            raise ReaderGone from None
 
     def end_line(self) -> None:
         """In a terminal the shell's next line begins on a new one; a file or a pipe gets the text alone."""

@@ -87,7 +87,8 @@ def _chosen(experts: int, mode: FakeTensorMode, func: Any, mask: Tensor) -> Tens
 
 def _above_chance(rand: Any, *size: Any, **options: Any) -> Tensor:
     """`torch.rand`, whose single numbers are drawn to leave out a layer if they are small: none is."""
-    return torch.tensor(1.0) if size in ((), ([],)) else rand(*size, **options)  # a fake one that has a value
+    is_number = not size or size[0] in ((), [])
+    return torch.tensor(1.0) if is_number else rand(*size, **options)  # a fake one that has a value
 
 
 class _gather:

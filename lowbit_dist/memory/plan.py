@@ -86,8 +86,8 @@ def _peak(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     except Exception as error:
         if config.model.pretrained is None:
             raise
+        architecture = type(shapes(config, vocab_size)).__name__
         raise ConfigError(
-            f"model.pretrained ({config.model.pretrained}): a step of "
-            f"{type(shapes(config, vocab_size)).__name__} fails ({first_line(error)}); "
-            "write the folder of a model of another architecture"
+            f"model.pretrained ({config.model.pretrained}): a step of {architecture} "
+            f"fails ({first_line(error)}); write the folder of a model of another architecture"
         ) from error
