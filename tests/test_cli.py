@@ -167,6 +167,7 @@ def test_help_takes_less_than_a_second():
         (["train"], "CONFIG"),
         (["plan", "CONFIG", "--wrokers", "2"], "--wrokers"),
         (["plan", "CONFIG", "--workers", "two"], "--workers"),
+        (["plan", "CONFIG", "--workers"], "requires an argument. See --help."),
         (
             ["train", "CONFIG", "--lr", "1"],
             "--lr: fields are written without dashes, as train.steps=20; did you",

@@ -25,12 +25,12 @@ def of_arguments(error: Any) -> str:
 
 def _field_as_option(error: Any) -> str | None:
     """What was meant by an unknown option of a verb that takes fields, as `--lr`."""
-    option = getattr(error, "option_name", None)
     command = getattr(getattr(error, "ctx", None), "command", None)
     takes_fields = any(parameter.name == "overrides" for parameter in getattr(command, "params", ()))
-    if not (isinstance(option, str) and takes_fields) or getattr(error, "possibilities", None):
+    is_unknown = type(error).__name__ == "NoSuchOption" and not error.possibilities
+    if not (is_unknown and takes_fields):
         return None
     from lowbit_dist import configfile
 
-    name = option.lstrip("-").replace("-", "_")
+    name = error.option_name.lstrip("-").replace("-", "_")
     return str(configfile.unknown(name)).partition("; ")[2]
