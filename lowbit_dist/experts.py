@@ -38,7 +38,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     """The linear layers that weigh experts, or a shared one: a few rows, whose rounding would send tokens
     elsewhere.
     """
-    found = []
+    found: list[nn.Module] = []
     for mixture in mixtures(model):
         experts: nn.ModuleList = of(mixture)  # type: ignore[assignment]
         inside = set(experts.modules())
@@ -51,7 +51,7 @@ def run_all(model: nn.Module) -> None:
     """Let each mixture of the model run all its experts in each forward pass, whatever its tokens choose."""
     for mixture in mixtures(model):
         # A class and not a wrapped method: copies of the model run it on their own weights.
-        mixture.__class__ = _running_all(type(mixture))
+        mixture.__class__ = _running_all(type(mixture))  # type: ignore[arg-type]  # a class can be hashed
 
 
 @cache

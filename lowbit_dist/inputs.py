@@ -84,9 +84,9 @@ def check_parent(config: RunConfig, manifest: data.Manifest) -> None:
     parts = {}
     for name, p in built.named_parameters():
         shape = tuple(p.shape)
-        is_packed = stored is not None and name in low_bit
-        packed = (stored.name, model.scale_every(config.method, shape)) if is_packed else ()
-        parts[name] = Kept(list(shape), *packed)
+        parts[name] = Kept(list(shape))
+        if stored is not None and name in low_bit:
+            parts[name] = Kept(list(shape), stored.name, model.scale_every(config.method, shape))
     opened.check_holds(parts, "write another run.from, or its model and method")
     theirs, ours = opened.config.optimizer, config.optimizer
     if config.run.with_states and (theirs.name, theirs.states) != (ours.name, ours.states):

@@ -55,7 +55,8 @@ class RunFolder:
     @property
     def has_diverged(self) -> bool:
         """Whether its newest validation loss is above that of guessing."""
-        newest = next((row for row in reversed(self.rows) if "val_loss" in row or "diverged" in row), {})
+        measured = (row for row in reversed(self.rows) if "val_loss" in row or "diverged" in row)
+        newest: dict[str, Any] = next(measured, {})
         return bool(newest.get("diverged"))
 
     @property

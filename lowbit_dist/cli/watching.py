@@ -143,7 +143,7 @@ def _curve(run: "RunFolder", key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in run.rows if isinstance(row.get(key), int | float)]
 
 
-def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
+def _memory(run: "RunFolder") -> Mapping[str, Mapping[str, float]] | None:
     """Bytes per parameter of this run and of its baselines."""
     from lowbit_dist import charts, runs
 
