@@ -45,7 +45,9 @@ def within_documents(
 def _begins(tokens: Tensor, marks: Marks) -> Tensor:  # [samples, length] bool
     """Whether a token is the first of a document: it is its mark, or stands behind the mark of an end."""
     has_begin = marks.begin is not None
-    is_mark = torch.eq(tokens, marks.begin if has_begin else marks.end)
+    mark = marks.begin if has_begin else marks.end
+    assert mark is not None, "a tokenizer without either is refused"
+    is_mark = torch.eq(tokens, mark)
     is_first = is_mark if has_begin else is_mark.roll(1, dims=1)
     is_first[:, 0] = True  # of what is left of a document
     return is_first

@@ -35,7 +35,7 @@ class FileRange(NamedTuple):
 
     @classmethod
     def of_json(cls, fields: Sequence[Any]) -> FileRange:
-        return cls(*fields[:-1], reading=Reading(*fields[-1]))
+        return cls(*fields[:-1])._replace(reading=Reading(*fields[-1]))
 
 
 @dataclass
