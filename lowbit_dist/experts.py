@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 def of(module: nn.Module) -> nn.ModuleList | None:
     """The experts that a module chooses from for each token."""
     lists = (child for name, child in module.named_children() if "expert" in name)
-    return next((each for each in lists if isinstance(each, nn.ModuleList) and len(each) > 1), None)
+    return next((child for child in lists if isinstance(child, nn.ModuleList) and len(child) > 1), None)
 
 
 def mixtures(model: nn.Module) -> list[nn.Module]:
@@ -38,13 +38,13 @@ def routers(model: nn.Module) -> list[nn.Module]:
     """The linear layers that weigh experts, or a shared one: a few rows, whose rounding would send tokens
     elsewhere.
     """
-    found: list[nn.Module] = []
+    weighing: list[nn.Module] = []
     for mixture in mixtures(model):
         experts: nn.ModuleList = of(mixture)  # type: ignore[assignment]
         inside = set(experts.modules())
         layers = (layer for layer in mixture.modules() if type(layer) is nn.Linear and layer not in inside)
-        found += [layer for layer in layers if layer.out_features in (1, len(experts))]
-    return found
+        weighing += [layer for layer in layers if layer.out_features in (1, len(experts))]
+    return weighing
 
 
 def run_all(model: nn.Module) -> None:

@@ -190,7 +190,7 @@ def _check_is_low_bit(model: Any, method: Method, named: str) -> None:
     total = sum(n for n, _ in left.values())
     if total <= LEFT * n_low_bit:
         return
-    name = max(left, key=lambda each: left[each][0])
+    name = max(left, key=lambda weight: left[weight][0])
     raise ConfigError(
         f"{named} cannot be trained by method {method.name}: {name} is of a {left[name][1]}, not of an "
         f"nn.Linear, so that {total / (total + n_low_bit):.0%} of the weights of its layers would stay as "

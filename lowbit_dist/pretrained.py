@@ -106,8 +106,8 @@ def _first_bytes(place: Place, n: int = 4096) -> bytes:
 def max_positions(config: Any) -> int | None:
     """The most tokens of a text that a Hugging Face model takes; None: any number."""
     text = config.get_text_config()
-    found = (getattr(text, name, None) for name in POSITIONS)
-    return next((n for n in found if isinstance(n, int) and n > 0), None)
+    limits = (getattr(text, name, None) for name in POSITIONS)
+    return next((n for n in limits if isinstance(n, int) and n > 0), None)
 
 
 def vocabulary(config: Any) -> int | None:
@@ -184,7 +184,8 @@ class Pretrained:
         as transformers reads them.
         """
         prefix: str = getattr(model, "base_model_prefix", "")
-        if prefix and hasattr(model, prefix) and not any(name.startswith(prefix) for name in self.places):
+        parts = {name for name, _ in model.named_children()}
+        if prefix in parts and not any(name.startswith(prefix) for name in self.places):
             self.places = {f"{prefix}.{name}": place for name, place in self.places.items()}
         return self
 

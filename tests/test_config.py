@@ -34,7 +34,7 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_every_field_has_a_default_but_the_data_path(tmp_path):
     config = load(tmp_path)
     assert config.flat() == {
-        "run.name": "run", "run.seed": 0, "run.dir": "runs",
+        "run.name": "run", "run.seed": 0, "run.dir": "runs", "run.with_states": False, "run.from": None,
         "model.preset": "tiny", "model.hidden_size": None, "model.intermediate_size": None,
         "model.layers": None, "model.heads": None, "model.kv_heads": None, "model.pretrained": None,
         "model.max_seq_len": 2048, "model.rope_theta": 10000.0, "model.norm_eps": 1e-5,
@@ -47,7 +47,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.95],
         "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
-        "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
+        "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
         "precision": "bf16",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
@@ -314,9 +314,10 @@ def test_what_decides_the_result_of_a_run_may_not_change(tmp_path):
         if config.differences(other) == []:
             changeable.add(name)
     train = ("log_every", "eval_every", "save_every", "keep_last", "keep_every")
-    train += ("max_skipped", "max_grad_ratio", "on_spike")
+    train += ("max_skipped", "max_grad_ratio", "on_spike", "activation_checkpointing")
+    by_content = ("data.path", "data.tokenizer", "model.pretrained")  # what lies there may not change
     assert changeable == {
-        "run.dir", "data.cache", "tracking.mlflow", "tracking.experiment",
+        "run.dir", "data.cache", "tracking.mlflow", "tracking.experiment", *by_content,
         *(f"train.{name}" for name in train),
         *(name for name in config.flat() if name.startswith("cluster.")),
     }  # fmt: skip
@@ -383,7 +384,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "train: unknown name 'residancy'; did you mean 'zero.residency'?"),
     "a name that is a little like one of another section": (
         GOOD, ("run.notes=x",),
-        "run: unknown name 'notes'; known names are name, seed, dir"),
+        "run: unknown name 'notes'; known names are name, seed, dir, with_states, from"),
     "a part of a name of another section": (
         GOOD, ("data.timeout=5",),
         "data: unknown name 'timeout'; known names are path, seq_len, tokenizer, document_mask, "
@@ -666,8 +667,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "optimizer ('lion') must be a section of names and values; write optimizer: {name: adamw}"),
     "a schedule with a hyphen": (
         GOOD, ("schedule.name=two-stage",),
-        "schedule.name ('two-stage') must be one of cosine, linear, constant, two_stage; did you "
-        "mean 'two_stage'?"),
+        "schedule.name ('two-stage') must be one of cosine, linear, constant, wsd, two_stage; did "
+        "you mean 'two_stage'?"),
     "a ZeRO stage that does not exist": (
         GOOD, ("zero.stage=4",),
         "zero.stage (4) must be one of 0, 1, 2, 3, null; write 0, for example"),
@@ -913,9 +914,13 @@ WRONG = {
     "true": lambda name: f"{name}=true",
 }
 TEXTS = ("run.name", "run.dir", "model.pretrained", "data.path", "data.tokenizer", "data.cache")
-TEXTS += ("tracking.mlflow", "tracking.experiment")  # on the command line every value of theirs is text
+TEXTS += (
+    "tracking.mlflow",
+    "tracking.experiment",
+    "run.from",
+)  # on the command line every value of theirs is text
 TRUTHS = ("model.tie_embeddings", "method.sub_norms")
-TRUTHS += ("train.activation_checkpointing", "train.reproducible")
+TRUTHS += ("train.activation_checkpointing", "train.reproducible", "run.with_states", "data.document_mask")
 
 
 @pytest.mark.parametrize("wrong", WRONG)

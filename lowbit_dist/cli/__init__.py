@@ -211,7 +211,7 @@ def plan(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train, or resume a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
+    """Train a run, or resume one of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
 
     Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
     """

@@ -1,5 +1,6 @@
 """What typer says of wrong arguments, in the words of this command line."""
 
+import difflib
 import itertools
 import sys
 from typing import Any
@@ -27,7 +28,9 @@ def _field_as_option(error: Any) -> str | None:
     """What was meant by an unknown option of a verb that takes fields, as `--lr`."""
     command = getattr(getattr(error, "ctx", None), "command", None)
     takes_fields = any(parameter.name == "overrides" for parameter in getattr(command, "params", ()))
-    is_unknown = type(error).__name__ == "NoSuchOption" and not error.possibilities
+    is_unknown = type(error).__name__ == "NoSuchOption" and not difflib.get_close_matches(
+        error.option_name, error.possibilities or (), cutoff=0.75
+    )
     if not (is_unknown and takes_fields):
         return None
     from lowbit_dist import configfile

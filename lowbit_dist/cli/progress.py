@@ -93,8 +93,8 @@ def going_on(event: str) -> str | None:
     """What is waited for after an event until the next row; None if it does not say."""
     if WORKERS_ARE_READY.search(event):
         return "making the first steps"
-    found = TAKES_A_WHILE.search(event)
-    return found[1].strip() if found else None
+    match = TAKES_A_WHILE.search(event)
+    return match[1].strip() if match else None
 
 
 def waits(word: str | None) -> dict[str, Any]:

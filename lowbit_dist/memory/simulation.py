@@ -130,7 +130,7 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
 def _blocks(model: nn.Module) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     # Not the longest: a block may have a list of many experts.
-    return max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=nn.ModuleList())
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
 
 
 def _alike(blocks: nn.ModuleList) -> bool:
