@@ -90,7 +90,9 @@ def test_a_pass_may_take_other_samples_unless_bits_were_promised(ranks, small):
     content = small(run={"name": "passes"}, train={"steps": 8, **EACH})
     whole = ranks(1).run(train, {**content, "run": {**content["run"], "name": "whole"}})[0]
     ranks(1).run(train, content, stop_at=4)
-    other = changed(content, train={"micro_batch": 4, "activation_checkpointing": True})
+    other = changed(
+        content, train={"micro_batch": 4, "activation_checkpointing": True}, cluster={"workers": 1}
+    )
     checks.check_run(configfile.from_dict(other))
     found = ranks(1).run(train, other)[0]
     assert found["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-2)
@@ -99,7 +101,9 @@ def test_a_pass_may_take_other_samples_unless_bits_were_promised(ranks, small):
     promised = small(run={"name": "promised"}, train={"steps": 8, "reproducible": True, **EACH})
     ranks(1).run(train, promised, stop_at=4)
     with pytest.raises(ConfigError, match=r"train.micro_batch: 2 -> 4"):
-        checks.check_run(configfile.from_dict(changed(promised, train={"micro_batch": 4})))
+        checks.check_run(
+            configfile.from_dict(changed(promised, train={"micro_batch": 4}, cluster={"workers": 1}))
+        )
     assert Path(promised["run"]["dir"], "promised").is_dir()
 
 
