@@ -38,7 +38,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
     """The linear layers that weigh experts, or a shared one: a few rows, whose rounding would send tokens
     elsewhere.
     """
-    found = []
+    found: list[nn.Module] = []
     for mixture in mixtures(model):
         experts: nn.ModuleList = of(mixture)  # type: ignore[assignment]
         inside = set(experts.modules())
@@ -55,7 +55,7 @@ def run_all(model: nn.Module) -> None:
 
 
 @cache
-def _running_all(mixture: type[nn.Module]) -> type[nn.Module]:
+def _running_all(mixture: Any) -> Any:  # of a class
     return type(mixture.__name__, (_RunsAll, mixture), {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -31,7 +31,7 @@ class FastTokenizer:
             raise ConfigError(
                 f"{folder / FILE} cannot be read ({first_line(error)}); copy the model's tokenizer again"
             ) from None
-        self.ids = frozenset(self._fast.get_vocab().values())
+        self.ids: Collection[int] = frozenset(self._fast.get_vocab().values())
         self.vocab_size: int = max(self.ids, default=-1) + 1  # there may be holes
         self.bos_id: int | None = bos_id if self._fast.bos_token_id is None else self._fast.bos_token_id
         self.eos_id: int | None = eos_id if self._fast.eos_token_id is None else self._fast.eos_token_id

@@ -137,7 +137,8 @@ class Pretrained:
         as transformers reads them.
         """
         prefix: str = getattr(model, "base_model_prefix", "")
-        if prefix and hasattr(model, prefix) and not any(name.startswith(prefix) for name in self.places):
+        parts = {name for name, _ in model.named_children()}
+        if prefix in parts and not any(name.startswith(prefix) for name in self.places):
             self.places = {f"{prefix}.{name}": place for name, place in self.places.items()}
         return self
 
