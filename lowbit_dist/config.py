@@ -161,7 +161,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         model, data, method, zero = self.model, self.data, self.method, self.zero
-        if model.pretrained is None and data.seq_len > model.max_seq_len:
+        if model.pretrained is None and data.seq_len > model.max_seq_len:  # else the positions are its own
             raise ConfigError(
                 f"data.seq_len ({data.seq_len:,}) must be at most model.max_seq_len {model.max_seq_len:,}; "
                 f"write data.seq_len: {model.max_seq_len} or model.max_seq_len: {data.seq_len}"
