@@ -18,7 +18,9 @@ case "${1:-}" in
 esac
 ruff format --check lowbit_dist tests
 ruff check lowbit_dist tests
-mypy
-# Two files of tests at a time: half of what they do is to wait for processes that start.  tests/conftest.py puts the
-# longest first: in xdist's own order, by the number of tests, the file whose few tests take longest comes last, alone.
+mypy &
+types=$!
+# Two files of tests at a time, and the types beside them: half of what tests do is to wait for processes that start.
+# tests/conftest.py puts the longest first: in xdist's own order, by the number of tests, the file whose few tests take longest comes last, alone.
 pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"
+wait "$types"

@@ -4,12 +4,15 @@ Every figure states its unit on its axis; colours are the Okabe-Ito palette, tol
 readers.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit_dist.record import layer_name
+from lowbit_dist.files import atomic_write
+from lowbit_dist.record import LAYERS, METRICS, layer_name, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +33,38 @@ INK = "#222222"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX"
+log = logging.getLogger(__name__)
 
 Colours = Mapping[str, int]  # group -> its number: the same look in every picture
 Memory = Mapping[str, Mapping[str, float]]  # run -> component -> bytes per parameter of the whole model
+
+
+def of_run(folder: Path, name: str, summary: Mapping[str, Any] | None) -> list[Path]:
+    """Draw what there is to draw of a run into its folder: the pictures.
+
+    A picture that cannot be drawn is reported and left out, and the run ends as it did.
+    """
+    drawings: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
+        "loss.png": (lambda: _with("loss", folder), partial(loss_curve, title=name)),
+        "flips.png": (lambda: rows_of(folder / LAYERS), layer_heat),
+        "memory.png": (lambda: summary and bytes_per_parameter(summary["memory"]), memory_bars),
+    }
+    drawn = []
+    for file, (content, draw) in drawings.items():
+        try:
+            if there := content():
+                with atomic_write(folder / file) as draft:
+                    draw(there, draft)
+                drawn.append(folder / file)
+        except Exception as error:
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            log.warning("%s is not drawn (%s)", folder / file, why)
+    return drawn
+
+
+def _with(key: str, folder: Path) -> list[dict[str, Any]]:
+    rows = rows_of(folder / METRICS)
+    return rows if any(key in row for row in rows) else []
 
 
 def loss_curve(rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str = "Loss") -> Path:

@@ -18,7 +18,7 @@ from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, session
 from lowbit_dist.config import ConfigError
 
-STEPS = 24
+STEPS, BATCH = 24, 512
 SUMMARY = {
     "run", "mlflow_run_id", "steps", "tokens", "train_loss", "val_loss", "tokens_per_second", "digest",
     "checkpoint", "memory", "restarts", "skipped_steps",
@@ -53,7 +53,7 @@ def run(small):
 
     def make(name, **sections):
         train = {
-            "steps": STEPS, "batch_tokens": 1024, "log_every": 1, "eval_every": STEPS, "eval_samples": 4,
+            "steps": STEPS, "batch_tokens": BATCH, "log_every": 1, "eval_every": STEPS, "eval_samples": 4,
             "save_every": 4, "reproducible": True,
         }  # fmt: skip
         content = small(run={"name": name}, train=train)
@@ -295,7 +295,7 @@ def test_a_run_from_the_shell_ends_with_its_whole_summary_and_leaves_nothing(run
     assert stdout.count("\n") == 1
     assert set(summary) >= SUMMARY
     assert summary == json.loads((tmp_path / "undisturbed" / "summary.json").read_text())
-    assert (summary["steps"], summary["tokens"], summary["restarts"]) == (STEPS, STEPS * 1024, 0)
+    assert (summary["steps"], summary["tokens"], summary["restarts"]) == (STEPS, STEPS * BATCH, 0)
     assert summary["memory"]["workers"] == 2
     for words in ("dashboard: http://127.0.0.1:", f"step {STEPS}/{STEPS}  loss", "tokens/s", "/worker"):
         assert words in stderr
@@ -413,45 +413,36 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     assert not (folder / ".stop").exists()
 
 
-def test_a_run_whose_worker_is_killed_ends_with_the_digest_of_one_that_was_left_alone(run, undisturbed, ray):
-    killed = []
+def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_killed_replaced(
+    run, undisturbed, ray
+):
+    stopped, found, killed = [], [], []
 
-    def kill(row):
-        if row["step"] >= 6 and not killed:
+    def harm(row):
+        if row["step"] >= 6 and not stopped:
+            worker = heartbeat.read(config.run_dir)[1]
+            os.kill(worker["pid"], signal.SIGSTOP)
+            stopped.append((worker["pid"], time.monotonic()))
+        elif row["step"] >= 12 and told.attempts == 2 and not killed:
             workers = [pid for pid, command in children(os.getpid()).items() if "RayTrainWorker" in command]
             assert len(workers) == 2
             killed.append(workers[-1])
             os.kill(killed[0], signal.SIGKILL)
 
-    told = Told(kill)
-    summary = cluster.launch(configuration(run("killed")), progress=told)
-    assert killed, "the case must kill a worker"
-    assert told.attempts == 2
-    assert any(" died (" in text and "restart 1 of at most 10" in text for text in told.said), told.said
-    assert summary["restarts"] == 1
-    assert summary["digest"] == undisturbed
-
-
-def test_a_worker_that_is_stopped_is_found_named_and_shown_and_the_run_goes_on(run, undisturbed, ray):
-    stopped, found = [], []
-
-    def stop(row):
-        if row["step"] >= 6 and not stopped:
-            worker = heartbeat.read(config.run_dir)[1]
-            os.kill(worker["pid"], signal.SIGSTOP)
-            stopped.append((worker["pid"], time.monotonic()))
-
     def note(text):
         if "does not run" in text and not found:
             found.append(time.monotonic())
 
-    config = configuration(run("stopped", cluster={"hang_timeout": 8}))
-    told = Told(stop)
+    config = configuration(run("harmed", cluster={"hang_timeout": 8}))
+    told = Told(harm)
     told.say = lambda text: (told.said.append(text), note(text))
     summary = cluster.launch(config, progress=told)
     (pid, began), (noticed,) = stopped[0], found
     assert 8 - 2 * heartbeat.EVERY <= noticed - began <= 8 + 30
-    assert summary["restarts"] == 1
+    assert killed, "the case must kill a worker"
+    assert told.attempts == 3
+    assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said
+    assert summary["restarts"] == 2
     assert summary["digest"] == undisturbed
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log
@@ -492,7 +483,9 @@ def test_a_worker_that_outlived_its_launcher_is_waited_for(small, ranks):
     assert ranks(2).run(wait_for_the_writer, content)[0] < 0.5
 
 
-def test_workers_get_their_folder_threads_and_interface(run, ray, tmp_path, monkeypatch):
+def test_workers_get_their_folder_threads_and_interface_and_a_mistake_that_one_finds_comes_out_as_it_is(
+    run, ray, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
 
     def work(settings):
@@ -502,17 +495,27 @@ def test_workers_get_their_folder_threads_and_interface(run, ray, tmp_path, monk
         import torch.distributed as dist
 
         from lowbit_dist.cluster import worker
+        from lowbit_dist.config import ConfigError
 
         worker.prepare(settings)
         total = torch.ones(1)
         dist.all_reduce(total)
-        variables = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
-        found = {name: os.environ.get(name) for name in variables}
-        return found | {"threads": torch.get_num_threads(), "folder": os.getcwd(), "workers": total.item()}
+        if dist.get_rank() == 1:
+            variables = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME")
+            found = {name: os.environ.get(name) for name in variables}
+            found |= {"threads": torch.get_num_threads(), "folder": os.getcwd(), "workers": total.item()}
+            raise ConfigError(f"data.path (x) is wrong; write {json.dumps(found)}")
+        dist.barrier()
 
     config = configuration(run("environment", cluster={"cpus_per_worker": 0.5, "workers": 2}))
     config.run_dir.mkdir()
-    found = attempts.train_until_done(config, Told(), work)
+    told = Told()
+    with pytest.raises(ConfigError) as error:
+        attempts.train_until_done(config, told, work)
+    assert told.attempts == 1, "it is not tried again"
+    words, found = str(error.value).split("; write ")
+    assert words == "data.path (x) is wrong"
+    found = json.loads(found)
     addresses = psutil.net_if_addrs()[found.pop("GLOO_SOCKET_IFNAME")]
     import ray.util
 
@@ -521,24 +524,6 @@ def test_workers_get_their_folder_threads_and_interface(run, ray, tmp_path, monk
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "threads": 1, "folder": str(tmp_path),
         "workers": 2,
     }  # fmt: skip
-
-
-def test_a_mistake_that_only_a_worker_finds_comes_out_as_it_is_and_is_not_tried_again(run, ray):
-    def work(settings):
-        import torch.distributed as dist
-
-        from lowbit_dist.config import ConfigError
-
-        if dist.get_rank() == 1:
-            raise ConfigError("data.path (x) is wrong; write another")
-        dist.barrier()
-
-    config, told = configuration(run("mistaken")), Told()
-    config.run_dir.mkdir()
-    with pytest.raises(ConfigError) as error:
-        attempts.train_until_done(config, told, work)
-    assert str(error.value) == "data.path (x) is wrong; write another"
-    assert told.attempts == 1
 
 
 def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers_own_words(run, ray):

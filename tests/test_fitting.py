@@ -248,8 +248,11 @@ def test_the_share_of_a_gpu_is_what_a_worker_has(monkeypatch):
     [
         {},
         {"method": {"name": "dqt", "grid": "int3", "granularity": "row"}, "optimizer": {"states": "fp32"}},
-        {"method": {"name": "dqt", "tensors": "all"}, "zero": {"residency": "replicated"}},
-        {"method": {"name": "dense"}, "optimizer": {"states": "bf16"}},
+        pytest.param(
+            {"method": {"name": "dqt", "tensors": "all"}, "zero": {"residency": "replicated"}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"method": {"name": "dense"}, "optimizer": {"states": "bf16"}}, marks=pytest.mark.slow),
         {"method": {"name": "bitnet"}, "zero": {"stage": 0}},
     ],
     ids=str,

@@ -18,7 +18,14 @@ from lowbit_dist.linear import linear
 from lowbit_dist.methods import METHODS
 from lowbit_dist.optim import OPTIMIZERS
 
-REPRODUCIBLE = {"reproducible": True, "steps": 4, "save_every": 2, "log_every": 2, "batch_tokens": 6 * 2 * 64}
+REPRODUCIBLE = {
+    "reproducible": True,
+    "steps": 4,
+    "save_every": 2,
+    "log_every": 2,
+    "batch_tokens": 6 * 64,
+    "micro_batch": 1,
+}
 
 
 def train(configuration, stop_at=None):

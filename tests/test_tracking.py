@@ -440,7 +440,9 @@ def arrive(server, run_id, expected):
 
 
 @pytest.mark.timeout(900)
-def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_back(config, server):
+def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_back(
+    config, server, monkeypatch
+):
     tracker = Tracked(config(server.uri, name="outage"))
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0, "tokens": step})
@@ -459,6 +461,7 @@ def test_a_server_that_hangs_or_dies_in_mid_run_gets_every_row_once_when_it_is_b
         tracker.log(step, {"loss": 1.0, "tokens": step})
     wait(lambda: tracker.failed)
     server.start()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # the end makes one attempt, and has time
     tracker.log(8, {"loss": 1.0, "tokens": 8})
     tracker.finish("FINISHED", SUMMARY)
     arrive(server, tracker.run_id, list(range(1, 9)))

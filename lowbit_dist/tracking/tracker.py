@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
-from lowbit_dist.files import atomic_write
-from lowbit_dist.record import LAYERS, METRICS, rows_of
+from lowbit_dist.record import LAYERS
 from lowbit_dist.tracking.mlflow_run import MlflowRun, is_complete
 
 log = logging.getLogger(__name__)
@@ -29,37 +26,10 @@ class Tracker:
         A run that has measured nothing is not begun in MLflow.
         """
         folder = self.config.run_dir
-        pictures = _draw(self.config, summary)
+        pictures = charts.of_run(folder, self.config.run.name, summary)
         if self._mlflow is not None:
             files = [folder / name for name in ("config.yaml", LAYERS) if (folder / name).exists()]
             self._mlflow.finish(status, files + pictures, summary or {})
-
-
-def _draw(config: RunConfig, summary: Mapping[str, Any] | None) -> list[Path]:
-    """The pictures for which there is something to draw; whatever becomes of them, the run ends as it did."""
-    folder, drawn = config.run_dir, []
-    drawings: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
-        "loss.png": (lambda: _with("loss", folder), partial(charts.loss_curve, title=config.run.name)),
-        "flips.png": (lambda: rows_of(folder / LAYERS), charts.layer_heat),
-        "memory.png": (
-            lambda: summary and charts.bytes_per_parameter(summary["memory"]), charts.memory_bars
-        ),
-    }  # fmt: skip
-    for name, (content, draw) in drawings.items():
-        try:
-            if there := content():
-                with atomic_write(folder / name) as draft:
-                    draw(there, draft)
-                drawn.append(folder / name)
-        except Exception as error:
-            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            log.warning("%s is not drawn (%s)", folder / name, why)
-    return drawn
-
-
-def _with(key: str, folder: Path) -> list[dict[str, Any]]:
-    rows = rows_of(folder / METRICS)
-    return rows if any(key in row for row in rows) else []
 
 
 def catch_up(config: RunConfig, summary: Mapping[str, Any]) -> bool:
