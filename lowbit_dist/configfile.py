@@ -78,6 +78,12 @@ def providers(content: Mapping[str, Any]) -> dict[str, str]:
     return packages
 
 
+def is_field(name: str) -> bool:
+    """Whether a field has this name, with its section or without, here or in other projects."""
+    names = _full_names()
+    return name in names or name in names.values() or synonyms.answer(name) is not None
+
+
 def unknown(name: str) -> ConfigError:
     """The answer to who asks for a section, a field or a `section.field` that there is not."""
     section, _, field = name.partition(".")

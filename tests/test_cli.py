@@ -77,7 +77,7 @@ def test_verbs_are_listed_in_the_order_of_the_work(lowbit):
 def test_help_is_in_whole_sentences(verb):
     function = functions()[verb]
     first = inspect.cleandoc(function.__doc__).splitlines()[0]
-    assert re.fullmatch(r"[A-Z][a-z]+ .*[.,:;a-z]", first) and len(first.split()) > 2, first
+    assert re.fullmatch(r"[A-Z][a-z]+,? .*[.,:;a-z]", first) and len(first.split()) > 2, first
     for name, (_, info) in parameters(function).items():
         text = info.help or ""
         assert text[:1].isupper() and text.endswith(".") and len(text.split()) > 2, f"{name}: {text!r}"

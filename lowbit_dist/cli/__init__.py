@@ -54,7 +54,7 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
-bench_app = typer.Typer(no_args_is_help=True, help="The project's benchmarks, each against a peer.")
+bench_app = typer.Typer(no_args_is_help=True, help="Run the project's benchmarks, each against a peer.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")

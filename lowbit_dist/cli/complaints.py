@@ -1,6 +1,5 @@
 """What typer says of wrong arguments, in the words of this command line."""
 
-import difflib
 import itertools
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ def of_arguments(error: Any) -> str:
     if not text:  # without a verb, the help has been printed
         return ""
     if field := _field_as_option(error):
-        return f"{text.rstrip('.')}: fields are written without dashes, as train.steps=20; {field}"
+        return f"{error.message.rstrip('.')}: fields are written without dashes, as train.steps=20; {field}"
     options = getattr(getattr(error, "param", None), "opts", [])
     words = sys.argv[1:]
     given = [value for name, value in itertools.pairwise(words) if name in options]
@@ -28,12 +27,11 @@ def _field_as_option(error: Any) -> str | None:
     """What was meant by an unknown option of a verb that takes fields, as `--lr`."""
     command = getattr(getattr(error, "ctx", None), "command", None)
     takes_fields = any(parameter.name == "overrides" for parameter in getattr(command, "params", ()))
-    is_unknown = type(error).__name__ == "NoSuchOption" and not difflib.get_close_matches(
-        error.option_name, error.possibilities or (), cutoff=0.75
-    )
-    if not (is_unknown and takes_fields):
+    if not (type(error).__name__ == "NoSuchOption" and takes_fields):
         return None
     from lowbit_dist import configfile
 
     name = error.option_name.lstrip("-").replace("-", "_")
+    if error.possibilities and not configfile.is_field(name):  # a misspelt option
+        return None
     return str(configfile.unknown(name)).partition("; ")[2]
