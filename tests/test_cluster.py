@@ -1,16 +1,12 @@
 """Launching with Ray: what is refused before a worker starts, and what becomes of a run when one dies."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import select
-import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +16,7 @@ import pytest
 
 from lowbit_dist import cluster, configfile, heartbeat
 from lowbit_dist.checkpoint import FORMAT, Position
-from lowbit_dist.cluster import attempts, checks, driver, failures, session
+from lowbit_dist.cluster import attempts, checks, session
 from lowbit_dist.config import ConfigError
 
 STEPS = 24

@@ -57,5 +57,3 @@ def test_a_ray_that_cannot_be_joined_is_tried_twice_and_said(small, monkeypatch)
     assert str(error.value).startswith("Ray cannot be joined (ValueError: ")
     assert "nonsense) after 1 restart; see " in str(error.value)
     assert heartbeat.count_starts(config.run_dir) == 2
-
-

@@ -1,6 +1,5 @@
 """What ends a launch: signals, a terminal that closes, and what is saved before."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -181,5 +180,3 @@ def test_a_user_without_a_name_and_a_home_trains_until_the_terminal_closes(small
     assert (folder / "latest").read_text() == f"step-{done}"
     assert mlflow_run(store, folder) == ("KILLED", list(range(1, done + 1)))
     assert left_behind(process.pid) == []
-
-

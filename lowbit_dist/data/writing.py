@@ -62,6 +62,7 @@ def prepare(
     }
     if existing := _existing(out, recipe):
         return existing
+    tokenizing.check_ray()
     needed = None
     with atomic_folder(out, needs=lambda: needed) as draft:
         _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
