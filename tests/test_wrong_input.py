@@ -485,6 +485,12 @@ CASES = {
     "data prepared on what is no Ray": (
         NOTHING, f"RAY_ADDRESS=ray://head:10001 {PREPARE} words.txt",
         ("RAY_ADDRESS (ray://head:10001)", "client", "write head:6379")),
+    "no folder for Ray": (
+        NOTHING, "RAY_TMPDIR=/proc train run.yaml run.name=new",
+        ("RAY_TMPDIR (/proc)", "cannot be written", "set RAY_TMPDIR to a folder that can")),
+    "no folder for the Ray that prepares data": (
+        NOTHING, f"RAY_TMPDIR=/proc {PREPARE} words.txt",
+        ("RAY_TMPDIR (/proc)", "cannot be written", "set RAY_TMPDIR to a folder that can")),
     # tracking
     "a tracking URI of no kind": (
         NOTHING, "train run.yaml tracking.mlflow=gopher://x",
@@ -643,7 +649,7 @@ def test_there_are_enough_cases():
 def parsed(command: str) -> tuple[dict[str, str], list[str]]:
     """The variables in front of a command, and its words."""
     words = shlex.split(command)
-    n = next(k for k, word in enumerate(words) if not word.startswith("RAY_ADDRESS="))
+    n = next(k for k, word in enumerate(words) if not word.startswith(("RAY_ADDRESS=", "RAY_TMPDIR=")))
     return dict(word.split("=", 1) for word in words[:n]), words[n:]
 
 

@@ -24,13 +24,20 @@ TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
 Array = NDArray[Any]
 
 
+def check_ray() -> None:
+    """ConfigError unless there is a Ray to join, or a folder for one that is started here."""
+    if address := network.ray_address():
+        network.check_ray_head(address)
+    else:
+        folders.for_sessions(os.getpid())
+
+
 def tokenised(
     ranges: Sequence[documents.FileRange], chosen: TextTokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
-    if address := network.ray_address():
-        network.check_ray_head(address)
-    else:  # read when Ray is imported: its services then listen on 127.0.0.1 alone
+    # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
+    if not (address := network.ray_address()):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     import ray.data

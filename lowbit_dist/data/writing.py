@@ -89,6 +89,7 @@ def prepare(
     }
     if existing := _existing(out, recipe):
         return existing
+    tokenizing.check_ray()
     longest = _longest_document(ranges, seed, seq_len, val_fraction)
     ranges = [part._replace(reading=part.reading._replace(longest=longest)) for part in ranges]
     needed = None
