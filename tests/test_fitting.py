@@ -177,7 +177,11 @@ def test_what_is_let_through_without_a_simulation_fits(method, preset, checkpoin
         content = content_of(
             model={"preset": preset},
             method=method,
-            train={"micro_batch": micro_batch, "activation_checkpointing": checkpointing},
+            train={
+                "micro_batch": micro_batch,
+                "batch_tokens": 256 * micro_batch,
+                "activation_checkpointing": checkpointing,
+            },
             optimizer={"states": "fp32"},
             zero={} if method["name"] == "dqt" else {"stage": stage},
             cluster={"workers": 1},

@@ -182,8 +182,9 @@ def test_another_end_of_texts_is_another_tokenizer(copied):
     """Of one tokenizer.json, as a base model and the one that converses have it."""
     folder = copied("qwen")
     base = tokenizer.load(folder)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_end|>"}))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_end|>"}))
     converses = tokenizer.load(folder)
     assert (base.eos_id, converses.eos_id) == (0, 2)
     assert base.sha256 != converses.sha256

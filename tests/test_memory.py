@@ -416,11 +416,12 @@ def check_plan(case, world, ranks):
     content = configuration(**case)
     if world == 3:
         content["train"] |= {"batch_tokens": 12 * SEQ_LEN}
-    plan = planned(load(content), VOCAB, world)
+    plan = dict(planned(load(content), VOCAB, world))
     reports = ranks(world).run(measured, content)
     assert all(report["flips"] for report in reports if plan["parameters"]["low_bit"]), "codes must move"
     largest = memory.largest(reports)
     assert plan["components"].keys() == largest["components"].keys()
+    assert plan.pop("states") == load(content).optimizer.states
     assert plan == {name: largest[name] for name in plan}
 
 
