@@ -375,7 +375,7 @@ CASES = [
         "method": {"name": "dense"},
         "zero": {"stage": 1},
         "optimizer": {"states": "fp32"},
-        "precision": "bf16",
+        "train": TWO_PASSES,
     },
     {
         "method": {"name": "bitnet"},
