@@ -6,6 +6,7 @@ import os
 import reprlib
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -174,3 +175,9 @@ def in_bytes(n: float | None) -> str:
         if n >= size:
             return f"{n / size:.3g} {unit}" if n < 1000 * size else f"{n / size:,.0f} {unit}"
     return f"{n:.0f} B"
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in a library, whose messages may be pages or name every model that there is."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {shorten(lines[0], 160)}"

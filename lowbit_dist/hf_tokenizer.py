@@ -11,10 +11,9 @@ import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
-from lowbit_dist.errors import ConfigError
+from lowbit_dist.errors import ConfigError, first_line
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -112,9 +111,3 @@ def _own_class(name: object) -> Any:
         if isinstance(own, type) and issubclass(own, PreTrainedTokenizerFast):
             return own
     return None
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong in a library, whose messages may be pages or name every model that there is."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {shorten(lines[0], 160)}"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lowbit_dist import attention, experts, pretrained
 from lowbit_dist.config import ConfigError, Model, RunConfig
+from lowbit_dist.errors import first_line
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.hf_tokenizer import first_line
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import check_shape
 from lowbit_dist.pretrained import Pretrained

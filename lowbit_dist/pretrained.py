@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowbit_dist.errors import ConfigError
-from lowbit_dist.hf_tokenizer import first_line
+from lowbit_dist.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

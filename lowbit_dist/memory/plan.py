@@ -6,7 +6,7 @@ from typing import Any
 
 from lowbit_dist import configfile
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.hf_tokenizer import first_line
+from lowbit_dist.errors import first_line
 from lowbit_dist.memory.report import Peak, largest, report
 from lowbit_dist.memory.resident import parameters, resident
 from lowbit_dist.memory.simulation import simulate_step
