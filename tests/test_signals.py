@@ -16,7 +16,7 @@ import pytest
 from test_cluster import left_behind, mlflow_run, rows, shell, train
 
 from lowbit_dist import configfile, heartbeat, runs
-from lowbit_dist.cluster import attempts, driver, session
+from lowbit_dist.cluster import driver, session
 from lowbit_dist.sweep import running
 
 
@@ -95,16 +95,16 @@ def test_a_terminal_that_closes_is_a_signal_and_what_is_then_said_no_error(tmp_p
 def test_before_a_step_there_is_nothing_to_save(small):
     config = configfile.from_dict(small())
     config.run_dir.mkdir()
-    assert not attempts._has_trained(config, 3)
+    assert not heartbeat.has_stepped(config.run_dir, 3)
     beats = heartbeat.Heartbeat(config.run_dir, rank=0, start=3)
     try:
         beats.beat("start", 1)
         beats._write()
-        assert not attempts._has_trained(config, 3)
+        assert not heartbeat.has_stepped(config.run_dir, 3)
         beats.beat("step", 2)
         beats._write()
-        assert attempts._has_trained(config, 3)
-        assert not attempts._has_trained(config, 4)
+        assert heartbeat.has_stepped(config.run_dir, 3)
+        assert not heartbeat.has_stepped(config.run_dir, 4)
     finally:
         beats.close()
 

@@ -96,7 +96,8 @@ def _followed(
             follower.read()
             if signals.received is not None and not asked:
                 asked = True
-                if follower.n_rows == n_rows and not _has_trained(config, start):
+                # Before its workers have made a step there is nothing to save.
+                if follower.n_rows == n_rows and not has_stepped(config.run_dir, start):
                     raise Stopped(signals.received)
                 name = signal.Signals(signals.received).name
                 follower.progress.say(
@@ -105,8 +106,3 @@ def _followed(
                 config.stop_file.touch()
     finally:
         signals.are_noted = False
-
-
-def _has_trained(config: RunConfig, start: int) -> bool:
-    """Whether the workers of this start have made a step: before, there is nothing to save."""
-    return has_stepped(config.run_dir, start)
