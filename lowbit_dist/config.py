@@ -6,6 +6,7 @@ configuration is checked here, before any worker starts; nothing is corrected si
 `errors.py`.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -317,13 +318,18 @@ class RunConfig(Section):
                 flat[section] = content
         return flat
 
-    def differences(self, other: "RunConfig") -> list[str]:
-        """`section.field: mine -> other's` for each field that must stay the same when a run is resumed."""
+    def differences(self, other: "RunConfig", *, but: Collection[str] = ()) -> list[str]:
+        """`section.field: mine -> other's` for each field that must stay the same when a run is resumed.
+
+        but: sections and fields that need not, either
+        """
         mine, others = self.flat(), other.flat()
         return [
             f"{name}: {plain(mine.get(name, 'absent'))} -> {plain(others.get(name, 'absent'))}"
             for name in dict.fromkeys((*mine, *others))
-            if mine.get(name, ...) != others.get(name, ...) and not self._is_changeable(name)
+            if mine.get(name, ...) != others.get(name, ...)
+            and not self._is_changeable(name)
+            and not {name, name.partition(".")[0]} & {*but}
         ]
 
     def _is_changeable(self, name: str) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from lowbit_dist import data, files, model, pretrained
-from lowbit_dist.checkpoint import Checkpoint, Kept, newest_first, resolve
+from lowbit_dist.checkpoint import Checkpoint, Kept, newest, resolve
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.section import Section
@@ -70,8 +70,11 @@ def parent(config: RunConfig) -> Path | None:
 
 
 def check_parent(config: RunConfig, manifest: data.Manifest) -> None:
-    """ConfigError unless a run that begins can take what `run.from` asks for."""
-    if next(iter(newest_first(config.run_dir)), None) is not None or (path := parent(config)) is None:
+    """ConfigError unless a run that begins can take what `run.from` asks for.
+
+    For the launcher alone: all of that checkpoint is read, to see that it is not damaged.
+    """
+    if newest(config.run_dir) is not None or (path := parent(config)) is None:
         return
     opened, named = Checkpoint.open(path), f"run.from ({config.run.parent})"
     if opened.manifest["tokenizer_sha256"] != manifest.tokenizer_sha256:
@@ -101,7 +104,6 @@ def agreed(config: RunConfig) -> data.Manifest:
     """The data at `data.path`; ConfigError on every worker unless all see the data of the run."""
     manifest = data.check(config)
     check(config, manifest)
-    check_parent(config, manifest)
     digests: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(digests, manifest.digest)
     if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
@@ -119,14 +121,13 @@ def keep(config: RunConfig, manifest: data.Manifest) -> None:
 
 def _kept(run_dir: Path) -> Inputs | None:
     """What the run's checkpoints were trained on; None if it has none."""
-    newest = next(iter(newest_first(run_dir)), None)
-    if newest is None:
+    if (path := newest(run_dir)) is None:
         return None
     try:
         return Inputs(**json.loads((run_dir / FILE).read_text()))
     except (OSError, ValueError, TypeError, ValidationError):  # of an earlier version, or damaged
         pass
     try:
-        return Inputs(data=None, tokenizer=Checkpoint.open(newest).manifest["tokenizer_sha256"])
+        return Inputs(data=None, tokenizer=Checkpoint.open(path).manifest["tokenizer_sha256"])
     except ConfigError:  # the workers name it, and go back to the one before
         return None

@@ -21,6 +21,11 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted(paths, key=step_of, reverse=True)
 
 
+def newest(run_dir: Path) -> Path | None:
+    """The newest published checkpoint, unverified: the workers verify it when they load it."""
+    return next(iter(newest_first(run_dir)), None)
+
+
 def step_of(path: Path) -> int:
     return int(path.name[5:])
 
@@ -30,15 +35,15 @@ def latest(run_dir: Path | str) -> Path | None:
 
     None if the run has no checkpoint yet; ConfigError if all that it has are damaged.
     """
-    newest, damaged = _newest_whole(Path(run_dir))
+    whole, damaged = _newest_whole(Path(run_dir))
     for problem in damaged:
         log.warning("DAMAGED CHECKPOINT %s", problem)
-    if damaged and newest is None:
+    if damaged and whole is None:
         raise ConfigError(
             f"{run_dir} has no checkpoint that is not damaged ({damaged[0]}); bring one back, or remove "
             f"{Path(run_dir) / 'checkpoints'} to begin again"
         )
-    return newest
+    return whole
 
 
 def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -67,13 +72,13 @@ def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = RUNS, *, verif
     run_dir, step = find_step(run_or_checkpoint, runs_dir, "a checkpoint's folder")
     if step is not None:
         return _of_step(run_dir, step, verify)
-    newest, damaged = _newest_whole(run_dir)
-    if newest is None:
+    whole, damaged = _newest_whole(run_dir)
+    if whole is None:
         why = f": {'; '.join(damaged)}" if damaged else " yet"
         raise ConfigError(f"{run_dir} has no usable checkpoint{why}; train it, or write another run's name")
     for problem in damaged:
         log.warning("DAMAGED CHECKPOINT %s", problem)
-    return newest
+    return whole
 
 
 def _of_step(run_dir: Path, step: int, verify: bool) -> Path:

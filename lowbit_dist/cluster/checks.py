@@ -12,6 +12,8 @@ from lowbit_dist.errors import why_not_writable
 from lowbit_dist.machine import processors
 from lowbit_dist.network import check_ray_head, ray_address
 
+RATES = ("schedule", "train.steps")  # what the rates of a run's steps follow from
+
 
 def check(config: RunConfig) -> None:
     """ConfigError for everything that can be known to be wrong without starting Ray."""
@@ -111,23 +113,23 @@ def check_run(config: RunConfig) -> None:
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
     from lowbit_dist import runs
+    from lowbit_dist.checkpoint import Checkpoint, newest_first, step_of
 
+    paths = newest_first(folder)
     # A launch that ended before its first step has left its configuration alone, which binds nobody.
     if (folder / runs.CONFIG).exists() and runs.has_begun(folder):
         try:
             earlier = configfile.load(folder / runs.CONFIG)
         except ConfigError as mistake:
             raise ConfigError(f"run.name ({config.run.name}): {folder / runs.CONFIG}: {mistake}") from None
-        _check_same(config, earlier, f"run.name ({config.run.name})", _step(newest_checkpoint(folder)))
-    from lowbit_dist.checkpoint import Checkpoint, newest_first
-
-    paths = newest_first(folder)
+        step = step_of(paths[0]) if paths else 0
+        _check_same(config, earlier, f"run.name ({config.run.name})", step)
     for path in paths:
         try:
             earlier = Checkpoint.open(path).config
         except ConfigError:  # damaged: no reason to refuse, the workers name it and go back to the one before
             continue
-        _check_same(config, earlier, f"the checkpoint {path}", _step(path))
+        _check_same(config, earlier, f"the checkpoint {path}", step_of(path))
         break
     latest = folder / "latest"
     if os.path.lexists(latest) and not paths:
@@ -152,10 +154,6 @@ def _not_writable(config: RunConfig, why: str) -> ConfigError:
     )
 
 
-def _step(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-
-
 def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> None:
     """ConfigError unless `config` says what `earlier` did in the steps that were made.
 
@@ -164,23 +162,23 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> 
     """
     from lowbit_dist.optim import schedule
 
-    differences = earlier.differences(config)
+    is_exact = config.train.reproducible or earlier.train.reproducible
+    free: tuple[str, ...] = () if is_exact else ("train.micro_batch",)
+    differences, others = (earlier.differences(config, but=but) for but in (free, (*free, *RATES)))
     if schedule.agree(earlier, config, step):
-        differences = [text for text in differences if not text.startswith(("train.steps:", "schedule."))]
+        differences = others
     elif config.train.steps < step:
         raise ConfigError(
             f"train.steps ({config.train.steps:,}) is less than {what} has behind it, {step:,}; write "
             f"{step:,} or more, or another run.name"
         )
-    elif any(text.startswith(("train.steps:", "schedule.")) for text in differences):
+    elif differences != others:
         raise ConfigError(
             f"train.steps ({config.train.steps:,}) and schedule.name ({config.schedule.name}) give the "
             f"{step:,} steps that {what} has behind it other rates than they had "
             f"({', '.join(differences[:3])}); write the earlier values, or another run.name: only a constant "
             "rate, and the decay of wsd before it begins, can go on longer"
         )
-    if not (config.train.reproducible or earlier.train.reproducible):
-        differences = [text for text in differences if not text.startswith("train.micro_batch:")]
     if differences:
         more = f" and {len(differences) - 5} more" if differences[5:] else ""
         raise ConfigError(
@@ -191,9 +189,9 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Unverified: the workers verify it when they load it."""
-    from lowbit_dist.checkpoint import newest_first
+    from lowbit_dist.checkpoint import newest
 
-    return next(iter(newest_first(folder)), None)
+    return newest(folder)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
