@@ -9,12 +9,12 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 from io import StringIO
 
 import pytest
 from rich.console import Console
+from terminals import Screen
 
 from lowbit_dist import configfile
 from lowbit_dist.cli import comparing, console, lines, progress, tables
@@ -238,22 +238,11 @@ def test_in_a_terminal_a_wait_turns_and_is_gone_when_the_answer_comes():
         env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "TERM": "xterm"},
     )  # fmt: skip
     os.close(far)
-    written = b""
-
-    def read():
-        nonlocal written
-        try:
-            while part := os.read(near, 1 << 16):
-                written += part
-        except OSError:  # the other end is closed
-            pass
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+    screen = Screen(near)
     assert process.wait(60) == 0
-    reader.join(10)
+    screen.join(10)
     os.close(near)
-    text = written.decode()
+    text = screen.shown.decode()
     turns = re.findall(r"\r(.) 0:0\d loading the model\x1b\[K", text)
     assert len(set(turns)) > 2, text
     assert text.endswith("\r\x1b[Kdef main():\r\n"), "the line is cleared once, before the answer"

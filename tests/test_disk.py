@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from preparing import prepare_alone
-from tracked import Tracked
+from tracked import Tracked, configuration
 
-from lowbit_dist import configfile, data, tokenizer, tracking
+from lowbit_dist import data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data import reading, shards
@@ -82,17 +82,7 @@ WIDE = {f"train/part{i}": 1.0 for i in range(60)}  # makes a row longer than a k
 
 
 def config(folder: Path, uri: str | None = None) -> RunConfig:
-    made = configfile.from_dict(
-        {
-            "run": {"name": "full", "dir": str(folder)},
-            "method": {"name": "dqt"},
-            "data": {"path": "data"},
-            "tracking": {"mlflow": uri, "experiment": "tests"},
-        }
-    )
-    made.run_dir.mkdir(exist_ok=True, parents=True)
-    (made.run_dir / "config.yaml").write_text(made.to_yaml())
-    return made
+    return configuration(uri, folder, "full")
 
 
 def log(tracker: Tracked, steps) -> None:

@@ -7,10 +7,10 @@ import pty
 import re
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
+from terminals import Screen
 
 from lowbit_dist import configfile, heartbeat, runs
 from lowbit_dist.cli import plots, watching
@@ -119,15 +119,6 @@ def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
         file.unlink()
     near, far = pty.openpty()
     environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "LINES": "50"}
-    shown = b""
-
-    def read():
-        nonlocal shown
-        try:
-            while part := os.read(near, 1 << 16):
-                shown += part
-        except OSError:  # the other end is closed
-            pass
 
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -136,13 +127,12 @@ def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
             stdin=subprocess.DEVNULL, stdout=far, stderr=far, env=environment,
         )  # fmt: skip
         os.close(far)
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
+        screen = Screen(near)
 
         def wait_for(words):
             deadline = time.monotonic() + 90
-            while words not in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown):
-                assert time.monotonic() < deadline and process.poll() is None, shown[-2000:].decode()
+            while words not in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", screen.shown):
+                assert time.monotonic() < deadline and process.poll() is None, screen.shown[-2000:].decode()
                 time.sleep(0.1)
 
         wait_for(b"step 20/40")
@@ -150,8 +140,8 @@ def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
             file.write(json.dumps(row(35)) + "\n")
         wait_for(b"step 35/40")
     assert process.wait(timeout=30) == 0
-    reader.join(timeout=10)
-    assert b"stopped" in shown
+    screen.join(timeout=10)
+    assert b"stopped" in screen.shown
 
 
 def test_a_curve_goes_from_the_highest_line_to_the_lowest_without_gaps():
