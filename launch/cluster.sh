@@ -62,7 +62,7 @@ up() {
     make_token
 
     local cores cpus
-    cores=$(python -c 'import os; print(os.cpu_count())')
+    cores=$(python -c 'from lowbit_dist.machine import processors; print(processors())')
     cpus=${CPUS:-$((cores / nodes > 0 ? cores / nodes : 1))}
     # Services choose their ports themselves: the usual ones are meant for one node a machine.
     local options=(

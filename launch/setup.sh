@@ -6,7 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 wanted=$(cat constraints.txt pyproject.toml | cksum)
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
-    "$python" -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "Python 3.11 or newer is needed, and $("$python" --version 2>&1) is $python; set PYTHON=python3.11, for example" >&2
+        exit 2
+    }
     echo "installing into .venv (about 3 GB to download the first time)" >&2
     "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --upgrade pip

@@ -28,6 +28,9 @@ COMPONENTS = {
     "optimizer_states": ("optimizer states", "#D55E00", "░"),
     "buffers": ("buffers", "#999999", "·"),
 }
+# A run's baselines, by their names in a memory report.  Two of the same words and states are one bar.
+BASELINES = {"plan_dense_same_states": "dense", "plan_bitnet": "BitNet", "plan_dense": "dense"}
+STATES = {"int8": "8-bit"}
 INK = "#222222"
 # Of runs side by side; the palette's yellow is not seen on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -120,18 +123,26 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
                     start + value / 2, y, f"{value:.2f}", ha="center", va="center", fontsize=9,
                     color=_readable_on(colour),
                 )  # fmt: skip
-    reference = max(totals.values(), default=0.0)
+            elif value > 0 and component == "low_bit_weights":  # too narrow for the number it is all about
+                axes.text(
+                    start, y - 0.33, f"{value:.2f}", ha="left", va="bottom", fontsize=8, color=colour
+                )  # fmt: skip
     for y, name in enumerate(names):
-        saved = f"  ({1 - totals[name] / reference:.0%} less)" if 0 < totals[name] < 0.995 * reference else ""
-        inside = totals[name] < 0.6 * widest
         axes.text(
-            totals[name] + 0.01 * widest, y, f"{totals[name]:.2f}{saved if inside else ''}", va="center",
-            fontsize=10, color=INK, fontweight="bold",
+            totals[name] + 0.01 * widest, y, f"{totals[name]:.2f}", va="center", fontsize=10, color=INK,
+            fontweight="bold",
         )  # fmt: skip
+        if y and 0 < totals[names[0]] < totals[name]:
+            axes.text(
+                totals[name], y + 0.33, f"{names[0].partition(',')[0]}: "
+                f"{1 - totals[names[0]] / totals[name]:.0%} less than this",
+                ha="right", va="top", fontsize=8, color=INK,
+            )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
+    # Shares of a whole: each component's bytes over all parameters, not over those that it serves alone.
+    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.spines["left"].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -193,11 +204,12 @@ def loss_against_bytes(
         has_bars = has_bars or y["spread"] is not None
         axes.errorbar(
             [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
-            color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="", label=group,
+            color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="",
+            label=f"{group} ({y['n']} seed{'' if y['n'] == 1 else 's'})", clip_on=False,
         )  # fmt: skip
     axes.margins(0.12)
     axes.set_xlim(left=0)
-    axes.set_xlabel("bytes per parameter, all that stays allocated between steps")
+    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
     axes.set_ylabel("validation loss (nats per token)")
     words = f"{title}, ± one standard deviation over seeds" if has_bars else title
     axes.set_title(words, loc="left", fontsize=12, color=INK)
@@ -292,19 +304,25 @@ def _legend_below(figure: "Figure", axes: "Axes") -> None:
     )
 
 
-def bytes_per_parameter(memory: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Resident bytes of a run's summary and of its baselines, over all parameters, as bars show them."""
-    named = {
-        "this run": memory,
-        "dense, fp32 AdamW": memory["plan_dense"],
-        "BitNet STE": memory["plan_bitnet"],
-    }
+def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:
+    """Resident bytes of a run's summary and of its baselines, over all parameters, as bars show them.
+
+    The run is the first; each is named with its states.  A baseline that is another one is left out.
+    """
+    reports = [("this run", memory), *((words, memory.get(key)) for key, words in BASELINES.items())]
+    return {_with_states(words, one): of_report(one) for words, one in reports if one is not None}
+
+
+def _with_states(words: str, report: Mapping[str, Any]) -> str:
+    states = report.get("states")  # a summary of an earlier version does not say
+    return words if states is None else f"{words}, {STATES.get(states, states)} states"
+
+
+def of_report(report: Mapping[str, Any]) -> dict[str, float]:
+    """Component -> resident bytes over all workers, per parameter of the whole model."""
     return {
-        name: {
-            part: one["components"][part]["bytes"] * one["workers"] / one["parameters"]["total"]
-            for part in COMPONENTS
-        }
-        for name, one in named.items()
+        part: report["components"][part]["bytes"] * report["workers"] / report["parameters"]["total"]
+        for part in COMPONENTS
     }
 
 

@@ -61,6 +61,7 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
                 "seed": run.config.run.seed,
                 "state": run.state,
                 "at": run.described(),
+                "diverged": run.has_diverged,
                 "curve": _curve(run),
                 **(measures(run) if run.state == "finished" else {}),
             }
@@ -84,9 +85,7 @@ def measures(run: RunFolder) -> dict[str, float | None]:
     return {
         "val_loss": summary.get("val_loss"),
         "perplexity": summary.get("perplexity"),
-        "bytes_per_parameter": sum(charts.bytes_per_parameter(memory)["this run"].values())
-        if memory
-        else None,
+        "bytes_per_parameter": sum(charts.of_report(memory).values()) if memory else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "flip_rate": statistics.fmean(flips) if flips else None,
     }
@@ -131,6 +130,8 @@ def cell(group: Mapping[str, Any], measure: str) -> str:
     statistic, form = group[measure], MEASURES[measure][1]
     if statistic["mean"] is None:
         return "-"
+    if measure == "perplexity" and statistic["mean"] >= 1e6:
+        form = ".2e"
     text = format(statistic["mean"], form)
     if statistic["spread"] is not None:
         text += f" ± {format(statistic['spread'], form)}"
@@ -140,17 +141,18 @@ def cell(group: Mapping[str, Any], measure: str) -> str:
 
 def count(group: Mapping[str, Any]) -> str:
     """How many runs the means are of."""
-    n = len(group["runs"])
-    return str(n) if group["finished"] == n else f"{group['finished']} of {n}"
+    n, diverged = len(group["runs"]), sum(run["diverged"] for run in group["runs"])
+    words = str(n) if group["finished"] == n else f"{group['finished']} of {n}"
+    return f"{words}, {diverged} diverged" if diverged else words
 
 
-def unfinished(comparison: Mapping[str, Any]) -> list[str]:
-    """A line for each run that is in no mean."""
+def not_well(comparison: Mapping[str, Any]) -> list[str]:
+    """A line for each run that is in no mean, or has diverged."""
     return [
         f"{run['run']}: {run['at']}"
         for group in comparison["groups"]
         for run in group["runs"]
-        if run["state"] != "finished"
+        if run["state"] != "finished" or run["diverged"]
     ]
 
 
@@ -164,7 +166,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "Mean ± sample standard deviation over finished runs."]
-    lines += [f"* {line}" for line in unfinished(comparison)]
+    lines += [f"* {line}" for line in not_well(comparison)]
     return "\n".join(lines) + "\n"
 
 

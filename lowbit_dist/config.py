@@ -6,198 +6,142 @@ configuration is checked here, before any worker starts; nothing is corrected si
 `errors.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from lowbit_dist.errors import ConfigError, nearest_divisor, nearest_multiple, plain
+from lowbit_dist.execution import Cluster, Run, Tracking
 from lowbit_dist.grid import BLOCK, GRIDS
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.section import (
     Count,
     FilePath,
+    FolderOrUrl,
     Fraction,
     MaybeFilePath,
     RunName,
     Section,
-    Size,
-    Text,
     Tokens,
-    WorkerRange,
-    auto_or,
     is_changeable,
     may_change,
     no_truth,
-    number,
-    worker_count,
+    setting,
 )
+from lowbit_dist.shape import PRESETS, Model, Sizes
 from lowbit_dist.yamlfile import written
 
-
-class Run(Section):
-    name: RunName = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    dir: FilePath = may_change(Path("runs"))
-
-
-class Sizes(NamedTuple):
-    """A LLaMA's shape: what decides every tensor but the vocabulary's."""
-
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-
-
-# Parameters are counted with an untied vocabulary of 32,000, except for tiny and 13m (linears alone).
-PRESETS: dict[str, Sizes] = {
-    "tiny": Sizes(256, 768, 4, 4, 4),  # 3.4 M in its linears
-    "13m": Sizes(512, 1536, 4, 8, 8),  # 13.6 M in its linears
-    "130m": Sizes(768, 2048, 12, 12, 12),  # 134 M
-    "320m": Sizes(1024, 2816, 20, 16, 16),  # 322 M
-    "1b": Sizes(2048, 5632, 22, 32, 4),  # 1.10 B, the shape of TinyLlama (arXiv:2401.02385)
-    "7b": Sizes(4096, 11008, 32, 32, 32),  # 6.74 B, LLaMA-2 (arXiv:2307.09288)
-    "70b": Sizes(8192, 28672, 80, 64, 8),  # 69.0 B, LLaMA-2
-}
-Preset = Literal["tiny", "13m", "130m", "320m", "1b", "7b", "70b"]
-
-
-class Model(Section):
-    """Exactly one of `preset`, the five explicit sizes, or `pretrained`; `preset: tiny` if none is given."""
-
-    preset: Preset | None = None
-    hidden_size: Size | None = None
-    intermediate_size: Size | None = None
-    layers: Annotated[int, Field(ge=1, le=4096)] | None = None
-    heads: Size | None = None
-    kv_heads: Size | None = None
-    pretrained: MaybeFilePath = None
-    max_seq_len: Size = 2048
-    rope_theta: Annotated[float, Field(gt=0, le=1e12)] = 10000.0
-    norm_eps: Annotated[float, Field(ge=1e-20, le=1)] = 1e-5
-    tie_embeddings: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tiny_if_nothing_is_asked(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and all(
-            data.get(name) is None for name in ("preset", "pretrained", *Sizes._fields)
-        ):
-            return {**data, "preset": "tiny"}
-        return data
-
-    @model_validator(mode="after")
-    def _one_shape(self) -> Self:
-        given = [name for name in Sizes._fields if getattr(self, name) is not None]
-        answers = [name for name in ("preset", "pretrained") if getattr(self, name) is not None]
-        if len(answers) == 2:
-            raise ConfigError(
-                f"model.preset ({self.preset}) must not stand beside model.pretrained ({self.pretrained}): "
-                "both say the model's shape; leave one out, or write it as null"
-            )
-        if answers and given:
-            only = answers[0]
-            raise ConfigError(
-                f"model.{given[0]} ({getattr(self, given[0])}) must not stand beside model.{only} "
-                f"({getattr(self, only)}), which says every size; leave it out, or write model.{only}: null "
-                f"and all of {', '.join(Sizes._fields)}"
-            )
-        if given and len(given) < len(Sizes._fields):
-            missing = [name for name in Sizes._fields if name not in given]
-            raise ConfigError(
-                f"model.{missing[0]} is required beside model.{given[0]} "
-                f"({getattr(self, given[0])}): sizes are given all together; add {', '.join(missing)}, "
-                f"or write one of the presets {', '.join(PRESETS)}"
-            )
-        if given:
-            self._sizes_fit()
-        return self
-
-    def _sizes_fit(self) -> None:
-        sizes = self.sizes()
-        assert sizes is not None, "explicit sizes are complete here"
-        if sizes.hidden_size % (2 * sizes.heads):
-            fitting = nearest_divisor(sizes.hidden_size // 2, sizes.heads)
-            raise ConfigError(
-                f"model.heads ({sizes.heads}) must divide hidden_size {sizes.hidden_size} into heads of an "
-                f"even size (rotary embedding turns pairs); the nearest is {fitting}"
-            )
-        if sizes.heads % sizes.kv_heads:
-            raise ConfigError(
-                f"model.kv_heads ({sizes.kv_heads}) must divide model.heads {sizes.heads}; "
-                f"the nearest is {nearest_divisor(sizes.heads, sizes.kv_heads)}"
-            )
-
-    def sizes(self) -> Sizes | None:
-        """The shape asked for; None when it is the pretrained model's own."""
-        if self.pretrained is not None:
-            return None
-        if self.preset is not None:
-            return PRESETS[self.preset]
-        return Sizes(*(getattr(self, name) for name in Sizes._fields))
+__all__ = ["PRESETS", "ConfigError", "FilePath", "Model", "RunConfig", "RunName", "Section", "Sizes"]
 
 
 class Data(Section):
-    path: Text  # a folder or URL
-    seq_len: Annotated[int, Field(ge=2, le=2**20)] = 256  # tokens of a sample
-    tokenizer: MaybeFilePath = None  # if given, must be the one the data was prepared with
-    cache: MaybeFilePath = may_change(None)  # where shards of a remote path are kept on this machine
+    """Which prepared tokens the run reads."""
+
+    # `inputs.py` knows what lies there by its content.
+    path: FolderOrUrl = may_change(
+        ..., "The folder or URL that `lowbit data prepare` has written, for example data/stdlib."
+    )
+    seq_len: Annotated[int, Field(ge=2, le=2**20)] = setting(
+        256, "The length of a sample, as the data was prepared.", unit="tokens"
+    )
+    tokenizer: MaybeFilePath = may_change(
+        None, "The tokenizer's folder: if it is given, the data must have been prepared with it."
+    )
+    document_mask: bool = setting(
+        False,
+        "Whether attention stays within a document, where a sample holds several; positions begin anew in "
+        "each.",
+    )
+    cache: MaybeFilePath = may_change(
+        None,
+        "Where each machine keeps the shards that it reads; null is lowbit-dist/data in XDG_CACHE_HOME or "
+        "~/.cache.",
+    )
 
 
 class Schedule(Section):
-    name: Literal["cosine", "linear", "constant", "two_stage"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 50
-    min_lr_ratio: Fraction = 0.1  # where cosine and linear end
-    switch_at: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the steps; two_stage
-    second_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.667  # second peak / first; two_stage
+    """How the learning rate changes over the run."""
+
+    name: Literal["cosine", "linear", "constant", "wsd", "two_stage"] = setting(
+        "cosine",
+        "The shape after the warm-up. wsd (arXiv 2404.06395) is constant and then falls in a line, and like "
+        "constant can go on longer. two_stage is BitNet's: a line to zero, whose peak drops and whose "
+        "weight decay ends at switch_at.",
+    )
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
+        50, "For so many steps the learning rate rises from zero to its peak, in a line.", unit="steps"
+    )
+    min_lr_ratio: Fraction = setting(
+        0.1, "Where cosine, linear and wsd end, as a share of optimizer.lr.", unit="of optimizer.lr"
+    )
+    decay_share: Annotated[float, Field(gt=0, le=1)] = setting(
+        0.2, "The last part of the run, in which the rate of wsd falls.", unit="of train.steps"
+    )
+    switch_at: Annotated[float, Field(gt=0, lt=1)] = setting(
+        0.5, "When the second stage of two_stage begins, as a share of train.steps.", unit="of train.steps"
+    )
+    second_lr_ratio: Annotated[float, Field(gt=0, le=1)] = setting(
+        0.667, "The second peak of two_stage, as a share of optimizer.lr.", unit="of optimizer.lr"
+    )
 
 
 class Zero(Section):
-    residency: Literal["sharded", "replicated"] = "sharded"  # of packed codes
-    stage: Annotated[Literal[0, 1, 2, 3] | None, BeforeValidator(no_truth)] = (
-        None  # latent-weight methods; None is 3
+    """How weights and states are spread over workers (DeepSpeed's ZeRO)."""
+
+    residency: Literal["sharded", "replicated"] = setting(
+        "sharded",
+        "Where packed codes are between two uses: a shard on each worker, or all of them on every worker, "
+        "gathered once in a step.",
+    )
+    stage: Annotated[Literal[0, 1, 2, 3] | None, BeforeValidator(no_truth)] = setting(
+        None, "ZeRO's stage, for methods with latent weights alone; null is 3."
     )
 
 
 class Train(Section):
-    steps: Count = 300
-    batch_tokens: Tokens = 8192  # of one optimizer step, over all workers
-    micro_batch: Annotated[int, Field(ge=1, le=2**20)] = 8  # samples of one worker's pass
-    clip_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0  # 0 does not clip
-    activation_checkpointing: bool = False
-    reproducible: bool = False
-    log_every: Count = may_change(10)
-    eval_every: Count = may_change(100)
-    eval_samples: Count = 256
-    save_every: Count = may_change(100)
-    keep_last: Count = may_change(3)
-    keep_every: Count | None = may_change(None)  # checkpoints of steps that this divides stay for good
-    max_skipped: Count = may_change(20)  # so many steps in a row whose loss or gradient is wrong end the run
-    # A gradient norm of more than so many times the median of the last steps is an error, not a direction.
-    max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = may_change(1000.0)
-    # On a loss 6 standard deviations above the last steps'.
-    on_spike: Literal["warn", "rollback"] = may_change("warn")
+    """How long a run is, what a step is, and what is measured and kept."""
 
-
-class Cluster(Section):
-    workers: Annotated[int | WorkerRange, BeforeValidator(worker_count)] = 2
-    cpus_per_worker: Annotated[int | float, BeforeValidator(number), Field(gt=0, le=4096)] = 1
-    gpus_per_worker: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(0, "GPUs"))] = "auto"
-    max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10
-    # Seconds without progress after which the workers are restarted; auto is 20 median steps, at least 60 s.
-    hang_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
-    # Seconds that a start waits for machines. auto refuses at once what the cluster will never have slots
-    # for, and waits 60 s for machines that are busy or coming back; one that grows on demand needs minutes.
-    start_timeout: Annotated[Literal["auto"] | int | float, BeforeValidator(auto_or(1, "seconds"))] = "auto"
-
-
-class Tracking(Section):
-    mlflow: Text | None = "sqlite:///mlflow.db"  # a tracking URI; None logs to files alone
-    experiment: Text = "lowbit"
+    steps: Count = setting(300, "How many optimizer steps the run has.", unit="steps")
+    batch_tokens: Tokens = setting(8192, "The batch of one optimizer step, over all workers.", unit="tokens")
+    micro_batch: Annotated[int, Field(ge=1, le=2**20)] = setting(
+        8, "How many samples a worker takes in one forward and backward pass.", unit="samples"
+    )
+    clip_norm: Annotated[float, Field(ge=0, le=1e6)] = setting(
+        1.0, "Gradients whose norm over the whole model is larger are scaled down to it; 0 does not clip."
+    )
+    activation_checkpointing: bool = may_change(
+        False, "Whether activations are computed anew in the backward pass, which takes less memory."
+    )
+    reproducible: bool = setting(
+        False, "Whether the result has the same bits on any number of workers; it needs precision fp32."
+    )
+    log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
+    eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")
+    eval_samples: Count = setting(
+        256, "How many validation samples it is measured on, at most.", unit="samples"
+    )
+    save_every: Count = may_change(100, "How often a checkpoint is saved.", unit="steps")
+    keep_last: Count = may_change(3, "How many of the newest checkpoints are kept.", unit="checkpoints")
+    keep_every: Count | None = may_change(
+        None,
+        "Checkpoints of steps that this divides stay for good; it is a multiple of save_every.",
+        unit="steps",
+    )
+    max_skipped: Count = may_change(
+        20, "So many steps in a row whose loss or gradient is wrong end the run.", unit="steps"
+    )
+    max_grad_ratio: Annotated[float, Field(gt=1, le=1e30)] = may_change(
+        1000.0,
+        "A step whose gradient norm is more than so many times the median of the last 64 steps is skipped.",
+    )
+    on_spike: Literal["warn", "rollback"] = may_change(
+        "warn",
+        "What follows a loss 6 standard deviations above the last 64: a line in the log, or a return to the "
+        "last checkpoint, past the batches that led there.",
+    )
 
 
 class RunConfig(Section):
@@ -209,7 +153,7 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = setting("bf16", "What the forward and the backward pass compute in.")
     zero: Zero = Zero()
     train: Train = Train()
     cluster: Cluster = may_change(Cluster())
@@ -218,7 +162,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         model, data, method, zero = self.model, self.data, self.method, self.zero
-        if data.seq_len > model.max_seq_len:
+        if model.pretrained is None and data.seq_len > model.max_seq_len:  # else the positions are its own
             raise ConfigError(
                 f"data.seq_len ({data.seq_len:,}) must be at most model.max_seq_len {model.max_seq_len:,}; "
                 f"write data.seq_len: {model.max_seq_len} or model.max_seq_len: {data.seq_len}"
@@ -252,6 +196,17 @@ class RunConfig(Section):
                 f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which "
                 f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
                 "are flat; write zero.stage: 3, or 0"
+            )
+        passes = self.micro_batches // self.worker_counts()[-1]
+        if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
+            raise ConfigError(
+                f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
+                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
+                "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if self.run.with_states and self.run.parent is None:
+            raise ConfigError(
+                "run.with_states (true) must go with run.from; write run.from: RUN, or leave it out"
             )
         keep, save = self.train.keep_every, self.train.save_every
         if keep is not None and keep % save:
@@ -363,13 +318,18 @@ class RunConfig(Section):
                 flat[section] = content
         return flat
 
-    def differences(self, other: "RunConfig") -> list[str]:
-        """`section.field: mine -> other's` for each field that must stay the same when a run is resumed."""
+    def differences(self, other: "RunConfig", *, but: Collection[str] = ()) -> list[str]:
+        """`section.field: mine -> other's` for each field that must stay the same when a run is resumed.
+
+        but: sections and fields that need not, either
+        """
         mine, others = self.flat(), other.flat()
         return [
             f"{name}: {plain(mine.get(name, 'absent'))} -> {plain(others.get(name, 'absent'))}"
             for name in dict.fromkeys((*mine, *others))
-            if mine.get(name, ...) != others.get(name, ...) and not self._is_changeable(name)
+            if mine.get(name, ...) != others.get(name, ...)
+            and not self._is_changeable(name)
+            and not {name, name.partition(".")[0]} & {*but}
         ]
 
     def _is_changeable(self, name: str) -> bool:

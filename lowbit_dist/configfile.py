@@ -5,7 +5,7 @@ line.  This is the only reader of configurations, and the only file that knows w
 there are (registry.py says where they come from); everything else is handed a `RunConfig`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from lowbit_dist import synonyms
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError, format_error, nearest, plain, show
 from lowbit_dist.methods import METHODS, Method
@@ -22,6 +23,7 @@ from lowbit_dist.section import Section
 from lowbit_dist.yamlfile import parse, read_yaml
 
 S = TypeVar("S", bound=Section)
+NEARLY_EQUAL = 0.85  # the likeness of a misspelt name of another section
 
 # Sections whose fields are those of the class that their `name` stands for, and their default names.
 CHOSEN = {
@@ -76,6 +78,23 @@ def providers(content: Mapping[str, Any]) -> dict[str, str]:
     return packages
 
 
+def is_field(name: str) -> bool:
+    """Whether a field has this name, with its section or without, here or in other projects."""
+    names = _full_names()
+    return name in names or name in names.values() or synonyms.answer(name) is not None
+
+
+def unknown(name: str) -> ConfigError:
+    """The answer to who asks for a section, a field or a `section.field` that there is not."""
+    section, _, field = name.partition(".")
+    if section in CHOSEN:
+        here = [option for options in _own_options(section).values() for option in options.model_fields]
+        meant = _elsewhere(section, field, here)
+        known = f"known names are {', '.join(dict.fromkeys(here))}"
+        return ConfigError(f"{section}: unknown name {show(field)}; {meant or known}")
+    return _unknown(section, field) if field and section in RunConfig.model_fields else _unknown(None, name)
+
+
 def _chosen(section: str, content: Mapping[Any, Any]) -> Section:
     registry, default = CHOSEN[section]
     name = content.get("name", default)
@@ -125,7 +144,7 @@ def _unknown_option(section: str, name: str, options: type[Section], field: Any)
 
 
 def _unknown(section: str | None, field: Any) -> ConfigError:
-    """The answer to a wrong name: the same name elsewhere, else the nearest here, else elsewhere."""
+    """The answer to a wrong name."""
     here = RunConfig.model_fields if section is None else _section_fields(section)
     start = f"{section}: unknown name {show(field)}" if section else f"unknown name {show(field)}"
     if meant := _elsewhere(section, field, here):
@@ -134,21 +153,35 @@ def _unknown(section: str | None, field: Any) -> ConfigError:
 
 
 def _elsewhere(section: str | None, field: Any, here: Iterable[str]) -> str | None:
-    """What may have been meant by a name that is not among those `here`, in words."""
+    """What may have been meant by a name that is not among those `here`, in words.
+
+    The same name elsewhere comes first, then what other projects call things, then the nearest here.  A name
+    of another section that is only alike is no help, unless it is nearly equal.
+    """
     if section is not None and field in RunConfig.model_fields:
         return f"{field} stands beside {section}, not in it: move it out"
-    elsewhere: dict[Any, str] = {}
-    for name in RunConfig.model_fields:
-        for option in _section_fields(name):
-            elsewhere.setdefault(option, f"{name}.{option}")
-    for name in CHOSEN:
-        for options in _own_options(name).values():
-            for option in options.model_fields:
-                elsewhere.setdefault(option, f"{name}.{option}")
-    meant = elsewhere.get(field) or nearest(field, here)
-    if meant is None and (far := nearest(field, elsewhere)):
+    elsewhere = _full_names()
+    if (meant := elsewhere.get(field)) is None:
+        if isinstance(field, str) and (answer := synonyms.answer(field)):
+            return answer
+        meant = nearest(field, here)
+    if meant is None and (far := nearest(field, elsewhere, NEARLY_EQUAL)):
         meant = elsewhere[far]
     return f"did you mean {meant!r}?" if meant else None
+
+
+@cache
+def _full_names() -> dict[str, str]:
+    """Field -> `section.field`, of the first section that has it; options of this package's choices, too."""
+    names: dict[str, str] = {}
+    for section in RunConfig.model_fields:
+        for option in _section_fields(section):
+            names.setdefault(option, f"{section}.{option}")
+    for section in CHOSEN:
+        for options in _own_options(section).values():
+            for option in options.model_fields:
+                names.setdefault(option, f"{section}.{option}")
+    return names
 
 
 @cache
@@ -208,5 +241,20 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _is_text(section: str, field: str) -> bool:
     info = _section_fields(section).get(field)
-    kinds = (info.annotation, *get_args(info.annotation)) if info is not None else ()
-    return any(kind in (str, Path) for kind in kinds)
+    return info is not None and any(kind in (str, Path) for kind in _types(info.annotation))
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Every type inside an annotation."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _types(argument)
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration that results when `changes` are written behind the same file."""
+    content = config.model_dump(mode="json", exclude_unset=True)
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        content[section] = {**content.get(section, {}), field: value} if field else value
+    return from_dict(content)

@@ -5,16 +5,20 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowbit_dist.network import why_no_answer
+from lowbit_dist import folders, machine
+from lowbit_dist.errors import ConfigError, why_not_writable
+from lowbit_dist.network import ray_address, why_no_ray_head
 
 PACKAGE = "lowbit-dist"
 MEMORY = 4 << 30  # bytes that the smallest run needs: Ray and two workers, 3.9 GB when measured
 SHARED_MEMORY = 256 << 20  # bytes of /dev/shm, below which Ray's object store goes to disk
 DISK = 1 << 30  # bytes free, for data and checkpoints of a small run
+HOME = "set HOME to a folder that can be written"
 
 
 class Finding(NamedTuple):
@@ -31,7 +35,10 @@ def examine() -> dict[str, Any]:
     findings = list(_findings())
     return {
         "ok": all(finding.status != "error" for finding in findings),
-        "checks": [finding._asdict() for finding in findings],
+        "checks": [
+            {"name": name, "status": status, "found": result, "advice": advice}
+            for name, status, result, advice in findings
+        ],
     }
 
 
@@ -42,6 +49,8 @@ def _findings() -> Iterator[Finding]:
     yield _compiled_ops()
     yield from _gpus()
     yield from _space()
+    yield _caches()
+    yield _sessions()
     yield _ray()
     yield _mlflow()
 
@@ -80,9 +89,10 @@ def _allows(specifier: str, version: str) -> bool:
 
 
 def _processors() -> Finding:
-    n, flags = os.cpu_count() or 1, _cpu_flags()
+    n, n_all, flags = machine.processors(), os.cpu_count() or 1, _cpu_flags()
     fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    result = f"{n} logical, {', '.join(fast) or platform.machine()}"
+    logical = f"{n} logical" if n == n_all else f"{n} of {n_all} logical, by affinity, cpuset or quota"
+    result = f"{logical}, {', '.join(fast) or platform.machine()}"
     if platform.machine() == "x86_64" and not {"avx512_bf16", "amx_bf16"} & flags:
         return Finding("CPUs", "warning", result, "no bf16 arithmetic: precision: fp32 may be faster on CPUs")
     return Finding("CPUs", "ok", result)
@@ -129,8 +139,13 @@ def _gpus() -> Iterator[Finding]:
 def _space() -> Iterator[Finding]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    yield _enough("memory", memory.available, MEMORY, f"{memory.total / 1e9:.1f} GB in all", "error")
+    from lowbit_dist.memory.machine import available_memory
+
+    total = min([psutil.virtual_memory().total, *(limit for limit, _ in machine.memory_limits())])
+    remark = f"{total / 1e9:.1f} GB in all"
+    if n_killed := machine.oom_kills():
+        remark += f"; so far {n_killed} process{'' if n_killed == 1 else 'es'} killed for lack of it"
+    yield _enough("memory", available_memory(), MEMORY, remark, "error")
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
         yield _enough("/dev/shm", free, SHARED_MEMORY, "set by --shm-size in containers", "warning")
@@ -147,13 +162,34 @@ def _enough(name: str, free: int, needed: int, remark: str, otherwise: str) -> F
     return Finding(name, "ok", result)
 
 
+def _caches() -> Finding:
+    """Where what can be made again is kept, when there is no home or it cannot be written."""
+    provided, folder = folders.provide_home(), folders.cache()
+    if why := why_not_writable(folder):
+        return Finding("caches", "error", f"{folder} cannot be written ({why})", f"{HOME}, or XDG_CACHE_HOME")
+    if provided and folder.is_relative_to(tempfile.gettempdir()):
+        return Finding("caches", "warning", f"{folder}: there is no HOME that can be written", HOME)
+    return Finding("caches", "ok", str(folder))
+
+
+def _sessions() -> Finding:
+    """Where Ray makes its sockets and logs."""
+    try:
+        folder, remark = folders.for_sessions(os.getpid())
+    except ConfigError as error:
+        result, _, advice = str(error).partition("; ")
+        return Finding("Ray's folder", "error", result, advice)
+    if remark:
+        return Finding("Ray's folder", "warning", f"{folder}, for {remark}", "set RAY_TMPDIR to another")
+    return Finding("Ray's folder", "ok", str(folder))
+
+
 def _ray() -> Finding:
-    address = os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    if (address := ray_address()) is None:
         return Finding("Ray cluster", "ok", "RAY_ADDRESS is not set: Ray is started on this machine")
-    if why := why_no_answer(address, port=6379, timeout=5):
-        return Finding("Ray cluster", "error", f"{address}: {why}", "start it, or unset RAY_ADDRESS")
-    return Finding("Ray cluster", "ok", f"{address} answers")
+    if (wrong := why_no_ray_head(address)) is not None:
+        return Finding("Ray cluster", "error", f"RAY_ADDRESS ({address}) {wrong[0]}", wrong[1])
+    return Finding("Ray cluster", "ok", f"a Ray head answers at {address}")
 
 
 def _mlflow() -> Finding:

@@ -6,9 +6,12 @@ import os
 import reprlib
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, get_args
 
 from pydantic import BaseModel
+
+from lowbit_dist import synonyms
 
 
 class ConfigError(Exception):
@@ -139,8 +142,14 @@ def why_not_writable(folder: Path) -> str | None:
     return None
 
 
-def nearest(word: Any, known: Any) -> str | None:
-    matches = difflib.get_close_matches(word.lower(), list(known), 1) if isinstance(word, str) else []
+def nearest(word: Any, known: Any, cutoff: float = 0.6) -> str | None:
+    """The one of `known` that a word is most like, or is elsewhere's name for; None if it is like none."""
+    known = list(known)
+    if not isinstance(word, str):
+        return None
+    if (here := synonyms.value(word)) in known:
+        return here
+    matches = difflib.get_close_matches(word.lower(), known, 1, cutoff)
     return matches[0] if matches else None
 
 
@@ -166,3 +175,9 @@ def in_bytes(n: float | None) -> str:
         if n >= size:
             return f"{n / size:.3g} {unit}" if n < 1000 * size else f"{n / size:,.0f} {unit}"
     return f"{n:.0f} B"
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong in a library, whose messages may be pages or name every model that there is."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {shorten(lines[0], 160)}"

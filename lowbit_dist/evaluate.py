@@ -1,4 +1,6 @@
-"""What a trained model is worth, in one process: its loss, perplexity and bits per byte on any text."""
+"""What a model is worth: its loss, perplexity and bits per byte; of a trained one on any text, of one that
+trains on its validation split.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist import data, documents
-from lowbit_dist.config import ConfigError, Data
+from lowbit_dist import attention, data, documents
+from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS
+from lowbit_dist.model import DTYPES
+from lowbit_dist.tokenizer import marks
 
 if TYPE_CHECKING:
     from lowbit_dist.trained import Trained
+    from lowbit_dist.zero import Engine
 
 T = TypeVar("T")
 
@@ -27,8 +33,9 @@ def evaluate(
     """Mean loss of `trained` on a prepared folder's validation split, or on a text file or folder.
 
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
-    a run is its training loop's; of text all of it, cut into samples as long as it says.  `n_samples` is
-    another number of samples.  `forward` names a grid to which the weights are rounded first.
+    a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
+    one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
+    weights are rounded first.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
@@ -36,32 +43,81 @@ def evaluate(
         samples, bytes_per_token = _prepared(trained, path, n_samples)
     else:
         samples, bytes_per_token = _text(trained, path, n_samples)
+    batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
-    size = min(trained.samples.micro_batch, len(samples))
-    losses = []
+    nats = 0.0
     with torch.inference_mode():
-        for batch in samples[: len(samples) // size * size].split(size):
+        for batch in batches:
             tokens = batch.to(device)
-            losses.append(network(input_ids=tokens, labels=tokens).loss.double().item())
-    loss = sum(losses) / len(losses)
+            loss = network(input_ids=tokens, labels=tokens, **_mask(trained, tokens)).loss
+            nats += n_predicted(batch) * loss.double().item()
+    mean = nats / sum(map(n_predicted, batches))
     own = trained.method.forward_grid
     return {
         "checkpoint": str(trained.path),
         "step": trained.step,
         "data": path,
         "forward": forward or (trained.method.name if own is None else own.name),
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "samples": len(losses) * size,
-        "tokens": len(losses) * size * samples.shape[1],
+        "loss": mean,
+        **quality(mean, bytes_per_token),
+        "samples": sum(map(len, batches)),
+        "tokens": sum(batch.numel() for batch in batches),
     }
+
+
+def validation_loss(
+    engine: Engine,
+    config: RunConfig,
+    manifest: data.Manifest,
+    *,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
+    split, while a model trains; on every worker at once.
+    """
+    batches = data.Batches(config.data, "val", config.run.seed)
+    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
+    starts = range(0, n, size)
+    # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
+    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
+    for first in range(0, len(starts), engine.world):
+        # Every worker takes part in every gather; one that has no batch left repeats one and drops the
+        # result.
+        mine = first + engine.rank
+        start = starts[min(mine, len(starts) - 1)]
+        tokens = batches.micro_batch(start, min(size, n - start))
+        loss = engine.forward(tokens.to(engine.device))
+        if mine < len(starts):
+            losses[mine] = loss.double() * len(tokens)
+        heartbeat()
+    dist.all_reduce(losses)
+    return losses.sum().item() / n
+
+
+def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
+    """What a loss in nats per token means."""
+    return {
+        "perplexity": math.exp(min(loss, 700.0)),  # beyond is no float64
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+    }
+
+
+def n_predicted(tokens: Tensor) -> int:  # [samples, seq_len]
+    """How many tokens a loss is the mean of: the first of a sample is predicted from nothing."""
+    return len(tokens) * (tokens.shape[1] - 1)
+
+
+def _mask(trained: Trained, tokens: Tensor) -> dict[str, Tensor]:
+    """What keeps attention within documents, of a model that was trained so."""
+    if not trained.samples.document_mask:
+        return {}
+    return attention.within_documents(tokens, marks(trained.tokenizer), DTYPES[trained.precision])
 
 
 def _prepared(
     trained: Trained, path: str, n_samples: int | None
-) -> tuple[Tensor, float]:  # [samples, seq_len] int64, bytes per token
+) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
     manifest = _of_data(lambda: data.read_manifest(path))
     if manifest.tokenizer_sha256 != trained.tokenizer.sha256:
         raise ConfigError(
@@ -77,7 +133,7 @@ def _prepared(
         batches = data.Batches(source, "val", seed=0)  # the order of the validation split needs none
         return batches.micro_batch(0, min(n_samples or trained.samples.number, batches.n_samples))
 
-    return _of_data(read), manifest.splits["val"].bytes_per_token
+    return [_of_data(read)], manifest.splits["val"].bytes_per_token
 
 
 def _check_length(trained: Trained, path: str, seq_len: int) -> None:
@@ -99,27 +155,33 @@ def _of_data(read: Callable[[], T]) -> T:
 
 def _text(
     trained: Trained, path: str, n_samples: int | None
-) -> tuple[Tensor, float]:  # [samples, seq_len] int64, bytes per token
-    """Documents between the tokenizer's marks, in one row, cut; what is left at the end is dropped."""
+) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
+    """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
-    begin, end = ([] if mark is None else [mark] for mark in (tokenizer.bos_id, tokenizer.eos_id))
+    around = marks(tokenizer).around
     ids: list[int] = []
     n_bytes = 0
     for text in filter(None, _documents(path)):
-        ids += [*begin, *tokenizer.encode(text), *end]
+        ids += around(tokenizer.encode(text))
         n_bytes += len(text.encode())
     if len(ids) < 2:  # the first token is predicted from nothing
         raise ConfigError(f"--data ({path}) holds no text; write the path of a file that does")
-    # A text shorter than a sample is a short sample.
-    length = min(trained.samples.seq_len, len(ids))
-    n = len(ids) // length
+    bytes_per_token = n_bytes / len(ids)
+    length = trained.samples.seq_len
     if n_samples is not None:
-        n = min(n, n_samples)
-    return torch.tensor(ids[: n * length]).view(n, length), n_bytes / len(ids)
+        ids = ids[: n_samples * length]
+    n, rest = divmod(len(ids), length)
+    whole, last = torch.tensor(ids).split([n * length, rest])
+    # A last token alone is predicted from nothing.
+    samples = [whole.view(n, length), *([last.view(1, rest)] if rest > 1 else [])]
+    return [part for part in samples if len(part)], bytes_per_token
 
 
 def _documents(path: str) -> Iterator[str]:
     try:
         yield from documents.read(documents.parts([path]))
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--input", "--data")) from None
+        message = str(error).replace("--input", "--data")
+        for option in ("write --field NAME, ", ", or leave such rows out with --on-bad-row skip"):
+            message = message.replace(option, "")
+        raise ConfigError(message.replace("write --field NAME", "rename the one that holds text")) from None

@@ -28,6 +28,13 @@ def atomic_write(file: Path) -> Iterator[Path]:
         raise
 
 
+def keep(file: Path, text: str) -> None:
+    """`file` with this content; written only if it has another."""
+    if not file.exists() or file.read_text() != text:
+        with atomic_write(file) as draft:
+            draft.write_text(text)
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, needs: Callable[[], int | None] = lambda: None) -> Iterator[Path]:
     """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lowbit_dist.errors import ConfigError
+from lowbit_dist.pretrained import vocabulary
 
 if TYPE_CHECKING:
-    from lowbit_dist.trained import Trained
+    from lowbit_dist.trained import TextTokenizer, Trained
+
+CONTEXT = 5  # tokens before a new one that are decoded with it: what a piece means may depend on them
 
 
 def generate(
@@ -23,8 +28,12 @@ def generate(
     top_k: int = 50,  # 0: of all tokens
     top_p: float = 1.0,  # of the likeliest tokens that together have this probability
     seed: int = 0,
+    stream: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The model's continuation of `prompt`; the same for the same seed on the same kind of machine."""
+    """The model's continuation of `prompt`; the same for the same seed on the same kind of machine.
+
+    `stream` is given the prompt when the first token is about to be made, and then the text as it comes.
+    """
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens ({max_new_tokens}) must be at least 1; write 100, for example")
     if not 0 <= temperature < math.inf:
@@ -37,6 +46,10 @@ def generate(
         raise ConfigError(f"--top-p ({top_p}) must be more than 0, at most 1; write 0.95, for example")
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"--seed ({seed}) must be at least 0 and less than 2^63; write 0, for example")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are none
+        raise ConfigError(f"--prompt ({prompt!r}) must be text in UTF-8; write it so") from None
     tokenizer = trained.tokenizer
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_id is not None:
@@ -47,9 +60,11 @@ def generate(
         )
     longest = trained.max_positions
     if longest is not None and len(ids) + max_new_tokens > longest:
+        room = longest - len(ids)
+        fewer = f"fewer, at most {room}, or " if room > 0 else ""
         raise ConfigError(
             f"--prompt has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} they are more than the "
-            f"model's max_seq_len {longest}; write fewer, or a shorter text"
+            f"model's max_seq_len {longest}; write {fewer}a shorter text"
         )
     network: Any = trained.network()
     device = next(network.parameters()).device
@@ -59,6 +74,8 @@ def generate(
         if temperature
         else {"do_sample": False}
     )
+    rows = vocabulary(trained.hf_config) or tokenizer.vocab_size
+    streamed = _Streamed(tokenizer, prompt, ids, stream)
     started = time.monotonic()
     with torch.inference_mode():
         tokens = torch.tensor([ids], device=device)
@@ -70,6 +87,9 @@ def generate(
             bos_token_id=tokenizer.bos_id,
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.eos_id,
+            # Embeddings may have more rows than there are tokens.
+            suppress_tokens=[i for i in range(rows) if i not in tokenizer.ids] or None,
+            streamer=streamed,
             **chance,
         )
     new = out[0, len(ids) :].tolist()
@@ -78,7 +98,45 @@ def generate(
         "checkpoint": str(trained.path),
         "step": trained.step,
         "prompt": prompt,
-        "text": tokenizer.decode([token for token in new if token != tokenizer.eos_id]),
+        "text": streamed.text,
         "tokens": len(new),
         "tokens_per_second": len(new) / seconds,
     }
+
+
+class _Streamed:
+    """What transformers hands each token to, the prompt's first: the new ones' text, in whole characters."""
+
+    def __init__(
+        self, tokenizer: TextTokenizer, prompt: str, ids: Sequence[int], stream: Callable[[str], None]
+    ):
+        self.tokenizer, self.prompt, self.stream = tokenizer, prompt, stream
+        self.ids = list(ids)
+        self.text = ""
+        self._begun = False
+        # Of `ids`: from where on they are decoded, and up to where their text has been given.
+        self._first, self._given = max(0, len(ids) - CONTEXT), len(ids)
+
+    def put(self, tokens: Tensor) -> None:
+        if not self._begun:
+            self._begun = True
+            self.stream(self.prompt)
+            return
+        self.ids += [token for token in tokens.tolist() if token != self.tokenizer.eos_id]
+        new = self._new()
+        # U+FFFD: the bytes so far may be the beginning of a character.
+        if new and not new.endswith("\ufffd"):
+            self._give(new)
+
+    def end(self) -> None:
+        if rest := self._new():
+            self._give(rest)
+
+    def _new(self) -> str:
+        given = self.tokenizer.decode(self.ids[self._first : self._given])
+        return self.tokenizer.decode(self.ids[self._first :])[len(given) :]
+
+    def _give(self, text: str) -> None:
+        self._first, self._given = self._given, len(self.ids)
+        self.text += text
+        self.stream(text)

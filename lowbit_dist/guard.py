@@ -27,6 +27,11 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
     return loss > mean + SIGMAS * max(pstdev(before), MIN_RELATIVE_STD * abs(mean))
 
 
+def is_no_better_than_guessing(val_loss: float, vocab_size: int) -> bool:
+    """Whether a validation loss, in nats per token, is above that of a uniform guess, or no number."""
+    return not val_loss <= math.log(vocab_size)
+
+
 def norm_limit(before: Sequence[float], ratio: float) -> float:
     """The largest gradient norm to be applied: `ratio` times the median of those before, which is robust."""
     usual = median(before) if before else 0.0

@@ -16,13 +16,29 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
 STARTS = "starts.jsonl"  # in a run's folder: a line for each start
 EVERY = 1.0  # seconds between writes
 FILE_BYTES = 1024  # always: the file is overwritten in place, which a full disk allows
 SLOW = ("start", "save", "end")  # phases in which a worker may be busy for long without a heartbeat
+
+# Of a start: the first of a launch, of a run without a checkpoint or with one, or a further one of the same
+# launch, after a failure or with other workers.
+Reason = Literal["begin", "resume", "restart"]
+
+
+class Start(NamedTuple):
+    """One start of a run's workers, and what it and the starts before it were; by whichever launch."""
+
+    number: int  # 1 for the first
+    restarts: int  # by a launch that started workers before: after a failure, or with other workers
+    resumes: int  # by the user, of a run that was stopped and had a checkpoint
+    time: float = 0.0  # Unix time
+
+
+FIRST = Start(number=1, restarts=0, resumes=0)
 
 
 class Beat(Protocol):
@@ -41,6 +57,53 @@ def count_starts(run_dir: Path) -> int:
         return (run_dir / STARTS).read_bytes().count(b"\n")
     except OSError:
         return 0
+
+
+def newest_start(run_dir: Path) -> Start:
+    """Number 0 if the run was never started."""
+    try:
+        content = (run_dir / STARTS).read_bytes()
+    except OSError:
+        content = b""
+    starts = [_start(line) for line in content.splitlines()]
+    reasons = [start.get("reason") for start in starts]
+    # Earlier versions do not say why: all but the first were called restarts.
+    restarts = sum(reason in ("restart", None) for reason in reasons[1:])
+    return Start(
+        number=content.count(b"\n"),
+        restarts=restarts,
+        resumes=reasons.count("resume"),
+        time=starts[-1].get("time", 0.0) if starts else 0.0,
+    )
+
+
+def note_start(run_dir: Path, reason: Reason) -> Start:
+    """Leave the line of a start that begins now."""
+    earlier, now = newest_start(run_dir), time.time()
+    with (
+        contextlib.suppress(OSError),
+        (run_dir / STARTS).open("a") as file,
+    ):  # a full disk is reported elsewhere
+        file.write(json.dumps({"time": now, "reason": reason}) + "\n")
+    return Start(
+        number=earlier.number + 1,
+        restarts=earlier.restarts + (reason == "restart"),
+        resumes=earlier.resumes + (reason == "resume"),
+        time=now,
+    )
+
+
+def _start(line: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except ValueError:  # torn by a crash
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def has_stepped(run_dir: Path, start: int) -> bool:
+    """Whether workers of start number `start` are there and have made a step."""
+    return any(worker.get("phase", "start") != "start" for worker in read(run_dir, start))
 
 
 class Heartbeat:

@@ -9,21 +9,22 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, data, guard, memory, model, runs, statistics
+from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, resuming, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.files import atomic_write
-from lowbit_dist.heartbeat import Beat, no_heartbeat
+from lowbit_dist.config import RunConfig
+from lowbit_dist.evaluate import quality, validation_loss
+from lowbit_dist.files import keep
+from lowbit_dist.heartbeat import FIRST, Beat, Start, no_heartbeat
 from lowbit_dist.optim import schedule
 from lowbit_dist.record import Record
 from lowbit_dist.zero import Engine, Update
@@ -32,18 +33,18 @@ from lowbit_dist.zero.engine import Step
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat) -> dict[str, Any] | None:
+def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbeat) -> dict[str, Any] | None:
     """Train to the last step inside an initialised process group; every worker returns the run's summary.
 
     A run that has checkpoints resumes from the newest undamaged one.  None if it was asked to stop
-    (`config.stop_file`): then a checkpoint of its last step is there.  `heartbeat` is called whenever
-    training makes progress.
+    (`config.stop_file`): then a checkpoint of its last step is there.  `begun`: which start of the run this
+    is.  `heartbeat` is called whenever training makes progress.
     """
     train = config.train
-    with _worker(config, restarts, heartbeat) as worker:
+    with _worker(config, begun, heartbeat) as worker:
         position = worker.start
         while position.step < train.steps and not worker.stops:
-            now = schedule.now(config, position.step + 1)
+            now = schedule.now(config, position.step + 1, position.updates + 1)
             limit = guard.norm_limit(position.norms, train.max_grad_ratio)
             logs = _is_due(now.step, train.log_every, train.steps)
             with worker.sampled(now.step), worker.engine.step(now, limit, norms=logs) as step:
@@ -73,17 +74,22 @@ def run(config: RunConfig, *, restarts: int = 0, heartbeat: Beat = no_heartbeat)
 class _Worker:
     """What one worker trains with, and what it has measured since it last wrote."""
 
-    def __init__(self, config: RunConfig, restarts: int, heartbeat: Beat):
-        self.config, self.restarts, self.heartbeat = config, restarts, heartbeat
-        self.manifest = data.check(config)
-        self.engine = engine = _build(config, self.manifest.vocab_size)
+    def __init__(self, config: RunConfig, begun: Start, heartbeat: Beat):
+        self.config, self.begun, self.heartbeat = config, begun, heartbeat
+        self.manifest = inputs.agreed(config)
+        self.engine = engine = _build(config, self.manifest)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
-        self.start = _load_newest(config, engine)
+        self.start = resuming.start(config, engine)
         if engine.rank == 0:
             _prepare_folder(config, self.manifest, engine.world)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
-        facts = {"vocab_size": self.manifest.vocab_size, "tokenizer_sha256": self.manifest.tokenizer_sha256}
+        facts: dict[str, Any] = {
+            "vocab_size": self.manifest.vocab_size, "tokenizer_sha256": self.manifest.tokenizer_sha256
+        }  # fmt: skip
+        if config.model.pretrained is not None:  # the checkpoint needs its folder no more
+            hf_config = model.hf_config(config.model, self.manifest.vocab_size)
+            facts["hf_config"] = pretrained.as_mapping(hf_config)
         self.saver = checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
         self.stops = False  # asked to, by the stop file
         self.metrics: dict[str, float | None] = {}
@@ -125,8 +131,8 @@ class _Worker:
         self.saver.wait()
         step = position.step + 1
         self.heartbeat("start", step)
-        earlier = _load_newest(self.config, self.engine)
-        if earlier.step == 0:
+        earlier = resuming.load_newest(self.config, self.engine)
+        if earlier is None:
             log.warning("step %d: there is no checkpoint to roll back to", step)
             return None
         if position.rollbacks - earlier.rollbacks >= guard.MAX_ROLLBACKS:
@@ -170,17 +176,16 @@ class _Worker:
     def log(self, position: Position, lr: float, before: statistics.Levels, update: Update) -> Position:
         """Measure this step for the record; the means since the last one begin anew."""
         engine, n = self.engine, position.loss_count
-        if n:
-            position = replace(position, train_loss=position.loss_sum / n)
         self.metrics = {
             "tokens": position.tokens,
-            "loss": position.train_loss if n else None,
+            "loss": position.loss_sum / n if n else None,
             "lr": lr,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
             "tokens_per_second": self.clock.rate(),
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
-            "restarts": self.restarts,
+            "restarts": self.begun.restarts,
+            "resumes": self.begun.resumes,
         }
         if n_low_bit := sum(engine.numels[name] for name in engine.low_bit):
             self.metrics["flip_rate"] = position.flips / max(n, 1) / n_low_bit
@@ -196,8 +201,21 @@ class _Worker:
         """The validation loss, for the record and the summary."""
         with self.clock.paused():
             beat = partial(self.heartbeat, "eval", step)
-            self.val_loss = evaluate(self.engine, self.config, self.manifest, heartbeat=beat)
+            self.val_loss = validation_loss(self.engine, self.config, self.manifest, heartbeat=beat)
         self.metrics |= _quality(self.val_loss, self.manifest)
+        if self._has_diverged(step):
+            self.metrics["diverged"] = 1.0
+            guessing = math.log(self.manifest.vocab_size)
+            log.warning(
+                "step %d: the validation loss %.4g is above that of guessing, %.4g: the run has diverged; "
+                "write a smaller optimizer.lr under another run.name", step, self.val_loss, guessing,
+            )  # fmt: skip
+
+    def _has_diverged(self, step: int) -> bool:
+        """A model that has not begun to learn is not meant: its first loss is that of guessing."""
+        assert self.val_loss is not None, "it was evaluated"
+        is_warm = step > self.config.schedule.warmup_steps
+        return is_warm and guard.is_no_better_than_guessing(self.val_loss, self.manifest.vocab_size)
 
     def write(self, step: int) -> None:
         """What was measured goes into the record."""
@@ -221,20 +239,22 @@ class _Worker:
             log.info("stopped at step %d: its checkpoint is saved", position.step)
             return None
         if self.val_loss is None:  # a finished run was started again
-            self.val_loss = evaluate(engine, config, self.manifest)
+            self.val_loss = validation_loss(engine, config, self.manifest)
         summary: dict[str, Any] = {
             "run": config.run.name,
             "steps": position.step,
             "tokens": position.tokens,
-            "train_loss": position.train_loss,
+            "train_loss": fmean(position.losses) if position.losses else None,
             **_quality(self.val_loss, self.manifest),
             "unigram_entropy": self.manifest.unigram_entropy,
             "tokens_per_second": self.clock.mean_rate(),
             "checkpoint": str(self.saver.path(position.step)),
             "memory": self._memory(),
-            "restarts": self.restarts,
+            "restarts": self.begun.restarts,
+            "resumes": self.begun.resumes,
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
+            "diverged": self._has_diverged(position.step),
         }
         if engine.rank == 0:
             summary["digest"] = Checkpoint.open(summary["checkpoint"]).digest()
@@ -249,8 +269,8 @@ class _Worker:
 
 
 @contextmanager
-def _worker(config: RunConfig, restarts: int, heartbeat: Beat) -> Iterator[_Worker]:
-    worker = _Worker(config, restarts, heartbeat)
+def _worker(config: RunConfig, begun: Start, heartbeat: Beat) -> Iterator[_Worker]:
+    worker = _Worker(config, begun, heartbeat)
     try:
         yield worker
         worker.saver.close()  # only now: it waits for the other workers, of which one may have gone
@@ -262,47 +282,22 @@ def _worker(config: RunConfig, restarts: int, heartbeat: Beat) -> Iterator[_Work
         worker.engine.close()
 
 
-def _build(config: RunConfig, vocab_size: int) -> Engine:
-    built = model.build(config.model, vocab_size, config.method, model.DTYPES[config.precision])
+def _build(config: RunConfig, manifest: data.Manifest) -> Engine:
+    built = model.build(config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
-    return Engine(config, built, initial, model.low_bit_names(built, config.method))
-
-
-def _load_newest(config: RunConfig, engine: Engine) -> Position:
-    """Load the newest undamaged checkpoint, chosen by worker 0 for all, or start at step 0."""
-    choice: list[Path | ConfigError | None] = [None]
-    if engine.rank == 0:
-        checkpoint.clear_partial(config.run_dir)
-        try:
-            choice = [checkpoint.latest(config.run_dir)]
-        except ConfigError as error:
-            choice = [error]
-    dist.broadcast_object_list(choice)
-    if isinstance(choice[0], ConfigError):
-        raise choice[0]
-    if choice[0] is None:
-        return Position(step=0, samples=0, tokens=0)
-    opened = Checkpoint.open(choice[0])
-    opened.load_into(engine.shards)
-    engine.refresh()
-    return opened.position
+    marks = manifest.marks if config.data.document_mask else None
+    return Engine(config, built, initial, model.low_bit_names(built, config.method), marks)
 
 
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
     """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    _keep(config.run_dir / runs.CONFIG, config.to_yaml())
-    data.copy_tokenizer(config.data, config.run_dir / "tokenizer")
+    keep(config.run_dir / runs.CONFIG, config.to_yaml())
+    data.copy_tokenizer(config.data, manifest, config.run_dir / "tokenizer")
+    inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere
-        _keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
-
-
-def _keep(file: Path, text: str) -> None:
-    """`file` with this content; written only if it has another."""
-    if not file.exists() or file.read_text() != text:
-        with atomic_write(file) as draft:
-            draft.write_text(text)
+        keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
 
 
 def _warn(step: int, loss: float, before: Position, update: Update, *, spike: bool) -> None:
@@ -322,39 +317,10 @@ def _check_recovers(config: RunConfig, position: Position, loss: float, update: 
         )
 
 
-def evaluate(
-    engine: Engine,
-    config: RunConfig,
-    manifest: data.Manifest,
-    *,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
-    split.
-    """
-    batches = data.Batches(config.data, "val", config.run.seed)
-    n = min(config.train.eval_samples, manifest.splits["val"].samples)
-    size = min(config.train.micro_batch, n)
-    starts = range(0, n - size + 1, size)
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
-    for first in range(0, len(starts), engine.world):
-        # Every worker takes part in every gather; one that has no batch left repeats one and drops the
-        # result.
-        mine = first + engine.rank
-        tokens = batches.micro_batch(starts[min(mine, len(starts) - 1)], size)
-        loss = engine.forward(tokens.to(engine.device))
-        if mine < len(starts):
-            losses[mine] = loss.double()
-        heartbeat()
-    dist.all_reduce(losses)
-    return losses.mean().item()
-
-
 def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None]:
     if not math.isfinite(val_loss):  # JSON has no word for it
         return {"val_loss": None, "perplexity": None, "bits_per_byte": None}
-    bits = val_loss / math.log(2) / manifest.splits["val"].bytes_per_token
-    return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)), "bits_per_byte": bits}
+    return {"val_loss": val_loss, **quality(val_loss, manifest.splits["val"].bytes_per_token)}
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

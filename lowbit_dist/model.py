@@ -6,21 +6,28 @@ the parameter's name alone: it is the same on every rank and for any number of t
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from math import gcd, prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbit_dist import attention, experts, pretrained
 from lowbit_dist.config import ConfigError, Model, RunConfig
+from lowbit_dist.errors import first_line
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import check_shape
 from lowbit_dist.pretrained import Pretrained
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of a run's precision
+LEFT = 0.02  # of a low-bit model's layers: the share of matrices that may be in full precision
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
 
@@ -28,45 +35,62 @@ def build(config: Model, vocab_size: int, method: Method, dtype: torch.dtype) ->
     """The model on the meta device (buffers are real), its linears replaced by the method's, dtype of
     parameters `dtype`.
 
-    `vocab_size` is the tokenizer's; a pretrained model with another one is refused.
+    `vocab_size` is the tokenizer's; a pretrained model with a smaller one is refused.
     """
-    return of_hf_config(hf_config(config, vocab_size), method, dtype)
+    model = of_hf_config(hf_config(config, vocab_size), method, dtype, named=_named(config))
+    experts.run_all(model)
+    return model
 
 
-def of_hf_config(config, method: Method, dtype: torch.dtype) -> nn.Module:  # type: ignore[no-untyped-def]
-    """`build`, of a Hugging Face configuration."""
+def of_hf_config(  # type: ignore[no-untyped-def]
+    config, method: Method, dtype: torch.dtype, *, named: str | None = None
+) -> nn.Module:
+    """`build`, of a Hugging Face configuration; `named` is its folder in the words of messages."""
     import transformers
     from transformers.integrations.accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    model.to(dtype)  # buffers that must stay float32 (rotary frequencies) are restored below
+    default = torch.get_default_dtype()
+    try:
+        with init_empty_weights(include_buffers=False):
+            # In this dtype, so that buffers have the types of transformers' own, which keeps some in float32.
+            # No word on attention: PyTorch's fused one where the model has it.
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=None
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
+        if named is None:
+            raise
+        raise ConfigError(
+            f"{named} is not a causal language model that transformers can build ({first_line(error)}); "
+            "write the folder of one"
+        ) from None
+    finally:
+        torch.set_default_dtype(default)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     _replace_linears(model, method)
-    _restore_rotary(model)
     _check_low_bit_shapes(model, method)
     return model
 
 
 def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  # -> PretrainedConfig
-    """The Hugging Face configuration of this model; it also names the architecture of an export."""
+    """The Hugging Face configuration of this model; it also names the architecture of an export.
+
+    Of a pretrained one without dropout and the like: a run is a function of its configuration and its seed.
+    """
     import transformers
 
     if config.pretrained is not None:
-        try:
-            loaded = transformers.AutoConfig.from_pretrained(
-                config.pretrained, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
+        loaded = pretrained.configuration(config.pretrained, "model.pretrained")
+        rows = pretrained.vocabulary(loaded)
+        if rows is None:
+            raise ConfigError(f"{_named(config)} is no language model; write the folder of one")
+        if rows < vocab_size:
             raise ConfigError(
-                f"model.pretrained ({config.pretrained}) is not a Hugging Face model folder: "
-                f"{str(error).splitlines()[0]}; write the path of one"
-            ) from None
-        if loaded.vocab_size < vocab_size:
-            raise ConfigError(
-                f"model.pretrained ({config.pretrained}) has a vocabulary of {loaded.vocab_size:,}, "
+                f"{_named(config)} has a vocabulary of {rows:,}, "
                 f"the data's tokenizer {vocab_size:,}; prepare the data with the model's own tokenizer"
             )
-        loaded.use_cache = False
+        pretrained.without_chance(loaded)
         return loaded
     sizes = config.sizes()
     assert sizes is not None, "a model that is not pretrained has sizes"
@@ -88,21 +112,98 @@ def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  
     )
 
 
-def check_pretrained(config: Model, vocab_size: int, seq_len: int, method: Method) -> None:
-    """ConfigError unless the folder holds a model of this vocabulary and length with every weight it needs.
+def check(config: RunConfig, vocab_size: int) -> None:
+    """ConfigError unless the model can be built and packed, and a pretrained one trained, as its method says.
 
-    Reads headers alone, so it is quick.
+    Reads headers alone, so it is quick.  What differs from the folder's own configuration is logged.
     """
-    model = build(config, vocab_size, method, torch.bfloat16)
-    longest = getattr(model.config, "max_position_embeddings", None) or seq_len
-    if seq_len > longest:  # type: ignore[operator]
+    model = build(config.model, vocab_size, config.method, torch.bfloat16)
+    if config.model.pretrained is None:
+        return
+    named = str(_named(config.model))
+    _check_trains(model, named)
+    if config.train.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(
-            f"data.seq_len ({seq_len:,}) must be at most {longest:,}, the max_position_embeddings of "
-            f"{config.pretrained}; write data.seq_len: {longest}, or another model"
+            "train.activation_checkpointing (true) must be false for a model whose architecture "
+            f"has no checkpoints, as {_architecture(model)} of {named}; write false"
         )
-    initial = InitialWeights(model, method, 0, config.pretrained)
-    for name, parameter in model.named_parameters():
-        initial.check(name, parameter.shape)
+    why = attention.why_not_within_documents(model, config.data.seq_len)
+    if config.data.document_mask and why is not None:
+        raise ConfigError(
+            f"data.document_mask (true) must be false for {named}: {_architecture(model)} {why}; write false"
+        )
+    _check_is_low_bit(model, config.method, named)
+    InitialWeights(model, config.method, 0, config.model.pretrained).check(model)
+    longest = pretrained.max_positions(model.config)
+    if longest is not None and config.data.seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len ({config.data.seq_len:,}) must be at most {longest:,}, the positions of "
+            f"{config.model.pretrained}; write data.seq_len: {longest}, or another model"
+        )
+    loaded = pretrained.configuration(config.model.pretrained, "model.pretrained")
+    if changed := pretrained.without_chance(loaded):
+        log.warning(f"{named} has {', '.join(changed)}; a run trains without, so that it can be repeated")
+    if (rows := pretrained.vocabulary(loaded)) is not None and rows > vocab_size:
+        log.warning(
+            f"{named} has a vocabulary of {rows:,}, the data's tokenizer {vocab_size:,}; "
+            "the rest is kept, and never generated"
+        )
+
+
+def _check_trains(model: Any, named: str) -> None:
+    """ConfigError for an architecture that transformers builds, but that would be trained wrongly."""
+    why = pretrained.why_not_causal(model)
+    if model._is_stateful:
+        why = "keeps a recurrent state, and its layers read weights of others"
+    elif model.config.get_text_config() is not model.config:
+        why = "reads more than text"
+    elif buffers := pretrained.state_buffers(model):
+        why = f"has weights that are no parameters, as {buffers[0]}"
+    elif frozen := [name for name, p in model.named_parameters() if not p.requires_grad]:
+        why = f"has parameters that gradients do not train, as {frozen[0]}"
+    elif idle := experts.why_idle(model):
+        why = f"leaves out experts to which no token goes ({idle}), so that workers wait for each other"
+    if why is not None:
+        raise ConfigError(
+            f"{named} cannot be trained: {_architecture(model)} {why}; write the folder of a model of "
+            "another architecture, such as Llama, Qwen3 or Mixtral"
+        )
+
+
+def _check_is_low_bit(model: Any, method: Method, named: str) -> None:
+    """ConfigError if a low-bit method would leave a matrix of the model's layers as it is, but for small
+    ones, such as a router's.
+    """
+    if method.forward_grid is None:
+        return
+    names = linear_weights(model) if method.stored is None else low_bit_names(model, method)
+    low_bit, left, n_low_bit = set(names), {}, 0
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{key}"
+            if name in low_bit:
+                n_low_bit += parameter.numel()
+            elif parameter.dim() > 1:
+                left[name] = (parameter.numel(), type(module).__name__)
+    total = sum(n for n, _ in left.values())
+    if total <= LEFT * n_low_bit:
+        return
+    name = max(left, key=lambda weight: left[weight][0])
+    raise ConfigError(
+        f"{named} cannot be trained by method {method.name}: {name} is of a {left[name][1]}, not of an "
+        f"nn.Linear, so that {total / (total + n_low_bit):.0%} of the weights of its layers would stay as "
+        "they are; write method.name: dense, or the folder of a model whose layers are nn.Linears"
+    )
+
+
+def _architecture(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _named(config: Model) -> str | None:
+    return None if config.pretrained is None else f"model.pretrained ({config.pretrained})"
 
 
 def linear_weights(model: nn.Module) -> list[str]:
@@ -121,12 +222,14 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
 def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.Module], bool]) -> list[str]:
     """Put the method's layer in the place of each `nn.Linear`; the weights' names, without the head's.
 
-    Layers of a class that derives from `nn.Linear` stay: their owners may read their weights themselves.
+    Layers of a class that derives from `nn.Linear` stay: their owners may read their weights themselves.  So
+    do the routers of a mixture of experts.
     """
+    routers = set(experts.routers(model))
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
     weights = []
     for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear:
+        if type(layer) is not nn.Linear or layer in routers:
             continue
         parent, _, attribute = name.rpartition(".")
         replacement = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
@@ -148,28 +251,12 @@ def _replace_linears(model: nn.Module, method: Method) -> None:
         model.tie_weights()  # type: ignore[operator]
 
 
-def _restore_rotary(model: nn.Module) -> None:
-    """Rotary frequencies are buffers that transformers computes in float32; a cast to bf16 would move
-    every position.
-    """
-    for module in model.modules():
-        first_frequencies = getattr(module, "rope_init_fn", None)
-        if "inv_freq" in module._buffers and first_frequencies is not None:
-            module.inv_freq, module.attention_scaling = first_frequencies(module.config, None)
-            module.original_inv_freq = module.inv_freq
-
-
 def shapes(config: RunConfig, vocab_size: int) -> nn.Module:
     """The run's model on the meta device, made once for all who only read it."""
     return _built(config.model, vocab_size, config.method, DTYPES[config.precision])
 
 
 _built = lru_cache(maxsize=8)(build)
-
-
-def check_shapes(config: Model, vocab_size: int, method: Method) -> None:
-    """ConfigError unless every low-bit weight of the model can be packed as the method packs it."""
-    build(config, vocab_size, method, torch.bfloat16)
 
 
 def _check_low_bit_shapes(model: nn.Module, method: Method) -> None:
@@ -210,31 +297,32 @@ class InitialWeights:
     folder.
     """
 
-    def __init__(self, model: nn.Module, method: Method, seed: int, pretrained: Path | str | None):
+    def __init__(self, model: nn.Module, method: Method, seed: int, folder: Path | str | None):
         self.method, self.seed = method, seed
         self.std = getattr(getattr(model, "config", None), "initializer_range", INITIAL_STD)
-        self.pretrained = None if pretrained is None else Pretrained(Path(pretrained), "model.pretrained")
+        files = None if folder is None else Pretrained(Path(folder), "model.pretrained")
+        self.pretrained = None if files is None else files.named_as(model)
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:  # `shape` float32 on the CPU
-        self.check(name, shape)
         if self.pretrained is not None and name in self.pretrained:
+            self.pretrained.check_shape(name, tuple(shape))
             return self.pretrained.tensor(name)
         if (value := self.method.initial(name, tuple(shape))) is not None:
             return value
+        if self.pretrained is not None:
+            raise self.pretrained.missing(name)
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.empty(shape).normal_(0.0, self.std, generator=generator)
 
-    def check(self, name: str, shape: torch.Size) -> None:
-        """ConfigError unless a pretrained folder has this tensor in this shape."""
-        if self.pretrained is None:
-            return
-        if name in self.pretrained:
-            self.pretrained.check_shape(name, tuple(shape))
-        elif self.method.initial(name, tuple(shape)) is None:
-            raise ConfigError(
-                f"model.pretrained: {name} is in none of the folder's safetensors files; write the folder of "
-                "a whole model"
+    def check(self, model: nn.Module) -> None:
+        """ConfigError unless a pretrained folder holds the model: each parameter in its shape, and no more.
+
+        What the method adds to the model is in no folder.
+        """
+        if self.pretrained is not None:
+            self.pretrained.check(
+                model, is_added=lambda name, shape: self.method.initial(name, shape) is not None
             )

@@ -23,9 +23,13 @@ SOURCES = ("*.py", "*.c")  # what the fingerprint of a package is of
 class Registry:
     """The names of one kind, for instance of training methods: what they stand for, and where it is from."""
 
-    def __init__(self, kind: str, group: str, own: Mapping[str, str], base: type):
+    def __init__(self, kind: str, group: str, own: Mapping[str, str], base: type[Any]):
         """base: the class that everything of this kind derives from"""
         self.kind, self.group, self.own, self.base = kind, group, own, base
+
+    def names(self) -> list[str]:
+        """This package's own names, then those of installed packages; nothing is imported."""
+        return [*self.own, *sorted({point.name for point in self._installed()} - set(self.own))]
 
     def load(self, name: Any) -> type[Any]:
         """The class that `name` stands for.
@@ -34,7 +38,7 @@ class Registry:
         """
         field = f"{self.kind}.name ({show(name)})"
         installed = self._installed()
-        known = [*self.own, *sorted({point.name for point in installed} - set(self.own))]
+        known = self.names()
         if not isinstance(name, str) or name not in known:
             meant = nearest(name, known)
             advice = (

@@ -1,7 +1,8 @@
 """What a folder of runs holds: each run's configuration, numbers and state, read from its files alone.
 
-A run is *running* while a launcher holds its lock, *finished* when its summary is of its last step, *failed*
-when its last launch ended with an error, and *stopped* otherwise: by a signal, by a kill, or before it began.
+While a launcher holds its lock a run is *starting* until its workers have made a step, then *running*.  It is
+*finished* when its summary is of its last step, *failed* when its last launch ended with an error, and
+*stopped* otherwise: by a signal, by a kill, or before it began.
 """
 
 import contextlib
@@ -12,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit_dist import files
+from lowbit_dist import files, heartbeat
 from lowbit_dist.config import RunConfig
-from lowbit_dist.errors import ConfigError, nearest
+from lowbit_dist.errors import ConfigError
+from lowbit_dist.naming import CONFIG, find_runs
 from lowbit_dist.record import LAYERS, METRICS, rows_of
 
-CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 BASELINES = ".baselines.json"  # the planned memory of what the run is compared with
 LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
-RUNS = Path("runs")
 LOOK = 0.2  # seconds: who only looks whether a run is running has its lock for a moment
 
-RunState = Literal["finished", "running", "stopped", "failed"]
+RunState = Literal["finished", "starting", "running", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class RunFolder:
     summary: dict[str, Any] | None  # of a finished run
 
     @property
+    def is_alive(self) -> bool:
+        """Whether a launcher of this machine is at work on it."""
+        return self.state in ("starting", "running")
+
+    @property
     def step(self) -> int:
         return self.rows[-1]["step"] if self.rows else 0
 
@@ -47,9 +52,25 @@ class RunFolder:
         """The newest value of a column, None if there is none."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether its newest validation loss is above that of guessing."""
+        measured = (row for row in reversed(self.rows) if "val_loss" in row or "diverged" in row)
+        newest: dict[str, Any] = next(measured, {})
+        return bool(newest.get("diverged"))
+
+    @property
+    def parent(self) -> str | None:
+        """The run that it started from."""
+        return self.config.run.parent
+
     def described(self) -> str:
         """Where it stands, in words."""
         at = f"{self.state} at step {self.step:,} of {self.config.train.steps:,}"
+        if self.has_diverged:
+            newest = next(row for row in reversed(self.rows) if "diverged" in row).get("val_loss")
+            loss = "is no number" if newest is None else f"{newest:.4g} is above that of guessing"
+            at += f", diverged: its validation loss {loss}"
         return f"{at}: {self.why}" if self.why else at
 
 
@@ -59,11 +80,13 @@ def read(folder: Path) -> RunFolder:
 
     config = configfile.load(folder / CONFIG)
     summary = content(folder / SUMMARY)
+    is_done = summary.get("steps") == config.train.steps
+    rows = rows_of(folder / METRICS)
     state: RunState = "stopped"
     failure = None
     if is_running(folder):
-        state = "running"
-    elif summary.get("steps") == config.train.steps:
+        state = "running" if is_done or _has_stepped(folder, rows) else "starting"
+    elif is_done:
         state = "finished"
     elif (folder / FAILURE).exists():
         state, failure = "failed", content(folder / FAILURE).get("why")
@@ -72,9 +95,37 @@ def read(folder: Path) -> RunFolder:
         config=config,
         state=state,
         why=failure,
-        rows=rows_of(folder / METRICS),
+        rows=rows,
         summary=summary if state == "finished" else None,
     )
+
+
+def _has_stepped(folder: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the workers of the newest start have made a step; those that have ended left rows."""
+    start = heartbeat.newest_start(folder)
+    return heartbeat.has_stepped(folder, start.number) or (
+        bool(rows) and rows[-1].get("time", 0.0) >= start.time
+    )
+
+
+def begin(config: RunConfig) -> None:
+    """Let a run that is launched be found by those who look for it, before anything of it is started."""
+    with contextlib.suppress(OSError):  # a full disk is reported elsewhere
+        files.keep(config.run_dir / CONFIG, config.to_yaml())
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether it has anything that belongs to its configuration: a checkpoint, or a row."""
+    return (folder / "latest").exists() or bool(rows_of(folder / METRICS))
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """Its step, and when it was published, in Unix time: the file that names it is as old as it is."""
+    file = folder / "latest"
+    try:
+        return int(file.read_text().removeprefix("step-")), file.stat().st_mtime
+    except (OSError, ValueError):  # there is none yet, or a shared file system is away
+        return None
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -118,44 +169,13 @@ def note_failure(folder: Path, error: BaseException | None) -> None:
             (folder / FAILURE).write_text(json.dumps({"why": " ".join(str(error).split())}) + "\n")
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def folders(folder: Path) -> list[Path]:
-    """The runs of a folder, and those of its sweeps, in the order of their names."""
-    runs = []
-    for entry in _inside(folder):
-        runs += [entry] if is_run(entry) else [child for child in _inside(entry) if is_run(child)]
-    return runs
-
-
-def _inside(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
 def named(words: Sequence[str]) -> list[RunFolder]:
     """The runs that are meant by folders or names, of runs or of whole sweeps; each of them once."""
     meant: dict[Path, Path] = {}
     for word in words:
-        for folder in _meant(word):
+        for folder in find_runs(word):
             meant.setdefault(folder.resolve(), folder)
     return [read(folder) for folder in meant.values()]
-
-
-def _meant(word: str) -> list[Path]:
-    for folder in (Path(word), RUNS / word):
-        if is_run(folder):
-            return [folder]
-        if folder.is_dir() and (inside := folders(folder)):
-            return inside
-    known = [str(folder.relative_to(RUNS)) for folder in folders(RUNS)] if RUNS.is_dir() else []
-    known += sorted({name.partition("/")[0] for name in known if "/" in name})
-    meant = nearest(word, known)
-    raise ConfigError(
-        f"{word} is no run and no sweep, and neither is {RUNS / word}; "
-        + (f"did you mean {meant!r}?" if meant else "write a run's or a sweep's name, or its folder")
-    )
 
 
 def age(run: RunFolder) -> float:

@@ -5,10 +5,11 @@ training method's options and an optimizer's are sections; what reads them from 
 This file imports neither torch nor anything that does, so that a command line starts at once.
 """
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -29,16 +30,31 @@ def clean_text(value: str) -> str:
     return value
 
 
-def _clean_path(value: Any) -> Any:
-    return value if isinstance(value, Path) or not isinstance(value, str) else Path(clean_text(value))
+def from_home(path: str) -> str:
+    """A path that begins with `~` or `~user` as a shell would write it out; others as they are.
+
+    ValueError if this user has no home folder.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.partition("/")[0] == "~":
+        raise broken_rule("must not begin with ~: this user has no home folder; write the whole path")
+    return expanded
+
+
+def _uri_from_home(value: str) -> str:
+    """The same inside the URI of a file: `sqlite:///~/mlflow.db`."""
+    scheme, separator, path = value.rpartition(":///")
+    return scheme + separator + from_home(path)
 
 
 def _path_type(value: Any) -> Any:
     if not isinstance(value, str | Path | None):
         raise broken_rule(f"must be the path of a file or folder; {quoted(value)}")
-    if isinstance(value, str) and "://" in value:
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
         raise broken_rule("must be a folder, no URL; mount the store as a folder that all machines share")
-    return _clean_path(value)
+    return Path(from_home(clean_text(value)))
 
 
 def _plain_name(value: str) -> str:
@@ -57,14 +73,14 @@ def pair(value: Any) -> Any:
     return tuple(value)
 
 
-def auto_or(least: float, unit: str) -> Callable[[Any], Any]:
+def _auto_or(least: float, unit: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value == "auto" or (number and least <= value < 1e9):
             return value
         raise broken_rule(f"must be auto, or a number of {unit} from {least:g} up")
 
-    return check
+    return BeforeValidator(check)
 
 
 def number(value: Any) -> Any:
@@ -81,6 +97,8 @@ def no_truth(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(clean_text)]
+FolderOrUrl = Annotated[str, AfterValidator(clean_text), AfterValidator(from_home)]
+TrackingUri = Annotated[str, AfterValidator(clean_text), AfterValidator(_uri_from_home)]
 RunName = Annotated[str, AfterValidator(_plain_name)]
 FilePath = Annotated[Path, BeforeValidator(_path_type)]
 MaybeFilePath = Annotated[Path | None, BeforeValidator(_path_type)]
@@ -90,6 +108,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Tokens = Annotated[int, Field(ge=1, le=2**40)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
+_FromZero, _FromOne = Field(ge=0, lt=1e9), Field(ge=1, lt=1e9)
+AutoOrGpus = Annotated[
+    Literal["auto"] | Annotated[int, _FromZero] | Annotated[float, _FromZero], _auto_or(0, "GPUs")
+]
+AutoOrSeconds = Annotated[
+    Literal["auto"] | Annotated[int, _FromOne] | Annotated[float, _FromOne], _auto_or(1, "seconds")
+]
 
 
 class Section(BaseModel):
@@ -103,13 +128,22 @@ class Section(BaseModel):
         return hash((type(self), self.model_dump_json()))
 
 
-def may_change(default: Any) -> Any:
-    """The default of a field that may have another value when a run of the same name is resumed.
+def setting(default: Any = ..., meaning: str = "", *, unit: str | None = None) -> Any:
+    """A field's default (`...`: it is required), what it means in a sentence or two, and its unit."""
+    return _field(default, meaning, {"unit": unit} if unit else {})
+
+
+def may_change(default: Any, meaning: str = "", *, unit: str | None = None) -> Any:
+    """A `setting` that may have another value when a run of the same name is resumed.
 
     Such a field, or section, decides where and how a run is carried out and watched and when it is stopped,
     not what a healthy run computes.  All others must stay the same.
     """
-    return Field(default, json_schema_extra={"may_change": True})
+    return _field(default, meaning, {"may_change": True} | ({"unit": unit} if unit else {}))
+
+
+def _field(default: Any, meaning: str, extra: dict[str, Any]) -> Any:
+    return Field(default, description=meaning or None, json_schema_extra=extra or None)
 
 
 def is_changeable(field: FieldInfo) -> bool:
@@ -119,13 +153,14 @@ def is_changeable(field: FieldInfo) -> bool:
 
 
 MOST_WORKERS = 65536
+WorkerCount = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
 
 
 class WorkerRange(Section):
     """As many workers as the cluster has slots for, between these numbers; more and fewer as it changes."""
 
-    min: int
-    max: int
+    min: WorkerCount = setting(meaning="The fewest workers that a run starts or resumes with.")
+    max: WorkerCount = setting(meaning="The most workers that it has.")
 
 
 def worker_count(value: Any) -> Any:

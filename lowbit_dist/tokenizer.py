@@ -1,4 +1,7 @@
-"""The tokenizer: sentencepiece BPE with byte fallback, LLaMA's conventions, text that comes back unchanged.
+"""Tokenizers: a model's own, of a Hugging Face folder, or one that is learned here.
+
+`load` gives the one of a folder; all have the members of `TextTokenizer`.  What `train` learns is
+sentencepiece BPE with byte fallback, LLaMA's conventions, and text that comes back unchanged.
 
 Ids: 0 `<unk>`, 1 `<s>` (begins a document), 2 `</s>` (ends one), 3 to 258 the bytes, then the pieces.
 Nothing is normalised, no space is put in front, runs of spaces and line ends are kept, digits stand alone.
@@ -13,25 +16,70 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from lowbit_dist import documents
+from lowbit_dist import documents, hf_tokenizer
 from lowbit_dist.errors import ConfigError, why_not_writable
 from lowbit_dist.files import atomic_folder, os_errors
+from lowbit_dist.hf_tokenizer import FastTokenizer
+from lowbit_dist.machine import processors
 
 MODEL = "tokenizer.model"
-FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES = (MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")  # that `train` writes
 SAMPLE_BYTES = 64 << 20  # of text that the pieces are learned from
 LINE_BYTES = 4000  # of one training sentence
+RESERVED = "\u2585"  # stands for unknown characters inside sentencepiece, which leaves out sentences with it
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer, of sentencepiece or of Hugging Face."""
+
+    files: Mapping[str, bytes]  # by name: what it was loaded from, and what stands beside that
+    sha256: str  # by which it is known
+    vocab_size: int  # more than every id
+    ids: Collection[int]  # that stand for something
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Marks(NamedTuple):
+    """The ids that stand before and after each document; None: no token does."""
+
+    begin: int | None
+    end: int | None
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """A document's ids between its marks."""
+        begin, end = ([] if mark is None else [mark] for mark in self)
+        return [*begin, *ids, *end]
+
+    def in_words(self) -> str:
+        begin = [] if self.begin is None else [f"token {self.begin} before each"]
+        end = [] if self.end is None else [f"token {self.end} after each"]
+        return ", ".join(begin + end) or "not known"  # of an older manifest
+
+
+def marks(tokenizer: TextTokenizer) -> Marks:
+    """What stands around documents; a token that begins a text and ends it, too, stands before it alone."""
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    return Marks(begin, None if end == begin else end)
 
 
 class Tokenizer:
-    """A sentencepiece model; thread-safe, and never changes."""
+    """A sentencepiece model; thread-safe, and never changes.
 
-    def __init__(self, model: bytes, name: str = MODEL):
+    `beside`: the content of files that are kept with it, by name.
+    """
+
+    def __init__(self, model: bytes, name: str = MODEL, beside: Mapping[str, bytes] | None = None):
         from sentencepiece import SentencePieceProcessor
 
         wrong = ConfigError(f"{name} is not a sentencepiece model; write the path of a tokenizer.model")
@@ -41,9 +89,10 @@ class Tokenizer:
             self._processor = SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise wrong from None
-        self.model = model
+        self.files: Mapping[str, bytes] = {**(beside or {}), MODEL: model}
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
+        self.ids: Collection[int] = range(self.vocab_size)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
@@ -60,30 +109,68 @@ class Tokenizer:
         return text
 
 
-def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, or of a sentencepiece model's file."""
+def load(
+    path: str | Path, *, sha256: str | None = None, bos_id: int | None = None, eos_id: int | None = None
+) -> TextTokenizer:
+    """The tokenizer of a folder, see `of_files`, or of a sentencepiece model's file."""
     path = Path(path)
-    file = path / MODEL if path.is_dir() else path
+    path = path.parent if path.name == hf_tokenizer.FILE else path
+    otherwise = f"write a folder made by `lowbit tokenizer train`, or a model's with its {hf_tokenizer.FILE}"
     try:
-        return Tokenizer(file.read_bytes(), str(file))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"tokenizer ({path}) has no {MODEL}; write a folder made by `lowbit tokenizer train`"
-            if path.is_dir()
-            else f"tokenizer ({path}) does not exist; write a folder made by `lowbit tokenizer train`"
-        ) from None
+        if path.is_file():
+            return Tokenizer(path.read_bytes(), str(path))
+        places = [path / name for name in hf_tokenizer.FILES]
+        files = {place.name: place.read_bytes() for place in places if place.exists()}
     except OSError as error:
         raise ConfigError(
-            f"tokenizer ({file}) cannot be read: {error.strerror or error}; write a folder made by "
-            "`lowbit tokenizer train`"
+            f"tokenizer ({error.filename}) cannot be read: {error.strerror or error}; {otherwise}"
         ) from None
+    if not path.exists():
+        raise ConfigError(f"tokenizer ({path}) does not exist; {otherwise}")
+    if not {MODEL, hf_tokenizer.FILE} & set(files):
+        raise ConfigError(f"tokenizer ({path}) has no {MODEL} and no {hf_tokenizer.FILE}; {otherwise}")
+    return of_files(files, path, sha256=sha256, bos_id=bos_id, eos_id=eos_id)
 
 
-def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) -> Tokenizer:
+def of_files(
+    files: Mapping[str, bytes],
+    folder: str | Path,
+    *,
+    sha256: str | None = None,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> TextTokenizer:
+    """The tokenizer of a folder's files, by name; the folder itself is for messages.
+
+    Of a `tokenizer.model` and a `tokenizer.json` the second one counts, which may have tokens that the first
+    one lacks, unless the folder is one of `train`, or `sha256` is the hash of the first one.  `bos_id` and
+    `eos_id` stand for marks that a `tokenizer.json` does not have.
+    """
+    is_known = MODEL in files and sha256 == hashlib.sha256(files[MODEL]).hexdigest()
+    if is_known or hf_tokenizer.FILE not in files or _is_trained(files, str(folder)):
+        return Tokenizer(files[MODEL], f"{folder}/{MODEL}", files)
+    return FastTokenizer(files, str(folder), bos_id=bos_id, eos_id=eos_id)
+
+
+def _is_trained(files: Mapping[str, bytes], folder: str) -> bool:
+    """Whether `train` has written them: then a special token in a text is text, as sentencepiece has it."""
+    return MODEL in files and hf_tokenizer.config_of(files, folder).get("split_special_tokens") is True
+
+
+def train(
+    inputs: Iterable[str | Path],
+    vocab_size: int,
+    out_dir: str | Path,
+    *,
+    reading: documents.Reading | None = None,
+    tally: documents.Tally | None = None,
+) -> Tokenizer:
     """Learn `vocab_size` pieces from the inputs' documents and write the tokenizer's files to `out_dir`.
 
-    The same inputs give the same files; a folder that holds another tokenizer is not overwritten.
+    The same inputs give the same files; a folder that holds another tokenizer is not overwritten.  `reading`
+    says how documents are found in the inputs; `tally` counts what of them is not learned from.
     """
+    tally = documents.Tally() if tally is None else tally
     out = Path(out_dir)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 260 <= vocab_size <= 1 << 20:
         raise ConfigError(
@@ -97,7 +184,8 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
         raise ConfigError(f"--out ({out}) is not empty and holds no tokenizer; write another folder")
     if why := why_not_writable(out.parent):
         raise ConfigError(f"--out ({out}) cannot be written: {why}; write a folder that can")
-    model = _learn(_sentences(documents.sample(documents.parts(inputs), SAMPLE_BYTES)), vocab_size)
+    texts = documents.sample(documents.parts(inputs, reading, tally), SAMPLE_BYTES, tally)
+    model = _learn(_sentences(texts, tally), vocab_size)
     tokenizer = Tokenizer(model)
     if out.is_dir() and any(out.iterdir()):
         if (out / MODEL).is_file() and (out / MODEL).read_bytes() == model and (out / FILES[1]).is_file():
@@ -113,9 +201,9 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out_dir: str | Path) ->
     return tokenizer
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
+def _sentences(texts: Iterable[str], tally: documents.Tally) -> Iterator[str]:
     """The texts in runs of whole lines, line ends included, of at most LINE_BYTES where the lines allow."""
-    for text in texts:
+    for text in _without_reserved(texts, tally):
         run: list[str] = []
         n_bytes = 0
         for line in text.splitlines(keepends=True):
@@ -128,6 +216,16 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 n_bytes += len(piece.encode())
         if run:
             yield "".join(run)
+
+
+def _without_reserved(texts: Iterable[str], tally: documents.Tally) -> Iterator[str]:
+    """The texts between reserved characters, so that no more than these is left out."""
+    for text in texts:
+        first, *others = text.split(RESERVED)
+        yield first
+        if others:
+            tally.left_out["characters U+2585, reserved by sentencepiece and spelled in bytes"] += len(others)
+            yield from others
 
 
 def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
@@ -161,7 +259,7 @@ def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=min(os.cpu_count() or 1, 16),
+            num_threads=min(processors(), 16),
             minloglevel=2,
         )
     except RuntimeError as error:

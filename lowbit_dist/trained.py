@@ -12,47 +12,31 @@ loading execute nothing of what is read: JSON, safetensors and tokenizers are da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist import model, tokenizer
+from lowbit_dist import model, pretrained, tokenizer
 from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 from lowbit_dist.convert import pack_
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import Grid
-from lowbit_dist.hf_tokenizer import FILE as FAST
-from lowbit_dist.hf_tokenizer import FastTokenizer, first_line
 from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedTensor
-from lowbit_dist.pretrained import Pretrained
+from lowbit_dist.pretrained import CONFIG, Pretrained
+from lowbit_dist.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CONFIG = "config.json"  # of a Hugging Face model's folder
 TEXT_LENGTH = 2048  # tokens of a sample of text for a model that takes more and has no run to say
-
-
-class TextTokenizer(Protocol):
-    """What is asked of a tokenizer, of sentencepiece or of Hugging Face."""
-
-    sha256: str
-    vocab_size: int
-
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +45,9 @@ class Samples:
 
     seq_len: int  # tokens of a sample of text
     number: int = 256  # of samples of prepared data
-    micro_batch: int = 1  # samples of one pass; text is evaluated in whole ones
+    micro_batch: int = 1  # samples of one pass
     cache: Path | None = None  # where shards of remote data are kept
+    document_mask: bool = False  # whether attention stays within a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +63,7 @@ class Trained:
     read: Callable[[str], PackedTensor | Tensor]
     open_tokenizer: Callable[[], TextTokenizer]
     samples: Samples
+    read_buffers: Callable[[nn.Module], dict[str, Tensor]] = lambda _: {}  # of its state, by name
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -86,7 +72,7 @@ class Trained:
     @property
     def max_positions(self) -> int | None:
         """The most tokens of a text that the model takes; None: any number."""
-        return _max_positions(self.hf_config)
+        return pretrained.max_positions(self.hf_config)
 
     def tensor(self, name: str) -> PackedTensor | Tensor:
         """A whole parameter: packed if it is low-bit, else float32."""
@@ -147,7 +133,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
     return Trained(
         path=checkpoint.path,
         step=checkpoint.step,
-        hf_config=model.hf_config(config.model, checkpoint.manifest["vocab_size"]),
+        hf_config=_own_config(checkpoint),
         method=config.method,
         precision=config.precision,
         names=checkpoint.names,
@@ -158,8 +144,16 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
             number=config.train.eval_samples,
             micro_batch=config.train.micro_batch,
             cache=config.data.cache,
+            document_mask=config.data.document_mask,
         ),
     )
+
+
+def _own_config(checkpoint: Checkpoint) -> Any:  # PretrainedConfig
+    """Kept in the checkpoint of a model that began as a pretrained one, whose folder may be gone."""
+    if (content := checkpoint.manifest.get("hf_config")) is not None:
+        return pretrained.of_mapping(content)
+    return model.hf_config(checkpoint.config.model, checkpoint.manifest["vocab_size"])
 
 
 def of_folder(path: str | Path) -> Trained:
@@ -169,21 +163,27 @@ def of_folder(path: str | Path) -> Trained:
     holds every float16.
     """
     folder = Path(path)
-    hf_config = _hf_config(folder)
-    method = Dense()
-    files = Pretrained(folder)
+    hf_config, method = pretrained.configuration(folder), Dense()
+    built = model.of_hf_config(hf_config, method, torch.float32, named=str(folder))
+    if why := pretrained.why_not_causal(built):
+        raise ConfigError(
+            f"{folder} is not a causal language model: {type(built).__name__} {why}; write the folder of one"
+        )
+    files = Pretrained(folder).named_as(built)
+    files.check(built)
     precision: Literal["bf16", "fp32"] = "bf16" if hf_config.dtype is torch.bfloat16 else "fp32"
-    names = _fitting_names(files, hf_config, method)
+    longest = pretrained.max_positions(hf_config) or TEXT_LENGTH
     return Trained(
         path=folder,
         step=None,
         hf_config=hf_config,
         method=method,
         precision=precision,
-        names=names,
+        names=sorted(name for name, _ in built.named_parameters()),
         read=files.tensor,
         open_tokenizer=partial(_folder_tokenizer, folder, hf_config),
-        samples=Samples(seq_len=min(_max_positions(hf_config) or TEXT_LENGTH, TEXT_LENGTH)),
+        samples=Samples(seq_len=min(longest, TEXT_LENGTH)),
+        read_buffers=files.buffers,
     )
 
 
@@ -215,6 +215,8 @@ def network(trained: Trained, *, packed: bool = False, forward: Grid | None = No
         else:
             weights[name] = _dense(tensor, dtype)
     built.load_state_dict(weights, strict=False, assign=True)
+    for name, value in trained.read_buffers(built).items():
+        built.get_buffer(name).copy_(value)
     for layer, tensor in codes:
         pack_(layer, tensor)
     if getattr(built.config, "tie_word_embeddings", False):
@@ -251,12 +253,12 @@ def _unfitting(trained: Trained, what: str) -> ConfigError:
     return ConfigError(f"{trained.path} does not fit its own configuration: {what}; name another checkpoint")
 
 
-def _run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
+def _run_tokenizer(checkpoint: Checkpoint) -> TextTokenizer:
     """The tokenizer of the checkpoint's model: the copy in its run's folder, or its data's."""
     expected = checkpoint.manifest["tokenizer_sha256"]
     copied = checkpoint.path.resolve().parent.parent / "tokenizer"
     path = copied if copied.is_dir() else Path(checkpoint.config.data.path) / "tokenizer"
-    loaded = tokenizer.load(path)
+    loaded = tokenizer.load(path, sha256=expected)
     if loaded.sha256 != expected:
         raise ConfigError(
             f"{path} is not the tokenizer of {checkpoint.path}: its hash is {loaded.sha256[:12]}, "
@@ -265,89 +267,18 @@ def _run_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
     return loaded
 
 
-def _hf_config(folder: Path) -> Any:  # PretrainedConfig
-    import transformers
-
-    try:
-        loaded = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # of whatever JSON may hold; the library passes on what its classes raise
-        raise ConfigError(
-            f"{folder / CONFIG} is not a configuration that transformers knows ({first_line(error)}); write "
-            "the folder of a causal language model"
-        ) from None
-    if getattr(loaded, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"{folder} holds a model that is quantised already (quantization_config in {CONFIG}); write the "
-            "folder of the model that it was made from"
-        )
-    loaded.use_cache = False
-    return loaded
-
-
-def _fitting_names(files: Pretrained, hf_config: Any, method: Method) -> list[str]:
-    """The model's parameters, each of which the files hold in its shape; ConfigError if they do not, or hold
-    more than that.
-    """
-    folder = files.folder
-    try:
-        built: Any = model.of_hf_config(hf_config, method, torch.float32)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
-        raise ConfigError(
-            f"{folder} is not a causal language model that transformers can build ({first_line(error)}); "
-            "write the folder of one"
-        ) from None
-    parameters = dict(built.named_parameters())
-    for name, parameter in parameters.items():
-        if name not in files:
-            raise ConfigError(
-                f"{folder}: {name} is in none of its safetensors files; write the folder of a whole model"
-            )
-        files.check_shape(name, tuple(parameter.shape))
-    tied = {name for name, _ in built.named_parameters(remove_duplicate=False)}
-    buffers = {name for name, _ in built.named_buffers()}
-    # Older versions of transformers saved what rotary embeddings are computed from.
-    unknown = sorted(
-        name for name in files.files if name not in tied | buffers and not name.endswith(".inv_freq")
-    )
-    if unknown:
-        raise ConfigError(
-            f"{folder}: {unknown[0]} in {files.files[unknown[0]].name} is no parameter of the model that its "
-            f"{CONFIG} describes; write the folder of a model whose files fit together"
-        )
-    return sorted(parameters)
-
-
 def _folder_tokenizer(folder: Path, hf_config: Any) -> TextTokenizer:
-    """Of a Hugging Face folder: the sentencepiece model, with which data is prepared, or `tokenizer.json`."""
-    loaded: TextTokenizer
-    if (folder / FAST).is_file() and not _has_sentencepiece(folder):
-        loaded = FastTokenizer(
-            folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
-        )
-    else:
-        loaded = tokenizer.load(folder)
-    rows = hf_config.get_text_config().vocab_size
-    if loaded.vocab_size > rows:
+    """Of a Hugging Face folder, whose model says what begins and ends a text where its tokenizer does not."""
+    loaded = tokenizer.load(
+        folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
+    )
+    rows = pretrained.vocabulary(hf_config)
+    if rows is not None and loaded.vocab_size > rows:
         raise ConfigError(
             f"{folder} has a tokenizer of {loaded.vocab_size:,} pieces and a model of {rows:,}; "
             "put the model's own tokenizer there"
         )
     return loaded
-
-
-def _has_sentencepiece(folder: Path) -> bool:
-    """Whether `tokenizer.model` is one with `<s>` and `</s>`; other libraries use that name, too."""
-    try:
-        tokenizer.load(folder)
-    except ConfigError:
-        return False
-    return True
-
-
-def _max_positions(hf_config: Any) -> int | None:
-    return getattr(hf_config.get_text_config(), "max_position_embeddings", None)
 
 
 def _first(ids: int | list[int] | None) -> int | None:

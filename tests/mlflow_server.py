@@ -44,7 +44,7 @@ class Server:
         if signum == signal.SIGKILL:
             self.process.wait()
 
-    def steps(self, run_id, key="loss"):
+    def steps(self, run_id, key="train/loss"):
         from mlflow.tracking import MlflowClient
 
         return [point.step for point in MlflowClient(self.uri).get_metric_history(run_id, key)]

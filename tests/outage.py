@@ -36,7 +36,7 @@ from lowbit_dist.record import METRICS, rows_of
 
 AWAY, BACK, CALM = 60.0, 30.0, 60.0  # seconds
 LEAST = 0.95
-KEYS = ("lr", "loss", "tokens_per_second")
+KEYS = ("train/lr", "train/loss", "speed/tokens_per_second")
 
 
 def training(folder, uri, steps):

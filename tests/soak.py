@@ -204,7 +204,7 @@ def submitted(cluster, configuration, folder):
 def mlflow_steps(uri, run_id):
     from mlflow.tracking import MlflowClient
 
-    return [point.step for point in MlflowClient(tracking_uri=uri).get_metric_history(run_id, "lr")]
+    return [point.step for point in MlflowClient(tracking_uri=uri).get_metric_history(run_id, "train/lr")]
 
 
 def main():
@@ -262,7 +262,7 @@ def main():
     useful = sum(
         after["time"] - before["time"]
         for before, after in itertools.pairwise(kept)
-        if before["restarts"] == after["restarts"]
+        if all(before[key] == after[key] for key in ("restarts", "resumes"))
     )
     logged = mlflow_steps(uri, found["mlflow_run_id"])
     every = list(range(1, options.steps + 1))

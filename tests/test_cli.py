@@ -1,17 +1,24 @@
 """The command line's contract: help, exit codes, one line for a mistake, and nothing but JSON on stdout."""
 
+import ast
+import inspect
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+import lowbit_dist
+from lowbit_dist import __main__ as entry
+
 VERBS = (
-    "tokenizer train", "data prepare", "plan", "train", "eval", "generate", "inspect", "doctor",
-    "bench update", "sweep", "compare", "runs",
+    "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "eval",
+    "generate", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update", "config",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
 
@@ -32,12 +39,113 @@ def config(tmp_path, monkeypatch):
     return file
 
 
+def functions():
+    """Verb -> the function that it is."""
+    from lowbit_dist.cli import app
+
+    verbs = {}
+    groups = [(f"{group.name} ", group.typer_instance) for group in app.registered_groups]
+    for prefix, typer_app in [("", app), *groups]:
+        for command in typer_app.registered_commands:
+            verbs[prefix + (command.name or command.callback.__name__.replace("_", "-"))] = command.callback
+    return verbs
+
+
+def parameters(function):
+    """Name -> (type, typer's information) of each parameter."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: (hint, *hint.__metadata__) for name, hint in hints.items() if name != "return"}
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_help_of_each_verb_shows_an_example(verb, lowbit):
-    done = lowbit(*verb.split(), "--help")
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_each_verb_shows_an_example(verb, option, lowbit):
+    done = lowbit(*verb.split(), option)
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     assert f"Example: lowbit {verb} " in text + " ", text
+
+
+def test_verbs_are_listed_in_the_order_of_the_work(lowbit):
+    shown = lowbit("-h").stdout
+    places = [re.search(rf"^\W*{verb.split()[0]} ", shown, re.M).start() for verb in VERBS]
+    assert places == sorted(places), shown
+    assert {*functions()} >= {*VERBS}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_in_whole_sentences(verb):
+    function = functions()[verb]
+    first = inspect.cleandoc(function.__doc__).splitlines()[0]
+    assert re.fullmatch(r"[A-Z][a-z]+,? .*[.,:;a-z]", first) and len(first.split()) > 2, first
+    for name, (_, info) in parameters(function).items():
+        text = info.help or ""
+        assert text[:1].isupper() and text.endswith(".") and len(text.split()) > 2, f"{name}: {text!r}"
+
+
+def test_the_version_is_told(lowbit):
+    done = lowbit("--version")
+    assert (done.returncode, done.stdout) == (0, f"lowbit-dist {lowbit_dist.__version__}\n")
+    version = re.search(
+        r'^version = "(.*)"', (Path(__file__).parents[1] / "pyproject.toml").read_text(), re.M
+    )
+    assert lowbit_dist.__version__ == version[1]
+
+
+def test_the_shell_can_complete(lowbit):
+    assert "--install-completion" in lowbit("--help").stdout
+    code = "import sys; sys.argv = ['lowbit']; from lowbit_dist.__main__ import main; main()"
+    done = python(code, _LOWBIT_COMPLETE="complete_bash", COMP_WORDS="lowbit in", COMP_CWORD="1")
+    assert done.stdout.split() == ["inspect"], done.stderr
+
+
+def test_an_older_python_gets_one_line(monkeypatch, capsys):
+    """It meets two files before the one line, and can read both."""
+    for file in (lowbit_dist.__file__, entry.__file__):
+        ast.parse(Path(file).read_text(), feature_version=(3, 7))
+    top = ast.parse(Path(entry.__file__).read_text()).body
+    imported = [ast.unparse(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imported == ["import sys"]
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lowbit: Python 3.11 or newer is needed, and {sys.executable} is 3.10.12")
+
+
+def test_the_version_that_is_needed_has_one_value():
+    root = Path(__file__).parents[1]
+    text = (root / "pyproject.toml").read_text()
+    assert f'requires-python = ">={".".join(map(str, entry.NEEDED))}"' in text
+    assert 'lowbit = "lowbit_dist.__main__:main"' in text
+    assert f"sys.version_info < {entry.NEEDED}" in (root / "launch" / "setup.sh").read_text()
+
+
+def test_home_is_written_out_in_every_path(monkeypatch, tmp_path):
+    """By the callback of each parameter that is a path, or may be one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    texts = {"inputs", "data", "run", "runs", "checkpoint"}
+    seen = set()
+    for verb, function in functions().items():
+        for name, (hint, info) in parameters(function).items():
+            kinds = {hint.__origin__, *typing.get_args(hint.__origin__)}
+            if Path not in kinds and name not in texts:
+                continue
+            seen.add((verb, name))
+            value = info.callback(Path("~/x") if Path in kinds else "~/x")
+            assert str(value) == str(tmp_path / "x"), f"{verb} {name}"
+    assert {("compare", "out"), ("runs", "folder"), ("tokenizer train", "out"), ("eval", "data")} <= seen
+
+
+def test_home_is_written_out_in_a_command(monkeypatch, tmp_path, config, lowbit):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert lowbit("runs", "~/mine").stdout == "no runs yet\n"
+    assert "~" not in lowbit("tokenizer", "train", "--input=~/absent.txt", "--out=~/t").stderr
+    monkeypatch.setenv("HOME", "~")  # as if there were none
+    done = lowbit("runs", "~/mine")
+    assert done.returncode == 2 and "this user has no home folder; write the whole path" in done.stderr
 
 
 def test_help_takes_less_than_a_second():
@@ -59,6 +167,16 @@ def test_help_takes_less_than_a_second():
         (["train"], "CONFIG"),
         (["plan", "CONFIG", "--wrokers", "2"], "--wrokers"),
         (["plan", "CONFIG", "--workers", "two"], "--workers"),
+        (["plan", "CONFIG", "--workers"], "requires an argument. See --help."),
+        (
+            ["train", "CONFIG", "--lr", "1"],
+            "--lr: fields are written without dashes, as train.steps=20; did you",
+        ),
+        (
+            ["plan", "CONFIG", "--train.steps=20"],
+            "without dashes, as train.steps=20; did you mean 'train.steps'",
+        ),
+        (["submit", "CONFIG", "--epochs", "3"], "without dashes, as train.steps=20; write train.steps: an"),
         (["train", "absent.yaml"], "absent.yaml"),
         (["train", "CONFIG", "train.stpes=3"], "did you mean 'steps'"),
         (["train", "CONFIG", "cluster.workers=4096", "train.batch_tokens=8388608"], "cluster.workers (4096)"),

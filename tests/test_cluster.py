@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,9 +132,11 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     config = configuration(small())
     config.run_dir.mkdir()
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
+    checks.check_run(other)  # as long as the launch that left it has measured nothing
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n')
     checks.check_run(config)
     checks.check_run(configuration(small(cluster={"workers": 1}, train={"log_every": 1})))
-    other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
     with pytest.raises(ConfigError) as error:
         checks.check_run(other)
     assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
@@ -198,13 +201,21 @@ def test_one_run_is_not_trained_twice_at_once(small):
         pass
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:port", "http://"])
-def test_an_address_without_a_ray_cluster_is_refused(address, small, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "answer"),
+    [
+        ("127.0.0.1:1", "does not answer"),
+        ("127.0.0.1:port", "is no address"),
+        ("ray://127.0.0.1:10001", "is an address of Ray's client"),
+        ("http://127.0.0.1:8265", "is the address of Ray's dashboard"),
+    ],
+)
+def test_an_address_without_a_ray_cluster_is_refused(address, answer, small, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     config = configuration(small(cluster={"workers": 1}))
     with pytest.raises(ConfigError) as error:
         checks.check(config)
-    assert str(error.value).startswith(f"RAY_ADDRESS ({address}) does not answer")
+    assert str(error.value).startswith(f"RAY_ADDRESS ({address}) {answer}")
 
 
 # ------------------------------------------------------------------ runs
@@ -219,7 +230,13 @@ def test_rows_are_followed_from_the_end_of_the_file_whole_and_through_a_cut(tmp_
     follower = Follower(tmp_path, told)
     with metrics.open("a") as file:
         file.write('{"step": 2}\n{"st')
-    log.write_text("12:00:00 worker 0: careful\nTraceback\n")
+    log.write_text(
+        "12:00:00 worker 0: careful\nTraceback\n"
+        "2026-11-26 12:00:01,123\tERROR worker.py:433 -- A worker died or was killed while executing a task "
+        "by an unexpected system error. (1) The process is killed by SIGKILL by OOM killer\n"
+        "12:00:02 worker 0: stopped at step 2: its checkpoint is saved\n"
+        "12 of them were killed\n"
+    )
     follower.read()
     with metrics.open("a") as file:
         file.write('ep": 3}\n')
@@ -230,7 +247,7 @@ def test_rows_are_followed_from_the_end_of_the_file_whole_and_through_a_cut(tmp_
         file.write('{"step": 2}\n')
     follower.read()
     assert [row["step"] for row in told.rows] == [2, 3, 2]
-    assert told.said == ["worker 0: careful"]
+    assert told.said == ["worker 0: careful", "worker 0: stopped at step 2: its checkpoint is saved"]
 
 
 def children(pid):
@@ -264,12 +281,15 @@ def undisturbed(run, ranks, digests):
 def left_behind(pid, with_folder=True):
     """Processes of a launch that has ended, and its folder (of a killed one, the next launch removes it)."""
     deadline = time.monotonic() + 10
+    mark = re.compile(rf"lowbit-ray-{pid}\b")
     while time.monotonic() < deadline:
-        mark = f"lowbit-ray-{pid}-"
         processes = [
-            each for each in psutil.process_iter(["cmdline"]) if mark in " ".join(each.info["cmdline"] or ())
+            each
+            for each in psutil.process_iter(["cmdline"])
+            if mark.search(" ".join(each.info["cmdline"] or ()))
         ]
-        found = [*processes, *(Path("/tmp").glob(f"{mark}*") if with_folder else ())]
+        places = [place for place in Path("/tmp").glob("lowbit-ray-*") if mark.match(place.name)]
+        found = [*processes, *(places if with_folder else ())]
         if not found:
             break
         time.sleep(0.2)
@@ -327,7 +347,7 @@ def mlflow_run(uri, run_dir):
 
     client = MlflowClient(tracking_uri=uri)
     run_id = (run_dir / ".mlflow_run_id").read_text()
-    points = client.get_metric_history(run_id, "lr")
+    points = client.get_metric_history(run_id, "train/lr")
     return client.get_run(run_id).info.status, sorted(point.step for point in points)
 
 
@@ -353,7 +373,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
 
     # A signal ends it after the step in hand, with a checkpoint of that step.
     step = 0
-    for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         process = started_and_beyond(step)
         if not step:
             # Ray is there for this machine alone.  The store by which torch's workers meet is not.
@@ -371,6 +391,8 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
         assert "stopping after this step, with a checkpoint" in stderr
         assert "resumes from the newest checkpoint" in stderr.splitlines()[-1]
         assert "Traceback" not in stderr
+        assert "OOM" not in stderr
+        assert (f"resumes from step {step}" in stderr) == bool(step)
         assert left_behind(process.pid) == []
         done = rows(folder)[-1]
         assert step < done < STEPS, "it must have been stopped before its end"
@@ -397,7 +419,7 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     assert left_behind(process.pid) == []
     summary = json.loads(stdout)
     assert summary["digest"] == undisturbed
-    assert summary["restarts"] == 4
+    assert (summary["restarts"], summary["resumes"]) == (1, 4)
     assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
     assert rows(folder) == list(range(1, STEPS + 1))
     assert not (folder / ".stop").exists()
@@ -438,7 +460,8 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
     assert killed, "the case must kill a worker"
     assert told.attempts == 3
     assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said
-    assert summary["restarts"] == 2
+    assert (summary["restarts"], summary["resumes"]) == (2, 0)
+    assert "worker 0: resumes from step" in " ".join(told.said)
     assert summary["digest"] == undisturbed
     assert told_by_ray == set(gauges.GAUGES)
     log = (config.run_dir / "log.txt").read_text()

@@ -40,7 +40,7 @@ def make(place):
             one = {"components": {part: {"bytes": 0} for part in PARTS}, "workers": 2}
             one = {**one, "parameters": {"total": 1000}}
             memory = {**one, "components": {**one["components"], "gradients": {"bytes": bytes_each}}}
-            memory |= {"plan_dense": one, "plan_bitnet": one}
+            memory |= {"plan_dense": one, "plan_dense_same_states": one, "plan_bitnet": one}
             found = {"steps": steps, "val_loss": val_loss, "perplexity": 2.0**val_loss, "memory": memory}
             (folder / "summary.json").write_text(json.dumps(found))
         return folder
@@ -105,9 +105,9 @@ def test_names_mean_runs_and_sweeps_and_each_run_counts_once(make, place):
     assert found("sweep/b", "sweep", "runs/sweep/a") == ["runs/sweep/b", "runs/sweep/a"]
     assert found("elsewhere") == ["elsewhere/c"]
     assert found("runs") == ["runs/alone", "runs/sweep/a", "runs/sweep/b"]
-    with pytest.raises(ConfigError, match=r"sweeep is no run and no sweep.*did you mean 'sweep'"):
+    with pytest.raises(ConfigError, match=r"'sweeep' is neither a run .*did you mean 'sweep'"):
         runs.named(["sweeep"])
-    with pytest.raises(ConfigError, match=r"notes is no run and no sweep.*; write a run's"):
+    with pytest.raises(ConfigError, match=r"'notes' is neither a run .*; write the name or .* alone, sweep"):
         runs.named(["notes"])
 
 
@@ -242,7 +242,10 @@ def test_a_folders_runs_are_listed(make, lowbit, place):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "absent"], "absent is no run and no sweep"),
+        (
+            ["compare", "absent"],
+            "'absent' is neither a run (in runs/), a run's folder nor a sweep; write the name",
+        ),
         (["compare"], "RUN"),
         (["compare", "a", "--out", "runs/a/config.yaml"], "cannot be written (File exists)"),
         (["runs", "absent"], "absent is no folder"),

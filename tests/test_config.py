@@ -34,7 +34,7 @@ def refused(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_every_field_has_a_default_but_the_data_path(tmp_path):
     config = load(tmp_path)
     assert config.flat() == {
-        "run.name": "run", "run.seed": 0, "run.dir": "runs",
+        "run.name": "run", "run.seed": 0, "run.dir": "runs", "run.with_states": False, "run.from": None,
         "model.preset": "tiny", "model.hidden_size": None, "model.intermediate_size": None,
         "model.layers": None, "model.heads": None, "model.kv_heads": None, "model.pretrained": None,
         "model.max_seq_len": 2048, "model.rope_theta": 10000.0, "model.norm_eps": 1e-5,
@@ -43,10 +43,11 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "method.scale": "absmean", "method.granularity": "tensor", "method.group": 128,
         "method.activation_bits": 8, "method.sub_norms": False,
         "data.path": "data/stdlib", "data.seq_len": 256, "data.tokenizer": None, "data.cache": None,
+        "data.document_mask": False,
         "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.95],
         "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
-        "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
+        "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
         "precision": "bf16",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
@@ -199,6 +200,46 @@ def test_the_nearest_batch_is_named(tmp_path, batch, nearest):
     assert load(tmp_path, GOOD, f"train.batch_tokens={nearest}")
 
 
+@pytest.mark.parametrize(
+    "field", ["run.dir", "data.path", "data.cache", "data.tokenizer", "model.pretrained"]
+)
+def test_home_is_written_out_in_every_path(tmp_path, monkeypatch, field):
+    monkeypatch.setenv("HOME", "/home/someone")
+    section, _, name = field.partition(".")
+    text = "data: {path: x}\n" if section != "data" else ""
+    own = f"path: x, {name}" if section == "data" and name != "path" else name
+    for config in (
+        load(tmp_path, text + f"{section}: {{{own}: ~/a b}}\n"),
+        load(tmp_path, GOOD, f"{field}=~/a b"),
+    ):
+        assert config.flat()[field] == "/home/someone/a b"
+        assert load(tmp_path, config.to_yaml()) == config
+    assert load(tmp_path, GOOD, f"{field}=a~b/~").flat()[field] == "a~b/~"
+
+
+def test_home_is_written_out_in_a_tracking_uri(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for uri, expected in {
+        "sqlite:///~/mlflow.db": "sqlite:////home/someone/mlflow.db",
+        "~/mlruns": "/home/someone/mlruns",
+        "sqlite:///a/~b.db": "sqlite:///a/~b.db",
+        "http://host/~user": "http://host/~user",
+    }.items():
+        assert load(tmp_path, GOOD, f"tracking.mlflow={uri}").tracking.mlflow == expected
+
+
+def test_a_user_without_a_home_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    rule = "must not begin with ~: this user has no home folder; write the whole path"
+    assert refused(tmp_path, GOOD, "run.dir=~/runs") == f"run.dir ('~/runs') {rule}"
+    assert refused(tmp_path, "data: {path: '~'}\n") == f"data.path ('~') {rule}"
+    assert load(tmp_path, GOOD, "run.dir=~other/runs").run.dir == Path("~other/runs")
+
+
+def test_a_number_is_text_where_text_is_meant(tmp_path):
+    assert load(tmp_path, GOOD, "tracking.mlflow=2024").tracking.mlflow == "2024"
+
+
 def test_a_configuration_never_changes(tmp_path):
     config = load(tmp_path)
     with pytest.raises(Exception, match="frozen"):
@@ -214,17 +255,17 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         tmp_path, GOOD, "cluster.workers=1", "cluster.max_failures=0", "tracking.mlflow=null",
         "run.dir=elsewhere", "tracking.experiment=x", "train.log_every=1", "train.eval_every=2",
         "train.save_every=3", "train.keep_last=4", "train.keep_every=6", "train.max_skipped=7",
-        "train.max_grad_ratio=10", "train.on_spike=rollback", "data.cache=c",
+        "train.max_grad_ratio=10", "train.on_spike=rollback", "data.cache=c", "data.path=y",
+        "data.tokenizer=t",
     )  # fmt: skip
     assert old.differences(same) == []
     other = load(
         tmp_path, GOOD, "train.steps=20", "train.eval_samples=1", "run.seed=1", "optimizer.betas=[0,0.5]",
-        "precision=fp32", "method.activation_bits=null", "data.path=y",
+        "precision=fp32", "method.activation_bits=null",
     )  # fmt: skip
     assert old.differences(other) == [
         "run.seed: 0 -> 1",
         "method.activation_bits: 8 -> null",
-        "data.path: data/stdlib -> y",
         "optimizer.betas: [0.9, 0.95] -> [0.0, 0.5]",
         "precision: bf16 -> fp32",
         "train.steps: 300 -> 20",
@@ -273,9 +314,10 @@ def test_what_decides_the_result_of_a_run_may_not_change(tmp_path):
         if config.differences(other) == []:
             changeable.add(name)
     train = ("log_every", "eval_every", "save_every", "keep_last", "keep_every")
-    train += ("max_skipped", "max_grad_ratio", "on_spike")
+    train += ("max_skipped", "max_grad_ratio", "on_spike", "activation_checkpointing")
+    by_content = ("data.path", "data.tokenizer", "model.pretrained")  # what lies there may not change
     assert changeable == {
-        "run.dir", "data.cache", "tracking.mlflow", "tracking.experiment",
+        "run.dir", "data.cache", "tracking.mlflow", "tracking.experiment", *by_content,
         *(f"train.{name}" for name in train),
         *(name for name in config.flat() if name.startswith("cluster.")),
     }  # fmt: skip
@@ -340,6 +382,28 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a misspelt field of another section": (
         GOOD, ("train.residancy=sharded",),
         "train: unknown name 'residancy'; did you mean 'zero.residency'?"),
+    "a name that is a little like one of another section": (
+        GOOD, ("run.notes=x",),
+        "run: unknown name 'notes'; known names are name, seed, dir, with_states, from"),
+    "a part of a name of another section": (
+        GOOD, ("data.timeout=5",),
+        "data: unknown name 'timeout'; known names are path, seq_len, tokenizer, document_mask, "
+        "cache"),
+    "a name from elsewhere at the top level": (
+        GOOD + "epochs: 3", (),
+        "unknown name 'epochs'; write train.steps: an epoch is as many steps as the data's tokens / "
+        "train.batch_tokens"),
+    "a name from elsewhere that is like one here": (
+        GOOD, ("train.batch_size=8",),
+        "train: unknown name 'batch_size'; write train.batch_tokens, the tokens of a step over all workers "
+        "(samples x data.seq_len), or train.micro_batch, the samples that a worker takes at once"),
+    "a name from elsewhere in another spelling": (
+        GOOD, ("optimizer.Learning-Rate=1",),
+        "optimizer: unknown name 'Learning-Rate'; write optimizer.lr"),
+    "what is not chosen here": (
+        GOOD, ("train.gradient_accumulation_steps=8",),
+        "train: unknown name 'gradient_accumulation_steps'; leave it out: it follows from train.batch_tokens "
+        "/ (train.micro_batch x data.seq_len x cluster.workers)"),
     "a section inside a section": (
         GOOD + "run: {train: {steps: 5}}", (),
         "run: unknown name 'train'; train stands beside run, not in it: move it out"),
@@ -568,6 +632,12 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a precision that does not exist": (
         GOOD, ("precision=fp16",),
         "precision ('fp16') must be one of bf16, fp32; did you mean 'bf16'?"),
+    "a precision from elsewhere": (
+        GOOD, ("precision=float32",),
+        "precision ('float32') must be one of bf16, fp32; did you mean 'fp32'?"),
+    "a grid from elsewhere": (
+        GOOD, ("method.grid=1.58bit",),
+        "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
     "states that do not exist": (
         GOOD, ("optimizer.states=int4",),
         "optimizer.states ('int4') must be one of fp32, bf16, int8; did you mean 'int8'?"),
@@ -597,8 +667,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "optimizer ('lion') must be a section of names and values; write optimizer: {name: adamw}"),
     "a schedule with a hyphen": (
         GOOD, ("schedule.name=two-stage",),
-        "schedule.name ('two-stage') must be one of cosine, linear, constant, two_stage; did you "
-        "mean 'two_stage'?"),
+        "schedule.name ('two-stage') must be one of cosine, linear, constant, wsd, two_stage; did "
+        "you mean 'two_stage'?"),
     "a ZeRO stage that does not exist": (
         GOOD, ("zero.stage=4",),
         "zero.stage (4) must be one of 0, 1, 2, 3, null; write 0, for example"),
@@ -786,6 +856,46 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
+FROM_ELSEWHERE = {
+    "epochs": "train.steps", "max_steps": "train.steps", "batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch_tokens", "learning_rate": "optimizer.lr",
+    "device": "cluster.gpus_per_worker", "num_workers": "cluster.workers", "wandb": "tracking.mlflow",
+    "bf16": "precision", "warmup": "schedule.warmup_steps", "max_grad_norm": "train.clip_norm",
+    "output_dir": "run.dir", "dataset": "data.path", "model_name_or_path": "model.pretrained",
+    "num_hidden_layers": "model.layers", "bits": "method.grid", "save_steps": "train.save_every",
+    "gradient_checkpointing": "train.activation_checkpointing", "zero_stage": "zero.stage",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", FROM_ELSEWHERE)
+@pytest.mark.parametrize("section", [None, "train", "optimizer", "zero"])
+def test_what_people_say_elsewhere_is_answered(section, word):
+    content = {word: 1} if section is None else {section: {word: 1}}
+    with pytest.raises(ConfigError) as caught:
+        configfile.from_dict({"data": {"path": "x"}} | content)
+    assert f"unknown name '{word}'; " in str(caught.value)
+    assert FROM_ELSEWHERE[word] in str(caught.value)
+
+
+def test_what_is_said_of_names_from_elsewhere_is_true():
+    """Each field that an answer names is one; no name has two answers, or is a field itself."""
+    from lowbit_dist import synonyms
+
+    own = [{"data": {"path": "x"}, "method": {"name": name}} for name in ("dqt", "bitnet", "dense")]
+    fields = {name for content in own for name in configfile.from_dict(content).flat()}
+    names = [name for group in synonyms._ANSWERS for name in group.split()]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+    assert not {*names} & ({name.partition(".")[2] for name in fields} | {*RunConfig.model_fields})
+    for name in names:
+        answer = synonyms.answer(name)
+        assert answer.startswith(("write ", "leave it out")), answer
+        mentioned = set(re.findall(rf"\b((?:{'|'.join(RunConfig.model_fields)})\.\w+)", answer))
+        assert mentioned <= fields, answer
+        assert mentioned or answer.startswith("leave it out") or answer.split()[1].strip(":,") in SECTIONS, (
+            answer
+        )
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_configuration_is_answered_in_one_line(tmp_path, case):
     text, overrides, message = BAD[case]
@@ -804,9 +914,13 @@ WRONG = {
     "true": lambda name: f"{name}=true",
 }
 TEXTS = ("run.name", "run.dir", "model.pretrained", "data.path", "data.tokenizer", "data.cache")
-TEXTS += ("tracking.mlflow", "tracking.experiment")  # on the command line every value of theirs is text
+TEXTS += (
+    "tracking.mlflow",
+    "tracking.experiment",
+    "run.from",
+)  # on the command line every value of theirs is text
 TRUTHS = ("model.tie_embeddings", "method.sub_norms")
-TRUTHS += ("train.activation_checkpointing", "train.reproducible")
+TRUTHS += ("train.activation_checkpointing", "train.reproducible", "run.with_states", "data.document_mask")
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -953,7 +1067,7 @@ def test_fuzzed_files_and_overrides_never_end_in_a_traceback(tmp_path, text, ove
 @given(
     name=st.text(
         st.characters(categories=["L", "N", "P", "S"], include_characters=" "), min_size=1, max_size=20
-    ),
+    ).filter(lambda name: "://" not in name),  # of a URL
     lr=st.floats(0, 100),
     betas=st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)),
     seed=st.integers(0, 2**63 - 1),

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import gzip
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import torch
 
 from lowbit_dist import configfile, data, documents, tokenizer
 from lowbit_dist.config import ConfigError, Data, RunConfig
-from lowbit_dist.data import reading, shards, tokenizing
+from lowbit_dist.data import reading, shards, tokenizing, writing
 
 SEQ = 32  # tokens of a sample
 SHARD = 8192  # bytes: small, so that there are many
@@ -61,12 +60,10 @@ def small():
 def ray(small):
     import ray
 
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        tokenizing._start_ray(2)
-    yield
-    if is_ours:
-        ray.shutdown()
+    with contextlib.ExitStack() as session:
+        if not ray.is_initialized():
+            session.enter_context(tokenizing._started_ray(None, 2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +247,9 @@ def test_few_documents_are_divided_by_their_lowest_places(ray, words, tmp_path):
         (tmp_path / f"{k}.txt").write_text(texts()[3 * k + 1] + " and more" * 40)
     manifest = data.prepare([tmp_path / f"{k}.txt" for k in range(3)], words, tmp_path / "out", seq_len=SEQ)
     assert (manifest["splits"]["train"]["documents"], manifest["splits"]["val"]["documents"]) == (2, 1)
+    (tmp_path / "short.txt").write_text("some words, and no more")
     with pytest.raises(ConfigError, match="too few"):
-        data.prepare([tmp_path / "0.txt"], words, tmp_path / "other", seq_len=SEQ)
+        data.prepare([tmp_path / "short.txt"], words, tmp_path / "other", seq_len=SEQ)
     assert not (tmp_path / "other").exists()
 
 
@@ -463,7 +461,8 @@ def test_nothing_of_a_killed_preparation_goes_on_and_nothing_of_it_blocks_the_ne
 
 
 def test_a_mistake_in_the_inputs_is_one_line_from_any_worker(ray, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "_probe", lambda _: None)  # it would find the mistake first
+    for module, name in ((documents, "_probe"), (writing, "_longest_document")):
+        monkeypatch.setattr(module, name, lambda *_: None)  # it would find the mistake first
     lines = [json.dumps({"text": text}) for text in texts()]
     lines[333] = '{"txt": "misspelt"}'
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
@@ -715,169 +714,3 @@ def test_wrong_arguments_of_prepare_are_refused(corpus, words, tmp_path, changed
     with pytest.raises(ConfigError, match=answer) as error:
         data.prepare(**arguments)
     assert "\n" not in str(error.value)
-
-
-# --- documents --------------------------------------------------------------------------------------------
-
-
-def write(folder: Path, name: str, made: list[str]) -> Path:
-    file = folder / name
-    lines = "".join(json.dumps({"id": k, "text": text}) + "\n" for k, text in enumerate(made)).encode()
-    if name.endswith(".gz"):
-        file.write_bytes(gzip.compress(lines))
-    elif name.endswith(".zst"):
-        import zstandard
-
-        half = lines.index(b"\n", len(lines) // 2) - 5  # two frames, the border inside a line
-        zipped = [zstandard.compress(each) for each in (lines[:half], lines[half:])]
-        file.write_bytes(b"".join(zipped))
-    elif name.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"text": made}), file, row_group_size=57)
-    else:
-        file.write_bytes(lines)
-    return file
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_every_format_gives_the_same_documents_however_it_is_cut(tmp_path, monkeypatch, name):
-    made = [*texts(), "\u2028 line\x85 ends\r that JSON lines do not have", "last"]
-    file = write(tmp_path, name, made)
-    monkeypatch.setattr(documents.jsonl, "CHUNK", 97)  # bytes: borders inside and between lines
-    for size in (100, 7777, 1 << 22):
-        monkeypatch.setattr(documents.text, "PART", size)
-        assert list(documents.read(documents.parts([file]))) == made
-
-
-def test_text_files_are_documents_and_long_ones_are_cut_at_line_ends(tmp_path, monkeypatch):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "__pycache__" / "x.pyc").write_bytes(b"\0")
-    (tmp_path / ".hidden").write_bytes(b"\0")
-    (tmp_path / "b" / "empty.txt").write_text("")
-    (tmp_path / "b" / "short.md").write_bytes("\ufeffshort\r\n  ß\n".encode())
-    draw = random.Random(0)
-    long = "".join("é" * draw.randrange(3000) + "\n" for _ in range(200)) + "x" * 200_000 + "\nno end of line"
-    (tmp_path / "a.txt").write_text(long)
-    for size in (1 << 16, 1 << 18, 1 << 22):
-        monkeypatch.setattr(documents.text, "PART", size)
-        *pieces, short = documents.read(documents.parts([tmp_path]))
-        assert short == "short\r\n  ß\n"
-        assert "".join(pieces) == long
-        assert 5 < len(pieces) < 20
-        assert all(piece.endswith("\n") for piece in pieces[:-1])
-
-
-def test_the_standard_library_is_a_corpus():
-    parts = documents.parts(["stdlib"])
-    names = [part.path for part in parts]
-    assert parts == documents.parts(["stdlib"])
-    assert any(name.endswith("/json/decoder.py") for name in names)
-    for unwanted in ("/test/", "site-packages", "_sysconfigdata"):
-        assert not [name for name in names if unwanted in name]
-    found = list(documents.read(parts))
-    assert 5e6 < sum(len(text.encode()) for text in found) < 5e7
-    assert sum(len(text) for text in documents.sample(parts, 1 << 20)) == pytest.approx(1 << 20, rel=0.2)
-
-
-def test_a_dataset_of_hugging_face_is_read_by_rows(monkeypatch):
-    """The library is not installed here; what is called is its documented interface."""
-
-    class Rows:
-        column_names = ("text",)
-        dataset_size = 1000
-
-        def __len__(self):
-            return 25
-
-        def __getitem__(self, rows):
-            return {"text": [f"row {k}" for k in range(25)][rows]}
-
-    class Library:
-        @staticmethod
-        def load_dataset(name, configuration, split):
-            assert (name, configuration, split) == ("owner/name", "en", "train[:5%]")
-            return Rows()
-
-    with pytest.raises(ConfigError, match="pip install datasets"):
-        documents.parts(["hf:owner/name"])
-    monkeypatch.setitem(sys.modules, "datasets", Library)
-    monkeypatch.setattr(documents.tables, "ROWS", 10)
-    parts = documents.parts(["hf:owner/name:en:train[:5%]"])
-    assert len(parts) == 3
-    assert list(documents.read(parts)) == [f"row {k}" for k in range(25)]
-
-
-def cut(name: str, n_bytes: int) -> bytes:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        return write(Path(folder), name, texts()).read_bytes()[:n_bytes]
-
-
-BAD_INPUTS = {
-    "empty file": ("a.txt", b"", "is empty"),
-    "binary": ("a.txt", b"text\0", "byte 4 is zero"),
-    "not UTF-8": ("a.txt", b"text \xe9t\xe9", "byte 5 is not UTF-8"),
-    "not UTF-8 far in": ("a.txt", b"x\n" * 40_000 + b"\xff", "byte 80,000 is not UTF-8"),
-    "gzip as text": ("a.txt", gzip.compress(b"text"), "leave the file out|leave it out"),
-    "no JSON": ("a.jsonl", b'{"text": "a"}\nplain\n', r"line 2 is not JSON"),
-    "cut JSON": ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2 is not JSON"),
-    "no object": ("a.jsonl", b'["text"]\n', "line 1 is not a JSON object"),
-    "no text": ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "line 3 has no text .*body"),
-    "text is a number": ("a.jsonl", b'{"text": 1}\n', "line 1 has no text"),
-    "text is null": ("a.jsonl", b'{"text": null}\n', "line 1 has no text"),
-    "bytes in JSON": ("a.jsonl", b'{"text": "\xe9"}\n', "line 1 is not UTF-8 text at its byte 10"),
-    "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
-    "nested JSON": ("a.jsonl", b"[" * 100_000, "line 1 "),
-    "no gzip": ("a.jsonl.gz", b'{"text": "a"}\n', "damaged"),
-    "cut gzip": ("a.jsonl.gz", cut("a.jsonl.gz", 5000), "ends in the middle"),
-    "no zstd": ("a.jsonl.zst", b'{"text": "a"}\n', "damaged"),
-    "cut zstd": ("a.jsonl.zst", cut("a.jsonl.zst", 5000), "ends in the middle"),
-    "no Parquet": ("a.parquet", b"PAR1 text", "not a Parquet file"),
-    "cut Parquet": ("a.parquet", cut("a.parquet", 5000), "not a Parquet file"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_input_that_is_wrong_is_named_with_its_place(tmp_path, case):
-    name, content, answer = BAD_INPUTS[case]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=answer) as error:
-        list(documents.read(documents.parts([tmp_path / name])))
-    assert name in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_further_inputs_that_are_wrong(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    def refused(inputs, answer):
-        with pytest.raises(ConfigError, match=answer) as error:
-            list(documents.read(documents.parts(inputs)))
-        assert "\n" not in str(error.value)
-
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "body.parquet")
-    refused([tmp_path / "body.parquet"], "no column 'text'; its columns are body")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["a"] * 5 + [None]}), tmp_path / "null.parquet", row_group_size=2
-    )
-    refused([tmp_path / "null.parquet"], "row 6 has no text")
-    damaged = write(tmp_path, "damaged.parquet", texts())
-    content = bytearray(damaged.read_bytes())
-    content[1000:2000] = bytes(1000)
-    damaged.write_bytes(content)
-    refused([damaged], "damaged")
-    (tmp_path / "folder").mkdir()
-    refused([tmp_path / "folder"], "no file with text")
-    (tmp_path / "folder" / "a.txt").write_text("text")
-    refused([tmp_path / "folder", tmp_path / "folder" / "a.txt"], "read twice")
-    assert list(documents.read(documents.parts([tmp_path / "folder" / "*.txt"]))) == ["text"]
-    os.mkfifo(tmp_path / "pipe")
-    refused([tmp_path / "pipe"], "must be a file or a folder")
-    if os.geteuid():  # root may read everything
-        (tmp_path / "folder" / "a.txt").chmod(0)
-        refused([tmp_path / "folder" / "a.txt"], "cannot be read")

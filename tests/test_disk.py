@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from preparing import prepare_alone
-from tracked import Tracked
+from tracked import Tracked, configuration
 
-from lowbit_dist import configfile, data, tokenizer, tracking
+from lowbit_dist import data, tokenizer, tracking
 from lowbit_dist.cluster.following import Follower
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data import reading, shards
@@ -78,21 +78,11 @@ def until(condition, what: str, seconds: float = 30.0) -> None:
 
 # --- tracking ---------------------------------------------------------------------------------------------
 
-WIDE = {f"memory/part{i}": 1.0 for i in range(60)}  # makes a row longer than a kilobyte
+WIDE = {f"train/part{i}": 1.0 for i in range(60)}  # makes a row longer than a kilobyte
 
 
 def config(folder: Path, uri: str | None = None) -> RunConfig:
-    made = configfile.from_dict(
-        {
-            "run": {"name": "full", "dir": str(folder)},
-            "method": {"name": "dqt"},
-            "data": {"path": "data"},
-            "tracking": {"mlflow": uri, "experiment": "tests"},
-        }
-    )
-    made.run_dir.mkdir(exist_ok=True, parents=True)
-    (made.run_dir / "config.yaml").write_text(made.to_yaml())
-    return made
+    return configuration(uri, folder, "full")
 
 
 def log(tracker: Tracked, steps) -> None:
@@ -219,7 +209,7 @@ def new_store(tmp_path_factory):
     return file
 
 
-def sent(file: Path, run_id: str, key: str = "loss") -> list[int]:
+def sent(file: Path, run_id: str, key: str = "train/loss") -> list[int]:
     """The steps that MLflow has, read without MLflow; the database must be sound."""
     with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
         assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
@@ -246,7 +236,7 @@ def test_mlflows_database_on_a_full_disk_stops_nothing_and_gets_every_row_when_t
     small.free()
     until(lambda: sent(file, run_id) == list(range(1, 100)), "the rows never arrived")
     tracker.finish("FINISHED")
-    assert sent(file, run_id, "memory/part59") == list(range(1, 100))
+    assert sent(file, run_id, "train/part59") == list(range(1, 100))
     assert len(warnings(caplog)) == 1
     assert "database or disk is full" in warnings(caplog)[0]
     assert "\n" not in warnings(caplog)[0]
@@ -433,7 +423,7 @@ def test_a_preparation_that_fills_the_disk_at_any_place_leaves_it_empty_and_says
 
 
 def test_a_tokenizer_that_fills_the_disk_at_any_place_leaves_it_empty(disk, documents, words, monkeypatch):
-    model = tokenizer.load(words).model
+    model = tokenizer.load(words).files["tokenizer.model"]
     monkeypatch.setattr(tokenizer, "_learn", lambda *_: model)
     small = disk("4k")
     out = small.folder / "out"

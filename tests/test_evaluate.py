@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_the_loss_is_that_of_the_training_loop(name, trained, corpus):
     assert (found["step"], found["samples"], found["tokens"]) == (4, 6, 6 * 64)
 
 
+@pytest.mark.parametrize("size", [1, 4, 6, 100])
+def test_every_sample_counts_whatever_the_micro_batch(size, trained, corpus):
+    model, summary = trained("dqt")
+    found = evaluate(replace(model, samples=replace(model.samples, micro_batch=size)), str(corpus))
+    assert found["samples"] == 6
+    assert found["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+
+
 def test_more_samples_are_read_when_asked_for(trained, corpus):
     model, summary = trained("dqt")
     found = evaluate(model, str(corpus), n_samples=10)
@@ -79,9 +88,12 @@ def test_text_is_cut_into_samples_of_the_runs_length(trained, tmp_path):
     (tmp_path / "text.py").write_text(text)
     n = len(model.tokenizer.encode(text)) + 2
     found = evaluate(model, str(tmp_path / "text.py"))
-    samples = n // 64 // 2 * 2  # whole micro-batches of two
-    assert samples > 2
-    assert (found["samples"], found["tokens"]) == (samples, samples * 64)
+    assert n % 64 > 1, "the case must have a short last sample"
+    assert (found["samples"], found["tokens"]) == (n // 64 + 1, n)
+    whole = evaluate(model, str(tmp_path / "text.py"), n_samples=n // 64)
+    assert (whole["samples"], whole["tokens"]) == (n // 64, n // 64 * 64)
+    one = evaluate(replace(model, samples=replace(model.samples, micro_batch=1)), str(tmp_path / "text.py"))
+    assert one["loss"] == pytest.approx(found["loss"], rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * n / len(text))
 
     (tmp_path / "short.txt").write_text("a few words")

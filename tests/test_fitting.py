@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_train import train
 
+import lowbit_dist.machine
 from lowbit_dist import checkpoint, configfile, memory
 from lowbit_dist.checkpoint import Checkpoint, space
 from lowbit_dist.cluster import checks
@@ -73,7 +74,12 @@ REFUSED = {
         ["train.micro_batch"],
     ),
     "whole weights": (
-        content_of(model={"preset": "320m"}, method=DENSE, zero={"stage": 0}, train={"micro_batch": 2}),
+        content_of(
+            model={"preset": "320m"},
+            method=DENSE,
+            zero={"stage": 0},
+            train={"micro_batch": 2, "batch_tokens": 1024},
+        ),
         13,
         "other_weights",
         ["zero.stage"],
@@ -91,7 +97,13 @@ REFUSED = {
         ["cluster.workers"],
     ),
     "several": (
-        content_of(model={"preset": "320m"}, method=DENSE, zero={"stage": 0}, optimizer={"states": "fp32"}),
+        content_of(
+            model={"preset": "320m"},
+            method=DENSE,
+            zero={"stage": 0},
+            optimizer={"states": "fp32"},
+            train={"batch_tokens": 4096},
+        ),
         8,
         "optimizer_states",
         None,
@@ -165,7 +177,11 @@ def test_what_is_let_through_without_a_simulation_fits(method, preset, checkpoin
         content = content_of(
             model={"preset": preset},
             method=method,
-            train={"micro_batch": micro_batch, "activation_checkpointing": checkpointing},
+            train={
+                "micro_batch": micro_batch,
+                "batch_tokens": 256 * micro_batch,
+                "activation_checkpointing": checkpointing,
+            },
             optimizer={"states": "fp32"},
             zero={} if method["name"] == "dqt" else {"stage": stage},
             cluster={"workers": 1},
@@ -202,8 +218,8 @@ GROUP = {
 @pytest.mark.parametrize("version", GROUP)
 def test_a_containers_limit_counts_less_its_use(version, tmp_path, monkeypatch):
     own, controller, limit, use, cache = GROUP[version]
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(lowbit_dist.machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(lowbit_dist.machine, "OWN_CGROUPS", tmp_path / "own")
     (tmp_path / "own").write_text(own)
     unlimited = machine.available_memory()
     root = tmp_path / "cgroup" / controller

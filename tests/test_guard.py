@@ -242,3 +242,29 @@ def spiking_for_ever(configuration):
 def test_a_checkpoint_that_only_leads_to_spikes_is_given_up(ranks, small):
     answer = ranks(1).run(spiking_for_ever, small(train={**SPIKE, "save_every": 20}))[0]
     assert "after 3 returns to step 20" in answer
+
+
+@pytest.mark.parametrize(("lr", "is_lost"), [(2e-3, False), (30.0, True)])
+def test_a_run_that_is_no_better_than_guessing_is_marked(lr, is_lost, ranks, small, lowbit):
+    from lowbit_dist import compare, runs
+
+    content = small(
+        run={"name": "lost"}, method={"name": "dense"}, optimizer={"lr": lr, "states": "fp32"},
+        schedule={"name": "constant"}, train={"steps": 16, "eval_every": 16, "save_every": 16},
+    )  # fmt: skip
+    summary = ranks(1).run(train, content)[0]
+    run = runs.read(Path(content["run"]["dir"], "lost"))
+    assert summary["diverged"] == run.has_diverged == is_lost
+    assert run.rows[-1].get("diverged") == (1.0 if is_lost else None)
+    assert ("diverged: its validation loss" in run.described()) == is_lost
+    comparison = compare.compare([run])
+    assert compare.count(comparison["groups"][0]) == ("1, 1 diverged" if is_lost else "1")
+    assert len(compare.not_well(comparison)) == is_lost
+    listed = lowbit("runs", run.folder.parent)
+    assert ("diverged" in listed.stdout) == is_lost
+
+
+def test_guessing_is_the_logarithm_of_the_vocabulary():
+    assert not guard.is_no_better_than_guessing(math.log(512), 512)
+    assert guard.is_no_better_than_guessing(math.log(512) + 1e-9, 512)
+    assert guard.is_no_better_than_guessing(math.nan, 512)

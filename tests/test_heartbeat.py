@@ -132,3 +132,29 @@ def test_without_a_wish_the_limit_follows_the_median_step(small):
     config = configfile.from_dict(small())
     assert watchdog.hang_limit(config, [{"step_seconds": None}, {"step_seconds": 0.5}]) == 60
     assert watchdog.hang_limit(config, [{"step_seconds": 4.0}, {"step_seconds": 10.0}]) == 200
+
+
+def test_restarts_after_a_failure_and_resumes_after_a_stop_are_counted_apart(tmp_path):
+    assert heartbeat.newest_start(tmp_path) == heartbeat.Start(0, 0, 0)
+    counts = []
+    for reason in ("begin", "restart", "resume", "restart", "resume", "resume"):
+        now = heartbeat.note_start(tmp_path, reason)
+        assert now == heartbeat.newest_start(tmp_path)
+        assert now.number == heartbeat.count_starts(tmp_path)
+        counts.append((now.restarts, now.resumes))
+    assert counts == [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (2, 3)]
+    assert abs(now.time - time.time()) < 60
+
+
+def test_of_starts_that_do_not_say_why_all_but_the_first_are_restarts(tmp_path):
+    """As earlier versions wrote them, and as a crash tears them."""
+    (tmp_path / heartbeat.STARTS).write_text('{"time": 1.0}\n{"time": 2.0}\n{"ti\n')
+    assert heartbeat.newest_start(tmp_path) == heartbeat.Start(number=3, restarts=2, resumes=0)
+    assert heartbeat.note_start(tmp_path, "resume")[:3] == (4, 2, 1)
+
+
+def test_a_start_has_stepped_once_a_worker_of_its_own_has(tmp_path, beating):
+    assert not heartbeat.has_stepped(tmp_path, 1)
+    beating.beat("step", 1)
+    wait_for(lambda: heartbeat.has_stepped(tmp_path, 1))
+    assert not heartbeat.has_stepped(tmp_path, 2)

@@ -25,8 +25,8 @@ from lowbit_dist.tracking import gauges
 MONITORING = Path(__file__).parent.parent / "launch" / "monitoring"
 DASHBOARD = MONITORING / "grafana" / "dashboards" / "lowbit.json"
 PANELS = {"barchart", "gauge", "stat", "table", "timeseries"}
-# Before the first restart or rollback there is none to mark.
-MARKS = ("Restarts", "Rollbacks")
+# Before the first restart, resume or rollback there is none to mark.
+MARKS = ("Restarts", "Resumes", "Rollbacks")
 
 
 def dashboard():
@@ -178,10 +178,11 @@ def fill(config):
     components = {name: 1000 + i for i, name in enumerate(COMPONENTS)}
     plan = {"components": {name: {"bytes": n_bytes} for name, n_bytes in components.items()}}
     (config.run_dir / BASELINES).write_text(json.dumps({"plan_dense": plan, "plan_bitnet": plan}))
-    (config.run_dir / heartbeat.STARTS).write_text("{}\n" * 3)
+    for reason in ("begin", "resume", "restart", "restart"):
+        heartbeat.note_start(config.run_dir, reason)
     (config.run_dir / heartbeat.FOLDER).mkdir(exist_ok=True)
     for rank in (0, 1, 2):  # the last one was killed in the start before, and went further
-        start, step = (3, 25 - rank) if rank < 2 else (2, 57)
+        start, step = (4, 25 - rank) if rank < 2 else (3, 57)
         worker = {
             "rank": rank, "host": f"host{rank}", "start": start, "step": step, "step_seconds": 0.25,
             "time": time.time(), "memory": components,
@@ -191,14 +192,16 @@ def fill(config):
 
 def test_a_worker_that_has_measured_nothing_yet_has_its_step_alone(tmp_path):
     config = configfile.from_dict({"run": {"name": "told", "dir": str(tmp_path)}, "data": {"path": "data"}})
-    assert gauges.Gauges(config).read() == {("lowbit_steps", ()): 300, ("lowbit_restarts", ()): 0}
+    assert gauges.Gauges(config).read() == {
+        ("lowbit_steps", ()): 300, ("lowbit_restarts", ()): 0, ("lowbit_resumes", ()): 0,
+    }  # fmt: skip
     beats = heartbeat.Heartbeat(config.run_dir, rank=0, start=1)
     host = socket.gethostname()
     values = gauges.Gauges(config).read()
     beats.close()
     assert values == {
-        ("lowbit_steps", ()): 300, ("lowbit_restarts", ()): 0, ("lowbit_workers", ()): 1,
-        ("lowbit_step", ()): 0, ("lowbit_worker_step", ("0", host)): 0,
+        ("lowbit_steps", ()): 300, ("lowbit_restarts", ()): 0, ("lowbit_resumes", ()): 0,
+        ("lowbit_workers", ()): 1, ("lowbit_step", ()): 0, ("lowbit_worker_step", ("0", host)): 0,
     }  # fmt: skip
 
 
@@ -268,7 +271,7 @@ def process(ray_port, tmp_path_factory):
 
 
 def test_every_gauge_is_exported_with_its_value(ray_port, process):
-    found = waited_for(lambda: len(exported(ray_port)) >= 35 and exported(ray_port))
+    found = waited_for(lambda: len(exported(ray_port)) >= 36 and exported(ray_port))
     assert {name for name, *_ in found} == set(gauges.GAUGES), "each gauge is told of by a file"
     for i, name in enumerate(gauges.ROW.values()):
         assert found[name, "told"] == 10.0 + i
@@ -277,6 +280,7 @@ def test_every_gauge_is_exported_with_its_value(ray_port, process):
         ("lowbit_steps", "told"): 300.0,
         ("lowbit_workers", "told"): 2.0,
         ("lowbit_restarts", "told"): 2.0,
+        ("lowbit_resumes", "told"): 1.0,
         ("lowbit_checkpoint_step", "told"): 20.0,
         ("lowbit_worker_step", "told", "0", "host0"): 25.0,
         ("lowbit_worker_step", "told", "1", "host1"): 24.0,

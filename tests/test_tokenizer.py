@@ -1,5 +1,6 @@
 """The tokenizer: text comes back unchanged, Hugging Face gives the same ids, mistakes are one line."""
 
+import io
 import json
 import random
 import sysconfig
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_dist import tokenizer
+from lowbit_dist import documents, tokenizer
 from lowbit_dist.config import ConfigError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -88,6 +89,17 @@ def test_long_lines_are_learned_from_too(tmp_path):
     assert len(words.encode(" abracadabra")) <= 2
 
 
+def test_text_around_a_reserved_character_is_learned_from_and_the_character_is_counted(tmp_path):
+    """sentencepiece leaves out each sentence with U+2585, here all that hold the word."""
+    bars = "".join(map(chr, range(0x2581, 0x2589)))
+    (tmp_path / "log.txt").write_text("plain words\n" * 50 + f"abracadabra {bars[4]} abracadabra\n" * 100)
+    tally = documents.Tally()
+    words = tokenizer.train([tmp_path / "log.txt"], 284, tmp_path / "out", tally=tally)
+    assert len(words.encode("abracadabra")) == 1
+    assert tally.left_out == {"characters U+2585, reserved by sentencepiece and spelled in bytes": 100}
+    assert words.decode(words.encode(bars[1:])) == bars[1:]
+
+
 @pytest.mark.parametrize(
     ("text", "vocab_size", "answer"),
     [
@@ -114,6 +126,31 @@ def test_a_mistake_in_the_middle_of_the_inputs_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"^/[^ ]*/b\.txt: byte 6 is zero"):
         tokenizer.train([tmp_path], 280, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_space_that_llama_puts_in_front_is_taken_away_and_no_other():
+    """Of a model of LLaMA's, whose pieces of a text's beginning are those of a word behind a space."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter((STDLIB / "json" / "decoder.py").read_text().splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    llama = tokenizer.Tokenizer(model.getvalue())
+    assert (llama.bos_id, llama.eos_id) == (1, 2)
+    for text in ("", " ", "  ", "a", " a", "  a ", "\n a", "漢", " 漢", "def main():\n    a"):
+        ids = llama.encode(text)
+        assert llama.encode(f" {text}") != ids
+        assert llama.decode(ids) == text
+        assert llama.decode(tokenizer.marks(llama).around(ids)) == text
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 100, b"{}", None])

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from mlflow_server import Server
-from tracked import Tracked
+from tracked import SUMMARY, Tracked, client, configuration, part, steps, wait
 
 from lowbit_dist import charts, configfile, record, tracking
 from lowbit_dist.config import ConfigError
@@ -26,45 +26,9 @@ def store(tmp_path_factory):
 @pytest.fixture
 def config(store, tmp_path):
     def make(uri=f"sqlite:///{store}", name="tracked"):
-        made = configfile.from_dict(
-            {
-                "run": {"name": name, "dir": str(tmp_path)},
-                "method": {"name": "dqt"},
-                "data": {"path": "data"},
-                "tracking": {"mlflow": uri, "experiment": "tests"},
-            }
-        )
-        made.run_dir.mkdir(exist_ok=True)
-        (made.run_dir / "config.yaml").write_text(made.to_yaml())
-        return made
+        return configuration(uri, tmp_path, name)
 
     return make
-
-
-def client(store):
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=f"sqlite:///{store}")
-
-
-def steps(store, run_id, key="loss"):
-    return sorted(point.step for point in client(store).get_metric_history(run_id, key))
-
-
-def part(**bytes_of):
-    names = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
-    return {
-        "components": {name: {"bytes": bytes_of.get(name, 0)} for name in names},
-        "workers": 2,
-        "parameters": {"total": 100},
-    }
-
-
-SUMMARY = {
-    "digest": "abc",
-    "memory": part(low_bit_weights=12, optimizer_states=100)
-    | {"plan_dense": part(other_weights=200), "plan_bitnet": part(other_weights=300)},
-}
 
 
 def test_a_run_has_its_parameters_metrics_charts_and_status(config, store):
@@ -78,8 +42,8 @@ def test_a_run_has_its_parameters_metrics_charts_and_status(config, store):
     assert run.info.status == "FINISHED"
     assert run.data.params["method.grid"] == "ternary"
     assert run.data.params["train.batch_tokens"] == "8192"
-    assert run.data.metrics["loss"] == 5.0 / 30
-    assert "grad_norm" not in run.data.metrics
+    assert run.data.metrics["train/loss"] == 5.0 / 30
+    assert "train/grad_norm" not in run.data.metrics
     assert run.data.tags["digest"] == "abc"
     files = {file.path for file in client(store).list_artifacts(tracker.run_id)}
     assert files == {"config.yaml", "loss.png", "memory.png", "flips.png", "layers.jsonl"}
@@ -99,6 +63,7 @@ def test_a_password_in_a_uri_is_not_in_mlflow(config, store):
     text = load_text(f"{run.info.artifact_uri}/config.yaml")
     assert "s3://bucket/set" in text
     assert "xyzzy" not in text
+    assert "xyzzy" not in str(run.to_dictionary())
     assert "xyzzy" in (made.run_dir / "config.yaml").read_text(), "the run itself needs it"
 
 
@@ -220,7 +185,27 @@ def test_bytes_per_parameter_count_every_worker():
     bars = charts.bytes_per_parameter(SUMMARY["memory"])
     assert bars["this run"]["optimizer_states"] == 2.0
     assert bars["this run"]["low_bit_weights"] == 0.24
-    assert sum(bars["BitNet STE"].values()) == 6.0
+    assert sum(bars["BitNet"].values()) == 6.0
+
+
+def test_every_bar_is_named_with_its_states_and_an_equal_one_is_not_drawn_twice():
+    def named(own):
+        reports = {"plan_dense_same_states": own, "plan_bitnet": own, "plan_dense": "fp32"}
+        return [
+            *charts.bytes_per_parameter(
+                part()
+                | {"states": own}
+                | {name: part() | {"states": states} for name, states in reports.items()}
+            )
+        ]
+
+    assert named("int8") == [
+        "this run, 8-bit states",
+        "dense, 8-bit states",
+        "BitNet, 8-bit states",
+        "dense, fp32 states",
+    ]
+    assert named("fp32") == ["this run, fp32 states", "dense, fp32 states", "BitNet, fp32 states"]
 
 
 @pytest.mark.parametrize(
@@ -317,10 +302,10 @@ def test_a_resumed_run_whose_store_does_not_answer_at_first_logs_no_step_twice(c
     started = mlflow_run.MlflowRun._start
     failures = iter([OSError("the store is away")])
 
-    def start(self, client):
+    def start(self, client, run):
         for failure in failures:
             raise failure
-        started(self, client)
+        started(self, client, run)
 
     monkeypatch.setattr(mlflow_run.MlflowRun, "_start", start)
     second = Tracked(config(name="flaky"), 20)
@@ -354,7 +339,7 @@ def test_a_request_that_fails_in_the_middle_is_repeated_without_doubles(config, 
         assert time.monotonic() < deadline, steps(store, tracker.run_id)
         time.sleep(0.1)
     tracker.finish("FINISHED", SUMMARY)
-    assert steps(store, tracker.run_id, "tokens") == [1, 2, 3]
+    assert steps(store, tracker.run_id, "train/tokens") == [1, 2, 3]
 
 
 def test_rows_that_are_cut_and_measured_again_before_they_were_sent_are_sent_once(config, store):
@@ -368,18 +353,18 @@ def test_rows_that_are_cut_and_measured_again_before_they_were_sent_are_sent_onc
         tracker.log(step, {"loss": 2.0, "tokens": step})
     away.symlink_to(store.parent)
     tracker.finish("FINISHED", SUMMARY)
-    points = client(store).get_metric_history(tracker.run_id, "loss")
+    points = client(store).get_metric_history(tracker.run_id, "train/loss")
     assert [(point.step, point.value) for point in points] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
 def test_many_rows_are_sent_in_requests_of_the_size_that_mlflow_takes(config, store):
     tracker = Tracked(config(name="many"))
-    names = [f"memory/part{i}" for i in range(300)]
+    names = [f"train/part{i}" for i in range(300)]
     for step in range(1, 13):
         tracker.log(step, {"loss": 1.0} | dict.fromkeys(names, float(step)))
     tracker.finish("FINISHED", SUMMARY)
     assert steps(store, tracker.run_id) == list(range(1, 13))
-    assert client(store).get_run(tracker.run_id).data.metrics["memory/part299"] == 12.0
+    assert client(store).get_run(tracker.run_id).data.metrics["train/part299"] == 12.0
 
 
 def test_a_run_that_its_store_has_lost_is_made_anew_with_all_its_rows(config, store, caplog):
@@ -461,13 +446,6 @@ def server(tmp_path, monkeypatch):
     made.start()
     yield made
     made.signal(signal.SIGKILL)
-
-
-def wait(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def arrive(server, run_id, expected):

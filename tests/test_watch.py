@@ -7,13 +7,13 @@ import pty
 import re
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
+from terminals import Screen
 
-from lowbit_dist import configfile
-from lowbit_dist.cli import plots
+from lowbit_dist import configfile, heartbeat, runs
+from lowbit_dist.cli import plots, watching
 
 COMPONENTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 STEPS = 40
@@ -51,11 +51,12 @@ def folder(small):
         json.dumps({"plan_dense": report(400), "plan_bitnet": report(300)}) + "\n"
     )
     for rank, age in enumerate((0.0, 90.0)):
-        heartbeat = {
+        beat = {
             "rank": rank, "pid": 1000 + rank, "host": f"machine{rank}", "phase": "step", "step": 22,
             "step_seconds": 0.5, "time": time.time() - age,
+            "memory": {"low_bit_weights": 100, "gradients": 500, "transient": 300 + rank, "activations": 99},
         }  # fmt: skip
-        (run / ".workers" / f"{rank}.json").write_text(json.dumps(heartbeat))
+        (run / ".workers" / f"{rank}.json").write_text(json.dumps(beat))
     return run
 
 
@@ -66,7 +67,7 @@ def test_a_run_in_training_is_told_as_json(folder, lowbit):
     expected = {
         "run": "small", "state": "running", "step": 22, "steps": STEPS, "loss": 4.0, "val_loss": None,
         "tokens": 5120, "tokens_per_second": 128.0, "flip_rate": 0.0125, "restarts": 3, "skipped_steps": 2,
-        "resident_bytes": 600, "seconds_left": 18 * 256 / 128.0,
+        "resident_bytes": 600, "peak_bytes": 1000, "seconds_left": 18 * 256 / 128.0, "resumes": 0,
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
     assert found["checkpoint"]["step"] == 10
@@ -74,7 +75,9 @@ def test_a_run_in_training_is_told_as_json(folder, lowbit):
     assert [each["host"] for each in found["workers"]] == ["machine0", "machine1"]
     assert found["workers"][1]["age_seconds"] > 80
     sums = {name: sum(parts.values()) for name, parts in found["bytes_per_parameter"].items()}
-    assert list(sums.values()) == [600 * 2 / 400, 2400 * 2 / 400, 1800 * 2 / 400]
+    assert sums == {
+        "this run, 8-bit states": 600 * 2 / 400, "BitNet": 1800 * 2 / 400, "dense": 2400 * 2 / 400
+    }  # fmt: skip
 
 
 def test_it_is_drawn_once_where_nobody_watches(folder, lowbit):
@@ -82,7 +85,8 @@ def test_it_is_drawn_once_where_nobody_watches(folder, lowbit):
     assert done.returncode == 0, done.stderr
     for words in (
         "small  dqt ternary  running", "step 22/40", "55%", "0:36 left", "4.0000", "1.250%", "step 10, 1:4",
-        "600 B on each worker", "dense, fp32 AdamW", "machine1", "1:3", "5.500", "step 5",
+        "state memory", "600 B/worker", "peak memory", "1 kB/worker", "dense", "machine1", "1:3", "5.500",
+        "step 5",
     ):  # fmt: skip
         assert words in done.stdout, f"{words!r} is missing in:\n{done.stdout}"
 
@@ -100,7 +104,7 @@ def test_a_run_that_has_measured_nothing_yet_is_drawn_too(folder, lowbit):
 def test_what_is_no_run_is_refused_in_one_line(folder, lowbit):
     done = lowbit("watch", folder.parent / "smal")
     assert done.returncode == 2
-    assert "is no run" in done.stderr
+    assert "is neither a run" in done.stderr and "did you mean" in done.stderr
     twin = folder.parent / "twin"
     twin.mkdir()
     (twin / "config.yaml").write_text((folder / "config.yaml").read_text())
@@ -115,15 +119,6 @@ def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
         file.unlink()
     near, far = pty.openpty()
     environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm", "LINES": "50"}
-    shown = b""
-
-    def read():
-        nonlocal shown
-        try:
-            while part := os.read(near, 1 << 16):
-                shown += part
-        except OSError:  # the other end is closed
-            pass
 
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -132,13 +127,12 @@ def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
             stdin=subprocess.DEVNULL, stdout=far, stderr=far, env=environment,
         )  # fmt: skip
         os.close(far)
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
+        screen = Screen(near)
 
         def wait_for(words):
             deadline = time.monotonic() + 90
-            while words not in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown):
-                assert time.monotonic() < deadline and process.poll() is None, shown[-2000:].decode()
+            while words not in re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", screen.shown):
+                assert time.monotonic() < deadline and process.poll() is None, screen.shown[-2000:].decode()
                 time.sleep(0.1)
 
         wait_for(b"step 20/40")
@@ -146,8 +140,8 @@ def test_in_a_terminal_it_follows_the_run_until_that_ends(folder):
             file.write(json.dumps(row(35)) + "\n")
         wait_for(b"step 35/40")
     assert process.wait(timeout=30) == 0
-    reader.join(timeout=10)
-    assert b"stopped" in shown
+    screen.join(timeout=10)
+    assert b"stopped" in screen.shown
 
 
 def test_a_curve_goes_from_the_highest_line_to_the_lowest_without_gaps():
@@ -167,13 +161,63 @@ def test_a_line_of_bars_shows_the_lowest_and_the_highest():
     assert len(plots.spark(list(range(1000)), 30)) == 30
 
 
+def test_a_run_is_known_from_its_launch_on_and_starts_until_a_worker_has_made_a_step(small, lowbit):
+    config = configfile.from_dict(small())
+    run = config.run_dir
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs.begin(config)
+        heartbeat.note_start(run, "begin")
+        assert runs.read(run).state == "starting"
+        done = lowbit("watch", run)
+        assert done.returncode == 0, done.stderr
+        assert "small  dqt ternary  starting  step 0/" in done.stdout
+        assert "starting for 0:" in done.stdout
+        listed = json.loads(lowbit("runs", run.parent, "--json").stdout)["runs"]
+        assert [(each["run"], each["state"]) for each in listed] == [("small", "starting")]
+        assert "starting" in lowbit("runs", run.parent).stdout
+        beats = heartbeat.Heartbeat(run, rank=0, start=1)
+        try:
+            assert runs.read(run).state == "starting"
+            beats.beat("step", 1)
+            beats._write()
+            assert runs.read(run).state == "running"
+        finally:
+            beats.close()
+        (run / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
+        assert runs.read(run).state == "running", "its workers have ended, and its launcher has not yet"
+        heartbeat.note_start(run, "restart")
+        assert runs.read(run).state == "starting", "the rows are of an earlier start"
+        assert watching.snapshot(run)["restarts"] == 3, "as its rows say"
+    assert runs.read(run).state == "stopped"
+
+
+@pytest.mark.parametrize("name", ["a", "quickstart", "n" * 100])
+def test_a_run_is_watched_in_eighty_columns(name, folder, small):
+    from io import StringIO
+
+    from rich.console import Console
+
+    file = StringIO()
+    seen = watching.snapshot(folder) | {"run": name, "resumes": 2}
+    Console(width=80, file=file).print(watching.picture(seen, 80))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("step 22/40", "━" * 5, "600 B/worker", "1 kB/worker", "step 10, 1:4", "resumes"):
+        assert words in text
+    if len(name) < 20:
+        assert text.splitlines()[0].startswith(f"{name}  dqt ternary  running  step 22/40 ━━━")
+        assert text.splitlines()[0].endswith("left")
+
+
 def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, monkeypatch):
     """Steps of 3 seconds: the first, every fourth, and whatever is no ordinary row."""
-    from lowbit_dist.cli import console
+    from lowbit_dist.cli import progress
 
     seconds = 100.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: seconds)
-    lines = console.LogLines(configfile.from_dict(small(train={"steps": STEPS})))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+    lines = progress.LogLines(configfile.from_dict(small(train={"steps": STEPS})))
     news = {14: {"val_loss": 3.5}, 19: {"skipped_steps": 3}, 20: {"skipped_steps": 3}}
     for step in (*range(1, 21), STEPS):
         lines.row(row(step) | news.get(step, {}))
@@ -182,7 +226,6 @@ def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, mo
     steps = [int(re.match(r"lowbit: step (\d+)/40  ", line)[1]) for line in printed]
     assert steps == [1, 5, 9, 13, 14, 18, 19, STEPS]
     assert printed[4] == (
-        "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  flips 1.25%  600 B/worker  "
-        "2 skipped  3 restarts"
+        "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  flips 1.25%  "
+        "state 600 B/worker  2 skipped  3 restarts"
     )
-    assert max(map(len, printed)) < 120

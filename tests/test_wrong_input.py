@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from lowbit_dist.machine import processors
+
 CONFIG = """
 run: {name: small, dir: runs}
 model: {hidden_size: 256, intermediate_size: 512, layers: 2, heads: 4, kv_heads: 2}
@@ -392,10 +394,10 @@ CASES = {
     # tokenizers
     "data whose tokenizer is gone": (
         without("data/tokenizer/tokenizer.model"), "train run.yaml",
-        ("tokenizer (data/tokenizer)", "no tokenizer.model", "write a folder")),
+        ("data.path (data)", "lacks tokenizer/tokenizer.model", "again")),
     "data with the tokenizer of other data": (
         other_tokenizer("data/tokenizer/tokenizer.model"), "train run.yaml",
-        ("data.path (data)", "tokenizer/tokenizer.model", "not the one", "again")),
+        ("data.path (data)", "its tokenizer/", "not the one", "again")),
     "data of another tokenizer": (
         other_tokenizer(), "train run.yaml run.name=new data.tokenizer=other",
         ("data.tokenizer (other)", "not the one", "leave it out, or prepare")),
@@ -466,16 +468,29 @@ CASES = {
     # the machine
     "more workers than there are": (
         NOTHING, "train run.yaml cluster.workers=4096 train.batch_tokens=524288",
-        ("cluster.workers (4096)", "4096 CPUs", f"has {os.cpu_count()}", "write cluster.workers=")),
+        ("cluster.workers (4096)", "4096 CPUs", f"has {processors()}", "write cluster.workers=")),
     "more processors than there are": (
         NOTHING, "train run.yaml cluster.cpus_per_worker=4000",
-        ("cluster.cpus_per_worker (4000)", f"has {os.cpu_count()}", "write cluster.cpus_per_worker=")),
+        ("cluster.cpus_per_worker (4000)", f"has {processors()}", "write cluster.cpus_per_worker=")),
     "more GPUs than there are": (
         NOTHING, "train run.yaml cluster.gpus_per_worker=1000",
         ("cluster.gpus_per_worker (1000)", "1000 GPUs", "write cluster.gpus_per_worker=")),
     "a Ray that does not answer": (
         NOTHING, "RAY_ADDRESS=127.0.0.1:1 train run.yaml",
         ("RAY_ADDRESS (127.0.0.1:1)", "does not answer", "write")),
+    "the address of Ray's dashboard": (
+        NOTHING, "RAY_ADDRESS=http://head:8265 train run.yaml",
+        ("RAY_ADDRESS (http://head:8265)", "dashboard", "write head:6379",
+         "lowbit submit CONFIG --address http://head:8265")),
+    "data prepared on what is no Ray": (
+        NOTHING, f"RAY_ADDRESS=ray://head:10001 {PREPARE} words.txt",
+        ("RAY_ADDRESS (ray://head:10001)", "client", "write head:6379")),
+    "no folder for Ray": (
+        NOTHING, "RAY_TMPDIR=/proc train run.yaml run.name=new",
+        ("RAY_TMPDIR (/proc)", "cannot be written", "set RAY_TMPDIR to a folder that can")),
+    "no folder for the Ray that prepares data": (
+        NOTHING, f"RAY_TMPDIR=/proc {PREPARE} words.txt",
+        ("RAY_TMPDIR (/proc)", "cannot be written", "set RAY_TMPDIR to a folder that can")),
     # tracking
     "a tracking URI of no kind": (
         NOTHING, "train run.yaml tracking.mlflow=gopher://x",
@@ -634,7 +649,7 @@ def test_there_are_enough_cases():
 def parsed(command: str) -> tuple[dict[str, str], list[str]]:
     """The variables in front of a command, and its words."""
     words = shlex.split(command)
-    n = next(k for k, word in enumerate(words) if not word.startswith("RAY_ADDRESS="))
+    n = next(k for k, word in enumerate(words) if not word.startswith(("RAY_ADDRESS=", "RAY_TMPDIR=")))
     return dict(word.split("=", 1) for word in words[:n]), words[n:]
 
 

@@ -2,8 +2,59 @@
 
 import time
 
-from lowbit_dist import tracking
+from lowbit_dist import configfile, tracking
 from lowbit_dist.record import METRICS, Record
+
+
+def part(**bytes_of):
+    names = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
+    sizes = {name: bytes_of.get(name, 0) for name in names}
+    return {
+        "resident_bytes_per_worker": sum(sizes.values()),
+        "components": {name: {"bytes": n_bytes} for name, n_bytes in sizes.items()},
+        "workers": 2,
+        "parameters": {"total": 100},
+    }
+
+
+SUMMARY = {
+    "digest": "abc",
+    "memory": part(low_bit_weights=12, optimizer_states=100)
+    | {"plan_dense": part(other_weights=200), "plan_bitnet": part(other_weights=300)},
+}
+
+
+def configuration(uri, folder, name, **sections):
+    """Of a run in `folder`, which is there."""
+    made = configfile.from_dict(
+        {
+            "run": {"name": name, "dir": str(folder)},
+            "method": {"name": "dqt"},
+            "data": {"path": "data"},
+            "tracking": {"mlflow": uri, "experiment": "tests"},
+            **sections,
+        }
+    )
+    made.run_dir.mkdir(parents=True, exist_ok=True)
+    (made.run_dir / "config.yaml").write_text(made.to_yaml())
+    return made
+
+
+def client(store):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{store}")
+
+
+def steps(store, run_id, key="train/loss"):
+    return sorted(point.step for point in client(store).get_metric_history(run_id, key))
+
+
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class Tracked:
@@ -27,7 +78,7 @@ class Tracked:
 
     @property
     def failed(self):
-        return self.tracker._mlflow.failed
+        return self.tracker._mlflow.problem is not None
 
     def began(self, seconds=60):
         """The number of the MLflow run, once there is one: after the first row."""

@@ -7,6 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 port=${PORT:-9090}
 data=${DATA:-$HOME/.cache/lowbit/prometheus}
 targets=/tmp/lowbit-ray
+sessions=${RAY_TMPDIR:-${TMPDIR:-/tmp}}  # where `lowbit train` puts them, as its first line says if it is elsewhere
 mkdir -p "$data" "$targets"
 
 # A run without a cluster has a Ray of its own in a folder of its own, and Prometheus looks for names that vary in one
@@ -14,9 +15,9 @@ mkdir -p "$data" "$targets"
 collect_targets() {
     while true; do
         for list in "$targets"/*.json; do
-            [ -e "/tmp/$(basename "$list" .json)" ] || rm -f "$list"
+            [ -e "$sessions/$(basename "$list" .json)" ] || rm -f "$list"
         done
-        for session in /tmp/lowbit-ray-*; do
+        for session in "$sessions"/lowbit-ray-*; do
             list="$targets/$(basename "$session").json"
             cp "$session/prom_metrics_service_discovery.json" "$list.new" 2>/dev/null && mv "$list.new" "$list"
         done

@@ -16,13 +16,13 @@ folder last.  Loading executes nothing: safetensors and JSON.
 This is format 2.  Format 1, which had AdamW's `NAME/m` and `NAME/v` in the place of slots, is read as well.
 """
 
-from lowbit_dist.checkpoint.finding import clear_partial, latest, newest_first, resolve
+from lowbit_dist.checkpoint.finding import clear_partial, latest, newest, newest_first, resolve, step_of
 from lowbit_dist.checkpoint.layout import FORMAT, MANIFEST, SUMS, Position
-from lowbit_dist.checkpoint.reading import Checkpoint
+from lowbit_dist.checkpoint.reading import Checkpoint, Kept
 from lowbit_dist.checkpoint.saver import Saver
 from lowbit_dist.checkpoint.space import check_disk, checkpoint_bytes
 
 __all__ = [
-    "FORMAT", "MANIFEST", "SUMS", "Checkpoint", "Position", "Saver", "check_disk", "checkpoint_bytes",
-    "clear_partial", "latest", "newest_first", "resolve",
+    "FORMAT", "MANIFEST", "SUMS", "Checkpoint", "Kept", "Position", "Saver", "check_disk", "checkpoint_bytes",
+    "clear_partial", "latest", "newest", "newest_first", "resolve", "step_of",
 ]  # fmt: skip

@@ -1,12 +1,14 @@
 """Which checkpoint of a run to use: the newest that is whole."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
 from lowbit_dist.checkpoint.layout import MANIFEST
 from lowbit_dist.checkpoint.reading import Checkpoint
 from lowbit_dist.config import ConfigError
+from lowbit_dist.naming import RUNS, find_step
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +21,11 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted(paths, key=step_of, reverse=True)
 
 
+def newest(run_dir: Path) -> Path | None:
+    """The newest published checkpoint, unverified: the workers verify it when they load it."""
+    return next(iter(newest_first(run_dir)), None)
+
+
 def step_of(path: Path) -> int:
     return int(path.name[5:])
 
@@ -28,15 +35,15 @@ def latest(run_dir: Path | str) -> Path | None:
 
     None if the run has no checkpoint yet; ConfigError if all that it has are damaged.
     """
-    newest, damaged = _newest_whole(Path(run_dir))
+    whole, damaged = _newest_whole(Path(run_dir))
     for problem in damaged:
         log.warning("DAMAGED CHECKPOINT %s", problem)
-    if damaged and newest is None:
+    if damaged and whole is None:
         raise ConfigError(
             f"{run_dir} has no checkpoint that is not damaged ({damaged[0]}); bring one back, or remove "
             f"{Path(run_dir) / 'checkpoints'} to begin again"
         )
-    return newest
+    return whole
 
 
 def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -53,25 +60,36 @@ def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = "runs") -> Path:
-    """The checkpoint folder meant by a run's name, a run's folder or a checkpoint's folder."""
-    for path in (Path(run_or_checkpoint), Path(runs_dir) / run_or_checkpoint):
-        if (path / MANIFEST).exists():
-            return path
-        if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
-            newest, damaged = _newest_whole(path)
-            if newest is None:
-                why = f": {'; '.join(damaged)}" if damaged else " yet"
-                raise ConfigError(
-                    f"{path} has no usable checkpoint{why}; train it, or write another run's name"
-                )
-            for problem in damaged:
-                log.warning("DAMAGED CHECKPOINT %s", problem)
-            return newest
-    raise ConfigError(
-        f"'{run_or_checkpoint}' is neither a run (in {runs_dir}/), a run's folder nor a checkpoint's folder; "
-        "write the name or folder of one"
-    )
+def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = RUNS, *, verify: bool = True) -> Path:
+    """The checkpoint folder meant by a run's name or folder, by RUN@STEP, or by a checkpoint's folder.
+
+    Of a run the newest that is not damaged.  One that is named by its step is refused if it is, unless it is
+    not to be verified; of one that is named by its folder nothing is read.
+    """
+    path = Path(os.path.expanduser(run_or_checkpoint))
+    if (path / MANIFEST).exists():
+        return path
+    run_dir, step = find_step(run_or_checkpoint, runs_dir, "a checkpoint's folder")
+    if step is not None:
+        return _of_step(run_dir, step, verify)
+    whole, damaged = _newest_whole(run_dir)
+    if whole is None:
+        why = f": {'; '.join(damaged)}" if damaged else " yet"
+        raise ConfigError(f"{run_dir} has no usable checkpoint{why}; train it, or write another run's name")
+    for problem in damaged:
+        log.warning("DAMAGED CHECKPOINT %s", problem)
+    return whole
+
+
+def _of_step(run_dir: Path, step: int, verify: bool) -> Path:
+    path = run_dir / "checkpoints" / f"step-{step}"
+    if not (path / MANIFEST).exists():
+        steps = sorted(step_of(known) for known in newest_first(run_dir))
+        there = f"write @{', @'.join(map(str, steps))}" if steps else "train it"
+        raise ConfigError(f"{run_dir} has no checkpoint of step {step:,}; {there}, or another run's name")
+    if verify and (problems := Checkpoint.open(path).verify()):
+        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
+    return path
 
 
 def clear_partial(run_dir: Path) -> None:

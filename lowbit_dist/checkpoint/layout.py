@@ -26,7 +26,6 @@ class Position:
     samples: int  # training samples consumed, over all epochs; the data position
     tokens: int
     skipped_steps: int = 0
-    train_loss: float | None = None  # as last logged
     # since the last log, so that a resumed run logs what an undisturbed one does
     loss_sum: float = 0.0
     loss_count: int = 0
@@ -36,6 +35,12 @@ class Position:
     norms: tuple[float, ...] = ()
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # returns to a checkpoint after a spike
+    updates_before: int = 0  # that the optimizer's states have seen in the run that this one started from
+
+    @property
+    def updates(self) -> int:
+        """That the optimizer's states have seen."""
+        return self.updates_before + self.step - self.skipped_steps
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Position:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -30,12 +29,21 @@ from lowbit_dist.checkpoint.layout import (
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import show
 from lowbit_dist.grid import GRIDS, Grid
+from lowbit_dist.machine import processors
 from lowbit_dist.packed import PackedTensor
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and reading needs none of it
     from lowbit_dist.zero import Shard
 
-HASHERS = min(8, os.cpu_count() or 1)  # threads
+HASHERS = min(8, processors())  # threads
+
+
+class Kept(NamedTuple):
+    """How a checkpoint of a model has a tensor."""
+
+    shape: list[int]
+    grid: str | None = None  # of a low-bit one
+    scale_every: int | None = None  # elements of a low-bit one that share a scale
 
 
 class Checkpoint:
@@ -121,7 +129,7 @@ class Checkpoint:
             raise ConfigError(f"{self.path} lacks elements {at:,} to {start + numel:,} of {name}")
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def load_into(self, shards: Sequence[Shard]) -> None:
+    def load_into(self, shards: Sequence[Shard], *, with_states: bool = True) -> None:
         """Fill a worker's shards, of any number of workers, with exactly what was saved; then
         `engine.refresh`.
         """
@@ -138,32 +146,38 @@ class Checkpoint:
             else:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 shard.weight.copy_(self.slice(shard.name, "weight", *where))
-            for stored in shard.state:
+            for stored in shard.state if with_states else ():
                 keys = slot_keys(stored.slot.name, self.manifest["format"])
                 for key, values in zip(keys, (stored.values, stored.scale), strict=True):
                     if values is not None:
                         values.copy_(self.slice(shard.name, key, *where))
 
-    def check_fits(self, shards: Sequence[Shard]) -> None:
+    def check_fits(self, shards: Sequence[Shard], instead: str = "choose another run.name") -> None:
+        """`check_holds`, of all that a worker's shards are parts of."""
+        packed = {s.name: (s.grid.name, s.scale_every) for s in shards if s.grid}
+        self.check_holds({s.name: Kept(list(s.shape), *packed.get(s.name, ())) for s in shards}, instead)
+
+    def check_holds(self, expected: Mapping[str, Kept], instead: str = "choose another run.name") -> None:
         """ConfigError naming the first tensor that differs, unless this is a checkpoint of the same model
         and grid.
+
+        instead: what to do then
         """
-        mine = {s.name: (list(s.shape), s.grid.name if s.grid else None) for s in shards}
+        mine = {name: (kept.shape, kept.grid) for name, kept in expected.items()}
         theirs = {name: (t["shape"], t["grid"]) for name, t in self.manifest["tensors"].items()}
         every = {name: t.get("scale_every") for name, t in self.manifest["tensors"].items()}
-        for shard in shards:
-            if shard.grid and every.get(shard.name) not in (None, shard.scale_every):  # format 1 does not say
+        for name, kept in expected.items():
+            if kept.grid and every.get(name) not in (None, kept.scale_every):  # format 1 does not say
                 raise ConfigError(
-                    f"{self.path} is a checkpoint of another model: {shard.name} has a scale for each "
-                    f"{every[shard.name]:,} weights there, for each {shard.scale_every:,} here; choose "
-                    "another run.name"
+                    f"{self.path} is a checkpoint of another model: {name} has a scale for each "
+                    f"{every[name]:,} weights there, for each {kept.scale_every:,} here; {instead}"
                 )
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise ConfigError(
                     f"{self.path} is a checkpoint of another model: {name} is "
                     f"{theirs.get(name, 'absent')} there (shape, grid), {mine.get(name, 'absent')} here; "
-                    "choose another run.name"
+                    f"{instead}"
                 )
 
     def digest(self) -> str:

@@ -1,39 +1,60 @@
 """The command line: a verb is a function, its docstring is its help.
 
-Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 and 143 ended by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 129, 130 and 143 ended by SIGHUP, SIGINT and
+SIGTERM.
 """
 
-import itertools
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lowbit_dist.cli import comparing, console, jobs, watching
+from lowbit_dist import folders
+from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, watching
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
     Json,
+    OnBadRow,
     Overrides,
     RunOrCheckpoint,
     RunOrFolder,
+    Separator,
+    TextField,
+    at_home,
     load,
     pairs,
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
 
+# In the order of the work, which is that of the help.
+VERBS = (
+    "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "eval", "generate", "inspect",
+    "sweep", "submit", "status", "logs", "stop", "bench", "config",
+)  # fmt: skip
+
+
+class InTheOrderOfTheWork(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Verbs as `VERBS` has them, any other behind them."""
+        return sorted(super().list_commands(ctx), key=lambda verb: [*VERBS, verb].index(verb))
+
+
 app = typer.Typer(
+    cls=InTheOrderOfTheWork,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Train language models whose weights exist only as packed low-bit codes, on any number of workers.",
-    epilog="Begin with: lowbit doctor. Each verb's --help shows an example.",
+    epilog="Begin with: lowbit doctor. The help of each verb shows an example.",
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training data.")
-bench_app = typer.Typer(no_args_is_help=True, help="The project's benchmarks, each against a peer.")
+bench_app = typer.Typer(no_args_is_help=True, help="Run the project's benchmarks, each against a peer.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -45,101 +66,163 @@ app.command()(comparing.sweep)
 app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
+app.command()(reference.config)
+bench_app.command("update")(benches.update)
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"lowbit-dist {sys.modules['lowbit_dist'].__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def before_the_verb(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a verb."""
 
 
 @tokenizer_app.command("train")
 def tokenizer_train(
     inputs: Inputs,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Write this folder.", show_default=False, callback=at_home),
+    ],
     vocab_size: Annotated[int, typer.Option(metavar="N", help="Number of pieces.")] = 4096,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
 ) -> None:
     """Learn a sentencepiece tokenizer (BPE with byte fallback) from text.
 
     Example: lowbit tokenizer train --input stdlib --vocab-size 4096 --out data/tokenizer
     """
-    with console.answering(as_json) as answer:
-        from lowbit_dist import tokenizer
+    with console.answering(as_json, "learning the tokenizer") as answer:
+        from lowbit_dist import documents, tokenizer
 
-        trained = tokenizer.train(inputs, vocab_size, out)
+        reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
+        trained = tokenizer.train(inputs, vocab_size, out, reading=reading, tally=tally)
         result = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
-        answer(result, pairs(result))
+        counts = {
+            "skipped_rows": tally.skipped_rows,
+            "first_skipped_row": tally.first_skipped,
+            "left_out": dict(tally.left_out),
+        }
+        answer(result | counts, pairs(result | _in_words(counts)))
 
 
 @data_app.command("prepare")
 def data_prepare(
     inputs: Inputs,
     tokenizer: Annotated[
-        Path, typer.Option(metavar="DIR", help="Made by `lowbit tokenizer train`.", show_default=False)
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Use what `lowbit tokenizer train` has made, or a model's own tokenizer.json.",
+            show_default=False,
+            callback=at_home,
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Write this folder.", show_default=False, callback=at_home),
+    ],
     seq_len: Annotated[int, typer.Option(metavar="N", help="Tokens of a sample.")] = 256,
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Processes that tokenise; all cores if not given.")
     ] = None,
     val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of documents held out.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice of documents held out.")] = 0,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
 ) -> None:
     """Tokenise documents into hashed training and validation shards.
 
     Example: lowbit data prepare --input stdlib --tokenizer data/tokenizer --out data/stdlib
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "preparing") as answer:
         from lowbit_dist import data
 
         manifest = data.prepare(
-            inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed
-        )
+            inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed,
+            field=field, separator=separator, on_bad_row=on_bad_row, bar=answer.waiting.bar,
+        )  # fmt: skip
         splits = {
-            name: f"{split['tokens']:,} tokens in {split['samples']:,} samples, "
-            f"{split['documents']:,} documents"
+            name: "{tokens:,} tokens in {samples:,} samples, {documents:,} documents".format(**split)
             for name, split in manifest["splits"].items()
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
-        result = {"data": str(out), **manifest}
-        answer(result, pairs({"data": out, **splits, "unigram entropy": entropy}))
+        marks = data.Manifest(**manifest).marks.in_words()
+        rows = {"data": out, **splits, "between documents": marks, "unigram entropy": entropy}
+        answer({"data": str(out), **manifest}, pairs(rows | _in_words(manifest)))
+
+
+def _in_words(counts: Mapping[str, Any]) -> dict[str, str]:
+    """What of the inputs was not read, or read in pieces; nothing if there is no such thing."""
+    words = {}
+    if longest := counts.get("longest_document"):
+        words["split"] = f"documents of more than {longest:,} bytes, since there are few"
+    if n := counts["skipped_rows"]:
+        words["skipped rows"] = f"{n:,}, the first: {counts['first_skipped_row']}"
+    if left_out := counts["left_out"]:
+        words["left out"] = ", ".join(f"{reason} ({n:,})" for reason, n in left_out.items())
+    return words
 
 
 @app.command()
 def plan(
     config: Config,
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="Instead of cluster.workers.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Plan for so many workers, instead of cluster.workers.")
+    ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Instead of the prepared data's.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Plan for so many pieces, instead of the prepared data's.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bytes of memory by component, for this run and two baselines, before anything is started.
+    """Show the memory that a run and two baselines need, by component, before anything is started.
 
     Example: lowbit plan configs/quickstart.yaml --workers 4 model.preset=7b --vocab-size 32000
     """
-    with console.answering(as_json) as answer:
-        from lowbit_dist import memory
+    with console.answering(as_json, "planning") as answer:
+        from lowbit_dist import memory, model
         from lowbit_dist.cli import tables
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
         n_pieces = _vocab_size(loaded, vocab_size)
+        model.check(loaded, n_pieces)
         estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train, or resume a run of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
+    """Train a run, or resume one of the same name, on this machine or the Ray cluster at RAY_ADDRESS.
 
     Example: lowbit train configs/quickstart.yaml train.steps=50 run.name=first
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading") as answer:
         from lowbit_dist import cluster
         from lowbit_dist.cli import tables
 
         loaded = load(config, overrides)
         try:
-            with console.following(loaded) as progress:
-                summary = cluster.launch(loaded, progress=progress)
+            with progress.following(loaded, answer.waiting) as told:
+                summary = cluster.launch(loaded, progress=told)
         except cluster.Stopped as stopped:
             print(
                 f"lowbit: stopped by {stopped}; the same command resumes from the newest checkpoint in "
@@ -156,7 +239,10 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            metavar="DIR_OR_TEXT", help="Prepared data, or text as for --input.", show_default=False
+            metavar="DIR_OR_TEXT",
+            help="Measure it on prepared data, or on text as for --input.",
+            show_default=False,
+            callback=at_home,
         ),
     ],
     forward: Annotated[
@@ -165,15 +251,15 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Instead of the run's eval_samples; 256 of a folder's."),
+        typer.Option(metavar="N", min=1, help="Take so many samples; by default the run's eval_samples."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a trained model.
+    """Measure loss, perplexity and bits per byte of a trained model.
 
     Example: lowbit eval quickstart --data data/stdlib --json
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "evaluating") as answer:
         from lowbit_dist import trained
 
         metrics = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
@@ -186,29 +272,32 @@ def generate(
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="What the text begins with.", show_default=False)
     ],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after so many tokens.")] = 100,
     temperature: Annotated[
-        float, typer.Option(metavar="X", help="0 takes the likeliest token always.")
+        float, typer.Option(metavar="X", help="Draw at this temperature; 0 takes the likeliest token always.")
     ] = 0.8,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Of the N likeliest tokens; 0: of all.")] = 50,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Draw from the N likeliest tokens; 0 draws from all.")
+    ] = 50,
     top_p: Annotated[
-        float, typer.Option(metavar="X", help="Of the likeliest, up to this probability.")
+        float, typer.Option(metavar="X", help="Draw from the likeliest tokens up to this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a text.
+    """Continue a text: it and what follows it are printed as they are, while they are made.
 
     Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading the model") as answer:
         from lowbit_dist import trained
 
         generated = trained.open(run).generate(
             prompt,
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            stream=(lambda text: None) if as_json else answer.write,
         )  # fmt: skip
-        answer(generated, lambda terminal: terminal.print(prompt + generated["text"], markup=False))
+        answer(generated, lambda terminal: answer.end_line())
 
 
 @app.command()
@@ -217,11 +306,13 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its hash.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint holds: step, tokens, bytes by component, integrity, and the digest of its weights.
+    """Show what a checkpoint holds: step, tokens, bytes by component, and the digest of its weights.
 
-    Example: lowbit inspect runs/quickstart --verify
+    The exit code is 1 if a file of it is damaged.
+
+    Example: lowbit inspect quickstart@200 --verify
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "reading") as answer:
         from lowbit_dist.cli import inspection, tables
 
         inspected = inspection.inspect(checkpoint, verify=verify)
@@ -232,11 +323,11 @@ def inspect(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What this machine can run, and what is missing; exit code 1 if a training cannot run.
+    """Say what this machine can run and what is missing; the exit code is 1 if a training cannot run.
 
     Example: lowbit doctor --json
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "examining") as answer:
         from lowbit_dist import doctor
         from lowbit_dist.cli import tables
 
@@ -246,34 +337,9 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@bench_app.command("update")
-def bench_update(
-    parameters: Annotated[
-        int | None, typer.Option(metavar="N", help="A multiple of 256; as suits the device if not given.")
-    ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Of the CPU.")] = 1,
-    repetitions: Annotated[int, typer.Option(metavar="N", min=1)] = 15,
-    as_json: Json = False,
-) -> None:
-    """Time one optimizer step of packed weights against PyTorch's fused AdamW in float32.
-
-    Example: lowbit bench update --parameters 4194304
-    """
-    with console.answering(as_json) as answer:
-        if parameters is not None and (parameters < 256 or parameters % 256):
-            nearest = max(1, round(parameters / 256)) * 256
-            raise ConfigError(
-                f"--parameters ({parameters}) must be a multiple of 256; the nearest is {nearest}"
-            )
-        from lowbit_dist import bench
-        from lowbit_dist.cli import tables
-
-        measured = bench.update(parameters, threads=threads, repetitions=repetitions)
-        answer(measured, lambda terminal: tables.update_times(terminal, measured))
-
-
 def main() -> None:
     """The entry point: every failure is one line on stderr and an exit code."""
+    folders.provide_home()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _log_to_stderr()
@@ -283,14 +349,13 @@ def main() -> None:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our answer has gone; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except console.ReaderGone:
         code = 0
     except Exception as error:
         if os.environ.get("LOWBIT_DEBUG") == "1":
             raise
         if getattr(error, "format_message", None) is not None:  # typer's own complaints about arguments
-            code = _fail(_complaint(error), 2)
+            code = _fail(complaints.of_arguments(error), 2)
         else:
             code = _fail(f"{type(error).__name__}: {error} (LOWBIT_DEBUG=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -300,22 +365,6 @@ def _fail(message: str, code: int) -> int:
     if message:
         print(f"lowbit: {message}", file=sys.stderr)
     return code
-
-
-def _complaint(error: Any) -> str:
-    """Typer's words about an argument, with the value that they leave out."""
-    text = " ".join(error.format_message().split())
-    if not text:  # without a verb, the help has been printed
-        return ""
-    options = getattr(getattr(error, "param", None), "opts", [])
-    words = sys.argv[1:]
-    given = [value for name, value in itertools.pairwise(words) if name in options]
-    given += [
-        value for name, _, value in (word.partition("=") for word in words) if name in options and value
-    ]
-    if given and given[-1] not in text:
-        text = text.replace(":", f" ({given[-1]!r}):", 1)
-    return f"{text} See --help."
 
 
 def _repeated(arguments: list[str]) -> list[str]:

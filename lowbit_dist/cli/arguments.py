@@ -1,16 +1,44 @@
 """What verbs have in common: their arguments, and how they become a configuration."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lowbit_dist.config import RunConfig
+from lowbit_dist import naming
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.section import from_home
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+
+def at_home(value: Any) -> Any:
+    """The callback of whatever takes paths: `~` is written out, as no shell does in `--out=~/x`."""
+    if isinstance(value, list | tuple):
+        return [at_home(item) for item in value]
+    if value is None:
+        return None
+    try:
+        return type(value)(from_home(str(value)))
+    except ValueError as error:
+        raise ConfigError(f"the path {value} {error}") from None
+
+
+def run_names(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    return [name for name in naming.names() if name.startswith(incomplete)]
+
+
+Config = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False, callback=at_home),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE...", help="Fields to set, by dotted name.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE...",
+        help="Set these fields, by their dotted names; lowbit config lists them.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Inputs = Annotated[
@@ -18,25 +46,53 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="PATH...",
-        help="Text files and folders, .jsonl(.gz, .zst), .parquet, hf:NAME, or stdlib.",
+        help="Read text, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, folders, hf:NAME, or stdlib.",
         show_default=False,
+        callback=at_home,
     ),
 ]
+TextField = Annotated[
+    str,
+    typer.Option(
+        "--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field."
+    ),
+]
+
+
+def _unescaped(text: str | None) -> str | None:
+    """`text` with line ends and tabs for what shells leave as they are typed."""
+    marks = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return None if text is None else re.sub(r"\\([nrt\\])", lambda match: marks[match[1]], text)
+
+
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help=r"Divide text files into documents where this stands; \n is a line end.",
+        show_default=False,
+        callback=_unescaped,
+    ),
+]
+OnBadRow = Annotated[str, typer.Option(metavar="skip|fail", help="Skip a row that holds no text, or fail.")]
 RunOrCheckpoint = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_CHECKPOINT",
-        help="A run's name or folder, or a checkpoint's folder.",
+        help="A run's name or folder, RUN@STEP, or a checkpoint's folder.",
         show_default=False,
+        callback=at_home,
+        autocompletion=run_names,
     ),
 ]
-
 RunOrFolder = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_FOLDER",
-        help="A run's name or folder, a checkpoint's folder, or a Hugging Face model's.",
+        help="A run's name or folder, RUN@STEP, a checkpoint's folder, or a Hugging Face model's.",
         show_default=False,
+        callback=at_home,
+        autocompletion=run_names,
     ),
 ]
 

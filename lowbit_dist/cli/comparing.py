@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit_dist.cli import console
-from lowbit_dist.cli.arguments import Json
+from lowbit_dist import naming
+from lowbit_dist.cli import console, progress
+from lowbit_dist.cli.arguments import Json, at_home, run_names
+from lowbit_dist.cli.lines import COLOURS, duration
 from lowbit_dist.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,15 +22,19 @@ if TYPE_CHECKING:
 Runs = Annotated[
     list[str],
     typer.Argument(
-        metavar="RUN... | SWEEP", help="Names or folders of runs, or of whole sweeps.", show_default=False
+        metavar="RUN... | SWEEP",
+        help="Names or folders of runs, or of whole sweeps.",
+        show_default=False,
+        callback=at_home,
+        autocompletion=run_names,
     ),
 ]
-COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
 def sweep(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False)
+        Path,
+        typer.Argument(metavar="CONFIG", help="The sweep's YAML file.", show_default=False, callback=at_home),
     ],
     as_json: Json = False,
 ) -> None:
@@ -38,12 +44,12 @@ def sweep(
 
     Example: lowbit sweep configs/sweep-methods.yaml
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "loading") as answer:
         from lowbit_dist import sweep as sweeping
 
         loaded = sweeping.Sweep.load(config)
-        with _following(loaded) as progress:
-            outcome = sweeping.run(loaded, progress)
+        with _following(loaded, answer.waiting) as told:
+            outcome = sweeping.run(loaded, told)
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:
@@ -79,18 +85,19 @@ def compare(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the table and the pictures go; the sweep's folder, or ./comparison, if not given.",
+            help="Write table and pictures there; by default into the sweep's folder, or ./comparison.",
+            callback=at_home,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Mean and spread over seeds of runs side by side, as a table and as pictures.
+    """Compare runs side by side: mean and spread over seeds, as a table and as pictures.
 
     Runs that differ only in seed and name are one group; those that are not finished are in no mean.
 
     Example: lowbit compare methods
     """
-    with console.answering(as_json) as answer:
+    with console.answering(as_json, "comparing") as answer:
         from lowbit_dist import compare as comparing
         from lowbit_dist.runs import named
 
@@ -115,19 +122,19 @@ def _place(words: Sequence[str], folders: Sequence[Path]) -> Path:
 
 
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where the runs are.", callback=at_home)
+    ] = naming.RUNS,
     as_json: Json = False,
 ) -> None:
-    """The runs of a folder, those of sweeps too: state, step, loss, method and age.
+    """List the runs of a folder, those of sweeps too: state, step, loss, method and age.
 
     Example: lowbit runs
     """
-    with console.answering(as_json) as answer:
-        from lowbit_dist import runs
-
+    with console.answering(as_json, "reading") as answer:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder; write the run.dir of a run, or train one first")
-        listing = {"runs": [_line(run, folder) for run in runs.folders(folder)]}
+        listing = {"runs": [_line(run, folder) for run in naming.folders(folder)]}
         answer(listing, lambda terminal: draw_runs(terminal, listing["runs"]))
 
 
@@ -149,6 +156,8 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
         "method": run.config.method.label,
         "seed": run.config.run.seed,
         "age_seconds": runs.age(run),
+        "diverged": run.has_diverged,
+        "from": run.parent,
         "why": run.why,
     }
 
@@ -156,14 +165,19 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
 class SweepLogLines:
     """A sweep's progress where nobody watches."""
 
+    def __init__(self, waiting: console.Waiting):
+        """waiting: ends with the first line"""
+        self._waiting = waiting
+
     def say(self, text: str) -> None:
+        self._waiting.stop()
         print(f"lowbit: {text}", file=sys.stderr, flush=True)
 
     def begins(self, child: "Child") -> None:
         self.say(f"{child.name} starts")
 
     def row(self, child: "Child", row: Mapping[str, Any]) -> None:
-        words = console.in_words(row, child.config).values()
+        words = progress.in_words(row, child.config).values()
         self.say("  ".join([f"{child.name}: step {row.get('step')}/{child.config.train.steps}", *words]))
 
     def ends(self, child: "Child", state: str, why: str) -> None:
@@ -173,43 +187,51 @@ class SweepLogLines:
 class Bars:
     """A sweep's progress in a terminal: a bar for each run that trains, and one for all."""
 
-    def __init__(self, loaded: "Sweep"):
+    def __init__(self, loaded: "Sweep", terminal: "Console | None" = None):
         from rich.progress import TaskID
 
-        self.progress = console.bars()
-        self.whole = self.progress.add_task(loaded.name, total=len(loaded.children), words="")
+        self.progress = progress.bars(terminal)
+        self.whole = self.progress.add_task(
+            loaded.name, total=len(loaded.children), words={}, **progress.waits("checking")
+        )
         self.tasks: dict[str, TaskID] = {}
         self.known: dict[str, dict[str, str]] = {}
         self.counts: dict[str, int] = {}
 
     def say(self, text: str) -> None:
         self.progress.console.print(f"lowbit: {text}", markup=False, style="dim")
+        self.progress.update(self.whole, **progress.waits(None))
 
     def begins(self, child: "Child") -> None:
         self.known[child.name] = {}
         self.tasks[child.name] = self.progress.add_task(
-            child.name, total=child.config.train.steps, words="starting"
+            child.name, total=child.config.train.steps, words={}, **progress.waits("starting")
         )
 
     def row(self, child: "Child", row: Mapping[str, Any]) -> None:
-        self.known[child.name] |= console.in_words(row, child.config)
-        words = "  ".join(self.known[child.name].values())
-        self.progress.update(self.tasks[child.name], completed=row.get("step", 0), words=words)
+        self.known[child.name] |= progress.in_words(row, child.config)
+        self.progress.update(
+            self.tasks[child.name],
+            completed=row.get("step", 0),
+            words=dict(self.known[child.name]),
+            **progress.waits(None),
+        )
 
     def ends(self, child: "Child", state: str, why: str) -> None:
         self.progress.remove_task(self.tasks.pop(child.name))
         self.say(f"{child.name} {state}{': ' if why else ''}{why}")
         self.counts[state] = self.counts.get(state, 0) + 1
         words = ", ".join(f"{n} {name}" for name, n in self.counts.items())
-        self.progress.update(self.whole, advance=state == "finished", words=words)
+        self.progress.update(self.whole, advance=state == "finished", words={"states": words})
 
 
 @contextlib.contextmanager
-def _following(loaded: "Sweep") -> "Iterator[SweepLogLines | Bars]":
+def _following(loaded: "Sweep", waiting: console.Waiting) -> "Iterator[SweepLogLines | Bars]":
     """Bars if stderr is a terminal, else lines."""
     if not sys.stderr.isatty():
-        yield SweepLogLines()
+        yield SweepLogLines(waiting)
         return
+    waiting.stop()
     bars = Bars(loaded)
     with bars.progress:
         yield bars
@@ -229,20 +251,23 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
     """One line each."""
     from rich.markup import escape
 
-    table = _table("run", "state", "step", "loss", "val", "method", "seed", "age")
+    table = _table("run", "state", "step", "loss", "val", "method", "seed", "age", no_wrap=True)
     for run in runs:
         state = f"[{COLOURS.get(run['state'], 'red')}]{run['state']}[/]"
+        if run.get("diverged"):
+            state += " [red]diverged[/]"
         if run["state"] == "unreadable":
             table.add_row(escape(run["run"]), state)
             continue
+        started_from = f" [dim](from {escape(run['from'])})[/]" if run["from"] else ""
         table.add_row(
-            escape(run["run"]),
+            escape(run["run"]) + started_from,
             state,
             f"{run['step']:,}/{run['steps']:,}",
             *("-" if run[key] is None else f"{run[key]:.4f}" for key in ("loss", "val_loss")),
             run["method"],
             str(run["seed"]),
-            console.duration(run["age_seconds"]),
+            duration(run["age_seconds"]),
         )
     if table.row_count:
         terminal.print(table)
@@ -265,18 +290,22 @@ def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
         table.add_row(escape(group["group"]), comparing.count(group), *cells)
     terminal.print(table)
     terminal.print("Mean ± sample standard deviation over finished runs.", style="dim")
-    for line in comparing.unfinished(comparison):
+    for line in comparing.not_well(comparison):
         terminal.print(line, markup=False)
     for file in comparison["files"]:
         terminal.print(file, style="dim", markup=False, soft_wrap=True)
 
 
-def _table(first: str, *columns: str) -> Any:
+def _table(first: str, *columns: str, no_wrap: bool = False) -> Any:
+    """no_wrap: of two cells only the first is written on several lines, where the terminal is narrow"""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    from lowbit_dist.cli.tables import NARROW
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
     table.add_column(first, style="bold", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("state", "method") else "right")
+        justify: Any = "left" if name in ("state", "method") else "right"
+        table.add_column(name, justify=justify, no_wrap=no_wrap)
     return table

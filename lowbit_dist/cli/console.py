@@ -1,44 +1,159 @@
-"""What a person sees: answers on stdout, everything else on stderr, and a bar that follows a run."""
+"""What a person sees: answers on stdout; all else on stderr, what is going on before them too."""
 
 import contextlib
 import json
 import math
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
+from lowbit_dist.cli.lines import cut, duration, spinner, with_bar
 from lowbit_dist.errors import in_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
-    from lowbit_dist.config import RunConfig
+SOON = 2.0  # seconds of silence after which a terminal shows what is going on
+QUIET = 10.0  # seconds between two lines about the same thing, where nobody watches
+TURN = 0.1  # seconds between two turns of a spinner
 
-QUIET = 10.0  # seconds between two lines about the same thing
-Answer = Callable[[Mapping[str, Any], Callable[["Console"], None]], None]
+
+class Waiting:
+    """What is going on while a verb says nothing: in a terminal, once it has taken two seconds, a line that
+    turns and counts; elsewhere, once it has taken ten, a plain line.
+    """
+
+    def __init__(self, word: str | None):
+        """word: what is going on; None: the verb tells by itself"""
+        self.word = word
+        self._began = self._bar_began = time.monotonic()
+        self._done = self._total = 0  # bytes; no total: nobody knows how many
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="waiting", daemon=True)
+
+    def __enter__(self) -> "Waiting":
+        if self.word is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """From now on nothing of it is to be seen."""
+        if not self._is_over.is_set():
+            self._is_over.set()
+            if self._thread.is_alive():
+                self._thread.join()
+
+    @contextlib.contextmanager
+    def bar(self, n_bytes: int) -> Iterator[Callable[[int], None]]:
+        """Inside, it is known how far it is: gives what is told how many bytes more are done."""
+        self._done, self._bar_began = 0, time.monotonic()
+        self._total = n_bytes
+        yield self._advance
+        self._total = 0
+
+    def _advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+
+    def line(self, width: int) -> str:
+        """What a terminal of this width shows now."""
+        word, done, total = self.word or "", self._done, self._total
+        if not total:
+            return cut(spinner(word, self._began), width)
+        passed = time.monotonic() - self._bar_began
+        left = {"left": f"{duration(passed * (total - done) / done)} left"} if done else {}
+        step = f"{in_bytes(done)}/{in_bytes(total)}"
+        return "".join(text for text, _ in with_bar(word, done / total, step, left, width))
+
+    def plain(self) -> str:
+        """What a log gets."""
+        return f"{self.word}: {self._done / self._total:.0%}" if self._total else str(self.word)
+
+    def _run(self) -> None:
+        is_terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        if not self._is_over.wait(SOON if is_terminal else QUIET):
+            with contextlib.suppress(OSError, ValueError):  # a terminal that has closed
+                (self._turn if is_terminal else self._tell)()
+
+    def _turn(self) -> None:
+        while not self._is_over.wait(TURN):
+            sys.stderr.write(f"\r{self.line(shutil.get_terminal_size().columns - 1)}\x1b[K")
+            sys.stderr.flush()
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+    def _tell(self) -> None:
+        told = None
+        while True:
+            if (text := self.plain()) != told:
+                told = text
+                print(f"lowbit: {text}", file=sys.stderr, flush=True)
+            if self._is_over.wait(QUIET):
+                return
+
+
+class ReaderGone(Exception):
+    """Nobody reads the answer: nothing is left to say.  (typer would end by a BrokenPipeError itself.)"""
+
+
+class Answer:
+    """What a verb says on stdout: `answer(content, draw)`, one JSON object or what `draw` draws of it, or a
+    text that is written as it comes.
+    """
+
+    def __init__(self, stdout: IO[str], as_json: bool, waiting: Waiting):
+        self.stdout, self.as_json, self.waiting = stdout, as_json, waiting
+        self._last = "\n"  # character written
+
+    def __call__(self, content: Mapping[str, Any], draw: Callable[["Console"], None]) -> None:
+        self.waiting.stop()
+        with self._read():
+            if self.as_json:
+                self.stdout.write(json.dumps(finite(content)) + "\n")
+            else:
+                draw(console(self.stdout))
+
+    def write(self, text: str) -> None:
+        """The text as it is, at once."""
+        self.waiting.stop()
+        self._last = text[-1:] or self._last
+        with self._read():
+            self.stdout.write(text)
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        """What is written inside is there for the reader; ReaderGone if there is none any more."""
+        try:
+            yield
+            self.stdout.flush()
+        except BrokenPipeError:
+            raise ReaderGone from None
+
+    def end_line(self) -> None:
+        """In a terminal the shell's next line begins on a new one; a file or a pipe gets the text alone."""
+        if self.stdout.isatty() and self._last != "\n":
+            self.write("\n")
 
 
 @contextlib.contextmanager
-def answering(as_json: bool) -> Iterator[Answer]:
-    """Gives the function that writes a verb's answer: one JSON object, or what its second argument draws.
+def answering(as_json: bool, doing: str | None = None) -> Iterator[Answer]:
+    """Gives what writes a verb's answer.
 
     Until then, and ever after, whatever libraries write to stdout, in Python or in C, goes to stderr.
+    doing: what the verb does until it answers, for those who wait; None: it tells by itself
     """
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def answer(content: Mapping[str, Any], draw: Callable[["Console"], None]) -> None:
-        if as_json:
-            stdout.write(json.dumps(finite(content)) + "\n")
-        else:
-            draw(console(stdout))
-        stdout.flush()
-
-    yield answer
+    with Waiting(doing) as waiting:
+        yield Answer(stdout, as_json, waiting)
     stdout.close()
 
 
@@ -58,98 +173,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value if isinstance(value, str | int | bool | None) else str(value)
-
-
-class LogLines:
-    """Progress where nobody watches, as in the log of a job that runs for days: a line for each event, and
-    for rows one in ten seconds; one with a validation loss, a skipped step, a return or a restart always.
-    """
-
-    def __init__(self, config: "RunConfig"):
-        self.config = config
-        self._next = 0.0  # when an ordinary row is due
-        self._counts: list[Any] = []
-
-    def say(self, text: str) -> None:
-        print(f"lowbit: {text}", file=sys.stderr, flush=True)
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        now, step, steps = time.monotonic(), row.get("step"), self.config.train.steps
-        counts = [row.get(name) for name in ("skipped_steps", "rollbacks", "restarts")]
-        is_new = "val_loss" in row or counts != self._counts or step == steps
-        if is_new or now >= self._next:
-            self._next, self._counts = now + QUIET, counts
-            self.say("  ".join([f"step {step}/{steps}", *in_words(row, self.config).values()]))
-
-
-class Bar:
-    """Progress in a terminal: events scroll by above one bar."""
-
-    def __init__(self, config: "RunConfig"):
-        self.config = config
-        self.progress = bars()
-        self.task = self.progress.add_task(config.run.name, total=config.train.steps, words="")
-        self.known: dict[str, str] = {}
-
-    def say(self, text: str) -> None:
-        self.progress.console.print(f"lowbit: {text}", markup=False, style="dim")
-        if not self.known:
-            self.progress.update(self.task, words=text)
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        self.known |= in_words(row, self.config)
-        self.progress.update(self.task, completed=row.get("step", 0), words="  ".join(self.known.values()))
-
-
-def bars() -> "Progress":
-    """Bars on stderr, each with `words` behind it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[words]}"),
-        console=Console(stderr=True, highlight=False),
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
-
-
-@contextlib.contextmanager
-def following(config: "RunConfig") -> Iterator[LogLines | Bar]:
-    """A bar if stderr is a terminal, else lines."""
-    if not sys.stderr.isatty():
-        yield LogLines(config)
-        return
-    bar = Bar(config)
-    with bar.progress:
-        yield bar
-
-
-def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
-    """A row of `metrics.jsonl` as it is read: loss, speed, time left, flips, memory, and what went wrong."""
-    words = {}
-    for key, name in (("loss", "loss"), ("val_loss", "val")):
-        if isinstance(row.get(key), int | float):
-            words[name] = f"{name} {row[key]:.3f}"
-    rate = row.get("tokens_per_second")
-    if isinstance(rate, int | float) and rate > 0:
-        words["rate"] = f"{rate:,.0f} tokens/s"
-        left = (config.train.steps - row.get("step", 0)) * config.train.batch_tokens / rate
-        words["left"] = f"{duration(left)} left"
-    if isinstance(row.get("flip_rate"), int | float):
-        words["flips"] = f"flips {row['flip_rate']:.2%}"
-    if isinstance(row.get("resident_bytes"), int | float):
-        words["memory"] = f"{in_bytes(row['resident_bytes'])}/worker"
-    for key, name in (("skipped_steps", "skipped"), ("rollbacks", "rollbacks"), ("restarts", "restarts")):
-        if row.get(key):
-            words[name] = f"{row[key]} {name if row[key] != 1 else name.removesuffix('s')}"
-    return words
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

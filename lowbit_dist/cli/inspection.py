@@ -9,7 +9,7 @@ from lowbit_dist.checkpoint import Checkpoint, resolve
 
 def inspect(run_or_checkpoint: str, *, verify: bool) -> dict[str, Any]:
     """Without `verify`, sizes are compared with the manifest; with it, every byte is, by its hash."""
-    checkpoint = Checkpoint.open(resolve(run_or_checkpoint))
+    checkpoint = Checkpoint.open(resolve(run_or_checkpoint, verify=False))
     problems = checkpoint.verify() if verify else _wrong_sizes(checkpoint)
     config = checkpoint.config
     components, digest = {}, None

@@ -13,11 +13,12 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="The cluster's dashboard, http://HOST:8265; by default RAY_API_SERVER_ADDRESS or this machine.",
+        help="Ask this dashboard, http://HOST:8265; by default RAY_API_SERVER_ADDRESS, or this machine.",
         show_default=False,
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="As `lowbit status` lists it.", show_default=False)]
+JOB = "A job as `lowbit status` lists it, or a run's name: its newest job."
+Job = Annotated[str, typer.Argument(metavar="JOB", help=JOB, show_default=False)]
 
 
 def submit(
@@ -50,12 +51,12 @@ def submit(
 
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="JOB", help="One of them; all if not given.", show_default=False)
+        str | None, typer.Argument(metavar="JOB", help=f"{JOB} All if not given.", show_default=False)
     ] = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """The jobs of a cluster, or one of them with its progress.
+    """List the jobs of a cluster, or show one of them with its progress.
 
     Example: lowbit status night-1 --address http://10.0.0.1:8265
     """
@@ -65,7 +66,7 @@ def status(
 
         jobs = Jobs(address)
         if job is not None:
-            job_status = jobs.status(job)
+            job_status = jobs.status(jobs.newest(job))
             answer(job_status, pairs(_in_words(job_status)))
             return
         everything = jobs.list()
@@ -80,13 +81,14 @@ def logs(
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Follow it until the job ends.")] = False,
 ) -> None:
-    """What a job has printed.
+    """Print what a job has printed.
 
     Example: lowbit logs night-1 --follow
     """
     from lowbit_dist.cluster.jobs import Jobs
 
-    for piece in Jobs(address).logs(job, follow=follow):
+    jobs = Jobs(address)
+    for piece in jobs.logs(jobs.newest(job), follow=follow):
         print(piece, end="", flush=True)
 
 
@@ -98,7 +100,8 @@ def stop(job: Job, address: Address = None, as_json: Json = False) -> None:
     with console.answering(as_json) as answer:
         from lowbit_dist.cluster.jobs import Jobs
 
-        job_status = Jobs(address).stop(job)
+        jobs = Jobs(address)
+        job_status = jobs.stop(jobs.newest(job))
         answer(job_status, pairs(_in_words(job_status)))
 
 

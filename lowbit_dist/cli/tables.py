@@ -9,7 +9,13 @@ from rich.table import Table
 
 from lowbit_dist.errors import in_bytes
 
-RUNS = {"this run": None, "AdamW fp32": "plan_dense", "BitNet STE": "plan_bitnet"}
+NARROW = (0, 1, 0, 0)  # padding of tables with many columns: two cells between two of them
+# Like with like; the usual training, all in float32, is told in a sentence.
+RUNS = {
+    "this run": None,
+    "dense, same states": "plan_dense_same_states",
+    "BitNet, same states": "plan_bitnet",
+}
 
 
 def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None) -> None:
@@ -37,37 +43,43 @@ def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def memory_table(console: Console, memory: Mapping[str, Any]) -> None:
-    """Bytes on the largest worker, and per parameter that the component serves, beside both baselines."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("on each worker", style="bold")
+    """Bytes on the largest worker, and those of all workers per parameter that the component serves, beside
+    both baselines; in 80 columns.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
+    table.add_column("on each worker", style="bold", no_wrap=True)
     reports = _reports(memory)
     for name in reports:
         table.add_column(name, justify="right")
-        table.add_column("per parameter", justify="right", style="dim")
+        table.add_column("B/param.", justify="right", style="dim")
     for component in memory["components"]:
         cells = []
         for report in reports.values():
             part = report["components"][component]
             per = part["bytes_per_parameter"]
-            cells += [in_bytes(part["bytes"]), "-" if per is None else f"{per:.3f} B"]
+            cells += [in_bytes(part["bytes"]), "-" if per is None else f"{per:.3f}"]
         table.add_row(component.replace("_", " "), *cells)
     table.add_section()
-    for key, words in (
-        ("resident_bytes_per_worker", "resident, between steps"),
-        ("peak_bytes_per_worker", "peak, inside a step"),
-    ):
+    for key, words in (("resident_bytes_per_worker", "state"), ("peak_bytes_per_worker", "peak")):
         cells = []
         for report in reports.values():
             total, n = report[key], report["parameters"]["total"]
-            cells += [in_bytes(total), "-" if total is None else f"{total / n:.3f} B"]
+            per = None if total is None else total * report["workers"] / n
+            cells += [in_bytes(total), "-" if per is None else f"{per:.3f}"]
         table.add_row(words, *cells)
     console.print(table)
     parameters = memory["parameters"]
     console.print(
+        "State: what stays allocated between steps; peak: the most inside a step. B/param.: bytes of all "
+        "workers, over the parameters that a component serves.",
+        style="dim",
+    )
+    console.print(
         f"{parameters['total']:,} parameters, {parameters['low_bit']:,} of them low-bit; "
-        f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Resident bytes saved: "
-        f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW fp32, "
-        f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet STE."
+        f"{memory['workers']} worker{'' if memory['workers'] == 1 else 's'}. Saved of the state: "
+        f"{memory['saved_vs_dense_same_states']:.1%} against dense weights and "
+        f"{memory['saved_vs_bitnet_ste']:.1%} against BitNet's, each with {memory['states']} states as here; "
+        f"{memory['saved_vs_adamw_fp32']:.1%} against AdamW with all in float32."
     )
     if "fits" in memory:
         needed, available = (in_bytes(memory[f"{name}_bytes_per_worker"]) for name in ("needed", "available"))
@@ -96,17 +108,23 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
     """What a run ended with."""
     memory = result.get("memory") or {}
     entropy, loss = result.get("unigram_entropy"), result.get("val_loss")
-    below = f" ({1 - loss / entropy:.1%} below the corpus's unigram entropy)" if entropy and loss else ""
+    against = ""
+    if entropy and loss:
+        side = "below" if loss < entropy else "above"
+        against = f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
+    if result.get("diverged"):
+        against += "; the run has diverged: guessing is better"
     speed = result.get("tokens_per_second")
     rows = {
         "run": result["run"],
         "steps": f"{result['steps']:,} ({result['tokens']:,} tokens)",
         "training loss": _number(result.get("train_loss")),
-        "validation loss": None if loss is None else f"{loss:.4f}{below}",
+        "validation loss": None if loss is None else f"{loss:.4f}{against}",
         "perplexity": _number(result.get("perplexity")),
         "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",
         "restarts": result.get("restarts"),
+        "resumes": result.get("resumes"),
         "skipped steps": result.get("skipped_steps"),
         "digest": result.get("digest"),
         "checkpoint": result.get("checkpoint"),
@@ -139,7 +157,7 @@ def health(console: Console, report: Mapping[str, Any]) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in report["checks"]:
         status = f"[{colours[finding['status']]}]{finding['status']}"
-        table.add_row(status, finding["name"], finding["result"], finding["advice"])
+        table.add_row(status, finding["name"], finding["found"], finding["advice"])
     console.print(table)
     console.print("A training can run here." if report["ok"] else "[red]No training can run here.")
 
@@ -175,4 +193,6 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
 
 
 def _number(value: Any) -> str | None:
-    return f"{value:.4f}" if isinstance(value, int | float) else None
+    if not isinstance(value, int | float):
+        return None
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.2e}"

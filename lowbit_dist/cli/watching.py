@@ -1,15 +1,15 @@
 """`lowbit watch`: a run as its folder shows it, again and again while it trains."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowbit_dist.cli import console, plots
-from lowbit_dist.cli.arguments import Json
-from lowbit_dist.config import ConfigError
+from lowbit_dist.cli.arguments import Json, at_home, run_names
+from lowbit_dist.cli.lines import BAR, COLOURS, LEAST_BAR, duration
 from lowbit_dist.errors import in_bytes
 from lowbit_dist.record import layer_name
 
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
     from lowbit_dist.runs import RunFolder
 
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's name or its folder.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's name or its folder.",
+        show_default=False,
+        callback=at_home,
+        autocompletion=run_names,
+    ),
 ]
 EVERY = 1.0  # seconds between looks
 HEARTBEAT_TIMEOUT = 15.0  # seconds after which a worker that trains would have written its heartbeat
-COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 NUMBERS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_second", "lr", "grad_norm", "flip_rate")
-COUNTS = ("skipped_steps", "rollbacks", "restarts")
+COUNTS = ("skipped_steps", "rollbacks")
 
 
 def watch(
@@ -43,7 +49,9 @@ def watch(
     Example: lowbit watch quickstart
     """
     with console.answering(as_json) as answer:
-        folder = _folder(run)
+        from lowbit_dist.naming import find_run
+
+        folder = find_run(run)
         seen = snapshot(folder, layers=layers)
 
         def draw(terminal: "Console") -> None:
@@ -53,15 +61,6 @@ def watch(
                 terminal.print(picture(seen, terminal.width))
 
         answer(seen, draw)
-
-
-def _folder(word: str) -> Path:
-    from lowbit_dist.runs import named
-
-    chosen = named([word])
-    if len(chosen) > 1:
-        raise ConfigError(f"{word} has {len(chosen)} runs; name one of them, for example {chosen[0].folder}")
-    return chosen[0].folder
 
 
 def _live(terminal: "Console", folder: Path, layers: bool) -> None:
@@ -81,13 +80,14 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
     from lowbit_dist import heartbeat, runs
 
     run = runs.read(folder)
-    now = time.time()
+    now, beats = time.time(), heartbeat.newest(folder)
     workers: list[dict[str, Any]] = [
         {key: worker.get(key) for key in ("rank", "host", "pid", "phase", "step", "step_seconds")}
         | {"age_seconds": max(0.0, now - worker.get("time", 0.0))}
-        for worker in heartbeat.newest(folder)
+        for worker in beats
     ]
-    is_alive = run.state == "running" or any(worker["age_seconds"] < HEARTBEAT_TIMEOUT for worker in workers)
+    is_alive = run.is_alive or any(worker["age_seconds"] < HEARTBEAT_TIMEOUT for worker in workers)
+    start = heartbeat.newest_start(folder)
     step = max([run.step, *(worker["step"] or 0 for worker in workers)])
     steps, rate = run.config.train.steps, run.last("tokens_per_second")
     left = (steps - step) * run.config.train.batch_tokens / rate if rate and is_alive else None
@@ -95,8 +95,10 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
         "run": run.config.run.name,
         "folder": str(folder),
         "method": run.config.method.label,
-        "state": "running" if is_alive else run.state,
+        # Of a launcher on another machine there are the workers alone.
+        "state": "running" if is_alive and not run.is_alive else run.state,
         "is_alive": is_alive,
+        "start_age_seconds": max(0.0, now - start.time) if start.number else None,
         "why": run.why,
         "step": step,
         "steps": steps,
@@ -104,8 +106,12 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
         "age_seconds": runs.age(run),
         **{key: run.last(key) for key in NUMBERS},
         **{key: run.last(key) or 0 for key in COUNTS},
+        # The newest start has made no row yet.
+        "restarts": max(start.restarts, run.last("restarts") or 0),
+        "resumes": max(start.resumes, run.last("resumes") or 0),
         "checkpoint": _checkpoint(folder, now),
         "resident_bytes": run.last("resident_bytes"),
+        "peak_bytes": _peak(beats, run.summary),
         "components": _components(run),
         "bytes_per_parameter": _memory(run),
         "workers": workers,
@@ -115,20 +121,29 @@ def snapshot(folder: Path, *, layers: bool = False) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path, now: float) -> dict[str, Any] | None:
-    """The newest one: the file that names it is as old as that is."""
-    file = folder / "latest"
-    try:
-        step = int(file.read_text().removeprefix("step-"))
-        return {"step": step, "age_seconds": max(0.0, now - file.stat().st_mtime)}
-    except (OSError, ValueError):
+    """The newest one."""
+    from lowbit_dist.runs import newest_checkpoint
+
+    if (newest := newest_checkpoint(folder)) is None:
         return None
+    step, published = newest
+    return {"step": step, "age_seconds": max(0.0, now - published)}
+
+
+def _peak(workers: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> int | None:
+    """The most bytes that a worker has had at once: one that trains and has sampled a step, or of a run that
+    is finished; None if nobody knows.
+    """
+    sizes = [worker["memory"] for worker in workers if "transient" in worker.get("memory", {})]
+    finished = ((summary or {}).get("memory") or {}).get("peak_bytes_per_worker")
+    return max((sum(parts.values()) for parts in sizes), default=finished)
 
 
 def _curve(run: "RunFolder", key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in run.rows if isinstance(row.get(key), int | float)]
 
 
-def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
+def _memory(run: "RunFolder") -> Mapping[str, Mapping[str, float]] | None:
     """Bytes per parameter of this run and of its baselines."""
     from lowbit_dist import charts, runs
 
@@ -137,6 +152,7 @@ def _memory(run: "RunFolder") -> dict[str, dict[str, float]] | None:
         return None
     dense = plans["plan_dense"]
     measured = {
+        "states": run.config.optimizer.states,
         "components": {name: {"bytes": n} for name, n in _components(run).items()},
         "workers": dense["workers"],
         "parameters": dense["parameters"],
@@ -154,17 +170,12 @@ def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":
     from rich.text import Text
 
     width = min(width, 100)
-    done = seen["step"] / seen["steps"]
-    bar = "━" * round(done * 24)
-    head = Text.assemble(
-        (seen["run"], "bold"), f"  {seen['method']}  ", (seen["state"], COLOURS[seen["state"]]),
-        f"  step {seen['step']:,}/{seen['steps']:,} ", (bar, "cyan"), ("━" * (24 - len(bar)), "dim"),
-        f" {done:.0%}",
-        "" if seen["seconds_left"] is None else f"  {console.duration(seen['seconds_left'])} left",
-    )  # fmt: skip
-    parts: list[RenderableType] = [head]
+    parts: list[RenderableType] = [_head(seen, width)]
     if seen["why"]:
         parts.append(Text(seen["why"], "red"))
+    if seen["state"] == "starting" and seen["start_age_seconds"] is not None:
+        since = duration(seen["start_age_seconds"])
+        parts.append(Text(f"starting for {since}: Ray first, then the workers", "dim"))
     parts += [Text(), _numbers(seen, width)]
     if points := seen["curves"]["loss"]:
         parts += [Text(), _loss(points, width)]
@@ -180,6 +191,23 @@ def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":
     if seen["workers"]:
         parts += [Text(), _workers(seen)]
     return Group(*parts)
+
+
+def _head(seen: Mapping[str, Any], width: int) -> "RenderableType":
+    """Where the run stands, on one line if its name allows; the bar takes what room there is."""
+    from rich.text import Text
+
+    done = min(1.0, seen["step"] / seen["steps"])
+    state, step = seen["state"], f"  step {seen['step']:,}/{seen['steps']:,} "
+    left = "" if seen["seconds_left"] is None else f"  {duration(seen['seconds_left'])} left"
+    end = f" {done:.0%}{left}"
+    others = len(f"{seen['run']}  {seen['method']}  {state}{step}{end}")
+    cells = max(LEAST_BAR, min(BAR, width - others))
+    bar = "━" * round(done * cells)
+    return Text.assemble(
+        (seen["run"], "bold"), f"  {seen['method']}  ", (state, COLOURS[state]), step, (bar, "cyan"),
+        ("━" * (cells - len(bar)), "dim"), end,
+    )  # fmt: skip
 
 
 def _numbers(seen: Mapping[str, Any], width: int) -> "RenderableType":
@@ -201,10 +229,12 @@ def _numbers(seen: Mapping[str, Any], width: int) -> "RenderableType":
         "flip rate": flips and flips + curve("flip_rate"),
         "learning rate": number("lr", ".3g"),
         "gradient norm": number("grad_norm", ".3g"),
-        "memory": seen["resident_bytes"] and f"{in_bytes(seen['resident_bytes'])} on each worker",
+        "state memory": seen["resident_bytes"] and f"{in_bytes(seen['resident_bytes'])}/worker",
+        "peak memory": seen["peak_bytes"] and f"{in_bytes(seen['peak_bytes'])}/worker",
         "checkpoint": checkpoint
-        and f"step {checkpoint['step']:,}, {console.duration(checkpoint['age_seconds'])} ago",
+        and f"step {checkpoint['step']:,}, {duration(checkpoint['age_seconds'])} ago",
         "restarts": str(seen["restarts"]),
+        "resumes": str(seen["resumes"]) if seen["resumes"] else None,
         "skipped steps": str(seen["skipped_steps"]) if seen["skipped_steps"] else None,
         "rollbacks": str(seen["rollbacks"]) if seen["rollbacks"] else None,
     }
@@ -254,6 +284,6 @@ def _workers(seen: Mapping[str, Any]) -> "RenderableType":
         seconds = worker["step_seconds"]
         names = [str(worker[key]) for key in ("rank", "host", "pid", "phase", "step")]
         pace = "-" if seconds is None else f"{seconds:.2f}"
-        age = f"{console.duration(worker['age_seconds'])} ago"
+        age = f"{duration(worker['age_seconds'])} ago"
         table.add_row(*names, pace, age, style="red" if is_silent else None)
     return table

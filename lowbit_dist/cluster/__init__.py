@@ -1,6 +1,7 @@
 """Launching a run: the only package that knows Ray Train.
 
-`launch` checks everything that can be checked before a worker starts (`checks`) and makes attempts until
+`launch` checks everything that can be checked before a worker starts (`checks`), writes the run's folder, by
+which `lowbit watch` and `lowbit runs` know it from then on (`runs.begin`), and makes attempts until
 one reaches the end (`attempts`), while MLflow is fed from the run's folder (`tracking`).  A process of its
 own (`driver`) starts Ray on this machine or joins the cluster at `RAY_ADDRESS` (`session`) and has Ray Train
 start the workers in one process group (`fit`), which call `lowbit_dist.loop` (`worker`); what they write into
@@ -13,10 +14,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit_dist import runs, tracking
+from lowbit_dist import folders, runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
 from lowbit_dist.cluster.checks import check, finished, run_lock
-from lowbit_dist.cluster.following import Progress
+from lowbit_dist.cluster.following import Progress, Unbroken
 from lowbit_dist.cluster.session import Stopped, signals_stop
 from lowbit_dist.config import RunConfig
 
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 
 def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
     """Train `config` to its end; its summary.  A run of the same name resumes from its newest checkpoint."""
+    folders.provide_home()
     check(config)
+    progress = Unbroken(progress)
     for remark in config.remarks():
         progress.say(remark)
     with run_lock(config), signals_stop() as signals:
@@ -35,6 +38,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)
             return _numbered(config, summary)
+        runs.begin(config)
         runs.note_failure(config.run_dir, None)
         tracker = tracking.Tracker(config, progress.say)
         try:

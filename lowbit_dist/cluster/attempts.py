@@ -5,10 +5,7 @@ retries an error while the process group is set up, it would retry a user's mist
 name what another launch left.
 """
 
-import contextlib
-import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from lowbit_dist.cluster.driver import Change, Driver, Failure, Outcome, Work
 from lowbit_dist.cluster.following import LOG, Follower, Progress
 from lowbit_dist.cluster.session import Signals, Stopped
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.heartbeat import STARTS, count_starts
+from lowbit_dist.heartbeat import Reason, has_stepped, note_start
 
 POLL = 0.2  # seconds
 
@@ -32,20 +29,23 @@ def train_until_done(
 ) -> dict[str, Any]:
     """`work` on every worker, again after each failure, up to `cluster.max_failures`; the run's summary.
 
-    `Stopped` after a signal, once the workers have saved a checkpoint.
+    `Stopped` after a signal: at once before they have made a step, else once they have saved a checkpoint.
     """
     signals = signals or Signals()
     config.stop_file.unlink(missing_ok=True)
     follower = Follower(config.run_dir, progress)
-    restarts = 0  # of this launch
+    reason: Reason = "begin" if newest_checkpoint(config.run_dir) is None else "resume"
+    restarts = 0  # of this launch, after failures
     before: tuple[str | None, Path | None] | None = None
     driver: Driver | None = None
     probed: set[str] = set()
     try:
         while True:
             driver = driver or Driver(config, work, probed)
-            driver.fit(_count_start(config))
-            outcome = _followed(driver, follower, config, signals, probed)
+            start = note_start(config.run_dir, reason)
+            reason = "restart"
+            driver.fit(start)
+            outcome = _followed(driver, follower, config, signals, probed, start.number)
             if isinstance(outcome, dict):
                 return outcome
             if isinstance(outcome, ConfigError):
@@ -77,23 +77,12 @@ def train_until_done(
         config.stop_file.unlink(missing_ok=True)
 
 
-def _count_start(config: RunConfig) -> int:
-    """How often the run was started before, by this launch and by all others."""
-    earlier = count_starts(config.run_dir)
-    with (
-        contextlib.suppress(OSError),
-        (config.run_dir / STARTS).open("a") as file,
-    ):  # a full disk is reported elsewhere
-        file.write(json.dumps({"time": time.time()}) + "\n")
-    return earlier
-
-
 def _followed(
-    driver: Driver, follower: Follower, config: RunConfig, signals: Signals, probed: set[str]
+    driver: Driver, follower: Follower, config: RunConfig, signals: Signals, probed: set[str], start: int
 ) -> Outcome:
-    """One attempt, to its end."""
+    """One attempt, start number `start` of the run, to its end."""
     signals.are_noted = True
-    asked = False
+    asked, n_rows = False, follower.n_rows
     try:
         while True:
             for kind, content in driver.messages(POLL):
@@ -107,6 +96,9 @@ def _followed(
             follower.read()
             if signals.received is not None and not asked:
                 asked = True
+                # Before its workers have made a step there is nothing to save.
+                if follower.n_rows == n_rows and not has_stepped(config.run_dir, start):
+                    raise Stopped(signals.received)
                 name = signal.Signals(signals.received).name
                 follower.progress.say(
                     f"{name}: stopping after this step, with a checkpoint; again stops at once"

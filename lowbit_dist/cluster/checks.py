@@ -6,30 +6,36 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lowbit_dist import folders
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import why_not_writable
-from lowbit_dist.network import why_no_answer
+from lowbit_dist.machine import processors
+from lowbit_dist.network import check_ray_head, ray_address
+
+RATES = ("schedule", "train.steps")  # what the rates of a run's steps follow from
 
 
 def check(config: RunConfig) -> None:
     """ConfigError for everything that can be known to be wrong without starting Ray."""
     n = config.workers
-    if address := os.environ.get("RAY_ADDRESS"):
-        check_answers(address)
+    if address := ray_address():
+        check_ray_head(address)
     else:
-        n = check_workers(config, cpus=os.cpu_count() or 1, gpus=_local_gpus(), place="this machine")
+        n = check_workers(config, cpus=processors(), gpus=_local_gpus(), place="this machine")
     check_run(config)
     _check_prepared(config)
     from lowbit_dist import data
 
     manifest = data.check(config)
+    from lowbit_dist import inputs
+
+    inputs.check(config, manifest)
+    inputs.check_parent(config, manifest)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
     from lowbit_dist import model
 
-    model.check_shapes(config.model, manifest.vocab_size, config.method)
-    if config.model.pretrained is not None:
-        model.check_pretrained(config.model, manifest.vocab_size, config.data.seq_len, config.method)
+    model.check(config, manifest.vocab_size)
     from lowbit_dist import tracking
 
     tracking.check(config)
@@ -39,6 +45,8 @@ def check(config: RunConfig) -> None:
         if not address:
             memory.check_memory(config.with_workers(n), manifest.vocab_size, memory.local_budget(config))
         checkpoint.check_disk(config, manifest.vocab_size)
+        if not address:
+            folders.for_sessions(os.getpid())
     check_folder(config)  # last: a refused launch leaves nothing behind
 
 
@@ -87,17 +95,6 @@ def how_many_fit(have: float, needed: float) -> float:
     return int(have / needed * (1 + 1e-9)) if needed else float("inf")
 
 
-def check_answers(address: str) -> None:
-    """ConfigError unless something listens at a Ray address; Ray itself would wait for minutes."""
-    if address == "auto":  # the cluster whose node this machine is; Ray finds it, or says that there is none
-        return
-    if why := why_no_answer(address, port=6379, timeout=10):
-        raise ConfigError(
-            f"RAY_ADDRESS ({address}) does not answer ({why}); write HOST:PORT of a Ray head, or "
-            "unset it to train on this machine"
-        )
-
-
 def gpus_per_worker(config: RunConfig, gpus: float) -> float:
     """What `auto` means where there are `gpus` in all."""
     asked = config.cluster.gpus_per_worker
@@ -115,21 +112,24 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(f"run.name ({config.run.name}): {folder} is a file; write another name")
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
-    if (folder / "config.yaml").exists():
-        try:
-            earlier = configfile.load(folder / "config.yaml")
-        except ConfigError as mistake:
-            raise ConfigError(f"run.name ({config.run.name}): {folder / 'config.yaml'}: {mistake}") from None
-        _check_same(config, earlier, f"run.name ({config.run.name})")
-    from lowbit_dist.checkpoint import Checkpoint, newest_first
+    from lowbit_dist import runs
+    from lowbit_dist.checkpoint import Checkpoint, newest_first, step_of
 
     paths = newest_first(folder)
+    # A launch that ended before its first step has left its configuration alone, which binds nobody.
+    if (folder / runs.CONFIG).exists() and runs.has_begun(folder):
+        try:
+            earlier = configfile.load(folder / runs.CONFIG)
+        except ConfigError as mistake:
+            raise ConfigError(f"run.name ({config.run.name}): {folder / runs.CONFIG}: {mistake}") from None
+        step = step_of(paths[0]) if paths else 0
+        _check_same(config, earlier, f"run.name ({config.run.name})", step)
     for path in paths:
         try:
             earlier = Checkpoint.open(path).config
         except ConfigError:  # damaged: no reason to refuse, the workers name it and go back to the one before
             continue
-        _check_same(config, earlier, f"the checkpoint {path}")
+        _check_same(config, earlier, f"the checkpoint {path}", step_of(path))
         break
     latest = folder / "latest"
     if os.path.lexists(latest) and not paths:
@@ -154,8 +154,31 @@ def _not_writable(config: RunConfig, why: str) -> ConfigError:
     )
 
 
-def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
-    differences = earlier.differences(config)
+def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> None:
+    """ConfigError unless `config` says what `earlier` did in the steps that were made.
+
+    So a run may be made longer, and be given another end, where that changes no rate of the steps before; and
+    of a pass as many samples as fit, for sums of losses and gradients change in their last digits alone.
+    """
+    from lowbit_dist.optim import schedule
+
+    is_exact = config.train.reproducible or earlier.train.reproducible
+    free: tuple[str, ...] = () if is_exact else ("train.micro_batch",)
+    differences, others = (earlier.differences(config, but=but) for but in (free, (*free, *RATES)))
+    if schedule.agree(earlier, config, step):
+        differences = others
+    elif config.train.steps < step:
+        raise ConfigError(
+            f"train.steps ({config.train.steps:,}) is less than {what} has behind it, {step:,}; write "
+            f"{step:,} or more, or another run.name"
+        )
+    elif differences != others:
+        raise ConfigError(
+            f"train.steps ({config.train.steps:,}) and schedule.name ({config.schedule.name}) give the "
+            f"{step:,} steps that {what} has behind it other rates than they had "
+            f"({', '.join(differences[:3])}); write the earlier values, or another run.name: only a constant "
+            "rate, and the decay of wsd before it begins, can go on longer"
+        )
     if differences:
         more = f" and {len(differences) - 5} more" if differences[5:] else ""
         raise ConfigError(
@@ -166,9 +189,9 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Unverified: the workers verify it when they load it."""
-    from lowbit_dist.checkpoint import newest_first
+    from lowbit_dist.checkpoint import newest
 
-    return next(iter(newest_first(folder)), None)
+    return newest(folder)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:

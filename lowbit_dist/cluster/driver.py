@@ -7,7 +7,6 @@ launcher dies, the child ends, and Ray with it.
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,13 +14,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+from lowbit_dist import machine
 from lowbit_dist.cluster.following import LOG
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.folders import remove_left_sessions
+from lowbit_dist.heartbeat import Start
 
 SHUTDOWN_TIMEOUT = 30  # seconds that Ray has to end by itself
+MORE_MEMORY = (
+    "free memory there, write a smaller train.micro_batch, or train on more machines; `lowbit plan` says "
+    "what a worker needs"
+)
 
 Work = Callable[[dict[str, Any]], dict[str, Any] | None]
 
@@ -53,6 +58,7 @@ class Driver:
         """probed: machines that are known to be able to carry the run"""
         import cloudpickle
 
+        self._begin()
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "lowbit_dist.cluster.fit", str(theirs.fileno())]
         with theirs, (config.run_dir / LOG).open("a") as log:
@@ -70,9 +76,14 @@ class Driver:
             cloudpickle.dumps({"config": config, "launcher": os.getpid(), "work": work, "probed": probed})
         )
 
-    def fit(self, restarts: int) -> None:
+    def fit(self, start: Start) -> None:
         """Begin an attempt."""
-        self._send(restarts)
+        self._begin()
+        self._send(start)
+
+    def _begin(self) -> None:
+        self._is_busy = True  # until an attempt has ended
+        self._oom_kills = machine.oom_kills()
 
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # of one that has died, `messages` tells
@@ -84,23 +95,29 @@ class Driver:
         """
         try:
             while self._pipe.poll(seconds):
-                yield self._pipe.recv()
+                message = self._pipe.recv()
+                self._is_busy &= message[0] != "ended"
+                yield message
                 seconds = 0.0
         except (EOFError, OSError):
             code = self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            yield "ended", Failure(f"Ray, or the process that talks to it, died ({how})", ray_failed=True)
+            text = f"Ray, or the process that talks to it, died ({how})"
+            if machine.oom_kills() > self._oom_kills:
+                text += f", when memory had run out on this machine; {MORE_MEMORY}"
+            yield "ended", Failure(text, ray_failed=True)
 
     def close(self) -> None:
-        """End it, Ray and the workers, whatever state they are in."""
+        """End it, Ray and the workers, whatever state they are in; at once if an attempt is under way."""
         self._pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(SHUTDOWN_TIMEOUT)
+        if not self._is_busy:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(SHUTDOWN_TIMEOUT)
         for pid in _session(self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
-        remove_left_sessions(os.getpid())
+        remove_left_sessions()
 
 
 def _session(leader: int) -> Iterator[int]:
@@ -111,27 +128,3 @@ def _session(leader: int) -> Iterator[int]:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getsid(pid) == leader:
                 yield pid
-
-
-def session_folder(launcher: int) -> str:
-    """The beginning of the names of folders for the Ray of one launcher.
-
-    Short, for the names of sockets may have 107 characters.
-    """
-    return f"lowbit-ray-{launcher}-{_numbering()}-"
-
-
-def remove_left_sessions(launcher: int) -> None:
-    """Folders of this launcher, and of those that were killed; their processes died with them."""
-    for folder in Path("/tmp").glob(f"lowbit-ray-*-{_numbering()}-*"):
-        pid = folder.name.split("-")[2]
-        if pid == str(launcher) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _numbering() -> str:
-    """Where a process's number means that process: a container that shares /tmp has its own numbers."""
-    try:
-        return f"{os.stat('/proc/self/ns/pid').st_ino & 0xFFFFF:x}"
-    except OSError:  # another system than Linux
-        return "0"

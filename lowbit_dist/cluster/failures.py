@@ -1,12 +1,20 @@
 """What went wrong with a worker group, in one line."""
 
-from lowbit_dist.cluster.driver import Failure
+import re
+from collections.abc import Callable
+
+from lowbit_dist.cluster.driver import MORE_MEMORY, Failure
 from lowbit_dist.config import ConfigError
 from lowbit_dist.guard import Diverged
 
+RAYS_LIMIT = "running low on memory"  # Ray says so of a worker that its memory monitor has killed
 
-def failure(error: BaseException) -> Failure:
-    """What went wrong first, in one line; a user's mistake is raised again as what it is."""
+
+def failure(error: BaseException, out_of_memory: Callable[[], str | None]) -> Failure:
+    """What went wrong first, in one line; a user's mistake is raised again as what it is.
+
+    out_of_memory: asks on which machines the kernel has killed processes for lack of memory meanwhile
+    """
     from ray.train import WorkerGroupError
 
     if not isinstance(error, WorkerGroupError):
@@ -23,7 +31,10 @@ def failure(error: BaseException) -> Failure:
             return Failure(str(worker_error), str(worker_error), is_final=True)
     for rank, worker_error in failures:
         if (how := _death(worker_error)) is not None:
-            return Failure(f"worker {rank} died ({how})")
+            if (killer := _killed_by_ray(how) or out_of_memory()) is not None:
+                text = f"worker {rank} was killed for lack of memory {killer}; {MORE_MEMORY}"
+                return Failure(text, "killed for lack of memory")  # at the same place it would be again
+            return Failure(f"worker {rank} died ({how[:200]})")
     # When one worker fails, the others' collectives fail after it: those say nothing of the reason.
     rank, worker_error = min(failures, key=lambda item: (_is_collective(item[1]), item[0]))
     what = f"{type(worker_error).__name__}: {last_line(worker_error)}"
@@ -39,9 +50,17 @@ def _death(error: BaseException) -> str | None:
         return None
     text = " ".join(str(cause).split())
     for start in ("Worker exit detail: ", "The actor died because ", "The actor is dead because "):
-        if start in text:
-            return text.split(start, 1)[1].split(". ")[0][:200]
-    return text[:200]
+        if start in text and RAYS_LIMIT not in text:
+            return text.split(start, 1)[1].split(". ")[0]
+    return text
+
+
+def _killed_by_ray(how: str) -> str | None:
+    """Ray's numbers, if its memory monitor has killed a worker."""
+    if RAYS_LIMIT not in how:
+        return None
+    used = re.search(r"[\d.]+ ?GB ?/ ?[\d.]+ ?GB", how)
+    return "by Ray" + (f" ({used[0]} were used)" if used else "")
 
 
 def _is_collective(error: BaseException) -> bool:

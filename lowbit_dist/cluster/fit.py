@@ -1,11 +1,13 @@
 """The process that talks to Ray Train: `python -m lowbit_dist.cluster.fit`, started by `driver.Driver`."""
 
+import contextlib
 import os
 import queue
 import shutil
 import signal
 import sys
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,18 +19,20 @@ from lowbit_dist.cluster.checks import check_workers, gpus_per_worker
 from lowbit_dist.cluster.driver import Change, Failure, Outcome, Work
 from lowbit_dist.cluster.failures import failure, last_line
 from lowbit_dist.cluster.following import LOG
-from lowbit_dist.cluster.nodes import await_worker_slots, nodes
+from lowbit_dist.cluster.nodes import await_worker_slots, nodes, oom_kills
 from lowbit_dist.cluster.probe import CHECKED, probe
-from lowbit_dist.cluster.session import ray_session
+from lowbit_dist.cluster.session import STOPPING, ray_session
 from lowbit_dist.cluster.watchdog import Watchdog
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.heartbeat import Start
+from lowbit_dist.network import ray_address
 
 COLLECTIVE_TIMEOUT = 1800  # seconds
 HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on other machines get too
 
 
 def main() -> None:
-    """One Ray session, in it an attempt for each number of restarts that comes through the socket."""
+    """One Ray session, in it an attempt for each start that comes through the socket."""
     pipe = Connection(int(sys.argv[1]))
     _ignore_signals()
     wishes: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -56,18 +60,28 @@ def main() -> None:
             _ignore_signals()  # Ray has handlers of its own
             fit = _Fit(config, job["work"], storage, job["probed"], pipe.send, end)
             busy.clear()
-            while (restarts := wishes.get()) is not None:
+            while (start := wishes.get()) is not None:
                 busy.set()
-                outcome = fit.attempt(restarts)
+                outcome = fit.attempt(start)
                 busy.clear()
                 pipe.send(("ended", outcome))
+    except ConfigError as mistake:
+        pipe.send(("ended", mistake))
+    except Exception as error:  # of Ray itself, which did not start or cannot be joined
+        traceback.print_exc()
+        what = "joined" if ray_address() else "started"
+        text = f"Ray cannot be {what} ({type(error).__name__}: {last_line(error)})"
+        # The head of a cluster that was joined before may come back.
+        known = None if job["probed"] else what
+        with contextlib.suppress(OSError):  # the launcher may have gone
+            pipe.send(("ended", Failure(text, known, ray_failed=True)))
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
 
 def _ignore_signals() -> None:
     """Whoever stops a job signals all of its processes; what becomes of this one is the launcher's to say."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -96,20 +110,20 @@ class _Fit:
     ):
         self.config, self.work, self.storage, self.probed = config, work, storage, probed
         self.tell, self.end = tell, end
-        self.is_cluster = bool(os.environ.get("RAY_ADDRESS"))
+        self.is_cluster = ray_address() is not None
 
     def say(self, text: str) -> None:
         self.tell(("say", text))
 
-    def attempt(self, restarts: int) -> Outcome:
+    def attempt(self, start: Start) -> Outcome:
         try:
-            return self._attempt(restarts)
+            return self._attempt(start)
         except ConfigError as mistake:
             return mistake
         except Exception as error:
             return Failure(f"Ray failed ({type(error).__name__}: {last_line(error)})", ray_failed=True)
 
-    def _attempt(self, restarts: int) -> Outcome:
+    def _attempt(self, start: Start) -> Outcome:
         import ray
 
         resources = ray.cluster_resources()
@@ -133,10 +147,10 @@ class _Fit:
             "gpus": gpus_each,
             "threads": max(1, int(self.config.cluster.cpus_per_worker)),
             "log": str(self.config.run_dir / LOG),
-            "restarts": restarts,
+            "start": start,
         }
         self.say(f"starting {n} worker{'' if n == 1 else 's'}")
-        watch = Watchdog(self.config, restarts + 1, machines, gpus, self.end)
+        watch = Watchdog(self.config, start.number, machines, gpus, self.end)
         try:
             outcome = self._fit(n, machines, settings)
         finally:
@@ -197,10 +211,16 @@ class _Fit:
                 worker_runtime_env={"env_vars": _environment(settings)},
             ),
         )
+        before = oom_kills(machines)
+
+        def out_of_memory() -> str | None:
+            places = [name for name, n in oom_kills(machines).items() if n > before.get(name, n)]
+            return f"by the kernel of {', '.join(places)}" if places else None
+
         try:
             result: Any = trainer.fit()
         except Exception as error:
-            return failure(error)
+            return failure(error, out_of_memory)
         return cast("dict[str, Any] | None", result.return_value)
 
 

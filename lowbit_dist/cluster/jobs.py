@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist import configfile, tracking
+from lowbit_dist import configfile, folders, tracking
 from lowbit_dist.cluster.probe import CHECKED
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.network import why_no_answer
@@ -100,6 +100,13 @@ class Jobs:
         """What is known of each job of a run, the newest first."""
         infos = [info for info in _answered(self.address, self._client.list_jobs) if info.submission_id]
         return [self._described(info) for info in sorted(infos, key=lambda info: -(info.start_time or 0))]
+
+    def newest(self, name: str) -> str:
+        """The job that a name means: its own, or the newest one of the run that is called so."""
+        listed = self.list()
+        of_run = [job["job"] for job in listed if job["run"] == name]
+        is_job = any(job["job"] == name for job in listed)
+        return name if is_job or not of_run else of_run[0]
 
     def status(self, job: str) -> dict[str, Any]:
         """What is known of one job, with its last line of progress."""
@@ -265,8 +272,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def _show_token() -> None:
     """Ray's client keeps its token to itself unless it is told otherwise before it is imported."""
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if os.environ.get("RAY_AUTH_TOKEN") or file.is_file():
+    if os.environ.get("RAY_AUTH_TOKEN") or folders.token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

@@ -1,10 +1,12 @@
 """The machines of a Ray cluster, and which of them a run's workers go to."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from lowbit_dist import machine
 from lowbit_dist.cluster.checks import gpus_per_worker, how_many_fit
 from lowbit_dist.config import RunConfig
 from lowbit_dist.network import why_no_answer
@@ -66,6 +68,31 @@ def reachable(candidates: list[Node]) -> list[Node]:
             for node, answers in zip(candidates, pool.map(Node.answers, candidates), strict=True)
             if answers
         ]
+
+
+def oom_kills(among: list[str] | None) -> dict[str, int]:
+    """Processes that were killed so far for lack of memory, by the machine's name: of this machine alone, or,
+    on a cluster, of those machines `among` whose ids are given that answer in time.
+    """
+    if among is None:
+        return {"this machine": machine.oom_kills()}
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(machine.oom_kills)
+    tasks = {
+        node.name: ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
+        ).remote()
+        for node in nodes(set(among))
+    }
+    done, _ = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=ANSWER) if tasks else ([], [])
+    counts = {}
+    for name, task in tasks.items():
+        if task in done:
+            with contextlib.suppress(ray.exceptions.RayError):
+                counts[name] = ray.get(task)
+    return counts
 
 
 def worker_slots(config: RunConfig, candidates: list[Node], gpus: float) -> list[str]:

@@ -3,15 +3,15 @@
 import contextlib
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from lowbit_dist.cluster.driver import remove_left_sessions, session_folder
+from lowbit_dist import folders
+from lowbit_dist.machine import processors
+from lowbit_dist.network import ray_address
 
 OBJECT_STORE = 128 << 20  # bytes; tensors never travel through Ray's object store
 
@@ -32,6 +32,9 @@ AWAIT_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 # Ray's workers have a niceness of 15, and starve beside anything else that computes.
 PRIORITY = {"RAY_worker_niceness": "0"}
 
+# What Ctrl-C, a scheduler and a terminal that closes send.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Stopped(Exception):
     """The user ended the run by a signal."""
@@ -45,40 +48,44 @@ class Stopped(Exception):
 def ray_session(launcher: int, say: Callable[[str], None]) -> Iterator[None]:
     """Ray on this machine, for this machine alone and gone afterwards, or the cluster at RAY_ADDRESS.
 
-    `launcher`: the process by whose life the session is judged when another one finds its folder.
+    `launcher`: the process whose number is in the name of the session's folder.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = ray_address()
     for name, value in (RAY_SETTINGS | ({} if address else LOOPBACK | AWAIT_HEAD | PRIORITY)).items():
         os.environ.setdefault(name, value)
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    folder = None
-    try:
+    with contextlib.ExitStack() as stack:
         if address:
             say(f"joining Ray at {address}")
+            stack.callback(ray.shutdown)
             context = ray.init(**quiet)
         else:
-            say("starting Ray on this machine")
-            remove_left_sessions(launcher)
-            folder = tempfile.mkdtemp(prefix=session_folder(launcher), dir="/tmp")
+            parent, remark = folders.for_sessions(launcher)
+            say("starting Ray on this machine" + (f", in {parent}: {remark}" if remark else ""))
+            folder = stack.enter_context(folders.session_folder(launcher))
+            stack.callback(ray.shutdown)
             context = ray.init(
                 address="local",
-                num_cpus=os.cpu_count(),
+                num_cpus=processors(),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 object_store_memory=OBJECT_STORE,
-                _temp_dir=folder,
+                _temp_dir=str(folder),
                 **quiet,
             )
         logging.getLogger("ray").setLevel(logging.ERROR)
         if context.dashboard_url:
-            say(f"Ray's dashboard: http://{context.dashboard_url} (its token: ~/.ray/auth_token)")
+            say(f"Ray's dashboard: http://{context.dashboard_url} (its token: {_token()})")
         yield
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _token() -> str:
+    """Where Ray's token is, in words."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 def free_in_cluster(say: Callable[[str], None]) -> tuple[float, float]:
@@ -91,7 +98,7 @@ def free_in_cluster(say: Callable[[str], None]) -> tuple[float, float]:
 
 
 class Signals:
-    """SIGINT and SIGTERM, which end a launch: politely while workers train, at once otherwise.
+    """SIGINT, SIGTERM and SIGHUP, which end a launch: politely while workers train, at once otherwise.
 
     The first one then is only noted in `received`; the next one raises `Stopped`.
     """
@@ -101,24 +108,53 @@ class Signals:
         self.are_noted = False  # else they raise
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.are_noted and self.received is None:
-            self.received = signum
-            return
-        raise Stopped(signum)
+        is_first = self.received is None
+        if signum == signal.SIGHUP and not is_first:
+            return  # a terminal that closes sends it, and its shell once more
+        self.received = signum
+        if not (self.are_noted and is_first):
+            raise Stopped(signum)
 
 
 @contextlib.contextmanager
 def signals_stop() -> Iterator[Signals]:
     """Inside, signals do what `Signals` says; afterwards, what they did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield Signals()
-        return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     signals = Signals()
-    for signum in before:
-        signal.signal(signum, signals.handle)
-    try:
+    if threading.current_thread() is not threading.main_thread():
         yield signals
+        return
+    with signals_handled(signals.handle):
+        yield signals
+
+
+@contextlib.contextmanager
+def signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, what asks for an end is the handler's: Ctrl-C, SIGTERM, and the SIGHUP of a terminal that
+    closes, unless it is ignored as under `nohup`.  What is written to such a terminal then goes nowhere.
+    """
+    terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            _leave(terminals)
+        handler(signum, frame)
+
+    before = {signum: signal.getsignal(signum) for signum in STOPPING}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for signum in before:
+        signal.signal(signum, handle)
+    try:
+        yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, former in before.items():
+            signal.signal(signum, former)
+
+
+def _leave(terminals: list[int]) -> None:
+    """Let descriptors of a terminal that is gone be of /dev/null: every write would be an error."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, descriptor)
+            os.close(null)

@@ -9,7 +9,8 @@ from typing import Any
 
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import locked
-from lowbit_dist.heartbeat import Heartbeat
+from lowbit_dist.folders import provide_home
+from lowbit_dist.heartbeat import Heartbeat, Start
 
 STALE_WRITER_TIMEOUT = 60.0  # seconds
 log = logging.getLogger(__name__)
@@ -22,8 +23,9 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     try:
         config = configfile.from_dict(settings["config"])
-        with _heartbeat(config, settings["restarts"]) as heartbeat, _only_writer(config):
-            return loop.run(config, restarts=settings["restarts"], heartbeat=heartbeat.beat)
+        start: Start = settings["start"]
+        with _heartbeat(config, start.number) as heartbeat, _only_writer(config):
+            return loop.run(config, begun=start, heartbeat=heartbeat.beat)
     except ConfigError:
         raise
     except Exception:
@@ -32,12 +34,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _heartbeat(config: RunConfig, restarts: int) -> Iterator[Heartbeat]:
+def _heartbeat(config: RunConfig, start: int) -> Iterator[Heartbeat]:
     import ray
     import torch.distributed as dist
 
     node = ray.get_runtime_context().get_node_id()
-    heartbeat = Heartbeat(config.run_dir, rank=dist.get_rank(), start=restarts + 1, node=node)
+    heartbeat = Heartbeat(config.run_dir, rank=dist.get_rank(), start=start, node=node)
     try:
         yield heartbeat
     finally:
@@ -66,6 +68,7 @@ def prepare(settings: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
+    provide_home()  # another machine's user may have none
     if os.path.isdir(settings["folder"]):  # on another machine it need not exist; then paths must be absolute
         os.chdir(settings["folder"])
     torch.set_num_threads(settings["threads"])

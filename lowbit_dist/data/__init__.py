@@ -3,10 +3,12 @@
 `prepare` writes a folder: `manifest.json` (written last: its presence says complete), `tokenizer/`, and
 `train/` and `val/`, each an MDS dataset of one column, `tokens`.
 
-1. Documents are read and tokenised in parallel (Ray Data), in the order of the input.
+1. Documents are read and tokenised in parallel (Ray Data), in the order of the input.  Few and large ones,
+   which would leave val empty, are split.
 2. A hash of a document's text puts it into train or val, so equal documents fall on one side.
-3. Each side is one stream, `<s> document </s> <s> document </s> ...`, cut into samples of `seq_len` tokens.
-   What is left at its end, less than a sample, is dropped and counted.
+3. Each side is one stream, `<s> document </s> <s> document </s> ...`, cut into samples of `seq_len` tokens;
+   a model's own tokenizer may have one of the two marks alone.  What is left at the stream's end, less than a
+   sample, is dropped and counted.
 
 `Batches` gives the samples back.  Sample number `s` counts over all epochs; the place it is read from is a
 function of (seed, s) alone.  So there is no iterator to save, any number of workers reads the same batches,

@@ -20,7 +20,7 @@ from lowbit_dist.data.library import import_streaming
 from lowbit_dist.errors import ConfigError, show
 from lowbit_dist.files import atomic_write
 from lowbit_dist.section import Section
-from lowbit_dist.tokenizer import FILES, MODEL
+from lowbit_dist.tokenizer import FILES, Marks
 from lowbit_dist.tokenizer import load as load_tokenizer
 
 FORMAT = 1  # of the prepared folder
@@ -31,6 +31,7 @@ HASH = "xxh64"  # what readers check; sha256 stands beside it
 
 
 Number = Annotated[int, Field(ge=0, lt=2**63)]
+FileName = Annotated[str, Field(pattern=r"^[a-z_]+\.(json|model|jinja)$")]  # no name leads out of the folder
 
 
 class Split(Section):
@@ -56,14 +57,45 @@ class Manifest(Section):
     seq_len: Annotated[int, Field(ge=2, le=2**20)]
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
     dtype: Literal["uint16", "uint32"]
-    tokenizer_sha256: str  # of tokenizer.model
+    tokenizer_sha256: str  # of tokenizer.model, or of the files that a tokenizer.json stands for
     splits: dict[str, Split]
     unigram_entropy: float  # nats per token of val under train's token frequencies, each count one more
     empty_documents: Number
     sources: list[str]
-    sources_sha256: str  # of the names, sizes and times of what was read
+    sources_sha256: str  # of the names, sizes and times of what was read, and of data sets' fingerprints
+    # In tokenizer/, and the ids that stand before and after each document; older manifests do not say.
+    tokenizer_files: list[FileName] | None = None
+    document_begin: Number | None = None
+    document_end: Number | None = None
+    # How documents were found, and what of the sources they are not; older manifests do not say.
+    field: str = "text"
+    separator: str | None = None
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    longest_document: Number | None = None  # bytes; longer ones were split, for there are few
+    skipped_rows: Number = 0
+    first_skipped_row: str | None = None
+    left_out: dict[str, Number] = Field(default_factory=dict)  # files and folders, by the reason
     val_fraction: float
     seed: int
+
+    @property
+    def marks(self) -> Marks:
+        """What stands around documents."""
+        return Marks(self.document_begin, self.document_end)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is trained on: of the tokens and their order, whatever they were made from and
+        wherever they lie.
+        """
+        content = {
+            "seq_len": self.seq_len,
+            "vocab_size": self.vocab_size,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer_sha256,
+            "splits": {name: split.index_sha256 for name, split in self.splits.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_remote(path: str) -> bool:
@@ -166,18 +198,22 @@ def check(config: RunConfig) -> Manifest:
             f"data.seq_len ({data.seq_len}) must be {manifest.seq_len}, with which {data.path} was prepared; "
             f"write data.seq_len: {manifest.seq_len}, or prepare the data with --seq-len {data.seq_len}"
         )
-    if data.tokenizer is not None and load_tokenizer(data.tokenizer).sha256 != manifest.tokenizer_sha256:
+    expected = manifest.tokenizer_sha256
+    if data.tokenizer is not None and load_tokenizer(data.tokenizer, sha256=expected).sha256 != expected:
         raise ConfigError(
             f"data.tokenizer ({data.tokenizer}) is not the one that {data.path} was prepared with; leave it "
             "out, or prepare the data with this tokenizer"
         )
     if not is_remote(data.path):
         folder = Path(data.path)
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        if tokenizer.sha256 != manifest.tokenizer_sha256:
+        for name in manifest.tokenizer_files or ():
+            if not (folder / "tokenizer" / name).exists():
+                raise ConfigError(f"data.path ({data.path}) lacks tokenizer/{name}; {AGAIN}")
+        tokenizer = load_tokenizer(folder / "tokenizer", sha256=expected)
+        if tokenizer.sha256 != expected:
             raise ConfigError(
-                f"data.path ({data.path}): its tokenizer/{MODEL} is not the one its shards were "
-                f"written with; {AGAIN}"
+                f"data.path ({data.path}): its tokenizer/ is not the one its shards were written "
+                f"with; {AGAIN}"
             )
         if tokenizer.vocab_size != manifest.vocab_size:
             raise ConfigError(
@@ -186,6 +222,11 @@ def check(config: RunConfig) -> Manifest:
             )
         for split in SPLITS:
             check_files(folder, split, manifest)
+    if data.document_mask and manifest.marks == Marks(None, None):
+        raise ConfigError(
+            f"data.document_mask (true) needs data that says what separates its documents, as {data.path} of "
+            "an earlier version does not; prepare it again into another folder, or write false"
+        )
     n_samples, needed = manifest.splits["train"].samples, config.train.batch_tokens // data.seq_len
     if n_samples < needed:
         raise ConfigError(
@@ -249,10 +290,10 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
     return shards
 
 
-def copy_tokenizer(data: Data, folder: Path) -> None:
+def copy_tokenizer(data: Data, manifest: Manifest, folder: Path) -> None:
     """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    for name in manifest.tokenizer_files or FILES:
         source, copy = f"{data.path}/tokenizer/{name}", folder / name
         if is_remote(data.path):
             with atomic_write(copy) as draft:

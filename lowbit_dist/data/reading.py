@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit_dist import folders
 from lowbit_dist.config import ConfigError, Data
 from lowbit_dist.data.library import import_streaming
 from lowbit_dist.data.manifest import (
@@ -105,8 +105,7 @@ def check_cache(data: Data) -> None:
 
 
 def _cache(data: Data) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lowbit-dist", "data")
-    return (data.cache or default).expanduser()
+    return folders.cache() / "data" if data.cache is None else data.cache.expanduser()
 
 
 def _not_writable(folder: Path, why: str) -> ConfigError:

@@ -15,7 +15,7 @@ from lowbit_dist.data.manifest import HASH, SPLITS
 from lowbit_dist.errors import ConfigError
 
 SHARD_BYTES = 1 << 24  # uncompressed
-HELD_TOKENS = 1 << 22  # a corpus of fewer tokens is held in memory until its split is decided
+HELD_TOKENS = 1 << 22  # tokens that are held in memory before the split of a corpus is decided
 
 Array = NDArray[Any]
 
@@ -53,10 +53,10 @@ class Writer:
         self.held.append(chunk)
         self.n_held += len(chunk["tokens"])
         if self.n_held >= HELD_TOKENS:
-            self._release()
+            self._release(self._limit_of_few() or self.limit)
 
-    def _release(self) -> None:
-        held, self.held = self.held or [], None
+    def _release(self, limit: int) -> None:
+        self.limit, held, self.held = limit, self.held or [], None
         for chunk in held:
             self._write(chunk)
 
@@ -66,30 +66,33 @@ class Writer:
             tokens = chunk["tokens"][np.repeat(is_in, chunk["lengths"])]
             self.splits[name].add(tokens, int(is_in.sum()), int(chunk["sizes"][is_in].sum()))
 
-    def _limit_of_few(self) -> int:
-        """Of few documents, perhaps none has a place below the limit; then the lowest of all go to val."""
+    def _limit_of_few(self) -> int | None:
+        """Of few documents, perhaps none or all have a place below the limit; then the lowest go to val.
+
+        None if they do not fill a sample of each split.
+        """
         chunks = self.held or []
         places = np.concatenate([np.empty(0, np.uint64), *(chunk["places"] for chunk in chunks)])
         lengths = np.concatenate([np.empty(0, np.int64), *(chunk["lengths"] for chunk in chunks)])
-        if lengths[places < self.limit].sum() >= self.seq_len:
+        n_val = int(lengths[places < self.limit].sum())
+        if min(n_val, self.n_held - n_val) >= self.seq_len:
             return self.limit
         distinct, where = np.unique(places, return_inverse=True)
         tokens = np.bincount(where, lengths, len(distinct)).cumsum()  # in documents up to this place
         enough = max(self.seq_len, self.val_fraction * self.n_held)
         n = int(np.searchsorted(tokens, enough)) + 1
         if n >= len(distinct) or tokens[-1] - tokens[n - 1] < self.seq_len:
-            raise ConfigError(
-                f"--input has {len(places):,} documents with {self.n_held:,} tokens, too few for a "
-                f"training and a validation sample of --seq-len {self.seq_len} tokens from different "
-                "documents; give more text"
-            )
+            return None
         return int(distinct[n])
 
     def finish(self) -> dict[str, Any]:
         """Close the shards; what the manifest says of them."""
         if self.held is not None:
-            self.limit = self._limit_of_few()
-            self._release()
+            limit = self._limit_of_few()
+            if limit is None:
+                n_documents = sum(len(chunk["lengths"]) for chunk in self.held)
+                raise too_few(n_documents, f"{self.n_held:,} tokens", self.seq_len)
+            self._release(limit)
         splits = {name: writer.finish() for name, writer in self.splits.items()}
         for name, split in splits.items():
             if not split["samples"]:
@@ -106,6 +109,13 @@ class Writer:
             "unigram_entropy": float((nats * val).sum() / val.sum()),
             "empty_documents": self.n_empty,
         }
+
+
+def too_few(n_documents: int, size: str, seq_len: int) -> ConfigError:
+    return ConfigError(
+        f"--input has {n_documents:,} documents with {size}, too few for a training and a validation sample "
+        f"of --seq-len {seq_len} tokens from different documents; give more text"
+    )
 
 
 class SplitWriter:

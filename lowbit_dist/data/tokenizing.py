@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,29 +13,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit_dist import documents
+from lowbit_dist import documents, folders, network, tokenizer
 from lowbit_dist.documents import text
 from lowbit_dist.errors import ConfigError
-from lowbit_dist.tokenizer import Tokenizer
+from lowbit_dist.machine import processors
+from lowbit_dist.tokenizer import TextTokenizer
 
 TEXT_CHUNK = 1 << 22  # bytes of text that a task gives back at once
 
 Array = NDArray[Any]
 
 
+def check_ray() -> None:
+    """ConfigError unless there is a Ray to join, or a folder for one that is started here."""
+    if address := network.ray_address():
+        network.check_ray_head(address)
+    else:
+        folders.for_sessions(os.getpid())
+
+
 def tokenised(
-    ranges: Sequence[documents.FileRange], tokenizer: Tokenizer, seed: int, workers: int | None
+    ranges: Sequence[documents.FileRange], chosen: TextTokenizer, seed: int, workers: int | None
 ) -> Iterator[dict[str, Any]]:
     """Chunks of tokenised documents, in the order of the parts: what `_tokenise` yields."""
     # Read when Ray is imported: its services then listen on 127.0.0.1 alone.
-    if not os.environ.get("RAY_ADDRESS"):
+    if not (address := network.ray_address()):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     import ray.data
 
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _start_ray(workers)
+    session = contextlib.ExitStack()
+    if not ray.is_initialized():
+        session.enter_context(_started_ray(address, workers))
     context = ray.data.DataContext.get_current()
     before = (context.enable_progress_bars, context.print_on_execution_start)
     loggers = {name: logging.getLogger(name).level for name in ("ray.data", "ray.data.dataset")}
@@ -51,7 +61,7 @@ def tokenised(
         chunks: Any = dataset.map_batches(
             tokenise,
             batch_size=1,
-            fn_kwargs={"model": ray.put(tokenizer.model), "sha256": tokenizer.sha256, "seed": seed},
+            fn_kwargs={"files": ray.put(dict(chosen.files)), "sha256": chosen.sha256, "seed": seed},
             concurrency=workers,
         )
         for table in chunks.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -63,25 +73,32 @@ def tokenised(
         context.enable_progress_bars, context.print_on_execution_start = before
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
-        if is_ours:
-            ray.shutdown()
+        session.close()
 
 
-def _start_ray(workers: int | None) -> None:
+@contextlib.contextmanager
+def _started_ray(address: str | None, workers: int | None) -> Iterator[None]:
+    """Ray on this machine, or the cluster at an address."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return
-    ray.init(
-        address="local",
-        num_cpus=workers or os.cpu_count(),
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        object_store_memory=1 << 29,
-        **quiet,
-    )
+    with contextlib.ExitStack() as stack:
+        if address:
+            stack.callback(ray.shutdown)
+            ray.init(**quiet)
+        else:
+            folder = stack.enter_context(folders.session_folder(os.getpid()))
+            stack.callback(ray.shutdown)
+            ray.init(
+                address="local",
+                num_cpus=workers or processors(),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=1 << 29,
+                _temp_dir=str(folder),
+                **quiet,
+            )
+        yield
 
 
 def _bundles(ranges: Sequence[documents.FileRange]) -> list[str]:
@@ -98,33 +115,38 @@ def _bundles(ranges: Sequence[documents.FileRange]) -> list[str]:
     return [json.dumps(bundle) for bundle in bundles]
 
 
-_loaded: dict[str, Tokenizer] = {}  # by hash; a Ray worker process serves many tasks
+def place_of(document: bytes, seed: int) -> bytes:
+    """A hash of the text, uint64 little-endian, that says into which split it goes."""
+    return hashlib.blake2b(document, digest_size=8, key=seed.to_bytes(8, "little")).digest()
 
 
-def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> Iterator[dict[str, Array]]:
+_loaded: dict[str, TextTokenizer] = {}  # by hash; a Ray worker process serves many tasks
+
+
+def _tokenise(batch: dict[str, Array], files: Any, sha256: str, seed: int) -> Iterator[dict[str, Array]]:
     """The documents of one bundle of parts, as rows of about TEXT_CHUNK bytes of text.
 
-    `tokens` int32, every document with its <s> and </s>; of every document its `lengths` int32 in tokens, the
-    `sizes` int64 of its text in bytes, and its `places` uint64, a hash that says into which split it goes.
+    `tokens` int32, every document between its marks; of every document its `lengths` int32 in tokens, the
+    `sizes` int64 of its text in bytes, and its `places` uint64; the last row has the rows that were skipped.
     """
     import ray
 
     if sha256 not in _loaded:
-        _loaded[sha256] = Tokenizer(ray.get(model))
-    tokenizer = _loaded[sha256]
-    parts = [documents.FileRange(*part) for part in json.loads(batch["parts"][0])]
+        _loaded[sha256] = tokenizer.of_files(ray.get(files), "tokenizer", sha256=sha256)
+    chosen = _loaded[sha256]
+    marks = tokenizer.marks(chosen)
+    parts = [documents.FileRange.of_json(part) for part in json.loads(batch["parts"][0])]
     left = sum(part.size for part in parts)  # of the input, in bytes, for the progress bar
-    key = seed.to_bytes(8, "little")
-    chunk = _Chunk()
+    chunk, tally = _Chunk(), documents.Tally()
     error = ""
     try:
-        for document in documents.read(parts):
+        for document in documents.read(parts, tally):
             data = document.encode()
             if not data:
                 chunk.n_empty += 1
                 continue
-            place = hashlib.blake2b(data, digest_size=8, key=key).digest()
-            chunk.add([tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id], len(data), place)
+            tokens = marks.around(chosen.encode(document))
+            chunk.add(tokens, len(data), place_of(data, seed))
             if chunk.n_bytes >= TEXT_CHUNK:
                 size = min(left, chunk.n_bytes)
                 left -= size
@@ -133,7 +155,7 @@ def _tokenise(batch: dict[str, Array], model: Any, sha256: str, seed: int) -> It
     except ConfigError as mistake:
         # Raised in a task, it would reach the user inside Ray's own report of a failed task.
         error = str(mistake)
-    yield chunk.row(left, error)
+    yield chunk.row(left, error, tally)
 
 
 class _Chunk:
@@ -149,7 +171,7 @@ class _Chunk:
         self.places.append(place)
         self.n_bytes += size
 
-    def row(self, size: int, error: str = "") -> dict[str, Array]:
+    def row(self, size: int, error: str = "", tally: documents.Tally | None = None) -> dict[str, Array]:
         lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
         columns = {
             "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]).tobytes(),
@@ -161,6 +183,8 @@ class _Chunk:
         return {
             **row,
             "n_empty": np.array([self.n_empty]),
+            "n_skipped": np.array([tally.skipped_rows if tally else 0]),
+            "first_skipped": np.array([(tally and tally.first_skipped) or ""], dtype=object),
             "size": np.array([size]),
             "error": np.array([error], dtype=object),
         }

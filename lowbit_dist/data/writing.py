@@ -5,19 +5,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowbit_dist import documents
 from lowbit_dist.data import tokenizing
 from lowbit_dist.data.manifest import FORMAT, MANIFEST, is_remote, read_manifest
-from lowbit_dist.data.shards import Writer
+from lowbit_dist.data.shards import Writer, too_few
+from lowbit_dist.documents import text
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.files import atomic_folder, atomic_write
-from lowbit_dist.tokenizer import FILES, MODEL, Tokenizer
+from lowbit_dist.tokenizer import TextTokenizer, marks
 from lowbit_dist.tokenizer import load as load_tokenizer
+
+BYTES_PER_TOKEN = 8  # more than text has
+MANY = 1 << 16  # documents, of which some go to val by their hash
+
+# Told how many bytes there are to read, it gives what is told how many more have been.
+Bar = Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]
+
+
+@contextlib.contextmanager
+def _no_bar(n_bytes: int) -> Iterator[Callable[[int], object]]:
+    yield lambda n: None
 
 
 def prepare(
@@ -29,11 +40,17 @@ def prepare(
     workers: int | None = None,
     val_fraction: float = 0.02,
     seed: int = 0,
+    field: str = "text",
+    separator: str | None = None,
+    on_bad_row: str = "fail",
+    bar: Bar = _no_bar,
 ) -> dict[str, Any]:
     """Write the prepared folder `out_dir` and return its manifest; the same bytes for any number of workers.
 
     The folder appears at its name complete or not at all.  If it is there already and was made from the same
-    inputs in the same way, nothing is done; if it was made otherwise, it is not touched.
+    inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `tokenizer_dir` is
+    one of `lowbit tokenizer train`, or a Hugging Face model's folder.  `field`, `separator` and `on_bad_row`
+    say how documents are found in the inputs: see `documents.Reading`.
     """
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"--seq-len ({seq_len}) must be from 2 to {1 << 20:,}; write 256, for example")
@@ -49,33 +66,102 @@ def prepare(
         )
     out = Path(out_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    ranges = documents.parts(inputs)
+    begin, end = marks(tokenizer)
+    if begin is None and end is None:
+        raise ConfigError(
+            f"--tokenizer ({tokenizer_dir}) has no token that begins or ends a text, so that nothing would "
+            "separate documents; write a bos_token or an eos_token into its tokenizer_config.json"
+        )
+    tally = documents.Tally()
+    ranges = documents.parts(inputs, documents.Reading(field, separator, on_bad_row), tally)
     recipe = {
         "format": FORMAT,
         "seq_len": seq_len,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
         "sources": [str(source) for source in inputs],
-        "sources_sha256": hashlib.sha256(json.dumps(ranges).encode()).hexdigest(),
+        "field": field,
+        "separator": separator,
+        "on_bad_row": on_bad_row,
+        "sources_sha256": hashlib.sha256(json.dumps([part[:6] for part in ranges]).encode()).hexdigest(),
         "val_fraction": val_fraction,
         "seed": seed,
     }
     if existing := _existing(out, recipe):
         return existing
+    tokenizing.check_ray()
+    longest = _longest_document(ranges, seed, seq_len, val_fraction)
+    ranges = [part._replace(reading=part.reading._replace(longest=longest)) for part in ranges]
     needed = None
     with atomic_folder(out, needs=lambda: needed) as draft:
-        _copy_tokenizer(Path(tokenizer_dir), tokenizer, draft / "tokenizer")
+        _copy_tokenizer(tokenizer, draft / "tokenizer")
         writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
         n_bytes, n_read = sum(part.size for part in ranges), 0
-        with _progress(n_bytes) as advance:
+        with bar(n_bytes) as advance:
             for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
                 writer.add(chunk)
+                tally.skip(int(chunk["n_skipped"]), chunk["first_skipped"])
                 advance(int(chunk["size"]))
-        manifest = {**recipe, **writer.finish()}
+        with _naming_skipped(tally):
+            splits = writer.finish()
+        manifest = {
+            **recipe,
+            **splits,
+            "tokenizer_files": sorted(tokenizer.files),
+            "document_begin": begin,
+            "document_end": end,
+            "longest_document": longest,
+            "skipped_rows": tally.skipped_rows,
+            "first_skipped_row": tally.first_skipped,
+            "left_out": dict(tally.left_out),
+        }
         _write_manifest(manifest, draft)
     return manifest
+
+
+def _longest_document(
+    ranges: Sequence[documents.FileRange], seed: int, seq_len: int, val_fraction: float
+) -> int | None:
+    """In pieces of how many bytes documents are split so that both splits get samples; None if as they are.
+
+    Of many documents some go to val by their hash, which a few of them show.  Few and large ones may leave a
+    split empty, or give val far more than its share: they are split, as long text files always are.
+    """
+    enough = BYTES_PER_TOKEN * seq_len  # bytes that fill a sample
+    limit = int(val_fraction * 2**64)
+    sizes: dict[bytes, int] = {}  # of different documents
+    n_documents = n_bytes = 0
+    of_split, tally = [0, 0], documents.Tally()
+    for document in filter(None, documents.read(ranges, tally)):
+        data = document.encode()
+        n_documents, n_bytes = n_documents + 1, n_bytes + len(data)
+        if (place := tokenizing.place_of(data, seed)) not in sizes:
+            sizes[place] = len(data)
+            of_split[int.from_bytes(place, "little") < limit] += len(data)
+            if min(of_split) >= enough or len(sizes) >= MANY:
+                return None
+    if n_bytes + 4 * n_documents < 2 * seq_len:  # each byte a token, and marks
+        with _naming_skipped(tally):
+            raise too_few(n_documents, f"{n_bytes:,} bytes of text", seq_len)
+    total, largest = sum(of_split), max(sizes.values())
+    share = max(enough, val_fraction * total)
+    if largest <= min(total / 2, total - share - enough, max(text.PIECE, share)):
+        return None
+    return min(text.PIECE, max(enough, total // 32))
+
+
+@contextlib.contextmanager
+def _naming_skipped(tally: documents.Tally) -> Iterator[None]:
+    """A mistake for which skipped rows may be the cause says so."""
+    try:
+        yield
+    except ConfigError as error:
+        if not tally.skipped_rows:
+            raise
+        skipped = f"{tally.skipped_rows:,} rows were skipped, the first: {tally.first_skipped}"
+        raise ConfigError(f"{error} ({skipped})") from None
 
 
 def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -98,27 +184,13 @@ def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     return manifest
 
 
-def _copy_tokenizer(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
+def _copy_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     folder.mkdir()
-    (folder / MODEL).write_bytes(tokenizer.model)
-    for name in FILES[1:] if source.is_dir() else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
     """Last: its presence says that everything it speaks of is there."""
     with atomic_write(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _progress(n_bytes: int) -> Iterator[Any]:
-    """A bar on stderr; gives the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=n_bytes)
-        yield lambda n: progress.advance(task, n)

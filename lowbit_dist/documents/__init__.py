@@ -4,12 +4,17 @@ An input is `stdlib`, `hf:NAME[:CONFIG[:SPLIT]]`, a file, a folder (all of its f
 of files.  It is first cut into *parts*: pieces of a few MB that any process can read alone.  The cut and the
 order depend on the input alone, so a corpus is the same sequence of documents for any number of workers.
 
+A file is what its name says: JSON (.jsonl, .ndjson, .json), a table (.csv, .tsv, .parquet), else text; all
+but .parquet also as .gz or .zst.  How documents are found in it is a `Reading`, which each part carries.
+
 Nothing is skipped in silence: what is missing, empty, truncated, binary or without text is a `ConfigError`
-that names the file and the line, row or byte.  A further source is one `Source` and its line in `SOURCES`.
+that names the file and the line, row or byte, and what is left out on purpose is counted in a `Tally`.  A
+further source is one `Source` and its line in `SOURCES`.
 """
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import time
@@ -17,34 +22,71 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit_dist.documents import jsonl, tables, text
-from lowbit_dist.documents.part import FileRange
+from lowbit_dist.documents import delimited, folders, jsonl, stream, tables, text
+from lowbit_dist.documents.part import BAD_ROWS, FileRange, Reading, Tally
 from lowbit_dist.errors import ConfigError
+
+__all__ = ["SOURCES", "FileRange", "Reading", "Source", "Tally", "parts", "read", "sample"]
 
 PROBED = 1 << 24  # bytes of text that are read before anything else is done with it
 PROBE_SECONDS = 3.0
-_INPUTS = "write stdlib, hf:NAME, or the path of text, .jsonl or .parquet"
+KINDS = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "csv": "table", "tsv": "table"}
+_INPUTS = "write stdlib, hf:NAME, or the path of text, .jsonl, .json, .csv, .tsv or .parquet"
 
 
 @dataclass(frozen=True)
 class Source:
-    parts: Callable[[str], Iterable[FileRange]]
-    documents: Callable[[FileRange], Iterator[str]]
+    parts: Callable[[str, Reading], Iterable[FileRange]]
+    documents: Callable[[FileRange, Tally], Iterator[str]]
 
 
-def parts(inputs: Iterable[str | Path]) -> list[FileRange]:
-    """All parts of `inputs`, in the order of the corpus, once their beginnings are seen to be text."""
+def parts(
+    inputs: Iterable[str | Path], reading: Reading | None = None, tally: Tally | None = None
+) -> list[FileRange]:
+    """All parts of `inputs`, in the order of the corpus, once their beginnings are seen to be text.
+
+    `tally` counts what of folders and patterns is left out.
+    """
+    reading = Reading() if reading is None else reading
+    tally = Tally() if tally is None else tally
+    _check(reading)
     ranges: list[FileRange] = []
-    for given in inputs:
-        ranges += _parts_of(str(given))
-    if not ranges:
+    given = [str(source) for source in inputs]
+    if not given:
         raise ConfigError(f"--input is required; {_INPUTS}")
-    seen: dict[tuple[str, str, int], FileRange] = {}
+    for source in given:
+        ranges += _parts_of(source, reading, tally)
+    if not ranges:
+        raise ConfigError(f"--input ({', '.join(given)}) holds no rows; {_INPUTS}")
+    real_path = functools.cache(os.path.realpath)
+    seen: dict[tuple[str, int], FileRange] = {}
     for part in ranges:
-        if seen.setdefault((part.source, part.path, part.start), part) is not part:
+        if seen.setdefault((real_path(part.path), part.start), part) is not part:
             raise ConfigError(f"--input: {part.path} is read twice; name it once")
-    _probe([part for part in ranges if part.source in ("text", "jsonl", "parquet")])
+    _check_use(reading, {part.source for part in ranges})
+    _probe([part for part in ranges if part.source not in ("stdlib", "hf")])
     return ranges
+
+
+def _check(reading: Reading) -> None:
+    if not reading.field:
+        raise ConfigError("--field must not be empty; write the text's name, or leave it out")
+    if reading.separator == "":
+        raise ConfigError("--separator must not be empty; write '<|endoftext|>', for example")
+    if reading.on_bad_row not in BAD_ROWS:
+        raise ConfigError(
+            f"--on-bad-row ({reading.on_bad_row}) must be one of {', '.join(BAD_ROWS)}; write one of them"
+        )
+
+
+def _check_use(reading: Reading, sources: set[str]) -> None:
+    if reading.separator is not None and "text" not in sources:
+        raise ConfigError("--separator divides text files, and --input has none; leave it out")
+    if reading.field != Reading().field and sources <= {"text", "stdlib"}:
+        raise ConfigError(
+            f"--field ({reading.field}) names the text of JSON, tables and data sets, and --input has none; "
+            "leave it out"
+        )
 
 
 def _probe(ranges: list[FileRange]) -> None:
@@ -65,18 +107,23 @@ def _probe(ranges: list[FileRange]) -> None:
                 break
 
 
-def read(ranges: Iterable[FileRange]) -> Iterator[str]:
-    """The documents of the parts, in order; empty ones included."""
+def read(ranges: Iterable[FileRange], tally: Tally | None = None) -> Iterator[str]:
+    """The documents of the parts, in order; empty ones included.  `tally` counts skipped rows."""
+    tally = Tally() if tally is None else tally
     for part in ranges:
         try:
-            yield from SOURCES[part.source].documents(part)
+            for document in SOURCES[part.source].documents(part, tally):
+                if part.reading.longest is None:
+                    yield document
+                else:
+                    yield from text.split(document, part.reading.longest)
         except OSError as error:
             raise ConfigError(
                 f"{part.path} cannot be read: {error.strerror or error}; repair it or leave it out"
             ) from None
 
 
-def sample(ranges: list[FileRange], n_bytes: int) -> Iterator[str]:
+def sample(ranges: list[FileRange], n_bytes: int, tally: Tally | None = None) -> Iterator[str]:
     """About `n_bytes` of documents: all of them, or the beginnings of evenly spaced parts."""
     if sum(part.size for part in ranges) > n_bytes:
         n = min(len(ranges), 64)
@@ -85,61 +132,74 @@ def sample(ranges: list[FileRange], n_bytes: int) -> Iterator[str]:
     left = 0
     for part in ranges:
         left += quota  # what a short part leaves goes to the next
-        for document in read([part]):
+        for document in read([part], tally):
             if left <= 0:
                 break
             yield document
             left -= len(document.encode())
 
 
-def _parts_of(given: str) -> list[FileRange]:
+def _parts_of(given: str, reading: Reading, tally: Tally) -> list[FileRange]:
     if given == "stdlib" or given.startswith("hf:"):
-        return list(SOURCES[given.partition(":")[0]].parts(given))
+        return list(SOURCES[given.partition(":")[0]].parts(given, reading))
     if "://" in given:
         raise ConfigError(f"--input ({given}) must be on this machine, or hf:NAME; copy it here first")
     path = Path(given)
     try:
         if path.is_dir():
-            return _folder(path)
-        if path.exists():
+            paths = _folder(path, tally)
+        elif path.exists():
             if not path.is_file():
                 raise ConfigError(f"--input ({given}) must be a file or a folder; write the path of one")
             if path.stat().st_size == 0:
                 raise ConfigError(f"--input ({given}) is empty; leave it out")
-            return list(SOURCES[_kind(path)].parts(given))
-        matches = [path for path in sorted(glob.glob(given, recursive=True)) if os.path.isfile(path)]
+            paths = [given]
+        else:
+            paths = _matches(given, tally)
+        return [part for path in paths for part in SOURCES[_kind(path)].parts(path, reading)]
     except OSError as error:
+        where = "" if error.filename in (None, given) else f" at {error.filename}"
         raise ConfigError(
-            f"--input ({given}) cannot be read: {error.strerror or error}; repair it or leave it out"
+            f"--input ({given}) cannot be read{where}: {error.strerror or error}; repair it or leave it out"
         ) from None
-    if not matches:
-        raise ConfigError(f"--input ({given}) does not exist; {_INPUTS}")
-    return [part for path in matches for part in SOURCES[_kind(Path(path))].parts(path)]
 
 
-def _kind(path: Path) -> str:
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "text"
+def _kind(path: str) -> str:
+    if path.lower().endswith(".parquet"):
+        return "parquet"
+    return KINDS.get(stream.plain_name(path).rpartition(".")[2], "text")
 
 
-def _folder(folder: Path) -> list[FileRange]:
-    ranges = [
-        part
-        for path in text.walk(folder, lambda name: name.startswith(".") or name == "__pycache__")
-        if path.stat().st_size
-        for part in SOURCES[_kind(path)].parts(str(path))
-    ]
-    if not ranges:
+def _folder(folder: Path, tally: Tally) -> list[str]:
+    def why_left_out(name: str) -> str | None:
+        return "hidden names" if name.startswith(".") else name if name == "__pycache__" else None
+
+    walked = map(str, folders.walk(folder, why_left_out, tally.left_out))
+    paths = [path for path in walked if folders.has_content(path, tally.left_out)]
+    if not paths:
         raise ConfigError(f"--input ({folder}) has no file with text; write the path of one that has")
-    return ranges
+    return paths
+
+
+def _matches(pattern: str, tally: Tally) -> list[str]:
+    paths = sorted(glob.glob(pattern, recursive=True))
+    files = [path for path in paths if not os.path.isdir(path)]
+    if "**" not in pattern and len(files) < len(paths):
+        tally.left_out["folders that a pattern names"] += len(paths) - len(files)
+    files = folders.without_links(files, tally.left_out)
+    if not paths:
+        raise ConfigError(f"--input ({pattern}) does not exist; {_INPUTS}")
+    if not (files := [path for path in files if folders.has_content(path, tally.left_out)]):
+        raise ConfigError(f"--input ({pattern}) names no file with text; write the path of one that has")
+    return files
 
 
 SOURCES = {
     "stdlib": Source(text.stdlib_parts, text.documents),
     "text": Source(text.parts, text.documents),
-    "jsonl": Source(jsonl.parts, jsonl.documents),
+    "jsonl": Source(jsonl.parts, jsonl.line_documents),
+    "json": Source(jsonl.parts, jsonl.value_documents),
+    "table": Source(delimited.parts, delimited.documents),
     "parquet": Source(tables.parquet_parts, tables.parquet_documents),
     "hf": Source(tables.hf_parts, tables.hf_documents),
 }

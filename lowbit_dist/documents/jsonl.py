@@ -1,123 +1,158 @@
-"""JSON lines, plain or compressed: the `text` of each object is a document."""
+"""JSON: lines, or a list, or single objects; the field `text` of an object, or a string, is a document."""
 
-import gzip
+from __future__ import annotations
+
+import codecs
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
-from lowbit_dist.documents import text
-from lowbit_dist.documents.part import FileRange, checked_text
+from lowbit_dist.documents import stream, text
+from lowbit_dist.documents.part import LONGEST, FileRange, Reading, Tally, text_of
 from lowbit_dist.errors import ConfigError
 
-CHUNK = 1 << 20  # bytes read at once
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def parts(path: str) -> Iterator[FileRange]:
-    if path.lower().endswith(".jsonl"):
-        yield from text.parts(path, "jsonl")
+def parts(path: str, reading: Reading) -> Iterator[FileRange]:
+    """Ranges of lines, which any process finds; of a .json that is no lines, one."""
+    if not stream.plain_name(path).endswith(".json") or _begins_as_lines(path):
+        yield from text.parts(path, reading, "jsonl")
     else:
-        stat = os.stat(path)  # a compressed file has no middle to start from
-        yield FileRange("jsonl", path, 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
+        status = os.stat(path)
+        yield FileRange("json", path, 0, status.st_size, status.st_size, status.st_mtime_ns, reading)
 
 
-def documents(part: FileRange) -> Iterator[str]:
-    is_compressed = not part.path.lower().endswith(".jsonl")
-    lines = _lines(_decompressed(part.path)) if is_compressed else _lines_between(part)
-    for number, line in enumerate(lines):
+def _begins_as_lines(path: str) -> bool:
+    with stream.opened(path) as file:
+        if file.read(stream.CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return False  # a list may be one line that is longer than memory
+    with stream.opened(path) as file:
+        while line := stream.line(file, path):
+            if line.strip():
+                try:
+                    _parsed(line)
+                except ValueError:
+                    return False
+                return True
+    return False
+
+
+def line_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+    for k, line in enumerate(stream.lines(part)):
         if line.strip():
             try:
-                yield _field(line)
+                document = text_of(_parsed(line), part.reading.field)
             except ValueError as error:
-                before = 0 if is_compressed or not part.start else _lines_before(part)
-                raise ConfigError(f"{part.path} line {before + number + 1:,} {error}") from None
+                number = stream.lines_before(part.path, part.start) + k + 1
+                tally.bad_row(part, f"{part.path} line {number:,} {error}")
+            else:
+                yield document
 
 
-def _lines_between(part: FileRange) -> Iterator[bytes]:
-    """The lines that begin inside the part."""
-    with open(part.path, "rb") as file:
-        if part.start:
-            file.seek(part.start - 1)
-            file.readline()
-        while file.tell() < part.stop and (line := file.readline()):
-            yield line
-
-
-def _lines_before(part: FileRange) -> int:
-    """How many lines begin before the part does; counted only to name a mistake's line."""
-    n_lines, left = 1, part.start - 1
-    with open(part.path, "rb") as file:
-        while left and (data := file.read(min(left, CHUNK))):
-            n_lines += data.count(b"\n")
-            left -= len(data)
-    return n_lines
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        if others:
-            yield b"".join(rest)
-            yield from others[:-1]
-            rest = [others[-1]]
-    if last := b"".join(rest):
-        yield last
-
-
-def _field(line: bytes) -> str:
-    """The `text` of one JSON object; ValueError says what a line that has none has instead."""
+def _parsed(line: bytes) -> Any:
+    """The JSON value of a line; ValueError says why there is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text at its byte {error.start:,}; convert the file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at its character {error.pos:,}); repair it") from None
     except RecursionError:
         raise ValueError("is JSON nested too deeply; repair it") from None
-    if not isinstance(row, dict):
-        raise ValueError('is not a JSON object; write {"text": "..."}')
-    return checked_text(row.get("text"), f"its names are {', '.join(map(str, row))[:100] or 'none'}")
 
 
-def _decompressed(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+def value_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+    for k, value in enumerate(_values(part.path)):
         try:
-            if path.lower().endswith(".gz"):
-                with gzip.GzipFile(fileobj=file) as unzipped:
-                    while chunk := unzipped.read(CHUNK):
-                        yield chunk
-            else:
-                yield from _zstd(file)
-        except EOFError:
-            size = os.fstat(file.fileno()).st_size
-            raise ConfigError(
-                f"{path} ends in the middle of its compressed data, at byte {size:,}; copy it again"
-            ) from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise ConfigError(
-                f"{path} is damaged at or before byte {file.tell():,}: {error}; copy it again"
-            ) from None
+            document = text_of(value, part.reading.field)
+        except ValueError as error:
+            tally.bad_row(part, f"{part.path} item {k + 1:,} {error}")
+        else:
+            yield document
 
 
-def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame: zstandard's own file reader takes a truncated file for a finished one."""
-    import zstandard
+def _values(path: str) -> Iterator[Any]:
+    """The items of a file's list, or its values one after another; one of them is held at a time."""
+    with stream.opened(path) as file:
+        source = _Source(file, path)
+        is_list = source.peek() == "["
+        if is_list:
+            source.place += 1
+            if source.peek() == "]":
+                return
+        while is_list or source.peek():
+            yield source.value()
+            if is_list:
+                mark = source.peek()
+                if mark not in ("", ",", "]"):
+                    raise source.mistake(f"is followed by {mark!r}, not by ',' or ']'; repair the file")
+                source.place += len(mark)
+                if mark == "]":
+                    break
+        if is_list and source.peek():
+            raise ConfigError(f"{path} has more text behind the end of its list; repair the file")
 
-    decompressor = None
-    while data := file.read(CHUNK):
-        while data:
-            decompressor = decompressor or zstandard.ZstdDecompressor().decompressobj()
+
+class _Source:
+    """The text of a JSON file from `place` on, as much of it as is needed."""
+
+    def __init__(self, file: BinaryIO, path: str):
+        self.file, self.path = file, path
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self.decoder = json.JSONDecoder()
+        self.text, self.place, self.is_all = "", 0, False
+        self.n_bytes = self.n_values = 0
+
+    def peek(self) -> str:
+        """The next character that is no blank; nothing at the end of the file."""
+        while True:
+            match = _BLANK.match(self.text, self.place)
+            self.place = match.end() if match else self.place
+            if self.place < len(self.text) or self.is_all:
+                return self.text[self.place : self.place + 1]
+            self._read_more()
+
+    def value(self) -> Any:
+        self.n_values += 1
+        self.peek()
+        while True:
             try:
-                chunk = decompressor.decompress(data)
-            except zstandard.ZstdError as error:
-                raise zlib.error(str(error)) from None
-            if chunk:
-                yield chunk
-            data = decompressor.unused_data if decompressor.eof else b""
-            if decompressor.eof:
-                decompressor = None
-    if decompressor is not None:
-        raise EOFError
+                value, end = self.decoder.raw_decode(self.text, self.place)
+                # A number at the end of what is read may go on.
+                if end < len(self.text) or self.is_all:
+                    self.place = end
+                    return value
+            except json.JSONDecodeError as error:
+                is_cut = error.pos == len(self.text) or error.msg.startswith("Unterminated string")
+                if self.is_all and is_cut:
+                    raise self.mistake("ends with the file, in its middle; copy the file again") from None
+                # A word or an escape that is cut is named where it begins.
+                if self.is_all or not (is_cut or error.pos > len(self.text) - 12):
+                    place = error.pos - self.place
+                    raise self.mistake(
+                        f"is not JSON ({error.msg} at its character {place:,}); repair it"
+                    ) from None
+            except RecursionError:
+                raise self.mistake("is JSON nested too deeply; repair it") from None
+            if len(self.text) - self.place > LONGEST:
+                raise self.mistake(f"is longer than {LONGEST:,} characters; divide it, or write JSON lines")
+            self._read_more()
+
+    def mistake(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.path} item {self.n_values:,} {what}")
+
+    def _read_more(self) -> None:
+        """As much again as is there, so that a long value is tried few times."""
+        rest = self.text[self.place :]
+        data = self.file.read(max(stream.CHUNK, len(rest)))
+        try:
+            self.text, self.place, self.is_all = rest + self.decode(data, final=not data), 0, not data
+        except UnicodeDecodeError as error:
+            start = self.n_bytes + len(data) - len(error.object) + error.start
+            raise ConfigError(
+                f"{self.path}: byte {start:,} is not UTF-8 text; convert the file or leave it out"
+            ) from None
+        self.n_bytes += len(data)

@@ -1,6 +1,25 @@
-"""A part of an input: what one process reads alone."""
+"""A part of an input: what one process reads alone, how it is read, and what of it is left out."""
 
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from lowbit_dist.errors import ConfigError
+
+LONGEST = 1 << 28  # bytes of one document, line, cell or JSON value: what a process holds in memory at once
+BAD_ROWS = ("fail", "skip")
+
+
+class Reading(NamedTuple):
+    """How documents are found in what is read."""
+
+    field: str = "text"  # the text's name in JSON, Parquet and tables
+    separator: str | None = None  # stands between the documents of a text file
+    on_bad_row: str = "fail"  # one of BAD_ROWS: what is done with a row that holds no text
+    longest: int | None = None  # bytes; a longer document is split
 
 
 class FileRange(NamedTuple):
@@ -11,13 +30,50 @@ class FileRange(NamedTuple):
     start: int
     stop: int
     size: int  # bytes on disk, for progress and for balance
-    stamp: int = 0  # time of the file's last change, ns
+    stamp: int = 0  # time of the file's last change, ns; of a data set a hash of its fingerprint
+    reading: Reading = Reading()
+
+    @classmethod
+    def of_json(cls, fields: Sequence[Any]) -> FileRange:
+        return cls(*fields[:-1])._replace(reading=Reading(*fields[-1]))
 
 
-def checked_text(text: Any, instead: str) -> str:
-    """`text`; ValueError unless it is text that UTF-8 has, saying what is there `instead`."""
+@dataclass
+class Tally:
+    """What was not read, counted for whoever says so."""
+
+    left_out: Counter[str] = field(default_factory=Counter)  # files and folders, by the reason
+    skipped_rows: int = 0
+    first_skipped: str | None = None
+
+    def bad_row(self, part: FileRange, mistake: str) -> None:
+        """Count a row without text, or raise the mistake, as the part's reading says."""
+        if part.reading.on_bad_row == "fail":
+            raise ConfigError(f"{mistake}, or leave such rows out with --on-bad-row skip")
+        self.skip(1, mistake)
+
+    def skip(self, n_rows: int, first: str | None) -> None:
+        self.skipped_rows += n_rows
+        self.first_skipped = self.first_skipped or first or None
+
+
+def text_of(row: Any, name: str) -> str:
+    """The text of a JSON value: a string, or the field `name` of an object; ValueError says what it has."""
+    if isinstance(row, str):
+        return checked_text(row, name)
+    if not isinstance(row, dict):
+        raise ValueError(f'is not a JSON object but {_kind(row)}; write {{"{name}": "..."}}')
+    return checked_text(row.get(name), name, row)
+
+
+def checked_text(text: Any, name: str, row: dict[str, Any] | None = None) -> str:
+    """`text`, which is the field `name` of `row`; ValueError unless it is text that UTF-8 has."""
     if not isinstance(text, str):
-        raise ValueError(f"has no text in a field 'text' ({instead}); rename the field or drop the line")
+        instead = [] if row is not None and name not in row else [f"it is {_kind(text)}"]
+        instead += [] if row is None else [f"its fields are {listed(row)}"]
+        raise ValueError(
+            f"has no text in a field '{name}' ({', '.join(instead)}); write --field NAME, rename the field"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -25,3 +81,23 @@ def checked_text(text: Any, instead: str) -> str:
             f"has half a surrogate pair at character {error.start:,} of its text; repair it"
         ) from None
     return text
+
+
+def column_of(names: Sequence[str], part: str, name: str) -> int:
+    """The place of the column `name`; ConfigError names the columns that `part` has instead."""
+    if list(names).count(name) != 1:
+        has = f"{list(names).count(name)} columns" if name in names else "no column"
+        raise ConfigError(f"{part} has {has} '{name}'; its columns are {listed(names)}; write --field NAME")
+    return list(names).index(name)
+
+
+def listed(names: Any) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in ", ".join(map(str, names))) or "none"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

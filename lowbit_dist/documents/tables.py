@@ -1,24 +1,25 @@
 """Tables with a column `text`, of which each row is a document: Parquet files and Hugging Face datasets."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from lowbit_dist.documents.part import FileRange, checked_text
+from lowbit_dist.documents.part import FileRange, Reading, Tally, checked_text, column_of, listed
 from lowbit_dist.errors import ConfigError
 
 ROWS = 10_000  # of a Hugging Face dataset in a part
 
 
-def parquet_parts(path: str) -> Iterator[FileRange]:
+def parquet_parts(path: str, reading: Reading) -> Iterator[FileRange]:
     stamp = os.stat(path).st_mtime_ns
-    file = _parquet_file(path)
+    file = _parquet_file(path, reading.field)
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).total_byte_size
-        yield FileRange("parquet", path, group, group + 1, size, stamp)
+        yield FileRange("parquet", path, group, group + 1, size, stamp, reading)
 
 
-def _parquet_file(path: str) -> Any:
+def _parquet_file(path: str, name: str) -> Any:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -38,35 +39,39 @@ def _parquet_file(path: str) -> Any:
         raise ConfigError(
             f"{path} is not a Parquet file, or is damaged: {_first_line(error)}; copy it again"
         ) from None
-    if "text" not in file.schema_arrow.names:
+    schema = file.schema_arrow
+    kind = str(schema.field(column_of(schema.names, path, name)).type)
+    if not kind.startswith(("string", "large_string", "dictionary<values=string", "null")):
         raise ConfigError(
-            f"{path} has no column 'text'; its columns are {', '.join(file.schema_arrow.names)[:100]}; "
-            "rename the one that holds text"
+            f"{path}: its column '{name}' is {kind}, not text; its columns are {listed(schema.names)}; "
+            "write --field NAME"
         )
     return file
 
 
-def parquet_documents(part: FileRange) -> Iterator[str]:
+def parquet_documents(part: FileRange, tally: Tally) -> Iterator[str]:
     from pyarrow import ArrowException
 
-    file = _parquet_file(part.path)
+    name = part.reading.field
+    file = _parquet_file(part.path, name)
     row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
     try:
-        for batch in file.iter_batches(256, row_groups=[part.start], columns=["text"]):
+        for batch in file.iter_batches(256, row_groups=[part.start], columns=[name]):
             for value in batch.column(0):
                 row += 1
-                text = value.as_py()
-                yield checked_text(text, f"it is {type(text).__name__}")
-    except UnicodeDecodeError as error:
+                try:
+                    document = checked_text(value.as_py(), name)
+                except UnicodeDecodeError as error:
+                    mistake = f"is not UTF-8 text at byte {error.start:,}; convert it"
+                    tally.bad_row(part, f"{part.path} row {row:,} {mistake}")
+                except ValueError as error:
+                    tally.bad_row(part, f"{part.path} row {row:,} {error}")
+                else:
+                    yield document
+    except ArrowException as error:
         raise ConfigError(
-            f"{part.path} row {row:,} is not UTF-8 text at byte {error.start:,}; convert it"
+            f"{part.path} is damaged after row {row:,}: {_first_line(error)}; copy it again"
         ) from None
-    except ValueError as error:  # ArrowInvalid is one
-        if isinstance(error, ArrowException):
-            raise ConfigError(
-                f"{part.path} is damaged after row {row:,}: {_first_line(error)}; copy it again"
-            ) from None
-        raise ConfigError(f"{part.path} row {row:,} {error}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -84,7 +89,8 @@ def _hf_dataset(given: str) -> Any:
         import datasets
     except ImportError:
         raise ConfigError(
-            f"--input ({given}) needs the package datasets, which is not installed; run: pip install datasets"
+            f"--input ({given}) needs the package datasets, which is not installed; run: "
+            "pip install 'lowbit-dist[hf]'"
         ) from None
     try:
         return datasets.load_dataset(name, configuration or None, split=split or "train")
@@ -94,23 +100,29 @@ def _hf_dataset(given: str) -> Any:
         ) from None
 
 
-def hf_parts(given: str) -> Iterator[FileRange]:
+def hf_parts(given: str, reading: Reading) -> Iterator[FileRange]:
     dataset = _hf_dataset(given)
-    if "text" not in dataset.column_names:
-        raise ConfigError(
-            f"--input ({given}) has no column 'text'; its columns are {', '.join(dataset.column_names)[:100]}"
-        )
+    column_of(dataset.column_names, f"--input ({given})", reading.field)
     row_bytes = (dataset.dataset_size or 0) // max(1, len(dataset)) or 1000
     for start in range(0, len(dataset), ROWS):
         stop = min(start + ROWS, len(dataset))
-        yield FileRange("hf", given, start, stop, (stop - start) * row_bytes)
+        yield FileRange("hf", given, start, stop, (stop - start) * row_bytes, _hf_stamp(dataset), reading)
 
 
-def hf_documents(part: FileRange) -> Iterator[str]:
-    dataset = _hf_dataset(part.path)
+def _hf_stamp(dataset: Any) -> int:
+    """A hash of the fingerprint, by which the library itself knows what a data set holds."""
+    return int.from_bytes(hashlib.sha256(str(dataset._fingerprint).encode()).digest()[:7], "little")
+
+
+def hf_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+    dataset, name = _hf_dataset(part.path), part.reading.field
+    if _hf_stamp(dataset) != part.stamp:
+        raise ConfigError(f"--input ({part.path}) has changed while it was read; start again")
     for start in range(part.start, part.stop, 256):
-        for k, text in enumerate(dataset[start : min(start + 256, part.stop)]["text"]):
+        for k, text in enumerate(dataset[start : min(start + 256, part.stop)][name]):
             try:
-                yield checked_text(text, f"it is {type(text).__name__}")
+                document = checked_text(text, name)
             except ValueError as error:
-                raise ConfigError(f"{part.path} row {start + k + 1:,} {error}") from None
+                tally.bad_row(part, f"{part.path} row {start + k + 1:,} {error}")
+            else:
+                yield document

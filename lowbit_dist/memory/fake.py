@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,9 +29,10 @@ _one_at_a_time = threading.Lock()  # what is replaced is the whole process's
 
 
 @contextmanager
-def fake_worker(rank: int, workers: int) -> Iterator[None]:
+def fake_worker(rank: int, workers: int, *, experts: int = 1) -> Iterator[None]:
     """Inside, this process is worker `rank` of `workers`, all on CPUs, and new tensors have no storage.
 
+    Of the tokens that choose among `experts`, each expert is given as many as any other.
     Afterwards all is as before, also after an exception.  RuntimeError in a live process group: PyTorch has
     one default group for all threads of a process.
     """
@@ -61,7 +63,12 @@ def fake_worker(rank: int, workers: int) -> Iterator[None]:
         # DeepSpeed moves the module to its device, where it is; to swap a fake tensor's data is refused.
         enter(patch.object(nn.Module, "_apply", lambda self, *_, **__: self))
         enter(patch.object(dist, "all_gather_into_tensor", _gather))
-        enter(patch.dict(op_implementations_dict, {torch.ops.aten._local_scalar_dense.default: _number}))
+        values = {
+            torch.ops.aten._local_scalar_dense.default: _number,
+            torch.ops.aten.nonzero.default: partial(_chosen, experts),
+        }
+        enter(patch.dict(op_implementations_dict, values))
+        enter(patch.object(torch, "rand", partial(_above_chance, torch.rand)))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
@@ -71,6 +78,17 @@ def _number(mode: FakeTensorMode, func: Any, tensor: Tensor) -> int:
     flag of an overflow.
     """
     return 0 if tensor.dtype == torch.uint8 else 1
+
+
+def _chosen(experts: int, mode: FakeTensorMode, func: Any, mask: Tensor) -> Tensor:
+    """Where a mask is true that says of each choice of each token whether it fell on one expert."""
+    return mask.new_empty((max(1, mask.numel() // experts), mask.dim()), dtype=torch.int64)
+
+
+def _above_chance(rand: Any, *size: Any, **options: Any) -> Tensor:
+    """`torch.rand`, whose single numbers are drawn to leave out a layer if they are small: none is."""
+    is_number = not size or size[0] in ((), [])
+    return torch.tensor(1.0) if is_number else rand(*size, **options)  # a fake one that has a value
 
 
 class _gather:

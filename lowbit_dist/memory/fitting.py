@@ -1,6 +1,6 @@
 """Whether a run fits into the memory there is, and if not, what would."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lowbit_dist import configfile
@@ -52,7 +52,7 @@ def check_memory(config: RunConfig, vocab_size: int, budget: MemoryBudget) -> No
     answer = "nothing smaller that would fit is known: free memory, or train on more machines"
     for changes in _remedies(config, budget, part):
         try:
-            smaller = fit(changed(config, changes), vocab_size, budget)
+            smaller = fit(configfile.changed(config, changes), vocab_size, budget)
         except ConfigError:  # the changes contradict the rest of the configuration
             continue
         if smaller.fits:
@@ -114,15 +114,6 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "'{" + ", ".join(f"{name}: {plain(x)}" for name, x in value.items()) + "}'"
     return plain(value)
-
-
-def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The configuration that results when `changes` are written behind the same file."""
-    content = config.model_dump(mode="json", exclude_unset=True)
-    for name, value in changes.items():
-        section, _, field = name.partition(".")
-        content[section] = {**content.get(section, {}), field: value} if field else value
-    return configfile.from_dict(content)
 
 
 def _remedies(config: RunConfig, budget: MemoryBudget, part: str) -> Iterator[Changes]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Component -> the parameters that it serves: its bytes are divided by their number.
+# Component -> the parameters that it serves: the bytes of all workers are divided by their number.
 COMPONENTS = {
     "low_bit_weights": "low_bit",  # packed codes
     "scales": "low_bit",
@@ -42,7 +42,7 @@ def report(
     parameters: Parameters,
     workers: int,
 ) -> dict[str, Any]:
-    """One worker's memory, as JSON."""
+    """One worker's memory, as JSON; `bytes_per_parameter` is of `workers` such workers together."""
     sizes: dict[str, int | None] = {name: resident[name] for name in RESIDENT}
     sizes |= {"transient": None, "activations": None} if peak is None else peak._asdict()
     counts = {**parameters._asdict(), "total": parameters.total}
@@ -51,7 +51,10 @@ def report(
         "resident_bytes_per_worker": at_rest,
         "peak_bytes_per_worker": None if peak is None else at_rest + sum(peak),
         "components": {
-            name: {"bytes": n, "bytes_per_parameter": None if n is None else n / (counts[serves] or 1)}
+            name: {
+                "bytes": n,
+                "bytes_per_parameter": None if n is None else n * workers / (counts[serves] or 1),
+            }
             for (name, serves), n in zip(COMPONENTS.items(), sizes.values(), strict=True)
         },
         "parameters": counts,

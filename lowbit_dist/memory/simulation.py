@@ -14,11 +14,13 @@ from torch import nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
+from lowbit_dist.experts import number
 from lowbit_dist.memory.fake import fake_worker
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
 from lowbit_dist.model import low_bit_names, shapes
+from lowbit_dist.tokenizer import Marks
 
 LONGEST = 4  # blocks; longer models are extrapolated from so many
 
@@ -59,14 +61,18 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
     train = config.train.model_copy(update={"batch_tokens": numel})
     config, model = config.model_copy(update={"train": train}), copy.deepcopy(model)
     briefly = briefly and passes == 2 and config.zero.residency == "sharded"
-    with fake_worker(_largest_worker(config, model, workers), workers), ExitStack() as sampled:
+    with (
+        fake_worker(_largest_worker(config, model, workers), workers, experts=number(model)),
+        ExitStack() as sampled,
+    ):
         from lowbit_dist.zero import Engine
 
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+        marks = Marks(1, 2) if config.data.document_mask else None  # a mask is as large for any
         engine = Engine(
-            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method)
+            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method), marks
         )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         meter, warm, ends, blocks = _Phases(), StorageMeter(), [], _blocks(model)
@@ -123,7 +129,8 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
+    # Not the longest: a block may have a list of many experts.
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
 
 
 def _alike(blocks: nn.ModuleList) -> bool:

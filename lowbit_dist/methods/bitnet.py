@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method
+from lowbit_dist.section import setting
 
 
 class BitNet(Method):
     name: Literal["bitnet"] = "bitnet"
-    activation_bits: Literal[8] | None = 8
-    sub_norms: bool = True
+    activation_bits: Literal[8] | None = setting(
+        8, "Inputs of ternary layers are rounded to so many bits for each token; null does not.", unit="bits"
+    )
+    sub_norms: bool = setting(
+        True, "Whether RMSNorm stands before o_proj and down_proj, too: with LLaMA's own, before every layer."
+    )
 
     @property
     def forward_grid(self) -> Grid:

@@ -1,4 +1,7 @@
-"""The full-precision control: ordinary weights under DeepSpeed ZeRO, which is what `Method` is by default."""
+"""The full-precision control: ordinary weights under DeepSpeed ZeRO.
+
+It is what `Method` is by default.
+"""
 
 from typing import Literal
 

@@ -54,6 +54,7 @@ from lowbit_dist.grid import GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import PackedTensor, representable
+from lowbit_dist.section import setting
 
 # Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
 # weights (QuEST, arXiv 2502.05003, released code).
@@ -63,17 +64,35 @@ GROUP = 128  # of every published ternary model with group scales, and of GPTQ
 
 class DQT(Method):
     name: Literal["dqt"] = "dqt"
-    grid: Literal["ternary", "int2", "int3", "int4", "int8"] = "ternary"
-    # all: embeddings, head and norm gains too, as the released code does
-    tensors: Literal["linears", "all"] = "linears"
-    scale: Literal["absmean", "absmax", "rms"] = "absmean"
-    granularity: Literal["tensor", "row", "group"] = "tensor"  # what has a scale of its own
-    group: Annotated[int, Field(ge=PLANE, le=2**20)] = (
-        GROUP  # consecutive weights of a row; granularity: group
+    grid: Literal["ternary", "int2", "int3", "int4", "int8"] = setting(
+        "ternary", "The levels that a weight may have; the code of each is all that is kept of it."
     )
-    activation_bits: Literal[8] | None = 8
-    # RMSNorm before o_proj and down_proj (SubLN), as in BitNet; llama.cpp's llama has none
-    sub_norms: bool = False
+    tensors: Literal["linears", "all"] = setting(
+        "linears",
+        "Which weights are codes: those of the linear layers but the head, or embeddings, head and the gains "
+        "of norms, too, as in the paper's released code.",
+    )
+    scale: Literal["absmean", "absmax", "rms"] = setting(
+        "absmean",
+        "How the size of a level is found from the first weights: by their mean, by the largest, so that "
+        "none is cut off, or for the least mean squared error of Gaussian weights.",
+    )
+    granularity: Literal["tensor", "row", "group"] = setting(
+        "tensor", "What has a scale of its own: the whole tensor, each row, or each group of a row."
+    )
+    group: Annotated[int, Field(ge=PLANE, le=2**20)] = setting(
+        GROUP,
+        f"How many consecutive weights of a row share a scale; a multiple of {PLANE}, for granularity group.",
+        unit="weights",
+    )
+    activation_bits: Literal[8] | None = setting(
+        8, "Inputs of low-bit layers are rounded to so many bits for each token; null does not.", unit="bits"
+    )
+    sub_norms: bool = setting(
+        False,
+        "Whether RMSNorm stands before o_proj and down_proj, too (SubLN), as in BitNet; llama.cpp's llama "
+        "has none.",
+    )
 
     @model_validator(mode="after")
     def _group_fits(self) -> Self:

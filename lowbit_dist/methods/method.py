@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowbit_dist.section import Section
+from lowbit_dist.section import Section, setting
 
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor, nn
@@ -14,15 +14,15 @@ if TYPE_CHECKING:  # a configuration is read without torch
 
 
 class Method(Section):
-    """A training method, which is the `method:` section of a run's configuration: frozen fields, and what
-    they mean.
+    """What a weight is, what the forward pass sees of it, and how it is updated.
 
-    A method is one file: a class that derives from this one, its options as fields, and whichever of these
-    answers differ from the defaults, which are those of full-precision training.  No other code knows a
-    method by its name.  README.md beside this file writes one, step by step.
+    It is the `method:` section of a run's configuration.  A method is one file: a class that derives from
+    this one, its options as fields, and whichever of these answers differ from the defaults, which are those
+    of full-precision training.  No other code knows a method by its name.  README.md beside this file writes
+    one, step by step.
     """
 
-    name: str
+    name: str = setting(meaning="The training method, whose options stand beside it.")
 
     @property
     def label(self) -> str:

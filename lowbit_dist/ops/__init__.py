@@ -77,7 +77,7 @@ def whole_step_(
 ) -> Tensor:  # [1] int64, on the device
     """`step_` for a rule of any other scope: it sees the parameter whole, in its shape."""
     slots = (slot.load(0, grad.numel()).view(grad.shape) for slot in state)
-    u, *moved = rule.update(grad.float() * now.grad_scale, *slots, step=now.step)
+    u, *moved = rule.update(grad.float() * now.grad_scale, *slots, step=now.update)
     for slot, x in zip(state, moved, strict=True):
         slot.store(0, grad.numel(), x.reshape(-1))
     return apply_(target, u.reshape(-1).contiguous(), now=now)

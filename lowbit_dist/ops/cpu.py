@@ -1,7 +1,7 @@
 """The ops of reference.py on CPU tensors: `cpu.c`, compiled once on this machine and called through ctypes.
 
 The shared object is built for the very CPU it runs on, so it is never shipped: it is kept in the private
-folder `code` of $LOWBIT_CACHE (by default lowbit-dist in the user's cache folder), under a name that is a
+folder `code` of $LOWBIT_CACHE (by default `folders.cache`), under a name that is a
 hash of the source, the compiler, its options and the CPU. Without a compiler the caller uses
 reference.py: the same bytes, many times slower.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit_dist import folders
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
 from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
@@ -290,8 +291,7 @@ def _build(compiler: str, path: Path) -> Path:
 
 def _cache_folder() -> Path | None:
     """The folder for compiled code, if only this user can write there: who can, runs code as this user."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit-dist"
-    folder = Path(os.environ.get("LOWBIT_CACHE") or default) / "code"
+    folder = Path(os.environ.get("LOWBIT_CACHE") or folders.cache()) / "code"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -103,10 +103,14 @@ class Now:
     step: int  # 1 for the first
     seed: int  # 64 bits
     grad_scale: float = 1.0
+    # The number of this update, 1 for the first that slots see: the step's own, where none was skipped.
+    update: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.step < 2**32:
             raise ValueError(f"step is {self.step}; steps count from 1 and stay below 2**32")
+        if not self.update:
+            object.__setattr__(self, "update", self.step)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
 
@@ -180,7 +184,7 @@ def direction(
 ) -> Tensor:  # [stop - start] float32
     """The first half of a step, for elements `start` to `stop - 1`."""
     g = grad[start:stop].float() * now.grad_scale
-    u, *moved = rule.update(g, *(slot.load(start, stop) for slot in state), step=now.step)
+    u, *moved = rule.update(g, *(slot.load(start, stop) for slot in state), step=now.update)
     if len(moved) != len(state) or any(x.shape != g.shape or x.dtype != g.dtype for x in (u, *moved)):
         given = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (u, *moved))
         raise ValueError(

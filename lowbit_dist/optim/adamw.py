@@ -7,13 +7,17 @@ from torch import Tensor
 
 from lowbit_dist.ops.states import Slot
 from lowbit_dist.optim.rule import Rule
-from lowbit_dist.section import Beta, pair
+from lowbit_dist.section import Beta, pair, setting
 
 
 class AdamW(Rule):
     name: Literal["adamw"] = "adamw"
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = (0.9, 0.95)
-    eps: Annotated[float, Field(ge=1e-20, le=1)] = 1e-8  # must not vanish in float32
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = setting(
+        (0.9, 0.95), "How much of the mean gradient and of the mean square stays in a step."
+    )
+    eps: Annotated[float, Field(ge=1e-20, le=1)] = setting(  # must not vanish in float32
+        1e-8, "What is added to the root of the mean square before it divides."
+    )
 
     slots: ClassVar = (Slot("m", signed=True), Slot("v", signed=False))
     fused: ClassVar = "adamw"

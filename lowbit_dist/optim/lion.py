@@ -11,13 +11,16 @@ from torch import Tensor
 
 from lowbit_dist.ops.states import Slot
 from lowbit_dist.optim.rule import LearningRate, Rule
-from lowbit_dist.section import Beta, pair
+from lowbit_dist.section import Beta, pair, setting
 
 
 class Lion(Rule):
     name: Literal["lion"] = "lion"
     lr: LearningRate = 2e-4
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = (0.9, 0.99)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = setting(
+        (0.9, 0.99),
+        "The share of the momentum in the direction of a step, and how much of the momentum stays in it.",
+    )
 
     slots: ClassVar = (Slot("m", signed=True),)
     fused: ClassVar = "lion"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lowbit_dist.section import Section
+from lowbit_dist.grid import BLOCK
+from lowbit_dist.section import Section, setting
 
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor
@@ -22,15 +23,20 @@ LearningRate = Annotated[float, Field(ge=0, le=100)]
 
 
 class Rule(Section):
-    """An optimizer, which is the `optimizer:` section of a run's configuration.
+    """How a gradient becomes a step.
 
-    A rule that keeps its slots in fewer precisions narrows `states`; one that has other defaults says so.
+    It is the `optimizer:` section of a run's configuration.  A rule that keeps its slots in fewer precisions
+    narrows `states`; one that has other defaults says so.
     """
 
-    name: str
-    lr: LearningRate = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    states: Literal["fp32", "bf16", "int8"] = "int8"
+    name: str = setting(meaning="The optimizer, whose options stand beside it.")
+    lr: LearningRate = setting(1e-3, "The peak of the learning rate; the schedule says how it gets there.")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = setting(
+        0.01, "The share of a weight, times the learning rate, that a step takes off (decoupled)."
+    )
+    states: Literal["fp32", "bf16", "int8"] = setting(
+        "int8", f"What the optimizer's states are kept in; int8 has one scale for each {BLOCK} elements."
+    )
 
     slots: ClassVar[tuple[Slot, ...]] = ()
     # What `update` must see at once: any run of elements, whole rows, or the whole matrix.
@@ -54,6 +60,7 @@ class Rule(Section):
         """The direction u, then the new value of each slot.
 
         All are float32 of g's shape: [n] with scope "element", else [rows, K] ([K] for vectors).  The
-        weight moves by -lr * u; weight decay is decoupled, and not the rule's.  `step` counts from 1.
+        weight moves by -lr * u; weight decay is decoupled, and not the rule's.  `step`
+        counts the updates from 1; a step that was skipped is none.
         """
         raise TypeError(f"optimizer {self.name} does not say how it updates")

@@ -5,13 +5,32 @@ import math
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig, Schedule
 
+SAMPLED = 10_000  # steps that are compared of a long run; a schedule has few bends
 
-def now(config: RunConfig, step: int) -> ops.Now:
-    """The numbers of step `step` (1-based) of a run."""
+
+def now(config: RunConfig, step: int, update: int) -> ops.Now:
+    """The numbers of step `step` of a run, if it becomes update `update` of its weights (both 1-based)."""
     lr, weight_decay = rate(config.schedule, step, config.train.steps)
     rule = config.optimizer
     return ops.Now(
-        lr=rule.lr * lr, weight_decay=rule.weight_decay * weight_decay, step=step, seed=config.run.seed
+        lr=rule.lr * lr,
+        weight_decay=rule.weight_decay * weight_decay,
+        step=step,
+        seed=config.run.seed,
+        update=update,
+    )
+
+
+def agree(one: RunConfig, other: RunConfig, step: int) -> bool:
+    """Whether two runs have the same rates in their first `step` steps, so that one can be resumed as the
+    other.
+    """
+    if step > min(one.train.steps, other.train.steps):
+        return False
+    every = max(1, step // SAMPLED)
+    steps = [*range(1, step, every), *([step] if step else [])]
+    return all(
+        rate(one.schedule, s, one.train.steps) == rate(other.schedule, s, other.train.steps) for s in steps
     )
 
 
@@ -27,7 +46,11 @@ def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:
         peak, weight_decay = schedule.second_lr_ratio, 0.0
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps, weight_decay
-    progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
+    if schedule.name == "wsd":
+        begin = max(schedule.warmup_steps, steps * (1 - schedule.decay_share))
+        progress = max(0.0, (step - begin) / (steps - begin))
+    else:
+        progress = (step - schedule.warmup_steps) / (steps - schedule.warmup_steps)
     return peak * _decay(schedule, progress), weight_decay
 
 
@@ -37,7 +60,7 @@ def _decay(schedule: Schedule, progress: float) -> float:
     match schedule.name:
         case "constant":
             return 1.0
-        case "linear":
+        case "linear" | "wsd":
             return 1 - (1 - end) * progress
         case "cosine":
             return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))

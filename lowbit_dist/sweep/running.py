@@ -6,7 +6,6 @@ sweep is gone does so too, and is waited for when the sweep is started again.
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -17,12 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from lowbit_dist import cluster, compare, runs, tracking
+from lowbit_dist import cluster, compare, naming, runs, tracking
 from lowbit_dist.cluster.checks import finished, gpus_per_worker, how_many_fit
 from lowbit_dist.cluster.following import Follower
-from lowbit_dist.cluster.session import free_in_cluster
+from lowbit_dist.cluster.session import STOPPING, free_in_cluster, signals_handled
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import atomic_write
+from lowbit_dist.machine import processors
+from lowbit_dist.network import ray_address
 from lowbit_dist.sweep.definition import Child, Sweep
 
 POLL = 0.2  # seconds
@@ -114,7 +115,7 @@ def _check(sweep: Sweep) -> None:
 
 
 def _began(child: Child) -> bool:
-    return runs.is_run(child.config.run_dir)
+    return naming.is_run(child.config.run_dir)
 
 
 def _alone(sweep: Sweep) -> contextlib.AbstractContextManager[None]:
@@ -127,14 +128,10 @@ def _alone(sweep: Sweep) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _noting_signals() -> Iterator[_Signals]:
-    """Inside, SIGINT and SIGTERM are only noted."""
+    """Inside, signals that ask for an end are only noted."""
     signals = _Signals()
-    before = {signum: signal.signal(signum, signals.handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_handled(signals.handle):
         yield signals
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
@@ -143,12 +140,12 @@ def _at_once(sweep: Sweep, progress: SweepProgress) -> int:
     waiting = [child.config for child in sweep.children if finished(child.config) is None]
     if len(waiting) < 2:
         return 1
-    if os.environ.get("RAY_ADDRESS"):
+    if ray_address():
         cpus, gpus = free_in_cluster(progress.say)
         return max(1, min(_how_many_at_once(config, cpus, gpus) for config in waiting))
     import torch
 
-    n = min(_how_many_at_once(config, os.cpu_count() or 1, torch.cuda.device_count()) for config in waiting)
+    n = min(_how_many_at_once(config, processors(), torch.cuda.device_count()) for config in waiting)
     return max(1, min(n, _in_memory(waiting)) if n > 1 else n)
 
 
@@ -263,7 +260,7 @@ class _Rows:
 def _ended(sweep: Sweep, child: Child, code: int) -> tuple[ChildState, str]:
     if code == 0:
         return "finished", ""
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGINT):
+    if code - 128 in STOPPING or -code in STOPPING:
         return "stopped", "stopped by a signal"
     lines = _said(sweep, child).read_text(errors="replace").splitlines()
     if code < 0:

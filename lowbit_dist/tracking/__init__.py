@@ -6,7 +6,7 @@ those it never got are sent when the run is started again.
 """
 
 from lowbit_dist.tracking.gauges import exported
-from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id
+from lowbit_dist.tracking.identity import RUN_ID, noted_run_id
 from lowbit_dist.tracking.parent import Parent
 from lowbit_dist.tracking.stores import check, resolve, without_password
 from lowbit_dist.tracking.tracker import Tracker, catch_up

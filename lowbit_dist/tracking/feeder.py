@@ -6,9 +6,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from lowbit_dist.tracking.stores import make_database, resolve, sqlite_file, sqlite_lock, without_password
+from lowbit_dist.tracking import stores
+from lowbit_dist.tracking.identity import find_or_make, living_run, noted_run_id
 
 POLL = 1.0  # seconds between looks for something new
 RETRY_SECONDS = 30.0  # at most, between attempts to reach a store that does not answer
@@ -19,19 +21,21 @@ log = logging.getLogger(__name__)
 class Feeder(ABC):
     """A thread that brings an MLflow run what it lacks; an outage delays it, and stops nothing else.
 
-    A subclass says whether something is lacking (`_is_behind`), brings some of it (`_catch_up`), and finds
-    its run or makes it (`_start`).
+    A subclass says whether something is lacking (`_is_behind`), brings some of it (`_catch_up`), and learns
+    what its run has when that is found or made (`_start`).
     """
 
-    meanwhile: str  # what continues while the store does not answer, in a sentence's second half
+    meanwhile: str  # what continues while the store takes nothing, in a sentence's second half
 
-    def __init__(self, uri: str, run_id: str | None):
+    def __init__(self, uri: str, folder: Path, experiment: str, name: str):
+        """The run that is noted in `folder`, or a new one, made when there is something to bring."""
         settle_mlflow()
-        self.uri = resolve(uri)
-        self.shown = without_password(self.uri)
+        self.uri = stores.resolve(uri)
+        self.shown = stores.without_password(self.uri)
+        self.folder, self.experiment, self.name = folder, experiment, name
         self.client: Any = None  # an MlflowClient while the store answers
-        self.run_id = run_id
-        self.failed = False  # the last attempt
+        self.run_id = noted_run_id(folder)
+        self.problem: str | None = None  # the last attempt's, as a kind
         self.progressed = 0.0  # when the store last took something
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
@@ -51,7 +55,7 @@ class Feeder(ABC):
     def _catch_up(self) -> None: ...
 
     @abstractmethod
-    def _start(self, client: Any) -> None: ...
+    def _start(self, client: Any, run: Any) -> None: ...
 
     def _serve(self) -> None:
         pause = POLL
@@ -68,17 +72,31 @@ class Feeder(ABC):
     def _attempt(self, action: Callable[[], Any]) -> bool:
         """Whether it was done; an error is reported once, and the store is looked at afresh next time."""
         try:
-            action()
+            try:
+                action()
+            except Exception as error:
+                if not self._has_lost_run(error):
+                    raise
+                action()  # with a new run
         except Exception as error:  # whatever happens to MLflow, all else continues
             self.client = None
-            if not self.failed:
-                log.warning(
-                    "MLflow at %s does not answer (%s: %s); %s", self.shown, *innermost(error), self.meanwhile
-                )
-            self.failed = True
+            problem = described(error)
+            if self.problem != (kind := problem.partition("(")[0]):
+                log.warning("MLflow at %s %s; %s", self.shown, problem, self.meanwhile)
+            self.problem = kind
             return False
-        self.failed = False
+        self.problem = None
         self.progressed = time.monotonic()
+        return True
+
+    def _has_lost_run(self, error: Exception) -> bool:
+        """Whether the error means that the run was deleted; the next connection then makes another."""
+        refused = getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+        if not refused or self.client is None or self.run_id is None:
+            return False
+        if living_run(self.client, self.run_id) is not None:
+            return False
+        self.client = None
         return True
 
     def _connected(self) -> Any:
@@ -86,83 +104,47 @@ class Feeder(ABC):
         if self.client is None:
             from mlflow.tracking import MlflowClient
 
-            with sqlite_lock(self.uri):
+            with stores.sqlite_lock(self.uri):
                 if self.uri.startswith("sqlite:"):
-                    make_database(sqlite_file(self.uri))
+                    stores.make_database(stores.sqlite_file(self.uri))
                 client = MlflowClient(tracking_uri=self.uri)
-                self._start(client)
+                run = find_or_make(client, self.uri, self.run_id, self.folder, self.experiment, self.name)
+            self.run_id = run.info.run_id
+            self._start(client, run)
             self.client = client
         return self.client
-
-    def _find_or_make_run(self, client: Any, experiment: str, name: str) -> Any:
-        """The run with the number `run_id`, running again, or a new one, whose number that is from now on."""
-        from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
-
-        run = existing_run(client, self.run_id, self.shown)
-        if run is None:
-            number = experiment_id(client, experiment, self.uri)
-            run = client.create_run(number, tags={MLFLOW_RUN_NAME: name})
-        elif run.info.status != "RUNNING":
-            client.update_run(run.info.run_id, status="RUNNING")
-        self.run_id = run.info.run_id
-        return run
 
 
 def settle_mlflow() -> None:
     """The library's settings for feeding it from a thread that itself tries again; the user's own stay."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the launcher says where it is
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # It prints a traceback for every error that it also raises, and those are reported.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("mlflow.utils.git_utils").setLevel(logging.CRITICAL)  # where there is no git
 
 
-def existing_run(client: Any, run_id: str | None, shown: str) -> Any:
-    """The run to resume, if this store has it; `shown`: the store's URI for people."""
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        return None
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if not is_absent(error):
-            raise
-        run = None
-    if run is None or run.info.lifecycle_stage != "active":
-        log.warning("MLflow at %s has no run %s; a new one gets every row", shown, run_id)
-        return None
-    return run
-
-
-def is_absent(error: Any) -> bool:
-    """Whether an MlflowException says that the store has no such thing."""
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-    return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
-
-
-def experiment_id(client: Any, name: str, uri: str) -> str:
-    """The experiment of a name, made if the store has none."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        beside = sqlite_file(uri).parent / "mlartifacts"  # not in whatever folder a worker runs in
-        location = beside.as_uri() if uri.startswith("sqlite:") else None
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another run made it at the same moment
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    return str(experiment.experiment_id)
-
-
-def innermost(error: BaseException) -> tuple[str, str]:
-    """The name and the first line of what an error began with: those around it only tell what was tried."""
-    while error.__cause__ is not None:
+def described(error: BaseException) -> str:
+    """What is wrong with a store, in words that follow its name; what comes before a bracket is the kind."""
+    if isinstance(error, stores.Unusable):
+        return str(error)
+    status = getattr(error, "get_http_status_code", lambda: 500)()  # as MLflow's own errors have
+    if status == 401:
+        return (
+            "does not know who asks (401): write its user's name and password into ~/.mlflow/credentials, or "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and start "
+            "again"
+        )
+    if status == 403:
+        return (
+            "does not let this user write (403): ask for the right to edit the experiment, or start again "
+            "as another user or with another tracking.experiment"
+        )
+    while error.__cause__ is not None:  # those around the first only tell what was tried
         error = error.__cause__
-    return type(error).__name__, next(iter(str(error).splitlines()), "")
+    what = "does not answer" if status >= 500 else "refuses what it is sent"
+    return f"{what} ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"

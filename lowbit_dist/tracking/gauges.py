@@ -15,7 +15,7 @@ from typing import Any
 from lowbit_dist import heartbeat
 from lowbit_dist.config import RunConfig
 from lowbit_dist.record import LAYERS, METRICS, Tail, layer_name
-from lowbit_dist.runs import BASELINES, content
+from lowbit_dist.runs import BASELINES, content, newest_checkpoint
 
 # Name -> its meaning, and its tags besides `run`; Ray exports it as ray_NAME.
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -32,7 +32,8 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lowbit_layer_flip_rate": ("The same of one layer, in the newest log step", ("layer",)),
     "lowbit_skipped_steps": ("Steps left out because of their loss or gradient", ()),
     "lowbit_rollbacks": ("Returns to a checkpoint after a loss spike", ()),
-    "lowbit_restarts": ("How often the run was started before", ()),
+    "lowbit_restarts": ("Starts of the workers after a failure, or for other workers to resume", ()),
+    "lowbit_resumes": ("Starts of the run by its user after it had stopped, from a checkpoint", ()),
     "lowbit_workers": ("Workers that train", ()),
     "lowbit_checkpoint_step": ("Step of the newest checkpoint", ()),
     "lowbit_checkpoint_timestamp_seconds": ("When the newest checkpoint was published, in Unix time", ()),
@@ -58,7 +59,11 @@ ROW = {
     "skipped_steps": "lowbit_skipped_steps",
     "rollbacks": "lowbit_rollbacks",
 }
-BASELINE_NAMES = {"plan_dense": "AdamW fp32", "plan_bitnet": "BitNet STE"}
+BASELINE_NAMES = {
+    "plan_dense": "AdamW fp32",
+    "plan_dense_same_states": "dense, same states",
+    "plan_bitnet": "BitNet STE",
+}
 SECONDS = 3.0  # between two times that everything is handed to Ray
 
 Values = dict[tuple[str, tuple[str, ...]], float]  # name, values of its tags -> value
@@ -73,9 +78,10 @@ class Gauges:
         self._of_rows: Values = {}  # what the rows have told so far
 
     def read(self) -> Values:
-        starts = heartbeat.count_starts(self.folder)
+        start = heartbeat.newest_start(self.folder)
         values: Values = {
-            ("lowbit_steps", ()): self.config.train.steps, ("lowbit_restarts", ()): max(0, starts - 1)
+            ("lowbit_steps", ()): self.config.train.steps, ("lowbit_restarts", ()): start.restarts,
+            ("lowbit_resumes", ()): start.resumes,
         }  # fmt: skip
         for row in self._metrics.rows():
             self._of_rows |= {(ROW[key], ()): float(x) for key, x in row.items() if key in ROW}
@@ -111,12 +117,9 @@ class Gauges:
         }
 
     def _of_checkpoint(self) -> Values:
-        """The file `latest` names the newest one, and is as old as that is."""
-        try:
-            published = (self.folder / "latest").stat().st_mtime
-            step = int((self.folder / "latest").read_text().removeprefix("step-"))
-        except (OSError, ValueError):  # there is none yet, or a shared file system is away
+        if (newest := newest_checkpoint(self.folder)) is None:
             return {}
+        step, published = newest
         return {
             ("lowbit_checkpoint_step", ()): step,
             ("lowbit_checkpoint_timestamp_seconds", ()): published,

@@ -1,4 +1,4 @@
-"""The run in MLflow: made or found again, and fed with its rows as they are appended to its folder."""
+"""The run in MLflow, fed with its rows as they are appended to its folder."""
 
 import contextlib
 import logging
@@ -11,36 +11,40 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
-from lowbit_dist.files import atomic_write
 from lowbit_dist.record import METRICS, Tail
+from lowbit_dist.tracking import content
 from lowbit_dist.tracking.feeder import Feeder
-from lowbit_dist.tracking.stores import without_password
+from lowbit_dist.tracking.identity import RUN_ID, note, place_of
+from lowbit_dist.tracking.stores import resolve, without_password
 
-RUN_ID = ".mlflow_run_id"
-COMPLETE = ".mlflow_complete"  # in a finished run's folder, once MLflow has all of it
-PARAM_LIMIT = 6000  # characters, MLflow's own
+COMPLETE = ".mlflow_complete"  # in a finished run's folder, once MLflow has all: which store, of which folder
 BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
 METRIC_LIMIT = 1000  # of one request, MLflow's own
 log = logging.getLogger(__name__)
 
 
 class MlflowRun(Feeder):
-    """One MLflow run, which gets the rows that training writes into the run's folder."""
+    """One MLflow run, which gets the rows that training writes into the run's folder.
 
-    meanwhile = "training continues, and rows wait until it does"
+    What it has is asked for whenever the store is reached anew, and compared with the whole file, step by
+    step: so a run that was made because another was deleted gets every row, and one that has them gets none
+    twice.  A run that goes back to a checkpoint measures some steps again: what MLflow has stays as it is.
+    """
+
+    meanwhile = "training continues, and its rows wait"
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]):
         assert config.tracking.mlflow is not None, "tracking.mlflow is set"
-        super().__init__(config.tracking.mlflow, noted_run_id(config.run_dir))
+        super().__init__(config.tracking.mlflow, config.run_dir, config.tracking.experiment, config.run.name)
         self.config, self.say = config, say
-        self.last = 0  # the newest step that MLflow has
+        self.sent = content.Sent()
         self.tail = Tail(config.run_dir / METRICS)
         self.rows: deque[dict[str, Any]] = deque()  # that MLflow may lack, their steps rising
         self._read()
         self.old = {row["time"] for row in self.rows}  # of the rows that were there before this start
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
-        self.told = False
+        self.told: str | None = None  # the run of which the user knows
         with contextlib.suppress(OSError):
             (config.run_dir / COMPLETE).unlink(missing_ok=True)
         self.thread.start()
@@ -50,10 +54,7 @@ class MlflowRun(Feeder):
         is_complete = self.close()
         if is_complete and self.run_id is None:  # nothing was measured: it is not begun
             return
-        if is_complete:
-            # The status first; a store that does not take one of these is not asked for the others.
-            actions = [partial(self._end, status, summary), *(partial(self._upload, file) for file in files)]
-            is_complete = all(self._attempt(action) for action in actions)
+        is_complete = is_complete and self._attempt(partial(self._end, status, files, summary))
         if not is_complete:
             log.warning(
                 "MLflow at %s did not get all of the run; when the run is started again, it gets the rest "
@@ -61,53 +62,40 @@ class MlflowRun(Feeder):
             )  # fmt: skip
         elif status == "FINISHED":
             with contextlib.suppress(OSError):  # a full disk is reported elsewhere
-                (self.config.run_dir / COMPLETE).touch()
+                (self.config.run_dir / COMPLETE).write_text(_all_of(self.config))
 
-    def _upload(self, file: Path) -> None:
-        upload(self._connected(), self.run_id, file)
-
-    def _end(self, status: str, summary: Mapping[str, Any]) -> None:
+    def _end(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
+        """The status before the files, which may be refused."""
         client = self._connected()
-        for key in ("digest", "checkpoint"):
-            if key in summary:
-                client.set_tag(self.run_id, key, summary[key])
+        while self.rows:  # if the run was deleted since the last was sent
+            self._catch_up()
+        content.conclude(client, self.run_id, summary)
         client.set_terminated(self.run_id, status)
+        for file in files:
+            upload(client, self.run_id, file)
+        content.list_checkpoints(client, self.run_id, self.config)
 
-    def _start(self, client: Any) -> None:
-        """Create the run or resume it, and learn the newest step that it has.
-
-        A run that went back to a checkpoint measures some steps again: what MLflow has stays as it is.
-        """
-        from mlflow.entities import Param
-
-        run = self._find_or_make_run(client, self.config.tracking.experiment, self.config.run.name)
+    def _start(self, client: Any, run: Any) -> None:
+        """Learn what the run has, and describe it; all rows of the file are read anew."""
         self._note()
-        # A parameter keeps its first value: MLflow refuses another, as after a restart with more workers.
-        params = [
-            Param(key, without_password(str(value))[:PARAM_LIMIT])
-            for key, value in self.config.flat().items()
-            if key not in run.data.params
-        ]
-        for first in range(0, len(params), BATCH):
-            client.log_batch(self.run_id, params=params[first : first + BATCH])
-        histories = (client.get_metric_history(self.run_id, key) for key in ("tokens", "loss", "val_loss"))
-        self.last = max((point.step for history in histories for point in history), default=0)
-        if not self.told:
-            self.told = True
+        self.sent = content.Sent(client, run)
+        self.tail = Tail(self.tail.path)
+        self.rows.clear()
+        self._read()
+        if self.told != self.run_id:
+            content.describe(client, run, self.config)
+            self.told = self.run_id
             self.say(f"MLflow: {link(self.uri, run.info.experiment_id, run.info.run_id)}")
 
     def _note(self) -> None:
-        """Keep the run's number in the folder, where the next start finds it."""
         if self.run_id is None or self.noted == self.run_id:
             return
-        file = self.config.run_dir / RUN_ID
         try:
-            with atomic_write(file) as draft:
-                draft.write_text(self.run_id)
+            note(self.folder, self.run_id)
             self.noted = self.run_id
         except OSError as error:
             if not self.note_failed:
-                log.warning("%s cannot be written yet (%s)", file, error.strerror or error)
+                log.warning("%s cannot be written yet (%s)", self.folder / RUN_ID, error.strerror or error)
             self.note_failed = True
 
     def _is_behind(self) -> bool:
@@ -133,19 +121,32 @@ class MlflowRun(Feeder):
             self.rows.popleft()
 
     def _log(self, client: Any, rows: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric
-
-        # Requests of whole rows: one is taken or refused as a whole, so `last` never lies in mid-row.
+        # Requests of whole rows: one is taken or refused as a whole, so MLflow never has half a row.
         batch: list[Any] = []
-        for row in (row for row in rows if row["step"] > self.last):
-            numbers = {key: value for key, value in row.items() if key not in ("step", "time")}
-            if len(batch) + len(numbers) > METRIC_LIMIT:
-                client.log_batch(self.run_id, metrics=batch)
+        for row in rows:
+            points = self.sent.lacking(row)
+            if len(batch) + len(points) > METRIC_LIMIT:
+                self._send(client, batch)
                 batch = []
-            batch += [Metric(key, x, int(row["time"] * 1000), row["step"]) for key, x in numbers.items()]
+            batch += points
         if batch:
-            client.log_batch(self.run_id, metrics=batch)
-            self.last = batch[-1].step
+            self._send(client, batch)
+
+    def _send(self, client: Any, batch: list[Any]) -> None:
+        client.log_batch(self.run_id, metrics=batch)
+        self.sent.add(batch)
+
+
+def is_complete(config: RunConfig) -> bool:
+    """Whether MLflow has all of a finished run: the store that is asked for, of this folder."""
+    try:
+        return (config.run_dir / COMPLETE).read_text() == _all_of(config)
+    except OSError:
+        return False
+
+
+def _all_of(config: RunConfig) -> str:
+    return f"{without_password(resolve(config.tracking.mlflow or ''))}\n{place_of(config.run_dir)}\n"
 
 
 def link(uri: str, experiment: str, run_id: str) -> str:
@@ -162,9 +163,3 @@ def upload(client: Any, run_id: str | None, file: Path) -> None:
         client.log_text(run_id, without_password(file.read_text()), file.name)
     else:
         client.log_artifact(run_id, str(file))
-
-
-def noted_run_id(run_dir: Path) -> str | None:
-    """The run's number, as `MlflowRun` keeps it in the run's folder."""
-    file = run_dir / RUN_ID
-    return file.read_text().strip() or None if file.exists() else None

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.files import atomic_write
-from lowbit_dist.tracking.feeder import Feeder, is_absent
-from lowbit_dist.tracking.mlflow_run import RUN_ID, noted_run_id, upload
+from lowbit_dist.tracking.feeder import Feeder
+from lowbit_dist.tracking.identity import FOLDER, living_run, note, place_of
+from lowbit_dist.tracking.mlflow_run import upload
 
 NOTE_LIMIT = 5000  # characters of a tag, in every version of the server
 log = logging.getLogger(__name__)
@@ -24,8 +24,7 @@ class Parent(Feeder):
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path):
         """The run that is noted in `folder`, or a new one."""
-        super().__init__(uri, noted_run_id(folder))
-        self.experiment, self.name, self.folder = experiment, name, folder
+        super().__init__(uri, folder, experiment, name)
         self.children: dict[str, Mapping[str, str]] = {}  # run -> its tags
         self.adopted: dict[str, str] = {}  # run -> the parent that it is known to have
         self.ending: tuple[str, Sequence[Path], str] | None = None  # status, files, description
@@ -73,21 +72,18 @@ class Parent(Feeder):
         client.set_terminated(self.run_id, status)
         self.has_ended = True
 
-    def _start(self, client: Any) -> None:
-        run = self._find_or_make_run(client, self.experiment, self.name)
-        with atomic_write(self.folder / RUN_ID) as draft:
-            draft.write_text(run.info.run_id)
+    def _start(self, client: Any, run: Any) -> None:
+        note(self.folder, run.info.run_id)
 
     def _tag(self, client: Any, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         assert self.run_id is not None, "a connected parent has its run"
-        try:
+        child, inside = living_run(client, run_id), f"{place_of(self.folder)}/"
+        if child is None:  # if it is trained still, it will have another
+            log.warning("MLflow at %s has no run %s, a child of %s", self.shown, run_id, self.name)
+        # In a copy of a sweep's folder children note the original's runs, until they have their own.
+        elif child.data.tags.get(FOLDER, inside).startswith(inside):
             for key, value in {MLFLOW_PARENT_RUN_ID: self.run_id, **tags}.items():
                 client.set_tag(run_id, key, value)
-        except MlflowException as error:
-            if not is_absent(error):
-                raise
-            log.warning("MLflow at %s has no run %s, a child of %s", self.shown, run_id, self.name)
         self.adopted[run_id] = self.run_id

@@ -24,6 +24,10 @@ DRIVERS = {  # database -> the Python package that SQLAlchemy reaches it through
 }
 
 
+class Unusable(Exception):
+    """A store that answers and takes nothing, in words that follow its name: why, and what to do."""
+
+
 def check(config: RunConfig) -> None:
     """ConfigError unless `tracking.mlflow` names a store that can be used; quick, opens no database."""
     uri = config.tracking.mlflow

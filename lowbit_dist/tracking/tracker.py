@@ -7,7 +7,7 @@ from typing import Any
 from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
 from lowbit_dist.record import LAYERS
-from lowbit_dist.tracking.mlflow_run import COMPLETE, MlflowRun
+from lowbit_dist.tracking.mlflow_run import MlflowRun, is_complete
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ class Tracker:
 
 def catch_up(config: RunConfig, summary: Mapping[str, Any]) -> bool:
     """Bring MLflow what it did not get of a finished run, as while it was down; whether it has all of it."""
-    complete = config.run_dir / COMPLETE
-    if config.tracking.mlflow is None or complete.exists():
+    if config.tracking.mlflow is None or is_complete(config):
         return True
     Tracker(config).finish("FINISHED", summary)
-    return complete.exists()
+    return is_complete(config)

@@ -20,10 +20,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
 
-from lowbit_dist import ops
+from lowbit_dist import attention, ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.linear import values
 from lowbit_dist.model import DTYPES
+from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
 from lowbit_dist.zero.stage3 import PackedZero3, Update
@@ -41,6 +42,7 @@ class Engine:
         model: nn.Module,  # on the meta device, from `model.build`
         initial: Initial,
         low_bit: Sequence[str],  # names of the parameters that exist only as codes
+        marks: Marks | None = None,  # around the documents within which attention is to stay
     ):
         check_deepspeed()
         _init_comm()
@@ -57,7 +59,8 @@ class Engine:
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
-        dtype = DTYPES[config.precision]
+        self._dtype = dtype = DTYPES[config.precision]
+        self._marks = marks
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
             self._partitioner.adopt(model, initial, config.method, set(low_bit))
@@ -98,7 +101,7 @@ class Engine:
         return update
 
     def _backward(self, tokens: Tensor) -> Tensor:
-        loss = self._engine(input_ids=tokens, labels=tokens).loss
+        loss = self._loss(tokens)
         if self._standard is None:
             self._engine.backward(loss, scale_wrt_gas=False)
         else:
@@ -108,11 +111,16 @@ class Engine:
             self._engine.step()  # counts the micro-batch
         return self._last
 
+    def _loss(self, tokens: Tensor) -> Tensor:
+        mask = {} if self._marks is None else attention.within_documents(tokens, self._marks, self._dtype)
+        loss: Tensor = self._engine(input_ids=tokens, labels=tokens, **mask).loss
+        return loss
+
     def forward(self, tokens: Tensor) -> Tensor:  # [micro_batch, seq_len] int64 -> [] nats per token
         """The mean negative log-likelihood without gradients, in evaluation mode."""
         self._engine.eval()
         with torch.no_grad():
-            loss = self._engine(input_ids=tokens, labels=tokens).loss
+            loss = self._loss(tokens)
         self._engine.train()
         if self._standard is None:
             self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
@@ -242,8 +250,9 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
     }
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
-        if stage == 0:
-            settings["data_types"] = {"grad_accum_dtype": "bf16"}  # the only one that stage 0 supports
+        # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
+        sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
+        settings["data_types"] = {"grad_accum_dtype": sums}
     return settings
 
 

@@ -197,7 +197,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             return full[: param.ds_numel].view(param.ds_shape)
 
         slots = (gathered(stored.load(0, shard.numel)) for stored in shard.state)
-        u, *moved = self.rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.step)
+        u, *moved = self.rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.update)
         here = slice(shard.start, shard.start + shard.numel)
         if not shard.numel:
             return 0

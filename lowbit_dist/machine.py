@@ -1,0 +1,94 @@
+"""What the system gives this process: processors, and the limits of its control groups (cgroups)."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+VMSTAT = Path("/proc/vmstat")
+# The files of a control group's limit and use, and the count of pages that are given back.
+MEMORY = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def processors() -> int:
+    """How many this process may use: those of its affinity and cpuset, at most its quota, rounded up."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # another system than Linux
+        allowed = os.cpu_count() or 1
+    return max(1, min([allowed, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def memory_limits() -> Iterator[tuple[int, int]]:
+    """Limit, and limit less use, in bytes, of each control group that this process is in."""
+    for folder, version in _groups("memory"):
+        limit, use, cache = MEMORY[version]
+        try:
+            allowed = int((folder / limit).read_text())  # "max" is no number: no limit
+            used = int((folder / use).read_text())
+        except (OSError, ValueError):
+            continue
+        # Pages of files that nobody has used lately are given back when memory is short.
+        yield allowed, allowed - max(0, used - _counts(folder / "memory.stat").get(cache, 0))
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed so far for lack of memory: of this one's control group, or, where
+    that has no count, of the machine.
+    """
+    for folder, version in _groups("memory"):
+        counts = _counts(folder / ("memory.events" if version == 2 else "memory.oom_control"))
+        if "oom_kill" in counts:
+            return counts["oom_kill"]
+    return _counts(VMSTAT).get("oom_kill", 0)
+
+
+def _quotas() -> Iterator[float]:
+    """Processors' worth of time that each control group may use."""
+    for folder, version in _groups("cpu"):
+        try:
+            if version == 2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            share = int(quota) / int(period)  # "max" is no number: no limit
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+        if share > 0:  # version 1 writes -1 for no limit
+            yield share
+
+
+def _groups(controller: str) -> Iterator[tuple[Path, int]]:
+    """The folder of each control group around this process, its own first, and the version, 1 or 2."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, version = CGROUPS, 2
+        elif controller in controllers.split(","):
+            root, version = CGROUPS / controller, 1
+        else:
+            continue
+        # Inside a container its own group is mounted at the root, and `path` names one that is not there.
+        own = root / path.strip("/")
+        for folder in (own, *own.parents) if own.is_dir() else (root,):
+            if not folder.is_relative_to(root):
+                break
+            yield folder, version
+
+
+def _counts(file: Path) -> dict[str, int]:
+    """The lines `name number` of a file; none if it cannot be read."""
+    try:
+        words = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {name: int(number) for name, number in (line for line in words if len(line) == 2)}

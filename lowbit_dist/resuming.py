@@ -1,0 +1,60 @@
+"""Where a run stands when its workers start: at a checkpoint of its own, or at its beginning.
+
+Worker 0 looks, and all take what it has found: on a shared file system another one may see a moment later.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lowbit_dist import checkpoint, inputs
+from lowbit_dist.checkpoint import Checkpoint, Position
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.zero import Engine
+
+log = logging.getLogger(__name__)
+
+
+def start(config: RunConfig, engine: Engine) -> Position:
+    """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from."""
+    if (position := load_newest(config, engine)) is not None:
+        log.info("resumes from step %d", position.step)
+        return position
+    begin = Position(step=0, samples=0, tokens=0)
+    if (path := _chosen(lambda: inputs.parent(config))) is None:
+        log.info("begins at step 0")
+        return begin
+    parent, with_states = Checkpoint.open(path), config.run.with_states
+    parent.load_into(engine.shards, with_states=with_states)
+    engine.refresh()
+    log.info("starts from %s", path)
+    return replace(begin, updates_before=parent.position.updates) if with_states else begin
+
+
+def load_newest(config: RunConfig, engine: Engine) -> Position | None:
+    """Load the newest undamaged checkpoint; None if there is none yet."""
+    if engine.rank == 0:
+        checkpoint.clear_partial(config.run_dir)
+    if (path := _chosen(lambda: checkpoint.latest(config.run_dir))) is None:
+        return None
+    opened = Checkpoint.open(path)
+    opened.load_into(engine.shards)
+    engine.refresh()
+    return opened.position
+
+
+def _chosen(choose: Callable[[], Path | None]) -> Path | None:
+    """What worker 0 chooses, for all; its ConfigError is every worker's."""
+    choice: list[Path | ConfigError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            choice = [choose()]
+        except ConfigError as error:
+            choice = [error]
+    dist.broadcast_object_list(choice)
+    if isinstance(choice[0], ConfigError):
+        raise choice[0]
+    return choice[0]

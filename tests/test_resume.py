@@ -1,0 +1,187 @@
+"""What may change when a run is resumed: its length and its end, if no step behind it had another rate."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_train import train
+
+from lowbit_dist import configfile
+from lowbit_dist.checkpoint import Checkpoint
+from lowbit_dist.cluster import checks
+from lowbit_dist.config import ConfigError
+from lowbit_dist.optim import schedule
+
+EACH = {"save_every": 4, "eval_every": 4}
+
+
+def rates(config):
+    return [
+        schedule.rate(config.schedule, step, config.train.steps)[0]
+        for step in range(1, config.train.steps + 1)
+    ]
+
+
+def changed(content, **sections):
+    return {**content, **{name: {**content[name], **fields} for name, fields in sections.items()}}
+
+
+def test_wsd_is_flat_and_then_falls_to_its_end(small):
+    config = configfile.from_dict(
+        small(
+            train={"steps": 20},
+            schedule={"name": "wsd", "warmup_steps": 4, "decay_share": 0.25, "min_lr_ratio": 0.2},
+        )
+    )
+    assert rates(config) == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0, *[1.0] * 11, 0.84, 0.68, 0.52, 0.36, 0.2], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "agrees"),
+    [
+        ({"name": "constant"}, True),
+        ({"name": "wsd", "decay_share": 0.5}, True),  # a decay that begins at step 8 of 16
+        ({"name": "wsd", "decay_share": 0.75}, False),
+        ({"name": "linear"}, False),
+        ({"name": "constant", "warmup_steps": 3}, False),
+    ],
+    ids=str,
+)
+def test_a_constant_run_may_go_on_where_the_steps_behind_it_keep_their_rates(ending, agrees, ranks, small):
+    before = small(train={"steps": 8, **EACH}, schedule={"name": "constant"})
+    ranks(1).run(train, before)
+    longer = configfile.from_dict(changed(before, train={"steps": 16}, schedule=ending))
+    if agrees:
+        checks.check_run(longer)
+        return
+    with pytest.raises(ConfigError, match=r"^train.steps \(16\) .* other rates .* train.steps: 8 -> 16"):
+        checks.check_run(longer)
+
+
+def test_a_run_that_was_made_longer_ends_as_one_that_was_long_from_the_start(ranks, small):
+    constant = {"name": "constant"}
+    long = small(run={"name": "long"}, train={"steps": 16, **EACH}, schedule=constant)
+    expected = ranks(1).run(train, long)[0]
+    short = small(run={"name": "short"}, train={"steps": 8, **EACH}, schedule=constant)
+    ranks(1).run(train, short)
+    longer = changed(short, train={"steps": 16})
+    config = configfile.from_dict(longer)
+    checks.check_run(config)
+    assert checks.finished(config) is None
+    found = ranks(1).run(train, longer)[0]
+    assert (found["digest"], found["steps"]) == (expected["digest"], 16)
+    assert configfile.load(config.run_dir / "config.yaml") == config
+    with pytest.raises(
+        ConfigError, match=r"^train.steps \(12\) is less than .* has behind it, 16; write 16 or more"
+    ):
+        checks.check_run(configfile.from_dict(changed(longer, train={"steps": 12})))
+
+
+def test_a_decaying_run_is_not_made_longer(ranks, small):
+    content = small(train={"steps": 8, **EACH})
+    ranks(1).run(train, content)
+    with pytest.raises(ConfigError, match="only a constant rate, and the decay of wsd before it begins"):
+        checks.check_run(configfile.from_dict(changed(content, train={"steps": 16})))
+
+
+def test_a_pass_may_take_other_samples_unless_bits_were_promised(ranks, small):
+    content = small(run={"name": "passes"}, train={"steps": 8, **EACH})
+    whole = ranks(1).run(train, {**content, "run": {**content["run"], "name": "whole"}})[0]
+    ranks(1).run(train, content, stop_at=4)
+    other = changed(
+        content, train={"micro_batch": 4, "activation_checkpointing": True}, cluster={"workers": 1}
+    )
+    checks.check_run(configfile.from_dict(other))
+    found = ranks(1).run(train, other)[0]
+    assert found["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-2)
+    assert Checkpoint.open(found["checkpoint"]).step == 8
+
+    promised = small(run={"name": "promised"}, train={"steps": 8, "reproducible": True, **EACH})
+    ranks(1).run(train, promised, stop_at=4)
+    with pytest.raises(ConfigError, match=r"train.micro_batch: 2 -> 4"):
+        checks.check_run(
+            configfile.from_dict(changed(promised, train={"micro_batch": 4}, cluster={"workers": 1}))
+        )
+    assert Path(promised["run"]["dir"], "promised").is_dir()
+
+
+def test_a_run_from_another_starts_with_its_weights_and_its_loss(ranks, small):
+    parent = ranks(1).run(train, small(run={"name": "parent"}, train={"steps": 8, **EACH}))[0]
+    child = small(
+        run={"name": "child", "from": "parent"}, train={"steps": 2, "eval_every": 1, "save_every": 1},
+        optimizer={"lr": 0.0}, schedule={"name": "constant", "warmup_steps": 0},
+    )  # fmt: skip
+    found = ranks(2).run(train, child)[0]
+    assert found["digest"] == parent["digest"], "at a rate of zero nothing moves"
+    assert found["val_loss"] == pytest.approx(parent["val_loss"], rel=1e-6)
+    earlier = changed(child, run={"name": "earlier", "from": "parent@4"})
+    assert ranks(1).run(train, earlier)[0]["digest"] != parent["digest"]
+    # It resumes from its own checkpoints, even if the other run is gone.
+    shutil.rmtree(Path(parent["checkpoint"]).parent.parent)
+    longer = changed(child, train={"steps": 4})
+    checks.check_run(configfile.from_dict(longer))
+    assert ranks(1).run(train, longer)[0]["digest"] == parent["digest"]
+
+
+def test_with_its_states_a_run_goes_on_as_the_other_would(ranks, small):
+    constant = {"name": "constant", "warmup_steps": 0}
+    method = {"name": "dense"}
+    whole = small(run={"name": "whole"}, train={"steps": 8, **EACH}, schedule=constant, method=method)
+    expected = ranks(1).run(train, whole)[0]
+    child = small(
+        run={"name": "child", "from": "whole@4", "with_states": True}, train={"steps": 4, **EACH},
+        schedule=constant, method=method,
+    )  # fmt: skip
+    without = changed(child, run={"name": "without", "with_states": False})
+    ranks(1).run(continued, child)
+    ranks(1).run(continued, without)
+    folder = Path(child["run"]["dir"])
+    digests = {
+        name: Checkpoint.open(folder / name / "checkpoints" / "step-4").digest()
+        for name in ("child", "without")
+    }
+    assert digests["child"] == expected["digest"] != digests["without"]
+
+
+def continued(configuration):
+    """A run that reads the samples after those that the other has read."""
+    from lowbit_dist import data
+
+    micro_batch = data.Batches.micro_batch
+
+    def later(batches, first_sample, size):
+        return micro_batch(batches, first_sample + (16 if batches.order.seed is not None else 0), size)
+
+    data.Batches.micro_batch = later
+    try:
+        return train(configuration)
+    finally:
+        data.Batches.micro_batch = micro_batch
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"run": {"from": "absent"}}, r"run.from \(absent\): 'absent' is neither a run"),
+        ({"run": {"from": "parent@5"}}, r"run.from \(parent@5\): .* no checkpoint of step 5; write @4"),
+        ({"method": {"grid": "int8"}}, "is a checkpoint of another model: .* write another run.from"),
+        ({"model": {"layers": 1}}, "is a checkpoint of another model: .* write another run.from"),
+        (
+            {"run": {"with_states": True}, "optimizer": {"states": "fp32"}},
+            r"run.with_states \(true\): .* adamw in int8, not of adamw in fp32; .* optimizer.states=int8",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_run_cannot_start_from_is_refused_before_a_worker_starts(sections, words, ranks, small):
+    ranks(1).run(train, small(run={"name": "parent"}, train={"steps": 4, **EACH}))
+    content = changed(small(run={"name": "child", "from": "parent"}), **sections)
+    with pytest.raises(ConfigError, match=words):
+        checks.check(configfile.from_dict(changed(content, cluster={"workers": 1})))
+
+
+def test_states_come_with_a_run_alone(small):
+    with pytest.raises(ConfigError, match=r"run.with_states \(true\) must go with run.from"):
+        configfile.from_dict(small(run={"with_states": True}))
