@@ -11,16 +11,18 @@ source "$(dirname "$0")/setup.sh"
 # Two cores serve every process of a test; libraries that each take both slow one another down.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Files of tests at a time: more than half of what they do is to wait for processes that start.  On hosts whose
+# power fails, times count.
+processes=3
 case "${1:-}" in
     quick) chosen="not slow and not integration"; shift ;;
-    all) chosen=""; shift ;;
+    all) chosen="" processes=2; shift ;;
     *) chosen="not slow" ;;
 esac
 ruff format --check lowbit_dist tests
 ruff check lowbit_dist tests
 mypy &
 types=$!
-# Two files of tests at a time, and the types beside them: half of what tests do is to wait for processes that start.
-# tests/conftest.py puts the longest first: in xdist's own order, by the number of tests, the file whose few tests take longest comes last, alone.
-pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"
+# The types are checked beside the tests.  tests/conftest.py puts the longest files first: in xdist's own order, by the number of tests, the file whose few tests take longest comes last, alone.
+pytest --numprocesses $processes --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"
 wait "$types"

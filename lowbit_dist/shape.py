@@ -18,6 +18,12 @@ class Sizes(NamedTuple):
     heads: int
     kv_heads: int
 
+    @property
+    def linear_parameters(self) -> int:
+        """Of all blocks; not the embedding's and the head's."""
+        kv = self.hidden_size * self.kv_heads // self.heads
+        return self.layers * self.hidden_size * (2 * self.hidden_size + 2 * kv + 3 * self.intermediate_size)
+
 
 # Parameters are counted with an untied vocabulary of 32,000, except for tiny and 13m (linears alone).
 PRESETS: dict[str, Sizes] = {

@@ -97,17 +97,12 @@ def _is_small(config: RunConfig, vocab_size: int, budget: MemoryBudget) -> bool:
     sizes = config.model.sizes()
     if sizes is None:
         return False
-    n = 1.1 * (_linear_parameters(sizes) + 2 * vocab_size * sizes.hidden_size)
+    n = 1.1 * (sizes.linear_parameters + 2 * vocab_size * sizes.hidden_size)
     per_layer = 32 * sizes.hidden_size + 12 * sizes.intermediate_size + 2 * sizes.heads * config.data.seq_len
     tokens = config.train.micro_batch * config.data.seq_len
     # Weights, gradients and states whole on each worker, twice for what is copied inside a step.
     bound = 64 * n + 4 * tokens * (sizes.layers * per_layer + 10 * vocab_size) + (64 << 20)
     return bound + max(PROCESS, CUDA_CONTEXT) <= budget.per_worker(config.workers)
-
-
-def _linear_parameters(sizes: Sizes) -> int:
-    hidden, kv = sizes.hidden_size, sizes.hidden_size * sizes.kv_heads // sizes.heads
-    return sizes.layers * hidden * (2 * hidden + 2 * kv + 3 * sizes.intermediate_size)
 
 
 def _value(value: Any) -> str:
@@ -153,8 +148,8 @@ def _smaller_models(config: RunConfig) -> Iterator[Changes]:
         return
     given = config.model.model_dump(mode="json", exclude_unset=True)
     others = {name: value for name, value in given.items() if name not in (*Sizes._fields, "preset")}
-    for name in sorted(PRESETS, key=lambda preset: -_linear_parameters(PRESETS[preset])):
-        if _linear_parameters(PRESETS[name]) < _linear_parameters(own):
+    for name in sorted(PRESETS, key=lambda preset: -PRESETS[preset].linear_parameters):
+        if PRESETS[name].linear_parameters < own.linear_parameters:
             # Sizes of its own must go.
             is_preset = config.model.preset is not None
             yield {"model.preset": name} if is_preset else {"model": {"preset": name, **others}}
