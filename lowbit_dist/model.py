@@ -232,7 +232,10 @@ def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.M
         if type(layer) is not nn.Linear or layer in routers:
             continue
         parent, _, attribute = name.rpartition(".")
-        replacement = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
+        try:
+            replacement = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
         setattr(model.get_submodule(parent), attribute, replacement.train(layer.training))
         own = [key for key, p in replacement.named_parameters() if p is layer.weight]
         if not own:
@@ -246,7 +249,13 @@ def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.M
 
 def _replace_linears(model: nn.Module, method: Method) -> None:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    model.linear_weights = replace_linears(model, method, is_head=lambda layer: layer is head)  # type: ignore
+    try:
+        weights = replace_linears(model, method, is_head=lambda layer: layer is head)
+    except ValueError as error:
+        raise ConfigError(
+            f"model: method {method.name} does not fit: {error}; write other sizes, or another option"
+        ) from None
+    model.linear_weights = weights  # type: ignore[assignment]
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # type: ignore[operator]
 

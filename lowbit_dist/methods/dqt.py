@@ -46,20 +46,21 @@ largest weight (which can only shrink it); here the scale of the initialisation 
 from typing import Annotated, Literal, Self
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lowbit_dist.errors import ConfigError, nearest_multiple
-from lowbit_dist.grid import GRIDS, PLANE, Grid
+from lowbit_dist import ops
+from lowbit_dist.errors import ConfigError
+from lowbit_dist.grid import BLOCK, GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
-from lowbit_dist.methods.method import Method
-from lowbit_dist.packed import PackedTensor, representable
+from lowbit_dist.methods.method import GROUP, Group, Method
+from lowbit_dist.packed import PackedShard, PackedTensor, representable
 from lowbit_dist.section import setting
 
 # Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
 # weights (QuEST, arXiv 2502.05003, released code).
 RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int8": 3.885}
-GROUP = 128  # of every published ternary model with group scales, and of GPTQ
 
 
 class DQT(Method):
@@ -80,10 +81,20 @@ class DQT(Method):
     granularity: Literal["tensor", "row", "group"] = setting(
         "tensor", "What has a scale of its own: the whole tensor, each row, or each group of a row."
     )
-    group: Annotated[int, Field(ge=PLANE, le=2**20)] = setting(
+    group: Group = setting(
         GROUP,
         f"How many consecutive weights of a row share a scale; a multiple of {PLANE}, for granularity group.",
         unit="weights",
+    )
+    range_factor: Annotated[float, Field(gt=0, le=64)] | None = setting(
+        None,
+        "How many times as wide as `scale` says the grid is; null is 1, and 3 for absmean where the forward "
+        "pass has another grid, so that few codes are at the ends.",
+    )
+    forward: Literal["stored", "ternary"] = setting(
+        "stored",
+        "What the forward pass multiplies with: the codes as they are stored, or ternary ones, made of them "
+        "after each update, which are what gathers move; their scale is the mean magnitude at that moment.",
     )
     activation_bits: Literal[8] | None = setting(
         8, "Inputs of low-bit layers are rounded to so many bits for each token; null does not.", unit="bits"
@@ -96,11 +107,6 @@ class DQT(Method):
 
     @model_validator(mode="after")
     def _group_fits(self) -> Self:
-        if self.group % PLANE:
-            raise ConfigError(
-                f"method.group ({self.group}) must be a multiple of {PLANE}; the nearest is "
-                f"{nearest_multiple(self.group, PLANE)}"
-            )
         if self.group != GROUP and self.granularity != "group":
             raise ConfigError(
                 f"method.group ({self.group}) must go with granularity group, not {self.granularity}; write "
@@ -108,13 +114,38 @@ class DQT(Method):
             )
         return self
 
+    @model_validator(mode="after")
+    def _forward_is_coarser(self) -> Self:
+        if self.forward == "stored":
+            return self
+        if self.grid == self.forward:
+            raise ConfigError(
+                f"method.forward ({self.forward}) must be coarser than method.grid {self.grid}; write "
+                "method.grid: int8, or leave it out"
+            )
+        if self.tensors == "all":
+            raise ConfigError(
+                f"method.forward ({self.forward}) must go with method.tensors linears: norms cannot be "
+                "ternary; write method.tensors: linears"
+            )
+        return self
+
     @property
     def label(self) -> str:
-        return f"{self.name} {self.grid}"
+        coarser = "" if self.forward == "stored" else f", {self.forward} forward"
+        return f"{self.name} {self.grid}{coarser}"
 
     @property
     def stored(self) -> Grid:
         return GRIDS[self.grid]
+
+    @property
+    def forward_grid(self) -> Grid:
+        return self.sent_grid
+
+    @property
+    def sent_grid(self) -> Grid:
+        return self.stored if self.forward == "stored" else GRIDS[self.forward]
 
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
@@ -130,15 +161,38 @@ class DQT(Method):
         return self.tensors == "all" or is_linear
 
     def quantize(self, weight: Tensor) -> PackedTensor:
-        return self.through(weight, self.stored)
+        is_finer = self.forward != "stored" and self.scale == "absmean"
+        factor = self.range_factor or (3.0 if is_finer else 1.0)
+        return PackedTensor.quantize(weight, self._scale(weight, self.stored, factor), self.stored)
+
+    def sent(self, shard: PackedShard) -> PackedShard:
+        """Ternary by mean magnitude, as BitNet makes them of latent weights: round(level / mean|level|) of
+        the levels that share a scale.  The means are of the whole tensor's levels, summed as integers over
+        workers, so they are the same on any number of them.
+        """
+        planes = shard.levels().view(-1, PLANE)
+        first = shard.first_block * (BLOCK // PLANE)
+        at = torch.arange(first, first + len(planes), device=planes.device) // (shard.scale_every // PLANE)
+        sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
+        sums.index_add_(0, at, planes.short().abs().sum(1))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        mean = (sums / shard.scale_every).float().clamp_(min=torch.finfo(torch.float32).tiny)
+        ternary = (planes / mean[at, None]).round_().clamp_(-1, 1).to(torch.int8)
+        scale = representable(shard.scale * mean)
+        codes = ops.pack(ternary.view(-1), grid=self.sent_grid)
+        return PackedShard(codes, scale, shard.scale_every, self.sent_grid, shard.shape, shard.first_block)
+
+    def levels(self, weight: Tensor) -> Tensor | None:
+        return None if self.forward == "stored" else weight.sign().to(torch.int8)
 
     def through(self, weight: Tensor, grid: Grid) -> PackedTensor:
-        return PackedTensor.quantize(weight, self._scale(weight, grid), grid)
+        return PackedTensor.quantize(weight, self._scale(weight, grid, 1.0), grid)
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return sub_norm_gain(name, shape)
 
-    def _scale(self, weight: Tensor, grid: Grid) -> Tensor:  # [1], [rows] or [groups] float32
+    def _scale(self, weight: Tensor, grid: Grid, factor: float) -> Tensor:  # [1], [rows] or [groups] float32
         """The size of one level.  absmean is the released code's formula, mean|W| / Qp, over a tensor, a row
         or a group.
         """
@@ -152,4 +206,4 @@ class DQT(Method):
             scale = parts.abs().amax(1) / grid.high
         else:
             scale = parts.square().mean(1).sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
-        return representable(scale.to(torch.float32))
+        return representable((scale * factor).to(torch.float32))

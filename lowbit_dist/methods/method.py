@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from lowbit_dist.section import Section, setting
+from pydantic import AfterValidator, Field
+
+from lowbit_dist.errors import nearest_multiple
+from lowbit_dist.grid import PLANE
+from lowbit_dist.section import Section, broken_rule, setting
 
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor, nn
 
     from lowbit_dist.grid import Grid
     from lowbit_dist.packed import PackedShard, PackedTensor
+
+GROUP = 128  # of every published ternary model with group scales, and of GPTQ
+
+
+def _whole_planes(group: int) -> int:
+    if group % PLANE:
+        raise broken_rule(f"must be a multiple of {PLANE}; the nearest is {nearest_multiple(group, PLANE)}")
+    return group
+
+
+# Consecutive weights of a row that share a scale, where an option says how many.
+Group = Annotated[int, Field(ge=PLANE, le=2**20), AfterValidator(_whole_planes)]
 
 
 class Method(Section):
@@ -47,7 +63,8 @@ class Method(Section):
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         """The layer that takes the place of `layer`, which is called `name` in the model.
 
-        `is_head`: it gives the logits; `norm_eps`: of the model's own RMSNorms.
+        `is_head`: it gives the logits; `norm_eps`: of the model's own RMSNorms.  ValueError if an option
+        does not fit the layer's shape.
         """
         from lowbit_dist.linear import Linear
 
