@@ -86,6 +86,11 @@ class Schedule(Section):
     second_lr_ratio: Annotated[float, Field(gt=0, le=1)] = setting(
         0.667, "The second peak of two_stage, as a share of optimizer.lr.", unit="of optimizer.lr"
     )
+    weight_decay_until: Annotated[float, Field(gt=0, le=1)] | None = setting(
+        None,
+        "When the weight decay of two_stage ends: null is at switch_at, as in BitNet; in TriLM it is 0.667.",
+        unit="of train.steps",
+    )
 
 
 class Zero(Section):
@@ -203,6 +208,12 @@ class RunConfig(Section):
                 f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
                 "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if method.forward_grid is None and self.optimizer.low_bit_lr_ratio != 1:
+            ratio = self.optimizer.low_bit_lr_ratio
+            raise ConfigError(
+                f"optimizer.low_bit_lr_ratio ({ratio:g}) must be left out for method "
+                f"{method.name}, whose forward pass has no weights on a grid; write optimizer.lr alone"
             )
         if self.run.with_states and self.run.parent is None:
             raise ConfigError(

@@ -149,7 +149,7 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name in weights if method.stored is not None else ():
         replaced: Any = model.get_submodule(name.removesuffix(".weight"))
         pack_(replaced, method.quantize(replaced.weight.detach().float()), method.seen)
-    model.lowbit_method = method  # type: ignore[assignment]
+    model.lowbit_method, model.linear_weights = method, weights  # type: ignore[assignment]
     return model
 
 
@@ -225,7 +225,7 @@ def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 class Optimizer(torch.optim.Optimizer):
     """A rule (`lowbit_dist.optim`) as a torch optimizer, for models from `convert_` and any other.
 
-    Learning rate and weight decay of its groups are the rule's, times the method's `rates`; schedulers of
+    Learning rate and weight decay of its groups are the rule's, times `Rule.rates`; schedulers of
     torch change `lr` as usual.  The gradient of all parameters is clipped to `clip_norm` (0: not at all),
     and one that is not finite changes nothing.  Rounding is a function of `seed`, the step and the position.
     """
@@ -249,7 +249,8 @@ class Optimizer(torch.optim.Optimizer):
             owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
             method: Method = Method(name="none") if owner is None else methods[owner]
             inner = name if not owner else name[len(owner) + 1 :]
-            rates = method.rates(inner, tuple(p.shape))
+            is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
             group = {
                 "params": [],
                 "lr": rule.lr * rates[0],

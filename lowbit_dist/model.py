@@ -221,21 +221,24 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
 
 def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.Module], bool]) -> list[str]:
     """Put the method's layer in the place of each `nn.Linear`; the weights' names, without the head's.
+    ValueError, before anything is changed, if one does not fit the method's options.
 
     Layers of a class that derives from `nn.Linear` stay: their owners may read their weights themselves.  So
     do the routers of a mixture of experts.
     """
     routers = set(experts.routers(model))
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
+    replacements = {}
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and layer not in routers:
+            try:
+                replacements[name] = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
     weights = []
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer in routers:
-            continue
+    for name, replacement in replacements.items():
+        layer = model.get_submodule(name)
         parent, _, attribute = name.rpartition(".")
-        try:
-            replacement = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
         setattr(model.get_submodule(parent), attribute, replacement.train(layer.training))
         own = [key for key, p in replacement.named_parameters() if p is layer.weight]
         if not own:

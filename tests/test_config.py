@@ -47,7 +47,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.95],
         "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
-        "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
+        "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667, "schedule.weight_decay_until": None,
         "precision": "bf16",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,

@@ -2,9 +2,9 @@
 
     y = x . Q(W)^T + c,    c_o = reactivation * the sum of W_oj over row o's dead zone D, where Q(W) is 0
 
-The gradient goes straight through Q; to that of a weight in the dead zone reactivation * dL/dc_o is added.  In
-the end c is a constant of each row: `finished` makes a bias of it, and what leaves is a ternary layer with a
-bias.
+The gradient goes straight through Q; to that of a weight in the dead zone reactivation * dL/dc_o is added.
+In the end c is a constant of each row: `finished` makes a bias of it, and what leaves is a ternary layer with
+a bias.
 
 The authors start from a pretrained model and train without weight decay at a constant or decaying rate of
 1e-4; activations are not quantised.
@@ -30,8 +30,7 @@ class Tequila(Method):
         GROUP, f"How many consecutive weights of a row share a scale; a multiple of {PLANE}.", unit="weights"
     )
     reactivation: Annotated[float, Field(ge=0, le=1)] = setting(
-        1e-3,
-        "How much of each weight in the dead zone is in its row's bias, and of the bias in its gradient.",
+        1e-3, "The share of each weight in the dead zone that its row's bias has (the paper's lambda)."
     )
     activation_bits: Literal[8] | None = setting(
         None,

@@ -3,7 +3,7 @@ through; activations are not quantised.
 
 Its recipe beside the layer: AdamW with betas (0.9, 0.95), a line down from peak A that becomes one from a
 lower peak B at half of the tokens, and no weight decay from two thirds on (`schedule.name: two_stage`,
-`second_lr_ratio`, `decay_until`).
+`second_lr_ratio`, `weight_decay_until`).
 """
 
 from typing import Annotated, Literal

@@ -17,6 +17,7 @@ from lowbit_dist.section import Section, setting
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor
 
+    from lowbit_dist.methods.method import Method
     from lowbit_dist.ops.states import Slot
 
 LearningRate = Annotated[float, Field(ge=0, le=100)]
@@ -31,6 +32,12 @@ class Rule(Section):
 
     name: str = setting(meaning="The optimizer, whose options stand beside it.")
     lr: LearningRate = setting(1e-3, "The peak of the learning rate; the schedule says how it gets there.")
+    low_bit_lr_ratio: Annotated[float, Field(gt=0, le=100)] = setting(
+        1.0,
+        "The learning rate of weights that the forward pass sees on a grid, latent or stored, as a share of "
+        "optimizer.lr; they often want one several times smaller than the others.",
+        unit="of optimizer.lr",
+    )
     weight_decay: Annotated[float, Field(ge=0, le=10)] = setting(
         0.01, "The share of a weight, times the learning rate, that a step takes off (decoupled)."
     )
@@ -49,6 +56,17 @@ class Rule(Section):
         """A rule that overrides another's `update` is not what the other's kernel computes."""
         if "update" in cls.__dict__ and "fused" not in cls.__dict__:
             cls.fused = None
+
+    def rates(
+        self, method: Method, name: str, shape: tuple[int, ...], *, is_low_bit: bool
+    ) -> tuple[float, float]:
+        """Factors on the learning rate and the weight decay of a parameter.
+
+        `is_low_bit`: it is stored as codes, or the weight of a linear layer other than the head.
+        """
+        lr, weight_decay = method.rates(name, shape)
+        on_grid = is_low_bit and method.forward_grid is not None
+        return lr * (self.low_bit_lr_ratio if on_grid else 1.0), weight_decay
 
     def state_bytes(self, numel: int) -> int:
         """Of the slots of so many elements."""

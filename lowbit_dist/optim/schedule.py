@@ -42,8 +42,11 @@ def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:
     if not 1 <= step <= steps:
         raise ValueError(f"step {step} is not one of the steps 1 to {steps}")
     peak, weight_decay = 1.0, 1.0
-    if schedule.name == "two_stage" and step > schedule.switch_at * steps:
-        peak, weight_decay = schedule.second_lr_ratio, 0.0
+    if schedule.name == "two_stage":
+        if step > schedule.switch_at * steps:
+            peak = schedule.second_lr_ratio
+        if step > (schedule.weight_decay_until or schedule.switch_at) * steps:
+            weight_decay = 0.0
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps, weight_decay
     if schedule.name == "wsd":

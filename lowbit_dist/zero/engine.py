@@ -67,7 +67,8 @@ class Engine:
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
-        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage)
+        rates = self._rates({name: tuple(p.shape) for name, p in model.named_parameters()})
+        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, rates)
         stage3_class = partial(PackedZero3, accumulation=SUMS[config.gradient_bytes(self.world)])
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
@@ -76,7 +77,16 @@ class Engine:
             self._standard = StandardZero(self._engine, optimizer, stage)
             self.shards = self._standard.shards
         else:
-            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels))
+            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels), rates)
+
+    def _rates(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[float, float]]:
+        """The factors on learning rate and weight decay of each parameter."""
+        low_bit = {*self.low_bit, *self.linear_weights}
+        rule, method = self.config.optimizer, self.config.method
+        return {
+            name: rule.rates(method, name, shape, is_low_bit=name in low_bit)
+            for name, shape in shapes.items()
+        }
 
     @contextmanager
     def step(self, now: ops.Now, limit: float = math.inf, *, norms: bool = False) -> Iterator["Step"]:

@@ -79,8 +79,12 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def initialize_optimizer_states(self) -> None:
         """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
 
-    def make_shards(self, config: RunConfig, names: Sequence[str]) -> list[Shard]:
-        """Every parameter's shard on this worker, in DeepSpeed's order."""
+    def make_shards(
+        self, config: RunConfig, names: Sequence[str], rates: Mapping[str, tuple[float, float]]
+    ) -> list[Shard]:
+        """Every parameter's shard on this worker, in DeepSpeed's order; `rates`: of each parameter, the
+        factors on learning rate and weight decay.
+        """
         self.rule = config.optimizer
         self.clip_norm = config.train.clip_norm
         self.micro_batches = config.micro_batches
@@ -91,7 +95,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             for p in group:
                 self.params.append(p)
                 self.shards.append(_shard(p, master, offset, self.rule))
-                self.rates.append(config.method.rates(p.lowbit_name, tuple(p.ds_shape)))
+                self.rates.append(rates[p.lowbit_name])
                 offset += p.partition_numel()
         return self.shards
 

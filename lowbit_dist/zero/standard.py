@@ -1,7 +1,7 @@
 """DeepSpeed's own ZeRO stages 0 to 2, for methods with latent weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +29,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     wants_norms = False  # set before each step
     last_update = LEFT_OUT  # set by each step
 
-    def __init__(self, groups: list[dict[str, Any]], config: RunConfig, stage: int):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        config: RunConfig,
+        stage: int,
+        rates: Mapping[str, tuple[float, float]],  # of each parameter: on learning rate and weight decay
+    ):
         super().__init__(groups, {"lr": config.optimizer.lr})
-        self.rule, self.method = config.optimizer, config.method
+        self.rule, self.rates = config.optimizer, rates
         # Tensor -> the runs of its elements that belong to one parameter each, and the parameter.
         self.parts: dict[Tensor, list[tuple[slice, str, tuple[float, float]]]] = {}
         self.square_sums: dict[str, Tensor] = {}  # of the gradients' parts that are here, if wanted
@@ -65,9 +71,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
         ops.whole_step_(target, p.grad, self.stored(p), rule=self.rule, now=now)
 
-    def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
+    def take(self, p: Tensor, here: slice, name: str) -> list[ops.Stored]:
         """Know the elements `here` of p as those of a parameter; the rule's state of them."""
-        self.parts.setdefault(p, []).append((here, name, self.method.rates(name, shape)))
+        self.parts.setdefault(p, []).append((here, name, self.rates[name]))
         return part_of(self.stored(p), here)
 
     def stored(self, p: Tensor) -> list[ops.Stored]:
@@ -123,7 +129,7 @@ class StandardZero:
             ]
         for p, weight in pairs:
             name, shape, whole = p.lowbit_name, tuple(p.shape), slice(0, p.numel())
-            state = self.optimizer.take(p if self.zero is self.optimizer else weight, whole, name, shape)
+            state = self.optimizer.take(p if self.zero is self.optimizer else weight, whole, name)
             yield Shard(name, shape, 0, p.numel(), state, weight=weight.detach().view(-1))
 
     def _flat_shards(self) -> Iterator[Shard]:
@@ -142,7 +148,7 @@ class StandardZero:
                 numel = max(0, min(p.numel(), first + master.numel() - offset) - start)
                 here = slice(offset + start - first, offset + start - first + numel) if numel else slice(0, 0)
                 name, shape = p.lowbit_name, tuple(p.shape)
-                state = self.optimizer.take(master, here, name, shape)
+                state = self.optimizer.take(master, here, name)
                 yield Shard(name, shape, start, numel, state, weight=master.detach()[here])
 
     def refresh(self) -> None:
