@@ -23,8 +23,8 @@ INTEGRATED = {"test_fitting.py", "test_memory.py", "test_tracking.py"}
 INTEGRATING = {"ranks", "ray", "ray_port", "disk", "store", "new_store"}
 # Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
 LONGEST = (
-    "hosts", "cluster", "train", "memory", "sweep", "fitting", "signals", "kernels", "resume", "outside", "data",
-    "guard", "toys", "wrong_input", "tracking", "checkpoint", "disk",
+    "hosts", "cluster", "train", "memory", "sweep", "fitting", "signals", "kernels", "resume", "outside",
+    "data", "guard", "toys", "wrong_input", "tracking", "checkpoint", "disk",
 )  # fmt: skip
 
 
