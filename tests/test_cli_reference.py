@@ -1,5 +1,6 @@
 """`lowbit config`: what the models say of themselves, as lists, as a page and as a JSON schema."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from test_outside import package
 
 from lowbit_dist import configfile
 from lowbit_dist.cli import reference
+from lowbit_dist.methods import METHODS
 from lowbit_dist.yamlfile import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,7 @@ def fields(sections):
 
 def test_every_field_is_there_with_a_meaning_in_a_sentence(sections):
     expected = set()
-    for method in ("dqt", "bitnet", "dense"):
+    for method in METHODS:
         for optimizer in ("adamw", "lion"):
             config = configfile.from_dict(
                 GOOD | {"method": {"name": method}, "optimizer": {"name": optimizer}}
@@ -97,7 +99,7 @@ def test_defaults_units_and_what_may_change_are_those_of_the_models(sections):
         "cluster.hang_timeout": "auto or number from 1 up",
         "tracking.mlflow": "text or null",
         "precision.precision": "bf16 or fp32",
-        "method.name": "dqt, bitnet, dense",
+        "method.name": "dqt, bitnet, trilm, tequila, tbt, dense",
     }.items(),
 )
 def test_types_are_said_in_words(name, words, sections):
@@ -113,7 +115,7 @@ def test_the_schema_takes_what_the_reader_takes(valid):
     for path in (ROOT / "configs").glob("*.yaml"):
         if not path.stem.startswith("sweep-"):
             assert valid(read_yaml(path)), path
-    for method, optimizer in (("dqt", "adamw"), ("bitnet", "lion"), ("dense", "adamw")):
+    for method, optimizer in zip(METHODS, itertools.cycle(("adamw", "lion")), strict=False):
         chosen = {"method": {"name": method}, "optimizer": {"name": optimizer}}
         written = configfile.from_dict(GOOD | chosen).to_dict()
         assert valid(json.loads(json.dumps(written))), method

@@ -41,13 +41,15 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "model.tie_embeddings": False,
         "method.name": "dqt", "method.grid": "ternary", "method.tensors": "linears",
         "method.scale": "absmean", "method.granularity": "tensor", "method.group": 128,
+        "method.range_factor": None, "method.forward": "stored",
         "method.activation_bits": 8, "method.sub_norms": False,
         "data.path": "data/stdlib", "data.seq_len": 256, "data.tokenizer": None, "data.cache": None,
         "data.document_mask": False,
-        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.95],
+        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.low_bit_lr_ratio": 1.0, "optimizer.betas": [0.9, 0.95],
         "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
-        "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667, "schedule.weight_decay_until": None,
+        "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
+        "schedule.weight_decay_until": None,
         "precision": "bf16",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
@@ -278,6 +280,8 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         "method.scale: absmean -> absent",
         "method.granularity: tensor -> absent",
         "method.group: 128 -> absent",
+        "method.range_factor: null -> absent",
+        "method.forward: stored -> absent",
         "method.sub_norms: false -> true",
     ]
     assert load(tmp_path, GOOD, "method.activation_bits=null").differences(
@@ -289,6 +293,8 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         "method.scale: absmean -> absent",
         "method.granularity: tensor -> absent",
         "method.group: 128 -> absent",
+        "method.range_factor: null -> absent",
+        "method.forward: stored -> absent",
         "method.activation_bits: null -> absent",
         "method.sub_norms: false -> absent",
     ]
@@ -585,11 +591,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     # choices
     "a misspelt method": (
         GOOD, ("method.name=dgt",),
-        "method.name ('dgt') must be one of dqt, bitnet, dense; did you mean 'dqt'?"),
+        "method.name ('dgt') must be one of dqt, bitnet, trilm, tequila, tbt, dense; did you mean 'dqt'?"),
     "a method that is a list": (
         GOOD + "method: {name: [dqt]}", (),
-        "method.name (['dqt']) must be one of dqt, bitnet, dense; write one of them, or install the package "
-        "that brings it"),
+        "method.name (['dqt']) must be one of dqt, bitnet, trilm, tequila, tbt, dense; write one of them, or "
+        "install the package that brings it"),
     "a misspelt grid": (
         GOOD, ("method.grid=ternery",),
         "method.grid ('ternery') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
@@ -618,7 +624,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "an option of no method": (
         GOOD, ("method.qqqqqqq=1",),
         "method: unknown name 'qqqqqqq'; method dqt has grid, tensors, scale, granularity, group, "
-        "activation_bits, sub_norms"),
+        "range_factor, forward, activation_bits, sub_norms"),
     "an option that stands elsewhere": (
         GOOD, ("method.residency=sharded",),
         "method: unknown name 'residency'; did you mean 'zero.residency'?"),
@@ -658,7 +664,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "(optimizer={name: lion} drops a file's other options)"),
     "an option of no optimizer": (
         GOOD, ("optimizer.qqqqqqq=1",),
-        "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, weight_decay, states, betas, eps"),
+        "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, low_bit_lr_ratio, weight_decay, states, "
+        "betas, eps"),
     "an option of the run in an optimizer": (
         GOOD, ("optimizer={name: lion, steps: 5}",),
         "optimizer: unknown name 'steps'; did you mean 'train.steps'?"),

@@ -20,6 +20,7 @@ from lowbit_dist import configfile
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
 
+OWN = "dqt, bitnet, trilm, tequila, tbt, dense"
 CHOSEN = {"method": {"name": "sign"}, "optimizer": {"name": "momentum", "lr": 0.5}}
 
 
@@ -54,7 +55,8 @@ def test_a_method_and_an_optimizer_of_another_package_are_chosen_by_name_and_wri
     flat = config.flat()
     assert {name: flat[name] for name in flat if name.startswith(("method.", "optimizer."))} == {
         "method.name": "sign", "method.clip": 2.0,
-        "optimizer.name": "momentum", "optimizer.lr": 0.1, "optimizer.weight_decay": 0.01,
+        "optimizer.name": "momentum", "optimizer.lr": 0.1, "optimizer.low_bit_lr_ratio": 1.0,
+        "optimizer.weight_decay": 0.01,
         "optimizer.states": "fp32", "optimizer.momentum": 0.9,
     }  # fmt: skip
     assert configfile.from_dict(config.to_dict()) == config
@@ -87,9 +89,9 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
 
 
 def test_an_unknown_name_is_answered_with_those_that_are_installed(installed):
-    assert refused(method={"name": "tequila"}) == (
-        "method.name ('tequila') must be one of dqt, bitnet, dense, sign; write one of them, or install the "
-        "package that brings it"
+    assert refused(method={"name": "sherry"}) == (
+        f"method.name ('sherry') must be one of {OWN}, sign; write one of them, or install the package that "
+        "brings it"
     )
     assert refused(optimizer={"name": "momentun"}) == (
         "optimizer.name ('momentun') must be one of adamw, lion, momentum; did you mean 'momentum'?"
@@ -100,7 +102,7 @@ def test_no_module_is_imported_because_a_configuration_names_it(tmp_path, monkey
     (tmp_path / "stranger.py").write_text("raise SystemExit('stranger code has run')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("stranger", "stranger:Method", "lowbit_dist.methods.dense:Dense"):
-        assert f"method.name ({name!r}) must be one of dqt, bitnet, dense" in refused(method={"name": name})
+        assert f"method.name ({name!r}) must be one of {OWN}" in refused(method={"name": name})
     assert "stranger" not in sys.modules
 
 
@@ -357,7 +359,7 @@ def test_it_is_trained_by_two_workers_stopped_resumed_evaluated_and_inspected(
 
 def test_without_the_package_its_runs_are_answered_with_what_is_missing(small, undisturbed, lowbit, tmp_path):
     undisturbed(1, train={**TRAIN, "steps": 1}, **CHOSEN)
-    missing = "must be one of dqt, bitnet, dense; write one of them, or install the package that brings it"
+    missing = f"must be one of {OWN}; write one of them, or install the package that brings it"
     done = lowbit("inspect", tmp_path / "alone-1")
     assert (done.returncode, done.stderr) == (2, f"lowbit: method.name ('sign') {missing}\n")
     file = tmp_path / "run.yaml"

@@ -278,8 +278,8 @@ CASES = {
         NOTHING, "train run.yaml run.name=new 'method={granularity: group, group: 192}'",
         ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "a group of 192", "write sizes")),
     "a method that is not installed": (
-        NOTHING, "train run.yaml method.name=tequila",
-        ("method.name ('tequila')", "must be one of dqt, bitnet, dense", "install the package")),
+        NOTHING, "train run.yaml method.name=sherry",
+        ("method.name ('sherry')", "must be one of dqt, bitnet, trilm, tequila, tbt, dense", "install the package")),
     "an option of another optimizer": (
         NOTHING, "train run.yaml 'optimizer={name: lion, eps: 1e-8}'",
         ("optimizer:", "'eps'", "belongs to adamw", "leave it out")),
