@@ -279,7 +279,25 @@ CASES = {
         ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "a group of 192", "write sizes")),
     "a method that is not installed": (
         NOTHING, "train run.yaml method.name=sherry",
-        ("method.name ('sherry')", "must be one of dqt, bitnet, trilm, tequila, tbt, dense", "install the package")),
+        ("method.name ('sherry')", "one of dqt, bitnet, trilm, tequila, tbt, dense", "install the package")),
+    "a rate of weights that are on no grid": (
+        NOTHING, "train run.yaml 'method={name: dense}' optimizer.low_bit_lr_ratio=0.5",
+        ("optimizer.low_bit_lr_ratio (0.5)", "left out for method dense", "write optimizer.lr alone")),
+    "a ternary forward pass of ternary codes": (
+        NOTHING, "train run.yaml 'method={grid: ternary, forward: ternary}'",
+        ("method.forward (ternary)", "coarser than method.grid ternary", "write method.grid: int8")),
+    "norms in a ternary forward pass": (
+        NOTHING, "train run.yaml 'method={grid: int8, tensors: all, forward: ternary}'",
+        ("method.forward (ternary)", "go with method.tensors linears", "write method.tensors: linears")),
+    "slices that do not divide the rows": (
+        NOTHING, "train run.yaml run.name=new 'method={name: trilm, slices: 5}'",
+        ("model: method trilm", "layer model.layers.0.", "5 slices do not divide", "write other sizes")),
+    "a group of Tequila that does not divide a row": (
+        NOTHING, "train run.yaml run.name=new 'method={name: tequila, group: 448}'",
+        ("model: method tequila", "a group of 448 does not divide a row of", "write other sizes")),
+    "a learned scale of inputs that are not normalised": (
+        NOTHING, "train run.yaml 'method={name: tbt, activation_bits: 2, sub_norms: false}'",
+        ("method.sub_norms (false)", "true with activation_bits 2", "write method.sub_norms: true")),
     "an option of another optimizer": (
         NOTHING, "train run.yaml 'optimizer={name: lion, eps: 1e-8}'",
         ("optimizer:", "'eps'", "belongs to adamw", "leave it out")),

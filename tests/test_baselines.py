@@ -1,0 +1,256 @@
+"""The field's methods against transcriptions of their published equations, in Python floats and loops that
+share no code with the package: one layer's forward pass, its gradients, its levels.
+"""
+
+import math
+
+import pytest
+import torch
+from test_methods import case, layer_of, rounded_tokens
+from test_train import train
+from torch import nn
+
+from lowbit_dist.convert import Optimizer, convert_
+from lowbit_dist.grid import GRIDS
+from lowbit_dist.methods import DQT, TBT, BitNet, Tequila, TriLM
+from lowbit_dist.optim import AdamW
+from lowbit_dist.packed import PackedShard
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def clip(value, low=-1, high=1):
+    return min(max(value, low), high)
+
+
+def passed(layer, x, dy):
+    """The layer's output, and the gradients of its input and its weight."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    return y.detach().double(), x.grad.double(), layer.weight.grad.double()
+
+
+def mean(values):
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_trilm_follows_its_equations(slices):
+    x, weight, dy = case(out=6)
+    rows = weight.double().tolist()
+    n = len(rows) // slices
+    levels, viewed = [], []
+    for first in range(0, len(rows), n):
+        part = rows[first : first + n]
+        gamma = 1e-5 + mean(abs(w) for row in part for w in row)
+        levels += [[round(clip(w / gamma)) for w in row] for row in part]
+        viewed += [[gamma * round(clip(w / gamma)) for w in row] for row in part]
+    viewed, dy = torch.tensor(viewed, dtype=torch.float64), dy[:, :6]
+    method = TriLM(slices=slices)
+    y, dx, dw = passed(layer_of(method, weight), x, dy)
+    torch.testing.assert_close(y, x.double() @ viewed.t(), **CLOSE)
+    torch.testing.assert_close(dx, dy.double() @ viewed, **CLOSE)
+    torch.testing.assert_close(dw, dy.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+    assert method.levels(weight).tolist() == levels
+    if slices == 2:
+        assert not torch.equal(method.levels(weight), TriLM().levels(weight)), "slices must differ from one"
+
+
+@pytest.mark.parametrize("reactivation", [1e-3, 0.1])
+def test_tequila_follows_its_equations_and_ends_as_a_ternary_layer_with_a_bias(reactivation):
+    x, weight, dy = case(out=6)
+    dy = dy[:, :6]
+    viewed, levels, bias = [], [], []
+    for row in weight.double().tolist():
+        of_row = []
+        for first in range(0, len(row), 128):
+            alpha = mean(map(abs, row[first : first + 128]))
+            of_row += [(alpha, (w >= alpha / 2) - (w <= -alpha / 2)) for w in row[first : first + 128]]
+        viewed.append([alpha * level for alpha, level in of_row])
+        levels.append([level for _, level in of_row])
+        bias.append(
+            reactivation * math.fsum(w for w, (_, level) in zip(row, of_row, strict=True) if level == 0)
+        )
+    viewed, bias = (torch.tensor(values, dtype=torch.float64) for values in (viewed, bias))
+    is_dead = torch.tensor(levels) == 0
+    method = Tequila(reactivation=reactivation)
+    y, dx, dw = passed(layer_of(method, weight), x, dy)
+    torch.testing.assert_close(y, x.double() @ viewed.t() + bias, **CLOSE)
+    torch.testing.assert_close(dx, dy.double() @ viewed, **CLOSE)
+    plain = dy.double().t() @ x.double()
+    extra = is_dead * (reactivation * dy.double().sum(0))[:, None]
+    torch.testing.assert_close(dw, plain + extra, rtol=1e-5, atol=1e-5)
+    assert extra.abs().max() > 1e-4, "the case must show the bias in the gradient"
+    assert method.levels(weight).tolist() == levels
+
+    finished = method.finished("a.weight", weight)
+    assert list(finished) == ["a.weight", "a.bias"]
+    assert finished["a.weight"].levels().tolist() == levels
+    merged = nn.functional.linear(
+        x.double(), finished["a.weight"].dequantize(torch.float32).double(), finished["a.bias"].double()
+    )
+    torch.testing.assert_close(merged, y, rtol=1e-3, atol=1e-4)  # its scales are float16
+
+
+@pytest.mark.parametrize("rules", ["paper", "released"])
+@pytest.mark.parametrize("weights", ["ternary", "binary"])
+def test_the_weights_of_tbt_follow_their_equations(weights, rules):
+    x, weight, dy = case(out=6)
+    weight, dy = weight + 0.004, dy[:, :6]
+    viewed, levels, passes = [], [], []
+    for row in weight.double().tolist():
+        mu = mean(row) if rules == "paper" else 0.0
+        alpha = mean(abs(w - mu) for w in row) * (4 / 3 if weights == "ternary" else 1)
+        scaled = [(w - mu) / alpha for w in row]
+        levels.append([round(clip(v)) if weights == "ternary" else int(math.copysign(1, v)) for v in scaled])
+        viewed.append([alpha * level for level in levels[-1]])
+        passes.append([abs(v) < 1 or rules == "released" for v in scaled])
+    viewed = torch.tensor(viewed, dtype=torch.float64)
+    method = TBT(weights=weights, rules=rules)
+    y, dx, dw = passed(layer_of(method, weight), x, dy)
+    xq = rounded_tokens(x)
+    torch.testing.assert_close(y, xq @ viewed.t(), **CLOSE)
+    torch.testing.assert_close(dx, dy.double() @ viewed, **CLOSE)
+    torch.testing.assert_close(dw, dy.double().t() @ xq * torch.tensor(passes), rtol=1e-5, atol=1e-5)
+    assert method.levels(weight).tolist() == levels
+    assert method.forward_grid.n_levels == 3 and method.label == f"tbt {weights}"
+    zeros = TBT(weights=weights, rules=rules)._view.forward(torch.zeros(2, 256))[0]
+    assert torch.equal(zeros, torch.zeros(2, 256)), "a row of zeros has no size"
+
+
+@pytest.mark.parametrize("rules", ["paper", "released"])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_elastic_activations_follow_their_equations(bits, rules):
+    x, weight, dy = case(out=6)
+    x, dy, alpha = x + 0.3, dy[:, :6], 0.9
+    method = TBT(activation_bits=bits, rules=rules)
+    layer = layer_of(method, weight)
+    assert method.initial("q_proj.activation.alpha", (1,)).item() == pytest.approx(2 * math.sqrt(2 / math.pi))
+    layer.activation.alpha.data.fill_(alpha)
+    viewed = method._view.forward(weight)[0].double()
+    dxq = (dy.double() @ viewed).tolist()
+    expected_x, expected_dx, dalpha = [], [], 0.0
+    for token, d in zip(x.double().tolist(), dxq, strict=True):
+        mu = mean(token) if rules == "paper" else 0.0
+        scaled = [(v - mu) / alpha for v in token]
+        if bits == 1:
+            expected_x.append([alpha * math.copysign(1, v) for v in scaled])
+            dalpha += sum(g * math.copysign(1, v) for g, v in zip(d, scaled, strict=True))
+        else:
+            expected_x.append([alpha * round(clip(v)) for v in scaled])
+            dalpha += sum(
+                g * (round(v) - v if abs(v) <= 1 else math.copysign(1, v))
+                for g, v in zip(d, scaled, strict=True)
+            )
+        inside = [g if abs(v) <= 1 else 0.0 for g, v in zip(d, scaled, strict=True)]
+        centre = mean(inside) if rules == "paper" else 0.0  # the mean that was taken off has a gradient, too
+        expected_dx.append([g - centre for g in inside])
+    y, dx, _ = passed(layer, x, dy)
+    torch.testing.assert_close(y, torch.tensor(expected_x, dtype=torch.float64) @ viewed.t(), **CLOSE)
+    torch.testing.assert_close(dx, torch.tensor(expected_dx, dtype=torch.float64), **CLOSE)
+    assert layer.activation.alpha.grad.item() == pytest.approx(dalpha / math.sqrt(256), rel=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_a_ternary_forward_pass_rounds_the_stored_levels_by_their_mean_magnitude(granularity):
+    _, weight, _ = case(out=8, inputs=512)
+    method = DQT(grid="int8", forward="ternary", granularity=granularity)
+    stored = method.quantize(weight)
+    assert stored.grid == GRIDS["int8"] and method.sent_grid == method.forward_grid == GRIDS["ternary"]
+    saturated = (stored.levels() == 127) | (stored.levels() == -128)
+    assert saturated.double().mean() < 0.02, "three mean magnitudes leave few codes at the ends"
+    seen = method.seen(stored)
+    size = {"tensor": 8 * 512, "row": 512, "group": 128}[granularity]
+    levels, scales = [], []
+    for part, scale in zip(
+        stored.levels().reshape(-1, size).tolist(), stored.scale.double().tolist(), strict=True
+    ):
+        size_of_level = mean(map(abs, part))
+        levels += [round(clip(level / size_of_level)) for level in part]
+        scales.append(scale * size_of_level)
+    assert seen.levels().flatten().tolist() == levels
+    assert torch.equal(seen.scale, torch.tensor(scales).half().float())
+    assert method.levels(seen.dequantize(torch.float32)).flatten().tolist() == levels
+    assert method.label == "dqt int8, ternary forward" and DQT(grid="int8").label == "dqt int8"
+    empty = PackedShard(stored.codes[:0], stored.scale, stored.scale_every, stored.grid, stored.shape, 16)
+    assert method.sent(empty).codes.numel() == 0, "a worker may have no part of a tensor"
+
+
+def test_the_range_of_a_grid_is_a_multiple_of_its_scale():
+    _, weight, _ = case(out=8, inputs=512)
+    one, two = (DQT(grid="int4", scale="rms", range_factor=f).quantize(weight) for f in (None, 2.0))
+    assert torch.equal(two.scale, (one.scale * 2).half().float()) and one.scale.item() > 0
+    through = DQT(grid="int8", range_factor=2.0).through(weight, GRIDS["ternary"])
+    assert torch.equal(through.scale, DQT().quantize(weight).scale), "another grid has its own range"
+
+
+METHODS = {
+    "trilm": {"name": "trilm", "slices": 2},
+    "tequila": {"name": "tequila", "group": 64},
+    "tbt": {"name": "tbt", "activation_bits": 2},
+    "tbt binary": {"name": "tbt", "weights": "binary", "activation_bits": 1, "rules": "released"},
+    "dqt, ternary forward": {"name": "dqt", "grid": "int8", "forward": "ternary"},
+    "dqt, ternary forward by rows": {
+        "name": "dqt", "grid": "int4", "forward": "ternary", "granularity": "row",
+    },
+}  # fmt: skip
+REPRODUCIBLE = {
+    "reproducible": True, "steps": 4, "save_every": 2, "log_every": 2, "batch_tokens": 6 * 64,
+    "micro_batch": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, ranks, small):
+    def run(label, world, stop_at=None):
+        content = small(
+            run={"name": label}, method=method, model={"layers": 1}, train=REPRODUCIBLE,
+            optimizer={"low_bit_lr_ratio": 0.25},
+        )  # fmt: skip
+        return ranks(world).run(train, content, stop_at)[0]
+
+    digests = {world: run(f"on{world}", world)["digest"] for world in (1, 2, 3)}
+    assert len(set(digests.values())) == 1, digests
+    run("cut", 2, stop_at=2)
+    assert run("cut", 3)["digest"] == digests[1]
+
+
+def test_low_bit_weights_have_a_rate_of_their_own(ranks, small):
+    """With a rate of 0 for the others, it is theirs alone; the head, norms and the embedding do not move."""
+    from lowbit_dist.checkpoint import Checkpoint
+
+    def run(label, method, **optimizer):
+        content = small(
+            run={"name": label}, method=method, model={"layers": 1}, precision="fp32",
+            optimizer={"states": "fp32", **optimizer}, schedule={"name": "constant", "warmup_steps": 0},
+            train={"steps": 1, "save_every": 1, "clip_norm": 0.0},
+        )  # fmt: skip
+        return Checkpoint.open(ranks(1).run(train, content)[0]["checkpoint"])
+
+    method = {"name": "bitnet", "sub_norms": False}
+    first, slow, fast = (
+        run(label, method, lr=lr, low_bit_lr_ratio=ratio, weight_decay=0.0)
+        for label, lr, ratio in (("first", 0.0, 1.0), ("slow", 1e-3, 0.25), ("fast", 1e-3, 1.0))
+    )
+    for name in first.names:
+        moves = [(each.tensor(name) - first.tensor(name)).double() for each in (slow, fast)]
+        ratio = 0.25 if name.endswith("proj.weight") else 1.0
+        torch.testing.assert_close(moves[0], ratio * moves[1], rtol=1e-3, atol=1e-8, msg=name)
+        assert moves[1].abs().max() > 1e-4, name
+
+
+def test_the_rate_of_low_bit_weights_holds_in_plain_pytorch():
+    for method in (BitNet(), DQT(grid="int8")):
+        model = convert_(nn.Sequential(nn.Linear(256, 256), nn.RMSNorm(256)), method)
+        optimizer = Optimizer(model, AdamW(lr=1e-2, low_bit_lr_ratio=0.1))
+        rates = {p.shape: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates == {torch.Size([256, 256]): pytest.approx(1e-3), torch.Size([256]): 1e-2}
+
+
+def test_a_conversion_that_does_not_fit_changes_nothing():
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 255))
+    with pytest.raises(ValueError, match=r"layer 1: 2 slices do not divide 255 rows"):
+        convert_(model, TriLM(slices=2))
+    assert all(type(layer) is nn.Linear for layer in model)
