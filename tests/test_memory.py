@@ -405,6 +405,11 @@ CASES = [
     {"optimizer": {"name": "rows", "states": "fp32"}, "method": {"name": "dense"}, "precision": "bf16"},
     {"optimizer": {"name": "matrix", "states": "fp32"}, "zero": {"residency": "replicated"}},
     {"optimizer": {"name": "matrix", "states": "fp32"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}},
+    {"method": {"name": "trilm", "slices": 2}, "precision": "bf16"},
+    {"method": {"name": "tequila"}, "train": CHECKPOINTED},
+    {"method": {"name": "tbt", "activation_bits": 2}, "precision": "bf16", "train": CHECKPOINTED},
+    {"method": {"grid": "int8", "forward": "ternary"}, "zero": {"residency": "replicated"}},
+    {"method": {"grid": "int8", "forward": "ternary", "granularity": "group"}, "precision": "bf16"},
 ]
 WORLDS = (2, 1, 2, 3)  # of one case after another
 
