@@ -236,6 +236,7 @@ class Optimizer(torch.optim.Optimizer):
         methods = {n: m.lowbit_method for n, m in model.named_modules() if "lowbit_method" in m.__dict__}
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
+        self.rules: dict[Tensor, Rule] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
             if not p.requires_grad:
@@ -250,6 +251,7 @@ class Optimizer(torch.optim.Optimizer):
             method: Method = Method(name="none") if owner is None else methods[owner]
             inner = name if not owner else name[len(owner) + 1 :]
             is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            self.rules[p] = rule.of(is_linear=is_low_bit)
             rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
             group = {
                 "params": [],
@@ -296,20 +298,21 @@ class Optimizer(torch.optim.Optimizer):
             )
         else:
             target = ops.Weights(p.data.view(-1))
-        state = self._stored(p)
-        if self.rule.scope == "element":
-            ops.step_(target, p.grad.reshape(-1), state, rule=self.rule, now=now)
+        state, rule = self._stored(p), self.rules[p]
+        if rule.scope == "element":
+            ops.step_(target, p.grad.reshape(-1), state, rule=rule, now=now)
         else:
-            ops.whole_step_(target, p.grad, state, rule=self.rule, now=now)
+            ops.whole_step_(target, p.grad, state, rule=rule, now=now)
 
     def _stored(self, p: Tensor) -> list[ops.Stored]:
         """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""
         state = self.state[p]
-        for slot in self.rule.slots:
+        slots = self.rules[p].slots
+        for slot in slots:
             if slot.name not in state:
                 fresh = ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device)
                 state |= {slot.name: fresh.values, f"{slot.name}/scale": fresh.scale}
-        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in self.rule.slots]
+        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in slots]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch casts a parameter's state to the parameter's type; slots have types of their own."""
@@ -318,7 +321,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, state in exact.items():
             p = params[i]
-            for slot in self.rule.slots:
+            for slot in self.rules[p].slots:
                 if state[slot.name].dtype != (wanted := ops.dtype_of(slot, self.rule.states)):
                     raise ValueError(
                         f"the state's {slot.name} is {state[slot.name].dtype}; with states "

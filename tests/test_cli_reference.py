@@ -13,6 +13,7 @@ from test_outside import package
 from lowbit_dist import configfile
 from lowbit_dist.cli import reference
 from lowbit_dist.methods import METHODS
+from lowbit_dist.optim import OPTIMIZERS
 from lowbit_dist.yamlfile import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def fields(sections):
 def test_every_field_is_there_with_a_meaning_in_a_sentence(sections):
     expected = set()
     for method in METHODS:
-        for optimizer in ("adamw", "lion"):
+        for optimizer in OPTIMIZERS:
             config = configfile.from_dict(
                 GOOD | {"method": {"name": method}, "optimizer": {"name": optimizer}}
             )
@@ -115,7 +116,7 @@ def test_the_schema_takes_what_the_reader_takes(valid):
     for path in (ROOT / "configs").glob("*.yaml"):
         if not path.stem.startswith("sweep-"):
             assert valid(read_yaml(path)), path
-    for method, optimizer in zip(METHODS, itertools.cycle(("adamw", "lion")), strict=False):
+    for method, optimizer in zip(METHODS, itertools.cycle(OPTIMIZERS), strict=False):
         chosen = {"method": {"name": method}, "optimizer": {"name": optimizer}}
         written = configfile.from_dict(GOOD | chosen).to_dict()
         assert valid(json.loads(json.dumps(written))), method
@@ -200,7 +201,7 @@ def test_a_part_is_shown_alone(lowbit):
     assert shown("grid") == shown("method.grid")
     assert shown("precision") == [("precision", None, ["precision"])]
     assert [part[:2] for part in shown("optimizer")] == [
-        ("optimizer", None), ("optimizer", "adamw"), ("optimizer", "lion"),
+        ("optimizer", None), ("optimizer", "adamw"), ("optimizer", "lion"), ("optimizer", "muon"),
     ]  # fmt: skip
     assert [part[0] for part in shown("name")] == ["run", "method", "optimizer", "schedule"]
     text = lowbit("config", "train.batch_tokens").stdout

@@ -650,15 +650,15 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "optimizer.states ('int4') must be one of fp32, bf16, int8; did you mean 'int8'?"),
     "another optimizer": (
         GOOD, ("optimizer.name=adam",),
-        "optimizer.name ('adam') must be one of adamw, lion; did you mean 'adamw'?"),
+        "optimizer.name ('adam') must be one of adamw, lion, muon; did you mean 'adamw'?"),
     "an optimizer like no other": (
         GOOD, ("optimizer.name=zzz",),
-        "optimizer.name ('zzz') must be one of adamw, lion; write one of them, or install the package that "
-        "brings it"),
+        "optimizer.name ('zzz') must be one of adamw, lion, muon; write one of them, or install the package "
+        "that brings it"),
     "a module for an optimizer": (
         GOOD, ("optimizer.name=os:system",),
-        "optimizer.name ('os:system') must be one of adamw, lion; write one of them, or install the package "
-        "that brings it"),
+        "optimizer.name ('os:system') must be one of adamw, lion, muon; write one of them, or install the "
+        "package that brings it"),
     "an option of another optimizer": (
         GOOD, ("optimizer={name: lion, eps: 1e-8}",),
         "optimizer: unknown name 'eps' for optimizer lion; it belongs to adamw: leave it out "

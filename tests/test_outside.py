@@ -78,7 +78,7 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
         "(method={name: sign} drops a file's other options)"
     )
     assert refused(optimizer={"name": "momentum", "betas": [0.9, 0.99]}).startswith(
-        "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion: leave it out"
+        "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion, muon: leave it "
     )
     assert refused(optimizer={"name": "momentum", "qqqqq": 1}) == (
         "optimizer: unknown name 'qqqqq'; optimizer momentum has lr, weight_decay, states, momentum"
@@ -94,7 +94,7 @@ def test_an_unknown_name_is_answered_with_those_that_are_installed(installed):
         "brings it"
     )
     assert refused(optimizer={"name": "momentun"}) == (
-        "optimizer.name ('momentun') must be one of adamw, lion, momentum; did you mean 'momentum'?"
+        "optimizer.name ('momentun') must be one of adamw, lion, muon, momentum; did you mean 'momentum'?"
     )
 
 

@@ -13,9 +13,8 @@ from lowbit_dist.memory.report import RESIDENT, Parameters
 
 
 def parameters(config: RunConfig, model: nn.Module) -> Parameters:
-    low_bit = set(models.low_bit_names(model, config.method))
     numels = {name: p.numel() for name, p in model.named_parameters()}
-    n_low_bit = sum(n for name, n in numels.items() if name in low_bit)
+    n_low_bit = sum(numels[name] for name in models.low_bit_names(model, config.method))
     return Parameters(n_low_bit, sum(numels.values()) - n_low_bit)
 
 
@@ -28,15 +27,17 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
     itemsize = 2 if config.precision == "bf16" else 4
     # In float32 the weights themselves are updated; behind others stand float32 ones.
     master = 0 if itemsize == 4 else 4
+    linear = set(models.linear_weights(model))
+    rules = [config.optimizer.of(is_linear=name in linear) for name, _ in model.named_parameters()]
     if stage < 3:  # whole weights for the passes, gradients that are freed at each step
         numels = [p.numel() for p in model.parameters()]
         n = sum(numels) if stage == 0 else flat_numel(sum(numels), workers)
         parts = numels if stage == 0 else [n // workers]
         sizes["other_weights"] = n * itemsize + (sum(parts) * (master if stage == 0 else 4))
-        sizes["optimizer_states"] = sum(config.optimizer.state_bytes(part) for part in parts)
+        sizes["optimizer_states"] = sum(rule.state_bytes(n) for rule, n in zip(rules, parts, strict=False))
         return sizes
     low_bit = set(models.low_bit_names(model, config.method))
-    for name, p in model.named_parameters():
+    for rule, (name, p) in zip(rules, model.named_parameters(), strict=True):
         n = p.numel()
         # Packed ZeRO-3's shards are whole blocks, as many on every worker.
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
@@ -46,7 +47,7 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
         else:
             sizes["other_weights"] += part * (itemsize + master)
         sizes["gradients"] += part * config.gradient_bytes(workers)
-        sizes["optimizer_states"] += config.optimizer.state_bytes(min(part, n))
+        sizes["optimizer_states"] += rule.state_bytes(min(part, n))
     return sizes
 
 

@@ -10,14 +10,16 @@ from lowbit_dist.registry import lazily
 if TYPE_CHECKING:
     from lowbit_dist.optim.adamw import AdamW
     from lowbit_dist.optim.lion import Lion
+    from lowbit_dist.optim.muon import Muon
 
 # Name -> module:class, imported when a run names it, so that importing this package needs no torch.
 OPTIMIZERS = {
     "adamw": "lowbit_dist.optim.adamw:AdamW",
     "lion": "lowbit_dist.optim.lion:Lion",
+    "muon": "lowbit_dist.optim.muon:Muon",
 }
 
 
 __getattr__ = lazily(__name__, OPTIMIZERS)
 
-__all__ = ["OPTIMIZERS", "AdamW", "Lion", "Rule"]
+__all__ = ["OPTIMIZERS", "AdamW", "Lion", "Muon", "Rule"]

@@ -68,6 +68,10 @@ class Rule(Section):
         on_grid = is_low_bit and method.forward_grid is not None
         return lr * (self.low_bit_lr_ratio if on_grid else 1.0), weight_decay
 
+    def of(self, *, is_linear: bool) -> Rule:
+        """The rule of a parameter; `is_linear`: it is the weight of a linear layer other than the head."""
+        return self
+
     def state_bytes(self, numel: int) -> int:
         """Of the slots of so many elements."""
         from lowbit_dist.ops import Stored

@@ -27,7 +27,7 @@ from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
-from lowbit_dist.zero.stage3 import PackedZero3, Update
+from lowbit_dist.zero.stage3 import Moving, PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 
 SUMS = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}  # of gradients, by bytes
@@ -67,8 +67,8 @@ class Engine:
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
-        rates = self._rates({name: tuple(p.shape) for name, p in model.named_parameters()})
-        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, rates)
+        moving = self._moving({name: tuple(p.shape) for name, p in model.named_parameters()})
+        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, moving)
         stage3_class = partial(PackedZero3, accumulation=SUMS[config.gradient_bytes(self.world)])
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
@@ -77,14 +77,17 @@ class Engine:
             self._standard = StandardZero(self._engine, optimizer, stage)
             self.shards = self._standard.shards
         else:
-            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels), rates)
+            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels), moving)
 
-    def _rates(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[float, float]]:
-        """The factors on learning rate and weight decay of each parameter."""
-        low_bit = {*self.low_bit, *self.linear_weights}
-        rule, method = self.config.optimizer, self.config.method
+    def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
+        """How each parameter is updated."""
+        linear, low_bit = set(self.linear_weights), set(self.low_bit)
+        chosen, method = self.config.optimizer, self.config.method
         return {
-            name: rule.rates(method, name, shape, is_low_bit=name in low_bit)
+            name: Moving(
+                chosen.of(is_linear=name in linear),
+                chosen.rates(method, name, shape, is_low_bit=name in linear | low_bit),
+            )
             for name, shape in shapes.items()
         }
 

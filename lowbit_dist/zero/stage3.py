@@ -5,7 +5,7 @@ update in place.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,13 @@ class Update:
     skipped: bool  # the norm was not finite or above the limit: nothing was changed
     flips_of: Mapping[str, int] = field(default_factory=dict)  # the same of each low-bit parameter, by name
     norms_of: Mapping[str, float] = field(default_factory=dict)  # of each parameter's mean gradient, if asked
+
+
+class Moving(NamedTuple):
+    """How a parameter is updated: by which rule, and its factors on learning rate and weight decay."""
+
+    rule: Rule
+    rates: tuple[float, float]
 
 
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
@@ -80,22 +87,19 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
 
     def make_shards(
-        self, config: RunConfig, names: Sequence[str], rates: Mapping[str, tuple[float, float]]
+        self, config: RunConfig, names: Sequence[str], moving: Mapping[str, Moving]
     ) -> list[Shard]:
-        """Every parameter's shard on this worker, in DeepSpeed's order; `rates`: of each parameter, the
-        factors on learning rate and weight decay.
-        """
-        self.rule = config.optimizer
+        """Every parameter's shard on this worker, in DeepSpeed's order."""
         self.clip_norm = config.train.clip_norm
         self.micro_batches = config.micro_batches
         self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
-        self.shards, self.params, self.rates = [], [], []
+        self.shards, self.params, self.moving = [], [], []
         for group, master in zip(self.fp16_groups, self.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for p in group:
                 self.params.append(p)
-                self.shards.append(_shard(p, master, offset, self.rule))
-                self.rates.append(rates[p.lowbit_name])
+                self.moving.append(moving[p.lowbit_name])
+                self.shards.append(_shard(p, master, offset, self.moving[-1].rule))
                 offset += p.partition_numel()
         return self.shards
 
@@ -158,7 +162,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             grad_scale = clip_factor(norm, self.clip_norm) / self.micro_batches
             for i, gradient in enumerate(gradients):
                 flips[i : i + 1] += self._update_shard(
-                    i, gradient, at_rates(self.now, self.rates[i], grad_scale)
+                    i, gradient, at_rates(self.now, self.moving[i].rates, grad_scale)
                 )
             self.refresh()
         dist.all_reduce(flips)
@@ -176,22 +180,24 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
     def _update_shard(self, i: int, gradient: Tensor, now: ops.Now) -> Tensor | int:
-        shard = self.shards[i]
+        shard, rule = self.shards[i], self.moving[i].rule
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
         target = shard.target(self.tensor_ids[shard.name])
-        if self.rule.scope != "element":
-            return self._update_whole(self.params[i], shard, target, gradient, now)
+        if rule.scope != "element":
+            return self._update_whole(i, target, gradient, now)
         if not shard.numel:
             return 0
-        return ops.step_(target, gradient, shard.state, rule=self.rule, now=now)
+        return ops.step_(target, gradient, shard.state, rule=rule, now=now)
 
     def _update_whole(
-        self, param: Any, shard: Shard, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
+        self, i: int, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
     ) -> Tensor | int:
         """A rule that must see rows or the matrix: every worker has all of it for a moment, and applies its
         own part of the direction, so the result is that of one worker.
         """
+
+        param, shard, rule = self.params[i], self.shards[i], self.moving[i].rule
 
         def gathered(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32
             n, world = param.partition_numel(), dist.get_world_size()
@@ -201,7 +207,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             return full[: param.ds_numel].view(param.ds_shape)
 
         slots = (gathered(stored.load(0, shard.numel)) for stored in shard.state)
-        u, *moved = self.rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.update)
+        u, *moved = rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.update)
         here = slice(shard.start, shard.start + shard.numel)
         if not shard.numel:
             return 0

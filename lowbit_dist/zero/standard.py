@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.optim.clipping import clip_factor, global_norm
+from lowbit_dist.optim.rule import Rule
 from lowbit_dist.zero.shards import Initial, Shard, owners
-from lowbit_dist.zero.stage3 import Update, at_rates, square_sum
+from lowbit_dist.zero.stage3 import Moving, Update, at_rates, square_sum
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
 LEFT_OUT = Update(math.inf, flips=0, skipped=True)
@@ -34,12 +35,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         config: RunConfig,
         stage: int,
-        rates: Mapping[str, tuple[float, float]],  # of each parameter: on learning rate and weight decay
+        moving: Mapping[str, Moving],  # of each parameter
     ):
         super().__init__(groups, {"lr": config.optimizer.lr})
-        self.rule, self.rates = config.optimizer, rates
+        self.moving = moving
         # Tensor -> the runs of its elements that belong to one parameter each, and the parameter.
-        self.parts: dict[Tensor, list[tuple[slice, str, tuple[float, float]]]] = {}
+        self.parts: dict[Tensor, list[tuple[slice, str]]] = {}
         self.square_sums: dict[str, Tensor] = {}  # of the gradients' parts that are here, if wanted
         self.clip_norm = config.train.clip_norm
         self.copies = 1 if stage else dist.get_world_size()  # stage 0: every worker has every gradient
@@ -53,36 +54,35 @@ class RuleOptimizer(torch.optim.Optimizer):
         apply = math.isfinite(norm) and norm <= self.limit
         if apply:
             for p in params:
-                for here, _, rates in self.parts[p]:
-                    self._move(p, here, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
+                for here, name in self.parts[p]:
+                    rule, rates = self.moving[name]
+                    self._move(p, here, rule, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
         if self.wants_norms:
             self.square_sums = {
-                name: square_sum(p.grad.view(-1)[here]) for p in params for here, name, _ in self.parts[p]
+                name: square_sum(p.grad.view(-1)[here]) for p in params for here, name in self.parts[p]
             }
         self.last_update = Update(norm, flips=0, skipped=not apply)
 
-    def _move(self, p: Tensor, here: slice, now: ops.Now) -> None:
+    def _move(self, p: Tensor, here: slice, rule: Rule, now: ops.Now) -> None:
         assert p.grad is not None, "parameters without a gradient are left out"
         target = ops.Weights(p.data.view(-1)[here])
-        if self.rule.scope == "element":
+        if rule.scope == "element":
             grad = p.grad.view(-1)[here].float()
-            ops.step_(target, grad, part_of(self.stored(p), here), rule=self.rule, now=now)
+            ops.step_(target, grad, part_of(self.stored(p, rule), here), rule=rule, now=now)
             return
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
-        ops.whole_step_(target, p.grad, self.stored(p), rule=self.rule, now=now)
+        ops.whole_step_(target, p.grad, self.stored(p, rule), rule=rule, now=now)
 
     def take(self, p: Tensor, here: slice, name: str) -> list[ops.Stored]:
         """Know the elements `here` of p as those of a parameter; the rule's state of them."""
-        self.parts.setdefault(p, []).append((here, name, self.rates[name]))
-        return part_of(self.stored(p), here)
+        self.parts.setdefault(p, []).append((here, name))
+        return part_of(self.stored(p, self.moving[name].rule), here)
 
-    def stored(self, p: Tensor) -> list[ops.Stored]:
-        """The rule's state of a tensor; zeros before its first step."""
+    def stored(self, p: Tensor, rule: Rule) -> list[ops.Stored]:
+        """The state of a tensor, all of whose parts have one rule; zeros before its first step."""
         state = self.state[p]
         if "slots" not in state:
-            state["slots"] = [
-                ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device) for slot in self.rule.slots
-            ]
+            state["slots"] = [ops.Stored.zeros(slot, p.numel(), rule.states, p.device) for slot in rule.slots]
         slots: list[ops.Stored] = state["slots"]
         return slots
 
