@@ -237,6 +237,7 @@ class Optimizer(torch.optim.Optimizer):
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
         self.rules: dict[Tensor, Rule] = {}
+        self.accumulators: dict[Tensor, ops.Accumulator | None] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
             if not p.requires_grad:
@@ -252,6 +253,7 @@ class Optimizer(torch.optim.Optimizer):
             inner = name if not owner else name[len(owner) + 1 :]
             is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
             self.rules[p] = rule.of(is_linear=is_low_bit)
+            self.accumulators[p] = method.accumulator
             rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
             group = {
                 "params": [],
@@ -294,7 +296,13 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(p, PackedParameter):
             t = p.packed.tensor
             target: ops.Codes | ops.Weights = ops.Codes(
-                t.codes, t.scale, t.scale_every, t.grid, tensor=self.ids[p], first_block=0
+                t.codes,
+                t.scale,
+                t.scale_every,
+                t.grid,
+                self.ids[p],
+                first_block=0,
+                residual=self._residual(p),
             )
         else:
             target = ops.Weights(p.data.view(-1))
@@ -303,6 +311,14 @@ class Optimizer(torch.optim.Optimizer):
             ops.step_(target, p.grad.reshape(-1), state, rule=rule, now=now)
         else:
             ops.whole_step_(target, p.grad, state, rule=rule, now=now)
+
+    def _residual(self, p: Tensor) -> ops.Residual | None:
+        if (kept := self.accumulators[p]) is None:
+            return None
+        state = self.state[p]
+        if "residual" not in state:
+            state["residual"] = kept.residual(p.numel(), p.device).values
+        return ops.Residual(state["residual"], kept)
 
     def _stored(self, p: Tensor) -> list[ops.Stored]:
         """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""

@@ -100,7 +100,7 @@ def test_defaults_units_and_what_may_change_are_those_of_the_models(sections):
         "cluster.hang_timeout": "auto or number from 1 up",
         "tracking.mlflow": "text or null",
         "precision.precision": "bf16 or fp32",
-        "method.name": "dqt, bitnet, trilm, tequila, tbt, dense",
+        "method.name": "dqt, flip, bitnet, trilm, tequila, tbt, dense",
     }.items(),
 )
 def test_types_are_said_in_words(name, words, sections):
@@ -202,6 +202,7 @@ def test_a_part_is_shown_alone(lowbit):
     assert shown("precision") == [("precision", None, ["precision"])]
     assert [part[:2] for part in shown("optimizer")] == [
         ("optimizer", None), ("optimizer", "adamw"), ("optimizer", "lion"), ("optimizer", "muon"),
+        ("optimizer", "rmsprop"),
     ]  # fmt: skip
     assert [part[0] for part in shown("name")] == ["run", "method", "optimizer", "schedule"]
     text = lowbit("config", "train.batch_tokens").stdout

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from lowbit_dist import configfile
 from lowbit_dist.config import PRESETS, ConfigError, Model, RunConfig, Schedule, Train
+from lowbit_dist.methods import METHODS
+from lowbit_dist.optim import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
 GOOD = "data: {path: data/stdlib}\n"
@@ -592,11 +594,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     # choices
     "a misspelt method": (
         GOOD, ("method.name=dgt",),
-        "method.name ('dgt') must be one of dqt, bitnet, trilm, tequila, tbt, dense; did you mean 'dqt'?"),
+        f"method.name ('dgt') must be one of {', '.join(METHODS)}; did you mean 'dqt'?"),
     "a method that is a list": (
         GOOD + "method: {name: [dqt]}", (),
-        "method.name (['dqt']) must be one of dqt, bitnet, trilm, tequila, tbt, dense; write one of them, or "
-        "install the package that brings it"),
+        f"method.name (['dqt']) must be one of {', '.join(METHODS)}; write one of them, or install the package "
+        "that brings it"),
     "a misspelt grid": (
         GOOD, ("method.grid=ternery",),
         "method.grid ('ternery') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
@@ -650,15 +652,15 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "optimizer.states ('int4') must be one of fp32, bf16, int8; did you mean 'int8'?"),
     "another optimizer": (
         GOOD, ("optimizer.name=adam",),
-        "optimizer.name ('adam') must be one of adamw, lion, muon; did you mean 'adamw'?"),
+        f"optimizer.name ('adam') must be one of {', '.join(OPTIMIZERS)}; did you mean 'adamw'?"),
     "an optimizer like no other": (
         GOOD, ("optimizer.name=zzz",),
-        "optimizer.name ('zzz') must be one of adamw, lion, muon; write one of them, or install the package "
-        "that brings it"),
+        f"optimizer.name ('zzz') must be one of {', '.join(OPTIMIZERS)}; write one of them, or install the "
+        "package that brings it"),
     "a module for an optimizer": (
         GOOD, ("optimizer.name=os:system",),
-        "optimizer.name ('os:system') must be one of adamw, lion, muon; write one of them, or install the "
-        "package that brings it"),
+        f"optimizer.name ('os:system') must be one of {', '.join(OPTIMIZERS)}; write one of them, or install "
+        "the package that brings it"),
     "an option of another optimizer": (
         GOOD, ("optimizer={name: lion, eps: 1e-8}",),
         "optimizer: unknown name 'eps' for optimizer lion; it belongs to adamw: leave it out "

@@ -20,7 +20,7 @@ from lowbit_dist import configfile
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
 
-OWN = "dqt, bitnet, trilm, tequila, tbt, dense"
+OWN = "dqt, flip, bitnet, trilm, tequila, tbt, dense"
 CHOSEN = {"method": {"name": "sign"}, "optimizer": {"name": "momentum", "lr": 0.5}}
 
 
@@ -78,7 +78,7 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
         "(method={name: sign} drops a file's other options)"
     )
     assert refused(optimizer={"name": "momentum", "betas": [0.9, 0.99]}).startswith(
-        "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion, muon: leave it "
+        "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion, muon, rmsprop: "
     )
     assert refused(optimizer={"name": "momentum", "qqqqq": 1}) == (
         "optimizer: unknown name 'qqqqq'; optimizer momentum has lr, weight_decay, states, momentum"
@@ -94,7 +94,8 @@ def test_an_unknown_name_is_answered_with_those_that_are_installed(installed):
         "brings it"
     )
     assert refused(optimizer={"name": "momentun"}) == (
-        "optimizer.name ('momentun') must be one of adamw, lion, muon, momentum; did you mean 'momentum'?"
+        "optimizer.name ('momentun') must be one of adamw, lion, muon, rmsprop, momentum; did you mean "
+        "'momentum'?"
     )
 
 

@@ -279,7 +279,7 @@ CASES = {
         ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "a group of 192", "write sizes")),
     "a method that is not installed": (
         NOTHING, "train run.yaml method.name=sherry",
-        ("method.name ('sherry')", "one of dqt, bitnet, trilm, tequila, tbt, dense", "install the package")),
+        ("method.name ('sherry')", "must be one of dqt, flip, bitnet, trilm", "install the package")),
     "a rate of weights that are on no grid": (
         NOTHING, "train run.yaml 'method={name: dense}' optimizer.low_bit_lr_ratio=0.5",
         ("optimizer.low_bit_lr_ratio (0.5)", "left out for method dense", "write optimizer.lr alone")),

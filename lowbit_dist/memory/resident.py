@@ -42,6 +42,7 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
         # Packed ZeRO-3's shards are whole blocks, as many on every worker.
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
         if name in low_bit:
+            sizes["optimizer_states"] += min(part, n) if config.method.accumulator else 0
             sizes["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
             sizes["scales"] += 4 * models.n_scales(config.method, tuple(p.shape))
         else:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor, nn
 
     from lowbit_dist.grid import Grid
+    from lowbit_dist.ops import Accumulator
     from lowbit_dist.packed import PackedShard, PackedTensor
 
 GROUP = 128  # of every published ternary model with group scales, and of GPTQ
@@ -98,6 +99,11 @@ class Method(Section):
         Flip rate, zero fraction and saturation are counted in them.  `weight` is what the layer's view is
         given: a latent weight in the compute precision, or decoded codes.
         """
+        return None
+
+    @property
+    def accumulator(self) -> Accumulator | None:
+        """What an update keeps of a stored weight beside its code; None: nothing, it is rounded by chance."""
         return None
 
     @property

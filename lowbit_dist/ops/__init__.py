@@ -12,13 +12,15 @@ from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import cpu, fused, reference
-from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
+from lowbit_dist.ops.reference import Accumulator, Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
 
 __all__ = [
     "STATES",
+    "Accumulator",
     "Codes",
     "Now",
+    "Residual",
     "Rule",
     "Slot",
     "Stored",
@@ -57,8 +59,8 @@ def step_(
     _check_tensor("grad", grad, _FLOATS)
     _check_state(state, rule, grad.numel())
     _check_one_device(*_tensors(target), grad, *(tensor for slot in state for tensor in slot.tensors))
-    backend = _backend(grad.device)
-    if rule.fused is not None:
+    backend = _updating(target, grad.device)
+    if rule.fused is not None and backend is not reference:
         return backend.step_(target, grad, state, rule=rule, now=now)
     flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     for start, stop in reference.chunks(grad.numel(), grad.device):
@@ -96,7 +98,7 @@ def apply_(
     _check_target(target, u.numel(), "u")
     _check_tensor("u", u, (torch.float32,))
     _check_one_device(*_tensors(target), u)
-    return _backend(u.device).apply_(target, u, now=now)
+    return _updating(target, u.device).apply_(target, u, now=now)
 
 
 def decode(
@@ -164,13 +166,22 @@ def _backend(device: torch.device) -> ModuleType:
     return _host_backend(device)
 
 
+def _updating(target: Codes | Weights, device: torch.device) -> ModuleType:
+    """Updates of codes with a residual have no kernels yet."""
+    has_residual = isinstance(target, Codes) and target.residual is not None
+    return reference if has_residual else _backend(device)
+
+
 def _host_backend(device: torch.device) -> ModuleType:
     """For ops without a Triton kernel: on a GPU they are rare enough for plain torch, and exact there too."""
     return cpu if device.type == "cpu" and cpu.available() else reference
 
 
 def _tensors(target: Codes | Weights) -> tuple[Tensor, ...]:
-    return (target.weight,) if isinstance(target, Weights) else (target.codes, target.scale)
+    if isinstance(target, Weights):
+        return (target.weight,)
+    residual = () if target.residual is None else (target.residual.counts,)
+    return (target.codes, target.scale, *residual)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -195,6 +206,9 @@ def _check_target(target: Codes | Weights, n: int, name: str) -> None:
         return
     _check_codes(target.codes, target.grid, n)
     _check_scale(target.scale, n, target.first_block, target.scale_every)
+    if target.residual is not None:
+        _check_tensor("residual", target.residual.counts, (torch.int8,))
+        _check_count("residual", target.residual.counts, n, n)
     if not 0 <= target.tensor < 2**32:
         raise ValueError(f"tensor is {target.tensor}; it must be from 0 to 2**32 - 1")
 

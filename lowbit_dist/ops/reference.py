@@ -68,7 +68,7 @@ Letters: N elements, B = N / 256 blocks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
 from lowbit_dist.ops.states import Slot, Stored
 
+RESIDUAL_TOP = 127  # counts of a residual at its reach
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers
 
 # Elements.  On a CPU the temporaries of a chunk stay in a core's cache; on a GPU they are worth a launch.
@@ -120,6 +121,30 @@ class Now:
         return self.lr * self.weight_decay
 
 
+class Accumulator(NamedTuple):
+    """How a code's residual is kept: what its level leaves out of the weight, one int8 for each element."""
+
+    reach: float  # levels: the largest residual, which is 127 counts; beyond it the code flips
+    leak: float  # the share that is forgotten in each step
+    resets: bool  # a flip leaves nothing of it
+
+    @property
+    def unit(self) -> float:  # levels that a count stands for
+        return self.reach / RESIDUAL_TOP
+
+    def residual(self, n: int, device: torch.device | str = "cpu") -> Stored:
+        """Of n elements, before the first step."""
+        return Stored(Slot("residual", signed=True), torch.zeros(n, dtype=torch.int8, device=device))
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residuals of a target's codes."""
+
+    counts: Tensor  # [N] int8, from -127 to 127, changed in place
+    kept: Accumulator
+
+
 @dataclass(frozen=True)
 class Codes:
     """A target: packed codes, a shard's or a whole tensor's."""
@@ -130,6 +155,7 @@ class Codes:
     grid: Grid
     tensor: int  # the tensor's number in the random counter, below 2**32
     first_block: int  # place of the first block within the whole tensor
+    residual: Residual | None = None  # None: a step is rounded to whole levels by chance
 
     @property
     def numel(self) -> int:
@@ -139,7 +165,8 @@ class Codes:
         """Elements `start` to `stop - 1`, whole blocks, sharing memory."""
         codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
         block = self.first_block + start // BLOCK
-        return Codes(codes, self.scale, self.scale_every, self.grid, self.tensor, block)
+        residual = self.residual and Residual(self.residual.counts[start:stop], self.residual.kept)
+        return Codes(codes, self.scale, self.scale_every, self.grid, self.tensor, block, residual)
 
 
 @dataclass(frozen=True)
@@ -208,8 +235,10 @@ def apply_(
         part, of_part = target.part(start, stop), u[start:stop]
         if isinstance(part, Weights):
             part.weight.copy_(part.weight * (1 - now.decay) - of_part * now.lr)
-        else:
+        elif part.residual is None:
             flips += _round_codes(part, of_part, now)
+        else:
+            flips += _accumulate(part, part.residual, of_part, now)
     return flips
 
 
@@ -221,18 +250,44 @@ def _round_codes(target: Codes, u: Tensor, now: Now) -> Tensor:
     a = d.abs().clamp(max=LARGEST_STEP)
     whole = a.floor()
     threshold = ((a - whole) * 2.0**32).to(torch.int64)
-    words = rng.block_words(
+    moved = whole.int() + (_words(target, now) < threshold).int()
+    new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return (new != old).sum()
+
+
+def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
+    """A step of x = level + residual: the nearest level where x left the reach of the old one, and the rest,
+    rounded by chance to whole counts, its new residual.
+    """
+    grid, kept = target.grid, residual.kept
+    old = unpack(target.codes, grid=grid).float().view(-1, PLANE)
+    scale = scale_of_planes(target.scale, target.numel, target.first_block, target.scale_every)
+    x = old + residual.counts.view(-1, PLANE).float() * (kept.unit * (1 - kept.leak))
+    x = x * (1 - now.decay) - (torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)
+    new = torch.where((x - old).abs() > kept.reach, x.round(), old).clamp(grid.low, grid.high)
+    has_flipped = new != old
+    rest = (x - new).clamp(-kept.reach, kept.reach) / kept.unit
+    if kept.resets:
+        rest = rest.masked_fill(has_flipped, 0.0)
+    whole = rest.floor()
+    threshold = ((rest - whole) * 2.0**32).to(torch.int64)
+    counts = whole + (_words(target, now) < threshold).float()
+    residual.counts.view(-1, PLANE).copy_(counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP))
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return has_flipped.sum()
+
+
+def _words(target: Codes, now: Now) -> Tensor:  # [planes, PLANE]
+    """The step's random word of each element."""
+    return rng.block_words(
         now.seed,
         step=now.step,
         tensor=target.tensor,
         first_block=target.first_block,
-        n_blocks=n // BLOCK,
-        device=u.device,
-    )
-    moved = whole.int() + (words.view(-1, PLANE) < threshold).int()
-    new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
-    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
-    return (new != old).sum()
+        n_blocks=target.numel // BLOCK,
+        device=target.codes.device,
+    ).view(-1, PLANE)
 
 
 def decode(

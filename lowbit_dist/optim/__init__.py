@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from lowbit_dist.optim.adamw import AdamW
     from lowbit_dist.optim.lion import Lion
     from lowbit_dist.optim.muon import Muon
+    from lowbit_dist.optim.rmsprop import RMSProp
 
 # Name -> module:class, imported when a run names it, so that importing this package needs no torch.
 OPTIMIZERS = {
     "adamw": "lowbit_dist.optim.adamw:AdamW",
     "lion": "lowbit_dist.optim.lion:Lion",
     "muon": "lowbit_dist.optim.muon:Muon",
+    "rmsprop": "lowbit_dist.optim.rmsprop:RMSProp",
 }
 
 
 __getattr__ = lazily(__name__, OPTIMIZERS)
 
-__all__ = ["OPTIMIZERS", "AdamW", "Lion", "Muon", "Rule"]
+__all__ = ["OPTIMIZERS", "AdamW", "Lion", "Muon", "RMSProp", "Rule"]

@@ -31,3 +31,18 @@ class AdamW(Rule):
         # torch's float32 sqrt is an ulp off in places; a double root, rounded once more, is the IEEE root.
         root = (v * (1 / (1 - beta2**step))).double().sqrt().float()
         return (m * (1 / (1 - beta1**step))) / (root + self.eps), m, v
+
+
+class BesideAdamW(Rule):
+    """A rule of the linear layers' matrices; AdamW, with the same rates, has all else (embeddings, the head,
+    gains and biases).
+    """
+
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = setting(
+        (0.9, 0.95), "The betas of AdamW, which updates what is no matrix of a linear layer."
+    )
+
+    def of(self, *, is_linear: bool) -> Rule:
+        if is_linear:
+            return self
+        return AdamW(lr=self.lr, weight_decay=self.weight_decay, states=self.states, betas=self.betas)

@@ -6,16 +6,14 @@ rate and one weight decay serve both (arXiv 2502.16982, eq. 4).
 """
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from lowbit_dist.ops.states import Slot
-from lowbit_dist.optim.adamw import AdamW
-from lowbit_dist.optim.rule import Rule
-from lowbit_dist.section import Beta, pair, setting
+from lowbit_dist.optim.adamw import BesideAdamW
+from lowbit_dist.section import Beta, setting
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose slope at zero is greatest; its author's
 ITERATIONS = 5
@@ -23,21 +21,13 @@ LEAST_NORM = 1e-7
 RMS = 0.2  # of AdamW's directions, over a run
 
 
-class Muon(Rule):
+class Muon(BesideAdamW):
     name: Literal["muon"] = "muon"
     momentum: Beta = setting(0.95, "How much of the mean gradient stays in a step.")
     nesterov: bool = setting(True, "Whether the direction looks ahead by the gradient of this step.")
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = setting(
-        (0.9, 0.95), "The betas of AdamW, which updates what is no matrix of a linear layer."
-    )
 
     slots: ClassVar = (Slot("m", signed=True),)
     scope: ClassVar = "matrix"
-
-    def of(self, *, is_linear: bool) -> Rule:
-        if is_linear:
-            return self
-        return AdamW(lr=self.lr, weight_decay=self.weight_decay, states=self.states, betas=self.betas)
 
     def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
         """m = mu m + (1 - mu) g;  u = 0.2 sqrt(max(rows, K)) orthogonal(g + mu (m - g), or m)."""

@@ -79,6 +79,12 @@ class Shard:
     scale: Tensor | None = None  # [numel of the tensor / scale_every] float32
     scale_every: int = 0
     weight: Tensor | None = None  # [numel] float32
+    accumulator: ops.Accumulator | None = None  # the last of `state` is then the codes' residual
+
+    @property
+    def slots(self) -> list[ops.Stored]:
+        """The state that is the rule's."""
+        return self.state if self.accumulator is None else self.state[:-1]
 
     def target(self, tensor: int) -> ops.Codes | ops.Weights:
         """What an update changes; `tensor` is the parameter's number in the random counter."""
@@ -95,6 +101,7 @@ class Shard:
             self.grid,
             tensor=tensor,
             first_block=self.start // BLOCK,
+            residual=self.accumulator and ops.Residual(self.state[-1].values, self.accumulator),
         )
 
     def level_counts(self) -> Tensor:  # [grid.n_levels] int64, on the device

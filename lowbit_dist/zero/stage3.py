@@ -99,7 +99,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             for p in group:
                 self.params.append(p)
                 self.moving.append(moving[p.lowbit_name])
-                self.shards.append(_shard(p, master, offset, self.moving[-1].rule))
+                self.shards.append(_shard(p, master, offset, self.moving[-1].rule, config.method.accumulator))
                 offset += p.partition_numel()
         return self.shards
 
@@ -188,7 +188,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             return self._update_whole(i, target, gradient, now)
         if not shard.numel:
             return 0
-        return ops.step_(target, gradient, shard.state, rule=rule, now=now)
+        return ops.step_(target, gradient, shard.slots, rule=rule, now=now)
 
     def _update_whole(
         self, i: int, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
@@ -206,12 +206,12 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             dist.all_gather_into_tensor(full, padded)
             return full[: param.ds_numel].view(param.ds_shape)
 
-        slots = (gathered(stored.load(0, shard.numel)) for stored in shard.state)
+        slots = (gathered(stored.load(0, shard.numel)) for stored in shard.slots)
         u, *moved = rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.update)
         here = slice(shard.start, shard.start + shard.numel)
         if not shard.numel:
             return 0
-        for stored, x in zip(shard.state, moved, strict=True):
+        for stored, x in zip(shard.slots, moved, strict=True):
             stored.store(0, shard.numel, x.reshape(-1)[here])
         return ops.apply_(target, u.reshape(-1)[here].contiguous(), now=now)
 
@@ -224,7 +224,7 @@ def _own_parameters(module: nn.Module, step: int) -> set[int]:
     return {p.ds_id for p in module.parameters(recurse=False)}  # type: ignore[attr-defined]
 
 
-def _shard(param: Any, master: Tensor, offset: int, rule: Rule) -> Shard:
+def _shard(param: Any, master: Tensor, offset: int, rule: Rule, accumulator: ops.Accumulator | None) -> Shard:
     n = param.partition_numel()
     start = n * dist.get_rank()
     numel = max(0, min(n, param.ds_numel - start))
@@ -233,9 +233,12 @@ def _shard(param: Any, master: Tensor, offset: int, rule: Rule) -> Shard:
     if (held := packed_of(param)) is None:
         return Shard(name, shape, start, numel, state, weight=master.detach()[offset : offset + numel])
     packed = held.stored
+    if accumulator is not None:
+        state.append(accumulator.residual(numel, param.ds_tensor.device))
     return Shard(
         name, shape, start, numel, state,
         grid=packed.grid, codes=packed.codes, scale=packed.scale, scale_every=packed.scale_every,
+        accumulator=accumulator,
     )  # fmt: skip
 
 

@@ -1,0 +1,40 @@
+"""Flip accumulators: codes, and beside each one byte of what gradients have asked of it and not yet got.
+
+DQT forgets the part of a proposal that does not become a level, and so moves by chance.  Here it is kept: a
+weight is x = q + r levels, q its code, r its *residual*, within half a level and a hysteresis:
+
+    x       <-  q + (1 - leak) r, then decayed and moved by the optimizer's step, in levels
+    q'      =   round(x) where |x - q| > 1/2 + hysteresis, else q;  within the grid
+    r'      =   x - q' within its reach, rounded by chance to one of 255 numbers;  or 0 after a flip (reset)
+
+The forward pass sees scale * q alone, which has the scale of the first weights.  With the whole x in full
+precision this is straight-through training of a latent (BitNet, of a fixed scale); the byte costs a fourth of
+that latent.  Flip thresholds in the place of a latent: arXiv 1906.02107 (Bop), and the released code of
+BitBop and TTF.  The residual integrates gradients, so that no first moment is needed: `optimizer.name:
+rmsprop` has none.  That is 2.25 bytes a weight, states included.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowbit_dist.methods.dqt import DQT
+from lowbit_dist.ops import Accumulator
+from lowbit_dist.section import setting
+
+
+class Flip(DQT):
+    name: Literal["flip"] = "flip"  # type: ignore[assignment]
+    hysteresis: Annotated[float, Field(ge=0, le=1)] = setting(
+        0.0, "How far beyond half a level a weight must have gone until its code flips.", unit="levels"
+    )
+    leak: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "The share of its residual that a weight forgets in each step."
+    )
+    on_flip: Literal["subtract", "reset"] = setting(
+        "subtract", "What a flip leaves of the residual: what is more than a level, or nothing."
+    )
+
+    @property
+    def accumulator(self) -> Accumulator:
+        return Accumulator(0.5 + self.hysteresis, self.leak, self.on_flip == "reset")
