@@ -597,8 +597,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         f"method.name ('dgt') must be one of {', '.join(METHODS)}; did you mean 'dqt'?"),
     "a method that is a list": (
         GOOD + "method: {name: [dqt]}", (),
-        f"method.name (['dqt']) must be one of {', '.join(METHODS)}; write one of them, or install the package "
-        "that brings it"),
+        f"method.name (['dqt']) must be one of {', '.join(METHODS)}; write one of them, or install the "
+        "package that brings it"),
     "a misspelt grid": (
         GOOD, ("method.grid=ternery",),
         "method.grid ('ternery') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
