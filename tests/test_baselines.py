@@ -14,7 +14,7 @@ from lowbit_dist import ops
 from lowbit_dist.convert import Optimizer, convert_
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.methods import DQT, TBT, BitNet, Flip, Tequila, TriLM
-from lowbit_dist.ops import rng
+from lowbit_dist.ops import cpu, reference, rng
 from lowbit_dist.optim import AdamW
 from lowbit_dist.packed import PackedShard
 
@@ -226,6 +226,33 @@ def test_flip_follows_its_equations(options):
     assert flips.item() == sum(level != q for (level, _), q in zip(after, before, strict=True)) > 20
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kept", [(0.5, 0.0, False), (0.7, 0.05, False), (0.5, 0.0, True)])
+@pytest.mark.parametrize("every", [64, 512, 256 * 600])
+def test_a_residual_is_the_same_in_c(grid, kept, every):
+    """Every byte, over several steps, at the grid's ends and beyond, in several threads."""
+    if not cpu.available():
+        pytest.skip("no C compiler")
+    g, n, grid = torch.Generator().manual_seed(1), 256 * 600, GRIDS[grid]
+    levels = torch.randint(grid.low, grid.high + 1, (n,), generator=g).to(torch.int8)
+    counts = torch.randint(-127, 128, (n,), generator=g).to(torch.int8)
+    scale = torch.rand(n // every, generator=g) * 0.05 + 0.01
+    targets = [
+        ops.Codes(
+            ops.pack(levels, grid=grid), scale, every, grid, 5, 0,
+            ops.Residual(counts.clone(), ops.Accumulator(*kept)),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for step in (1, 2, 2**31):
+        u = torch.randn(n, generator=g) * 10 ** torch.randint(-6, 3, (n,), generator=g)
+        now = ops.Now(lr=0.01, weight_decay=0.1, step=step, seed=2**60 + 3)
+        flips = [each.apply_(t, u, now=now) for each, t in zip((cpu, reference), targets, strict=True)]
+        assert torch.equal(*flips) and flips[0] > 0
+        assert torch.equal(*(t.codes for t in targets))
+        assert torch.equal(*(t.residual.counts for t in targets))
+
+
 def test_a_residual_loses_nothing_on_average_and_its_parts_are_those_of_the_whole():
     kept, n = Flip().accumulator, 256 * 200
     codes = ops.pack(torch.zeros(n, dtype=torch.int8), grid=GRIDS["ternary"])
@@ -239,7 +266,7 @@ def test_a_residual_loses_nothing_on_average_and_its_parts_are_those_of_the_whol
             part = parts.part(start, start + 256 * 50)
             ops.apply_(part, u[: part.numel], now=now)
     assert torch.equal(whole.codes, parts.codes) and torch.equal(counts, parts.residual.counts)
-    expected = 5 * 0.001 * 0.3 / 0.02 / kept.unit  # counts
+    expected = 5 * 0.001 * 0.3 / 0.02 * kept.counts_per_level
     assert not ops.unpack(codes, grid=GRIDS["ternary"]).any(), "7.5 % of a level flip nothing"
     deviation = math.sqrt(5 * 0.25 / n)  # a step's rounding has a variance of at most 1/4
     assert abs(counts.double().mean().item() - expected) < 5 * deviation

@@ -60,7 +60,7 @@ def step_(
     _check_state(state, rule, grad.numel())
     _check_one_device(*_tensors(target), grad, *(tensor for slot in state for tensor in slot.tensors))
     backend = _updating(target, grad.device)
-    if rule.fused is not None and backend is not reference:
+    if rule.fused is not None and not _has_residual(target):
         return backend.step_(target, grad, state, rule=rule, now=now)
     flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     for start, stop in reference.chunks(grad.numel(), grad.device):
@@ -167,9 +167,13 @@ def _backend(device: torch.device) -> ModuleType:
 
 
 def _updating(target: Codes | Weights, device: torch.device) -> ModuleType:
-    """Updates of codes with a residual have no kernels yet."""
-    has_residual = isinstance(target, Codes) and target.residual is not None
-    return reference if has_residual else _backend(device)
+    """Codes with residuals have no Triton kernel: on a GPU they are updated in plain torch."""
+    backend = _backend(device)
+    return reference if _has_residual(target) and backend is not cpu else backend
+
+
+def _has_residual(target: Codes | Weights) -> bool:
+    return isinstance(target, Codes) and target.residual is not None
 
 
 def _host_backend(device: torch.device) -> ModuleType:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lowbit_dist import folders
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
+from lowbit_dist.ops.reference import Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.states import STATES, Stored
 
 _LOG = logging.getLogger(__name__)
@@ -77,6 +77,14 @@ class _State(ctypes.Structure):
     ]
 
 
+class _Residual(ctypes.Structure):
+    _fields_ = [
+        ("counts", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("reach", "kept", "per_level")),
+        ("resets", ctypes.c_int32),
+    ]
+
+
 def available() -> bool:
     """Whether the compiled ops can be used; the first call compiles, and warns once if that fails."""
     return _library() is not None
@@ -88,6 +96,8 @@ def step_(target: Codes | Weights, grad: Tensor, state: list[Stored], *, rule: R
 
 
 def apply_(target: Codes | Weights, u: Tensor, *, now: Now) -> Tensor:
+    if isinstance(target, Codes) and target.residual is not None:
+        return _accumulate(target, target.residual, u, now)
     return _step(target, _state([], u), NO_FACTORS, RULES.index(None), now)
 
 
@@ -112,6 +122,27 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
             _numbers(numbers, now, tensor=target.tensor),
             code,
         )
+    return torch.tensor([flips], dtype=torch.int64)
+
+
+def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
+    kept = residual.kept
+    flips = _loaded().lowbit_accumulate(
+        _pointer(target.codes),
+        _pointer(target.scale),
+        _pointer(u),
+        ctypes.byref(
+            _Residual(
+                counts=_pointer(residual.counts),
+                reach=kept.reach,
+                kept=kept.levels_per_count * (1 - kept.leak),
+                per_level=kept.counts_per_level,
+                resets=kept.resets,
+            )
+        ),
+        _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),
+        _numbers(NO_FACTORS, now, tensor=target.tensor),
+    )
     return torch.tensor([flips], dtype=torch.int64)
 
 
@@ -215,7 +246,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _warn(f"{compiler} could not build them ({error})")
         return None
-    library.lowbit_step_codes.restype = ctypes.c_int64
+    for name in ("step_codes", "accumulate"):
+        getattr(library, f"lowbit_{name}").restype = ctypes.c_int64
     for name in ("step_weights", "decode", "pack", "unpack", "code_counts"):
         getattr(library, f"lowbit_{name}").restype = None
     return library

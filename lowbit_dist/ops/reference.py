@@ -129,8 +129,12 @@ class Accumulator(NamedTuple):
     resets: bool  # a flip leaves nothing of it
 
     @property
-    def unit(self) -> float:  # levels that a count stands for
+    def levels_per_count(self) -> float:
         return self.reach / RESIDUAL_TOP
+
+    @property
+    def counts_per_level(self) -> float:
+        return RESIDUAL_TOP / self.reach
 
     def residual(self, n: int, device: torch.device | str = "cpu") -> Stored:
         """Of n elements, before the first step."""
@@ -263,11 +267,11 @@ def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tenso
     grid, kept = target.grid, residual.kept
     old = unpack(target.codes, grid=grid).float().view(-1, PLANE)
     scale = scale_of_planes(target.scale, target.numel, target.first_block, target.scale_every)
-    x = old + residual.counts.view(-1, PLANE).float() * (kept.unit * (1 - kept.leak))
+    x = old + residual.counts.view(-1, PLANE).float() * (kept.levels_per_count * (1 - kept.leak))
     x = x * (1 - now.decay) - (torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)
     new = torch.where((x - old).abs() > kept.reach, x.round(), old).clamp(grid.low, grid.high)
     has_flipped = new != old
-    rest = (x - new).clamp(-kept.reach, kept.reach) / kept.unit
+    rest = (x - new).clamp(-kept.reach, kept.reach) * kept.counts_per_level
     if kept.resets:
         rest = rest.masked_fill(has_flipped, 0.0)
     whole = rest.floor()
