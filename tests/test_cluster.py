@@ -16,7 +16,7 @@ import pytest
 
 from lowbit_dist import cluster, configfile, heartbeat
 from lowbit_dist.checkpoint import FORMAT, Position
-from lowbit_dist.cluster import attempts, checks, session
+from lowbit_dist.cluster import attempts, checks, jobs, session
 from lowbit_dist.config import ConfigError
 
 STEPS, BATCH = 24, 512
@@ -209,6 +209,24 @@ def test_one_run_is_not_trained_twice_at_once(small):
         pass
     with checks.run_lock(config):
         pass
+
+
+def test_a_job_gets_every_path_of_its_configuration_as_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "run.dir": "r", "data.path": "d", "data.tokenizer": "t", "data.cache": "c", "model.pretrained": "m",
+    }  # fmt: skip
+    tracking = "tracking.mlflow=sqlite:///mlflow.db"
+    (tmp_path / "run.yaml").write_text("precision: fp32\n")
+    config = configfile.load("run.yaml", [*(f"{name}={path}" for name, path in paths.items()), tracking])
+    whole = jobs.absolute(config)
+    assert {name: whole.flat()[name] for name in paths} == {
+        name: str(tmp_path / path) for name, path in paths.items()
+    }
+    assert whole.tracking.mlflow == f"sqlite:///{tmp_path}/mlflow.db"
+    assert whole.differences(config) == [], "places may change"
+    remote = configfile.load("run.yaml", ["data.path=s3://bucket/data"])
+    assert jobs.absolute(remote).data == remote.data
 
 
 @pytest.mark.parametrize(
