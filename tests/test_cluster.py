@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster, configfile, heartbeat
+from lowbit_dist import cluster, configfile, heartbeat, runs
 from lowbit_dist.checkpoint import FORMAT, Position
 from lowbit_dist.cluster import attempts, checks, jobs, session
 from lowbit_dist.config import ConfigError
@@ -150,6 +150,29 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     with pytest.raises(ConfigError) as error:
         checks.check_run(other)
     assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_when_it_is_corrected(small):
+    failed = configuration(small())
+    corrected = configuration(small(optimizer={"lr": 1e-4}))
+    folder, told = failed.run_dir, Told()
+    folder.mkdir()
+    runs.begin(failed)
+    measured = [folder / name for name in ("metrics.jsonl", "layers.jsonl", ".mlflow_run_id")]
+    for file in measured:
+        file.write_text('{"step": 1, "time": 1.0}\n')
+    runs.note_failure(folder, RuntimeError("the loss cannot be used"))
+    for config, is_kept in ((failed, True), (corrected, False)):
+        checks.check_run(config)
+        cluster._forget_failed(config, told)
+        assert [file.exists() for file in measured] == [is_kept] * 3
+    assert [text.partition("(")[2] for text in told.said] == ["optimizer.lr: 0.002 -> 0.0001)"]
+    measured[0].write_text('{"step": 4, "time": 1.0}\n')
+    (folder / "latest").write_text("step-4")
+    cluster._forget_failed(corrected, told)
+    assert measured[0].exists(), "a checkpoint binds"
+    with pytest.raises(ConfigError, match=r"another configuration \(optimizer.lr"):
+        checks.check_run(corrected)
 
 
 def test_a_checkpoint_of_another_model_is_refused(small):
