@@ -20,7 +20,7 @@ from lowbit_dist.cluster.checks import check, finished, run_lock
 from lowbit_dist.cluster.following import Progress, Unbroken
 from lowbit_dist.cluster.session import Stopped, signals_stop
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.record import LAYERS, METRICS
+from lowbit_dist.record import LAYERS, METRICS, cut, rows_of
 
 __all__ = ["Progress", "RunFailed", "Stopped", "check", "launch", "train"]
 
@@ -65,15 +65,16 @@ def _forget_failed(config: RunConfig, progress: Progress) -> None:
     of the run, nor of its MLflow run.
     """
     folder = config.run_dir
-    if runs.has_begun(folder) or not (folder / METRICS).exists():
+    if runs.has_begun(folder) or not rows_of(folder / METRICS):
         return
     try:
         differences = configfile.load(folder / runs.CONFIG).differences(config)
     except ConfigError:  # of an earlier version
         differences = ["one that cannot be read"]
     if differences:
-        for name in (METRICS, LAYERS, tracking.RUN_ID):
-            (folder / name).unlink(missing_ok=True)
+        for name in (METRICS, LAYERS):
+            cut(folder / name, 0)
+        (folder / tracking.RUN_ID).unlink(missing_ok=True)
         progress.say(
             f"run {config.run.name} begins anew: before its first checkpoint it failed with another "
             f"configuration ({', '.join(differences[:3])})"
