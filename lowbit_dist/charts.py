@@ -310,7 +310,11 @@ def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:
     The run is the first; each is named with its states.  A baseline that is another one is left out.
     """
     reports = [("this run", memory), *((words, memory.get(key)) for key, words in BASELINES.items())]
-    return {_with_states(words, one): of_report(one) for words, one in reports if one is not None}
+    bars: dict[str, dict[str, float]] = {}
+    for words, one in reports:
+        if one is not None:
+            bars.setdefault(_with_states(words, one), of_report(one))
+    return bars
 
 
 def _with_states(words: str, report: Mapping[str, Any]) -> str:

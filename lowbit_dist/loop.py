@@ -239,7 +239,8 @@ class _Worker:
             log.info("stopped at step %d: its checkpoint is saved", position.step)
             return None
         if self.val_loss is None:  # a finished run was started again
-            self.val_loss = validation_loss(engine, config, self.manifest)
+            beat = partial(self.heartbeat, "end", position.step)
+            self.val_loss = validation_loss(engine, config, self.manifest, heartbeat=beat)
         summary: dict[str, Any] = {
             "run": config.run.name,
             "steps": position.step,

@@ -115,8 +115,12 @@ def begin(config: RunConfig) -> None:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether it has anything that belongs to its configuration: a checkpoint, or a row."""
-    return (folder / "latest").exists() or bool(rows_of(folder / METRICS))
+    """Whether it has anything that belongs to its configuration: a checkpoint, or a row of a launch that has
+    not failed, as with a configuration that is to be corrected.
+    """
+    if (folder / "latest").exists():
+        return True
+    return not (folder / FAILURE).exists() and bool(rows_of(folder / METRICS))
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, float] | None:

@@ -12,6 +12,7 @@ loading execute nothing of what is read: JSON, safetensors and tokenizers are da
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -101,7 +102,7 @@ def open(run_or_folder: str | Path, runs_dir: str | Path = "runs") -> Trained:
     Of a run the newest checkpoint that is not damaged; ConfigError if a checkpoint that is named itself is.
     """
     folder = Path(run_or_folder)
-    if (folder / CONFIG).is_file() and not (folder / MANIFEST).exists():
+    if os.path.isfile(folder / CONFIG) and not os.path.exists(folder / MANIFEST):
         return of_folder(folder)
     try:
         path = resolve(run_or_folder, runs_dir)
@@ -110,11 +111,7 @@ def open(run_or_folder: str | Path, runs_dir: str | Path = "runs") -> Trained:
         raise ConfigError(
             str(error).replace(others, f", a checkpoint's folder nor a Hugging Face model's (with {CONFIG})")
         ) from None
-    checkpoint = Checkpoint.open(path)
-    # A run's checkpoints have been verified to find its newest; one that is named itself has not.
-    if (folder / MANIFEST).exists() and (problems := checkpoint.verify()):
-        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
-    return of_checkpoint(checkpoint)
+    return of_checkpoint(Checkpoint.open(path))
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> Trained:

@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster, configfile, heartbeat
+from lowbit_dist import cluster, configfile, heartbeat, runs, tracking
 from lowbit_dist.checkpoint import FORMAT, Position
-from lowbit_dist.cluster import attempts, checks
+from lowbit_dist.cluster import attempts, checks, jobs
 from lowbit_dist.config import ConfigError
+from lowbit_dist.record import rows_of
 
 STEPS, BATCH = 24, 512
 SUMMARY = {
@@ -142,6 +143,31 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_when_it_is_corrected(small):
+    failed = configuration(small())
+    corrected = configuration(small(optimizer={"lr": 1e-4}))
+    folder, told = failed.run_dir, Told()
+    folder.mkdir()
+    runs.begin(failed)
+    measured = [folder / name for name in ("metrics.jsonl", "layers.jsonl")]
+    for file in measured:
+        file.write_text('{"step": 1, "time": 1.0}\n')
+    (folder / tracking.RUN_ID).write_text("abc")
+    runs.note_failure(folder, RuntimeError("the loss cannot be used"))
+    for config, is_kept in ((failed, True), (corrected, False)):
+        checks.check_run(config)
+        cluster._forget_failed(config, told)
+        assert [len(rows_of(file)) for file in measured] == [is_kept] * 2
+        assert tracking.noted_run_id(folder) == ("abc" if is_kept else None)
+    assert [text.partition("(")[2] for text in told.said] == ["optimizer.lr: 0.002 -> 0.0001)"]
+    measured[0].write_text('{"step": 4, "time": 1.0}\n')
+    (folder / "latest").write_text("step-4")
+    cluster._forget_failed(corrected, told)
+    assert rows_of(measured[0]), "a checkpoint binds"
+    with pytest.raises(ConfigError, match=r"another configuration \(optimizer.lr"):
+        checks.check_run(corrected)
+
+
 def test_a_checkpoint_of_another_model_is_refused(small):
     config = configuration(small())
     folder = config.run_dir / "checkpoints" / "step-4"
@@ -199,6 +225,24 @@ def test_one_run_is_not_trained_twice_at_once(small):
         pass
     with checks.run_lock(config):
         pass
+
+
+def test_a_job_gets_every_path_of_its_configuration_as_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "run.dir": "r", "data.path": "d", "data.tokenizer": "t", "data.cache": "c", "model.pretrained": "m",
+    }  # fmt: skip
+    store = "tracking.mlflow=sqlite:///mlflow.db"
+    (tmp_path / "run.yaml").write_text("precision: fp32\n")
+    config = configfile.load("run.yaml", [*(f"{name}={path}" for name, path in paths.items()), store])
+    whole = jobs.absolute(config)
+    assert {name: whole.flat()[name] for name in paths} == {
+        name: str(tmp_path / path) for name, path in paths.items()
+    }
+    assert whole.tracking.mlflow == f"sqlite:///{tmp_path}/mlflow.db"
+    assert whole.differences(config) == [], "places may change"
+    remote = configfile.load("run.yaml", ["data.path=s3://bucket/data"])
+    assert jobs.absolute(remote).data == remote.data
 
 
 @pytest.mark.parametrize(

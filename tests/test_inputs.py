@@ -102,20 +102,29 @@ def test_data_is_the_same_however_it_was_named_when_it_was_prepared(corpus, tmp_
     assert data.read_manifest(tmp_path / "copy").digest == data.read_manifest(corpus).digest
 
 
-def on_two_machines(content, others):
+def on_two_machines(content, section, field, others):
     import torch.distributed as dist
 
     if dist.get_rank() == 1:
-        content = with_data(content, others)
+        content = {**content, section: {**content[section], field: others}}
     try:
         train(content)
     except ConfigError as error:
         return str(error)
 
 
-def test_workers_that_see_different_data_do_not_begin(ranks, small, other):
-    answers = ranks(2).run(on_two_machines, small(run={"name": "run"}), str(other))
-    assert all("is other data for worker 1 than for worker 0" in answer for answer in answers)
+def test_workers_that_see_different_data_or_models_do_not_begin(ranks, small, other, tmp_path):
+    from hf_folders import rewrite, write
+
+    base, another = (write(tmp_path / name, "llama") for name in ("base", "another"))
+    rewrite(another, lambda weights: weights["model.norm.weight"].add_(1))
+    content = small(run={"name": "run"}) | {"model": {"pretrained": str(base)}}
+    for section, field, path, words in (
+        ("data", "path", other, "is other data"), ("model", "pretrained", another, "is another model"),
+    ):  # fmt: skip
+        for answer in ranks(2).run(on_two_machines, content, section, field, str(path)):
+            assert answer.startswith(f"{section}.{field} ("), answer
+            assert f"{words} for worker 1 than for worker 0" in answer
 
 
 def test_a_pretrained_base_may_move_and_is_needed_by_no_reader(ranks, small, tmp_path):

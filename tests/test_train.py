@@ -101,6 +101,20 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, sma
     assert digest(ranks, 2, stopped) == expected
 
 
+def phases(configuration):
+    from lowbit_dist import configfile, loop
+
+    beats = []
+    loop.run(configfile.from_dict(configuration), heartbeat=lambda phase, *_: beats.append(phase))
+    return beats
+
+
+def test_a_finished_run_that_is_measured_again_is_alive_meanwhile(ranks, small):
+    content = small(train={"steps": 2, "eval_samples": 6})
+    ranks(1).run(train, content)
+    assert ranks(1).run(phases, content)[0] == ["end"] * (1 + 3), "of three micro-batches"
+
+
 TWELVE = {
     "steps": 3, "batch_tokens": 12 * 64, "micro_batch": 1, "reproducible": True, "save_every": 2,
 }  # fmt: skip

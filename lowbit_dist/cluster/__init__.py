@@ -14,12 +14,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit_dist import folders, runs, tracking
+from lowbit_dist import configfile, folders, runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
 from lowbit_dist.cluster.checks import check, finished, run_lock
 from lowbit_dist.cluster.following import Progress, Unbroken
 from lowbit_dist.cluster.session import Stopped, signals_stop
-from lowbit_dist.config import RunConfig
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.record import LAYERS, METRICS, cut, rows_of
 
 __all__ = ["Progress", "RunFailed", "Stopped", "check", "launch", "train"]
 
@@ -38,6 +39,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)
             return _numbered(config, summary)
+        _forget_failed(config, progress)
         runs.begin(config)
         runs.note_failure(config.run_dir, None)
         tracker = tracking.Tracker(config, progress.say)
@@ -56,6 +58,27 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
         finally:
             signals.are_noted = False
         return _numbered(config, summary)
+
+
+def _forget_failed(config: RunConfig, progress: Progress) -> None:
+    """What a launch with another configuration measured, which failed before its first checkpoint, is no part
+    of the run, nor of its MLflow run.
+    """
+    folder = config.run_dir
+    if runs.has_begun(folder) or not rows_of(folder / METRICS):
+        return
+    try:
+        differences = configfile.load(folder / runs.CONFIG).differences(config)
+    except ConfigError:  # of an earlier version
+        differences = ["one that cannot be read"]
+    if differences:
+        for name in (METRICS, LAYERS):
+            cut(folder / name, 0)
+        (folder / tracking.RUN_ID).unlink(missing_ok=True)
+        progress.say(
+            f"run {config.run.name} begins anew: before its first checkpoint it failed with another "
+            f"configuration ({', '.join(differences[:3])})"
+        )
 
 
 def _numbered(config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def check_run(config: RunConfig) -> None:
     from lowbit_dist.checkpoint import Checkpoint, newest_first, step_of
 
     paths = newest_first(folder)
-    # A launch that ended before its first step has left its configuration alone, which binds nobody.
+    # A launch that ended before its first row, or failed before its first checkpoint, binds nobody.
     if (folder / runs.CONFIG).exists() and runs.has_begun(folder):
         try:
             earlier = configfile.load(folder / runs.CONFIG)
