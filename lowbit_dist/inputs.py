@@ -11,13 +11,12 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lowbit_dist import data, files, model, pretrained
+from lowbit_dist import data, files, model, pretrained, runs
 from lowbit_dist.checkpoint import Checkpoint, Kept, newest, resolve
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.section import Section
 
-FILE = "inputs.json"
 # What is known by its content -> the field that says where it lies, and the words for another one.
 FIELDS = {
     "tokenizer": ("data.path", "was prepared with another tokenizer"),
@@ -116,7 +115,7 @@ def agreed(config: RunConfig) -> data.Manifest:
 
 def keep(config: RunConfig, manifest: data.Manifest) -> None:
     """Note in the run's folder what it is made from."""
-    files.keep(config.run_dir / FILE, of(config, manifest).model_dump_json() + "\n")
+    files.keep(config.run_dir / runs.INPUTS, of(config, manifest).model_dump_json() + "\n")
 
 
 def _kept(run_dir: Path) -> Inputs | None:
@@ -124,7 +123,7 @@ def _kept(run_dir: Path) -> Inputs | None:
     if (path := newest(run_dir)) is None:
         return None
     try:
-        return Inputs(**json.loads((run_dir / FILE).read_text()))
+        return Inputs(**json.loads((run_dir / runs.INPUTS).read_text()))
     except (OSError, ValueError, TypeError, ValidationError):  # of an earlier version, or damaged
         pass
     try:
