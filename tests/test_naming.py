@@ -62,6 +62,12 @@ def test_a_step_stands_behind_an_at(place):
     assert "did you mean 'small'?" in refused(naming.find_run, "small@20"), "a step is not for every verb"
 
 
+def test_a_sweeps_child_names_its_brothers_and_the_runs_beside_the_sweep(place):
+    for word, folder in (("small@20", "runs/small"), ("dqt-seed0@20", "runs/methods/dqt-seed0")):
+        found, step = naming.find_step(word, place / "runs" / "methods", "a checkpoint's folder")
+        assert (found, step) == (place / folder, 20)
+
+
 def test_one_run_is_not_a_whole_sweep(place):
     message = refused(naming.find_run, "methods")
     assert message == "methods has 2 runs; name one of them, for example runs/methods/dense-seed0"
