@@ -77,7 +77,7 @@ def validation_loss(
     split, while a model trains; on every worker at once.
     """
     batches = data.Batches(config.data, "val", config.run.seed)
-    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
+    n, size = n_validation_samples(config, manifest), config.train.micro_batch
     starts = range(0, n, size)
     # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
     losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
@@ -93,6 +93,11 @@ def validation_loss(
         heartbeat()
     dist.all_reduce(losses)
     return losses.sum().item() / n
+
+
+def n_validation_samples(config: RunConfig, manifest: data.Manifest) -> int:
+    """How many samples the validation loss of a run is the mean of: all of the split, or the first."""
+    return min(config.train.eval_samples, manifest.splits["val"].samples)
 
 
 def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
