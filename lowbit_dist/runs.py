@@ -120,11 +120,6 @@ def begin(config: RunConfig) -> None:
         files.keep(config.run_dir / CONFIG, config.to_yaml())
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether it has anything that belongs to its configuration: a checkpoint, or a row."""
-    return (folder / "latest").exists() or bool(rows_of(folder / METRICS))
-
-
 def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
     """Its step, and when it was published, in Unix time: the file that names it is as old as it is."""
     file = folder / "latest"
