@@ -35,14 +35,15 @@ def evaluate(
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first.
+    weights are rounded first.  What of a folder of text is not read is counted.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
+    tally = documents.Tally()
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
         samples, bytes_per_token = _prepared(trained, path, n_samples)
     else:
-        samples, bytes_per_token = _text(trained, path, n_samples)
+        samples, bytes_per_token = _text(trained, path, n_samples, tally)
     batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
@@ -63,6 +64,7 @@ def evaluate(
         **quality(mean, bytes_per_token),
         "samples": sum(map(len, batches)),
         "tokens": sum(batch.numel() for batch in batches),
+        "left_out": dict(tally.left_out),
     }
 
 
@@ -77,7 +79,7 @@ def validation_loss(
     split, while a model trains; on every worker at once.
     """
     batches = data.Batches(config.data, "val", config.run.seed)
-    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
+    n, size = n_validation_samples(config, manifest), config.train.micro_batch
     starts = range(0, n, size)
     # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
     losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
@@ -93,6 +95,11 @@ def validation_loss(
         heartbeat()
     dist.all_reduce(losses)
     return losses.sum().item() / n
+
+
+def n_validation_samples(config: RunConfig, manifest: data.Manifest) -> int:
+    """How many samples the validation loss of a run is the mean of: all of the split, or the first."""
+    return min(config.train.eval_samples, manifest.splits["val"].samples)
 
 
 def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
@@ -154,14 +161,14 @@ def _of_data(read: Callable[[], T]) -> T:
 
 
 def _text(
-    trained: Trained, path: str, n_samples: int | None
+    trained: Trained, path: str, n_samples: int | None, tally: documents.Tally
 ) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
     """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
     around = marks(tokenizer).around
     ids: list[int] = []
     n_bytes = 0
-    for text in filter(None, _documents(path)):
+    for text in filter(None, _documents(path, tally)):
         ids += around(tokenizer.encode(text))
         n_bytes += len(text.encode())
     if len(ids) < 2:  # the first token is predicted from nothing
@@ -177,9 +184,9 @@ def _text(
     return [part for part in samples if len(part)], bytes_per_token
 
 
-def _documents(path: str) -> Iterator[str]:
+def _documents(path: str, tally: documents.Tally) -> Iterator[str]:
     try:
-        yield from documents.read(documents.parts([path]))
+        yield from documents.read(documents.parts([path], tally=tally))
     except ConfigError as error:
         message = str(error).replace("--input", "--data")
         for option in ("write --field NAME, ", ", or leave such rows out with --on-bad-row skip"):

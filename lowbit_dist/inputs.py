@@ -13,13 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lowbit_dist import data, files, model, pretrained
+from lowbit_dist import data, files, model, pretrained, runs
 from lowbit_dist.checkpoint import Checkpoint, Kept, newest, resolve
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError, plain
 from lowbit_dist.section import Section
 
-FILE = "inputs.json"
 # Of a Hugging Face configuration: where it came from, and what the forward pass does not read.
 UNREAD = re.compile(
     "_.*|.*_token_id|.*version|architectures|.*dtype|initializer_range|max_position_embeddings"
@@ -140,7 +139,7 @@ def agreed(config: RunConfig) -> data.Manifest:
 
 def keep(config: RunConfig, manifest: data.Manifest) -> None:
     """Note in the run's folder what it is made from."""
-    files.keep(config.run_dir / FILE, of(config, manifest).model_dump_json() + "\n")
+    files.keep(config.run_dir / runs.INPUTS, of(config, manifest).model_dump_json() + "\n")
 
 
 def _kept(run_dir: Path) -> Inputs | None:
@@ -148,7 +147,7 @@ def _kept(run_dir: Path) -> Inputs | None:
     if (path := newest(run_dir)) is None:
         return None
     try:
-        return Inputs(**json.loads((run_dir / FILE).read_text()))
+        return Inputs(**json.loads((run_dir / runs.INPUTS).read_text()))
     except (OSError, ValueError, TypeError, ValidationError):  # of an earlier version, or damaged
         pass
     try:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, resuming, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
-from lowbit_dist.evaluate import quality, validation_loss
+from lowbit_dist.evaluate import n_validation_samples, quality, validation_loss
 from lowbit_dist.files import keep
 from lowbit_dist.heartbeat import FIRST, Beat, Start, no_heartbeat
 from lowbit_dist.optim import schedule
@@ -247,6 +247,7 @@ class _Worker:
             "tokens": position.tokens,
             "train_loss": fmean(position.losses) if position.losses else None,
             **_quality(self.val_loss, self.manifest),
+            "val_samples": n_validation_samples(config, self.manifest),
             "unigram_entropy": self.manifest.unigram_entropy,
             "tokens_per_second": self.clock.mean_rate(),
             "checkpoint": str(self.saver.path(position.step)),

@@ -75,6 +75,7 @@ def _found(word: str | Path, root: Path) -> list[Path]:
         return []
     try:
         text = from_home(str(word))
+        # The last: of a sweep's child, whose root is the sweep, the runs beside that.
         for folder in (Path(text), root / text, root.parent / text):
             if is_run(folder) or (folder / "checkpoints").is_dir():
                 return [folder]

@@ -134,8 +134,9 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     config.run_dir.mkdir()
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
-    checks.check_run(other)  # as long as the launch that left it has measured nothing
     (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n')
+    checks.check_run(other)  # as long as there is no checkpoint that a launch would resume from
+    (config.run_dir / "checkpoints" / "step-4").mkdir(parents=True)
     checks.check_run(config)
     checks.check_run(configuration(small(cluster={"workers": 1}, train={"log_every": 1})))
     with pytest.raises(ConfigError) as error:
@@ -143,29 +144,27 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_begins_anew_when_it_is_corrected(small):
-    failed = configuration(small())
-    corrected = configuration(small(optimizer={"lr": 1e-4}))
-    folder, told = failed.run_dir, Told()
+def test_a_run_that_failed_before_its_first_checkpoint_starts_anew_when_its_configuration_was_corrected(
+    small,
+):
+    wrong, corrected = configuration(small(optimizer={"lr": 0.5})), configuration(small())
+    folder, told = wrong.run_dir, Told()
     folder.mkdir()
-    runs.begin(failed)
-    measured = [folder / name for name in ("metrics.jsonl", "layers.jsonl")]
-    for file in measured:
-        file.write_text('{"step": 1, "time": 1.0}\n')
-    (folder / tracking.RUN_ID).write_text("abc")
-    runs.note_failure(folder, RuntimeError("the loss cannot be used"))
-    for config, is_kept in ((failed, True), (corrected, False)):
-        checks.check_run(config)
-        cluster._forget_failed(config, told)
-        assert [len(rows_of(file)) for file in measured] == [is_kept] * 2
-        assert tracking.noted_run_id(folder) == ("abc" if is_kept else None)
-    assert [text.partition("(")[2] for text in told.said] == ["optimizer.lr: 0.002 -> 0.0001)"]
-    measured[0].write_text('{"step": 4, "time": 1.0}\n')
-    (folder / "latest").write_text("step-4")
-    cluster._forget_failed(corrected, told)
-    assert rows_of(measured[0]), "a checkpoint binds"
-    with pytest.raises(ConfigError, match=r"another configuration \(optimizer.lr"):
-        checks.check_run(corrected)
+    runs.begin(wrong)
+    measured = {"metrics.jsonl": '{"step": 1, "time": 1.0}\n', tracking.RUN_ID: "first"}
+    for name, content in measured.items():
+        (folder / name).write_text(content)
+    cluster._begin(wrong, told)
+    assert {name: (folder / name).read_text() for name in measured} == measured
+    assert told.said == []
+    checks.check_run(corrected)
+    cluster._begin(corrected, told)
+    assert rows_of(folder / "metrics.jsonl") == [] and tracking.noted_run_id(folder) is None
+    assert configfile.load(folder / "config.yaml") == corrected
+    assert told.said == [
+        "run small starts anew: it has no checkpoint, and was begun with another configuration "
+        "(optimizer.lr: 0.5 -> 0.002)"
+    ]
 
 
 def test_a_checkpoint_of_another_model_is_refused(small):

@@ -769,6 +769,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         GOOD, ("method={name: dense}", "zero.stage=2"),
         "optimizer.states (int8) must not be used with zero.stage 2: blocks of 256 elements cannot follow "
         "DeepSpeed's flat stage-1/2 partitions; write zero.stage: 3 or optimizer.states: fp32"),
+    "gradients that would be added up in bf16": (
+        GOOD, ("method={name: dense}", "zero.stage=1", "optimizer.states=fp32"),
+        "zero.stage (1) must not be used with precision bf16 and 2 micro-batches a worker, whose gradients "
+        "DeepSpeed would add up in bf16; write zero.stage: 2, which adds them up in float32, or 3, or "
+        "precision: fp32"),
     "reproducible in bf16": (
         GOOD, ("train.reproducible=true",),
         "train.reproducible (true) must go with precision fp32, not bf16: rounded to bf16, "

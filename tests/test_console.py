@@ -292,6 +292,29 @@ def test_bytes_per_parameter_are_those_of_all_workers_on_every_screen(workers):
     assert sum(charts.of_report(known).values()) == pytest.approx(whole)
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (3.0, ("3.0000 on 24 samples (25.0% below the corpus's unigram entropy)", "perplexity 20.0855")),
+        (5.0, ("5.0000 on 24 samples (25.0% above the corpus's unigram entropy)", "perplexity 148.4132")),
+        (30.0, ("650.0% above", "perplexity 1.07e+13")),
+        (900.0, ("22400.0% above", "perplexity 1.01e+304")),
+    ],
+)
+def test_a_summary_says_on_which_side_of_the_entropy_a_loss_is_and_any_perplexity(loss, words):
+    from lowbit_dist.evaluate import quality
+
+    result = {
+        "run": "a", "steps": 10, "tokens": 100, "val_loss": loss, "unigram_entropy": 4.0, "val_samples": 24,
+        **quality(loss, 4.0),
+    }  # fmt: skip
+    screen = terminal(120)
+    tables.summary(screen, result, None)
+    text = " ".join(screen.file.getvalue().split())
+    for word in words:
+        assert word in text
+
+
 def test_runs_are_listed_in_eighty_columns():
     one = {
         "run": "dqt-ternary-seed0", "state": "finished", "step": 300, "steps": 300, "loss": 4.25,

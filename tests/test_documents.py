@@ -344,7 +344,7 @@ def test_a_document_is_split_at_line_ends_and_blanks_and_never_inside_a_characte
 # --- the recipe -------------------------------------------------------------------------------------------
 
 
-def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_read(tmp_path, words):
+def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_read(tmp_path, words, lowbit):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / ".hidden").write_text("hidden")
     file = write(tmp_path / "corpus", "a.jsonl", [*texts(), *large(3, 300)])
@@ -358,6 +358,13 @@ def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_
     assert said.left_out == {"hidden names": 1}
     assert said == data.Manifest.model_validate(manifest)
     assert prepare_alone([tmp_path / "corpus"], words, out, **how) == said.model_dump()
+    # What is prepared already is only said again.
+    again = lowbit(
+        "data", "prepare", "--input", tmp_path / "corpus", "--tokenizer", words, "--out", out,
+        "--seq-len", SEQ, "--on-bad-row", "skip",
+    )  # fmt: skip
+    shown = " ".join(again.stdout.split())
+    assert "skipped rows 1, the first: " in shown and "left out hidden names (1)" in shown, again.stderr
     with pytest.raises(ConfigError, match=r"prepared otherwise .on_bad_row skip, not fail"):
         file.write_bytes(file.read_bytes().replace(b'"body"', b'"text"'))
         prepare_alone([tmp_path / "corpus"], words, out, seq_len=SEQ)

@@ -43,7 +43,7 @@ def test_the_loss_is_that_of_the_training_loop(name, trained, corpus):
     assert found["loss"] == pytest.approx(summary["val_loss"], abs=1e-5)
     assert found["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], rel=1e-5)
-    assert (found["step"], found["samples"], found["tokens"]) == (4, 6, 6 * 64)
+    assert (found["step"], found["samples"], found["tokens"]) == (4, summary["val_samples"], 6 * 64)
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 100])
@@ -101,15 +101,22 @@ def test_text_is_cut_into_samples_of_the_runs_length(trained, tmp_path):
     assert (short["samples"], short["tokens"]) == (1, len(model.tokenizer.encode("a few words")) + 2)
 
 
-def test_the_loss_of_text_is_the_mean_negative_log_probability_of_its_tokens(trained, tmp_path):
+@pytest.mark.parametrize(
+    "text", ["import os, sys", "def main():\n    return 1\n" * 40], ids=["one sample", "a short last one"]
+)
+def test_the_loss_of_text_is_the_mean_negative_log_probability_of_its_tokens(text, trained, tmp_path):
+    """Of every token but the first of a sample, whatever its length: a short sample counts for less."""
     model, _ = trained("dqt")
-    (tmp_path / "text.txt").write_text("import os, sys")
-    ids = torch.tensor(
-        [[model.tokenizer.bos_id, *model.tokenizer.encode("import os, sys"), model.tokenizer.eos_id]]
-    )
-    with torch.inference_mode():
-        logs = model.network()(input_ids=ids).logits.double().log_softmax(-1)
-    expected = -logs[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
+    (tmp_path / "text.txt").write_text(text)
+    ids = torch.tensor([model.tokenizer.bos_id, *model.tokenizer.encode(text), model.tokenizer.eos_id])
+    network, logs = model.network(), []
+    for sample in ids.split(64):
+        with torch.inference_mode():
+            of_each = network(input_ids=sample[None]).logits[0].double().log_softmax(-1)
+        logs.append(of_each[:-1].gather(1, sample[1:, None]))
+    expected = -torch.cat(logs).mean().item()
+    by_samples = -torch.stack([of_each.mean() for of_each in logs]).mean().item()
+    assert len(logs) == 1 or abs(by_samples - expected) > 1e-4, "the case must weigh"
     assert evaluate(model, str(tmp_path / "text.txt"))["loss"] == pytest.approx(expected, abs=1e-5)
 
 

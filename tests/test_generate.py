@@ -1,5 +1,6 @@
 """Generated text: printed as it is, while it is made, of tokens that there are."""
 
+import contextlib
 import json
 import os
 import sys
@@ -79,6 +80,22 @@ def test_in_a_terminal_the_text_ends_its_line(folder, on):
     text = lowbit_dist.open(folder("llama")).generate("def ", max_new_tokens=2, temperature=0)["text"]
     expected = ("def " + text).removesuffix("\n") + "\n"
     assert printed.decode() == expected.replace("\n", "\r\n")
+
+
+def test_a_reader_has_each_piece_before_the_next_is_made(folder, on, monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    put, read = _Streamed.put, []
+
+    def put_and_read(streamed, tokens):
+        put(streamed, tokens)
+        with contextlib.suppress(BlockingIOError):  # half a character
+            read.append(os.read(reader, 10_000))
+
+    monkeypatch.setattr(_Streamed, "put", put_and_read)
+    assert on(writer, "generate", folder("llama"), "--prompt", "def ", "--max-new-tokens", 20) == 0
+    os.close(writer), os.close(reader)
+    assert read[0] == b"def " and len(read) > 5
 
 
 def test_a_reader_that_has_gone_is_no_failure(folder, on, capfd):

@@ -158,6 +158,8 @@ def test_the_prepared_folder_carries_the_tokenizer_and_knows_it(copied, document
     manifest = data.read_manifest(out)
     assert manifest.tokenizer_sha256 == tokenizer.load(folder).sha256
     for run, path in (("here", str(out)), ("remote", f"file://{out}")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "tokenizer.model").write_bytes(b"of data that was there before")
         data.copy_tokenizer(Data(path=path, seq_len=SEQ), manifest, tmp_path / run)
         assert {file.name for file in (tmp_path / run).iterdir()} == names
         assert tokenizer.load(tmp_path / run).sha256 == manifest.tokenizer_sha256

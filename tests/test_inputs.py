@@ -10,7 +10,7 @@ import pytest
 from preparing import prepare_alone
 from test_train import train
 
-from lowbit_dist import configfile, data, inputs, tokenizer
+from lowbit_dist import configfile, data, inputs, runs, tokenizer
 from lowbit_dist.cluster import checks
 from lowbit_dist.config import ConfigError
 
@@ -75,7 +75,7 @@ def test_a_stopped_run_resumes_on_its_data_wherever_that_lies_and_on_no_other(
 def test_a_run_of_an_earlier_version_knows_its_tokenizer(ranks, small, other, with_another_tokenizer):
     content = small(run={"name": "run"}, **HALFWAY)
     ranks(1).run(train, content, stop_at=4)
-    (Path(content["run"]["dir"], "run") / inputs.FILE).unlink()
+    (Path(content["run"]["dir"], "run") / runs.INPUTS).unlink()
     for path, is_refused in ((other, False), (with_another_tokenizer, True)):
         config = configfile.from_dict(with_data(content, path))
         if is_refused:

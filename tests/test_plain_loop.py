@@ -216,6 +216,7 @@ def test_each_step_is_that_of_a_plain_loop(method, skips, ranks, small):
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(kept, rel=tolerance)
     assert summary["train_loss"] == pytest.approx(fmean(kept), rel=tolerance)
     assert summary["val_loss"] == pytest.approx(val_loss, rel=tolerance)
+    assert summary["val_samples"] == EVAL_SAMPLES
     checkpoint = Checkpoint.open(summary["checkpoint"])
     for name in checkpoint.names:
         if checkpoint.grid(name) is None:

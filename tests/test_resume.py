@@ -86,8 +86,13 @@ def test_a_decaying_run_is_not_made_longer(ranks, small):
         checks.check_run(configfile.from_dict(changed(content, train={"steps": 16})))
 
 
-def test_a_pass_may_take_other_samples_unless_bits_were_promised(ranks, small):
-    content = small(run={"name": "passes"}, train={"steps": 8, **EACH})
+# Where codes are drawn at random, a sum's last digit decides now and then where one goes.
+@pytest.mark.parametrize(("method", "agreement"), [("dense", 1e-6), ("dqt", 1e-2)])
+def test_a_pass_may_take_other_samples_unless_bits_were_promised(method, agreement, ranks, small):
+    content = small(
+        run={"name": "passes"}, method={"name": method}, optimizer={"states": "fp32"},
+        train={"steps": 8, **EACH},
+    )  # fmt: skip
     whole = ranks(1).run(train, {**content, "run": {**content["run"], "name": "whole"}})[0]
     ranks(1).run(train, content, stop_at=4)
     other = changed(
@@ -95,7 +100,8 @@ def test_a_pass_may_take_other_samples_unless_bits_were_promised(ranks, small):
     )
     checks.check_run(configfile.from_dict(other))
     found = ranks(1).run(train, other)[0]
-    assert found["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-2)
+    for loss in ("train_loss", "val_loss"):
+        assert found[loss] == pytest.approx(whole[loss], rel=agreement)
     assert Checkpoint.open(found["checkpoint"]).step == 8
 
     promised = small(run={"name": "promised"}, train={"steps": 8, "reproducible": True, **EACH})

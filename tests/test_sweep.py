@@ -85,6 +85,17 @@ def test_labels_of_a_grid_are_made_of_its_values(grid, labels, load):
     assert [child.label for child in load(SMALL + f"grid: {text}\n").children] == labels
 
 
+def test_each_child_may_start_from_a_run_of_its_own(load):
+    runs = "runs: {tail: {run.from: long@6, run.with_states: true}, whole: {}}\n"
+    tail, whole = load(SMALL + runs).children
+    assert (tail.config.run.parent, tail.config.run.with_states) == ("long@6", True)
+    assert whole.config.run.parent is None
+    grid = load(SMALL + "grid: {run.from: [long@4, long@6]}\n")
+    assert [(child.label, child.config.run.parent) for child in grid.children] == [
+        ("from-long-4", "long@4"), ("from-long-6", "long@6"),
+    ]  # fmt: skip
+
+
 def test_seeds_alone_repeat_the_base(load):
     assert [child.name for child in load(SMALL + "seeds: [0, 1]\n").children] == ["base-seed0", "base-seed1"]
     assert [child.name for child in load(SMALL).children] == ["base-seed0"]
@@ -114,6 +125,8 @@ def test_the_example_is_a_sweep_of_eight_runs():
         (SMALL + "set: {run.seed: 4}", "must not set run: a child's name, seed and folder are the sweep's"),
         (SMALL + "set: {run.from_: a}", "must not set run: a child's name, seed and folder"),
         (SMALL + "set: {run: {from: a}}", "must not set run: a child's name, seed and folder"),
+        (SMALL + "set: {run: {from: x}}", "must not set run: a child's name, seed and folder"),
+        (SMALL + "set: ['run . name=x']", "must not set run: a child's name, seed and folder"),
         (SMALL + "set: [train.steps]", "must be overrides; write {train.steps: 20}"),
         (SMALL + "runs: [a, b]", "runs (['a', 'b']) must be labels with overrides"),
         (SMALL + "runs: {a: 5}", "runs.a (5) must be overrides; write"),

@@ -263,7 +263,7 @@ def evaluate(
         from lowbit_dist import trained
 
         metrics = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
-        answer(metrics, pairs(metrics))
+        answer(metrics, pairs(metrics | {"left_out": None} | _in_words({"skipped_rows": 0, **metrics})))
 
 
 @app.command()

@@ -108,18 +108,19 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
     """What a run ended with."""
     memory = result.get("memory") or {}
     entropy, loss = result.get("unigram_entropy"), result.get("val_loss")
-    against = ""
+    n = result.get("val_samples")  # a summary of an earlier version does not say
+    more = f" on {n:,} samples" if n else ""
     if entropy and loss:
         side = "below" if loss < entropy else "above"
-        against = f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
+        more += f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
     if result.get("diverged"):
-        against += "; the run has diverged: guessing is better"
+        more += "; the run has diverged: guessing is better"
     speed = result.get("tokens_per_second")
     rows = {
         "run": result["run"],
         "steps": f"{result['steps']:,} ({result['tokens']:,} tokens)",
         "training loss": _number(result.get("train_loss")),
-        "validation loss": None if loss is None else f"{loss:.4f}{against}",
+        "validation loss": None if loss is None else f"{loss:.4f}{more}",
         "perplexity": _number(result.get("perplexity")),
         "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",

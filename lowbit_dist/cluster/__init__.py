@@ -14,13 +14,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit_dist import configfile, folders, runs, tracking
+from lowbit_dist import folders, runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
-from lowbit_dist.cluster.checks import check, finished, run_lock
+from lowbit_dist.cluster.checks import begun_otherwise, check, finished, run_lock
 from lowbit_dist.cluster.following import Progress, Unbroken
 from lowbit_dist.cluster.session import Stopped, signals_stop
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.record import LAYERS, METRICS, cut, rows_of
+from lowbit_dist.config import RunConfig
+from lowbit_dist.record import LAYERS, METRICS, cut
 
 __all__ = ["Progress", "RunFailed", "Stopped", "check", "launch", "train"]
 
@@ -39,8 +39,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)
             return _numbered(config, summary)
-        _forget_failed(config, progress)
-        runs.begin(config)
+        _begin(config, progress)
         runs.note_failure(config.run_dir, None)
         tracker = tracking.Tracker(config, progress.say)
         try:
@@ -60,25 +59,17 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
         return _numbered(config, summary)
 
 
-def _forget_failed(config: RunConfig, progress: Progress) -> None:
-    """What a launch with another configuration measured, which failed before its first checkpoint, is no part
-    of the run, nor of its MLflow run.
-    """
-    folder = config.run_dir
-    if runs.has_begun(folder) or not rows_of(folder / METRICS):
-        return
-    try:
-        differences = configfile.load(folder / runs.CONFIG).differences(config)
-    except ConfigError:  # of an earlier version
-        differences = ["one that cannot be read"]
-    if differences:
-        for name in (METRICS, LAYERS):
-            cut(folder / name, 0)
-        (folder / tracking.RUN_ID).unlink(missing_ok=True)
+def _begin(config: RunConfig, progress: Progress) -> None:
+    """What an earlier launch has measured with another configuration is no part of this run."""
+    if differences := begun_otherwise(config):
         progress.say(
-            f"run {config.run.name} begins anew: before its first checkpoint it failed with another "
+            f"run {config.run.name} starts anew: it has no checkpoint, and was begun with another "
             f"configuration ({', '.join(differences[:3])})"
         )
+        for name in (METRICS, LAYERS):  # who follows them sees a file that is cut
+            cut(config.run_dir / name, 0)
+        (config.run_dir / tracking.RUN_ID).unlink(missing_ok=True)
+    runs.begin(config)
 
 
 def _numbered(config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:

@@ -293,7 +293,11 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
 def copy_tokenizer(data: Data, manifest: Manifest, folder: Path) -> None:
     """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in manifest.tokenizer_files or FILES:
+    names = manifest.tokenizer_files or FILES
+    for file in folder.iterdir():  # of another tokenizer, with which the run was begun and has no checkpoint
+        if file.name not in names:
+            file.unlink()
+    for name in names:
         source, copy = f"{data.path}/tokenizer/{name}", folder / name
         if is_remote(data.path):
             with atomic_write(copy) as draft:
