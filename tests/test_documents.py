@@ -211,6 +211,38 @@ def test_a_row_without_text_is_refused_or_skipped_and_counted(tmp_path, monkeypa
         assert tally.first_skipped.startswith(f"{tmp_path / name} {first}")
 
 
+BAD_EVERYWHERE = {"a.jsonl": b'{"text": "a"}\nbad\n' * 50, "a.csv": b"text,n\n" + b"a,1\nbad\n" * 50}
+
+
+@pytest.mark.parametrize("name", BAD_EVERYWHERE)
+def test_lines_before_a_skipped_row_are_counted_once_and_by_who_names_it(tmp_path, monkeypatch, name):
+    """Not at each bad row, nor in each part: of a large file that takes hours."""
+    (tmp_path / name).write_bytes(BAD_EVERYWHERE[name])
+    counted, before = [], documents.part.lines_before
+    monkeypatch.setattr(documents.part, "lines_before", lambda *at: counted.append(at) or before(*at))
+    monkeypatch.setattr(documents.text, "PART", 100)
+    parts, tally = documents.parts([tmp_path / name], Reading(on_bad_row="skip")), Tally()
+    assert len(parts) > 2
+    assert list(documents.read(parts[1:], tally))
+    assert tally.skipped_rows > 10 and counted == []
+    lines = BAD_EVERYWHERE[name].splitlines(keepends=True)
+    first = next(
+        k for k, line in enumerate(lines) if line == b"bad\n" and len(b"".join(lines[:k])) >= parts[1].start
+    )
+    assert f"{name} line {first + 1} " in tally.first_skipped and first > 5
+    assert len(counted) == 1
+
+
+def test_a_number_of_any_length_beside_the_text_is_no_mistake(tmp_path):
+    """Python converts no more than 4,300 digits."""
+    row = '{"text": "a", "n": ' + "1" * 5000 + "}"
+    for name, content in (("a.jsonl", row), ("a.json", f"[{row},\n{row}]")):
+        (tmp_path / name).write_text(content)
+        assert set(documents_of(tmp_path / name)) == {"a"}
+    (tmp_path / "n.json").write_text("[" + "1" * 5000 + "]")
+    refused("item 1 is not a JSON object but a number", [tmp_path / "n.json"])
+
+
 def test_rows_of_parquet_are_skipped_one_by_one(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -401,6 +433,21 @@ def test_the_standard_library_is_a_corpus():
     assert sum(len(text) for text in documents.sample(parts, 1 << 20)) == pytest.approx(1 << 20, rel=0.2)
 
 
+def test_a_sample_of_a_corpus_that_fits_is_all_of_it_and_of_others_a_share_of_each_part(tmp_path):
+    """A large file first, then many small ones."""
+    large = [f"{k:02} " * 300 for k in range(100)]
+    write(tmp_path, "a.json", large)
+    write(tmp_path, "list.json", large)
+    for k in range(200):
+        (tmp_path / f"small-{k:03}.txt").write_text(f"text {k}\n")
+    parts = documents.parts([tmp_path])
+    size = sum(part.size for part in parts)
+    assert list(documents.sample(parts, size)) == list(documents.read(parts))
+    halves = list(documents.sample(parts[:2], size // 2))
+    assert len(halves) == pytest.approx(100, abs=4)
+    assert len({*halves}) == pytest.approx(50, abs=4), "half of each file"
+
+
 class Rows:
     """What `datasets.load_dataset` gives, as far as it is documented and read here."""
 
@@ -413,18 +460,23 @@ class Rows:
     def __len__(self):
         return 25
 
+    def select_columns(self, names):
+        assert names == ["text"], "no other column is decoded"
+        return self
+
     def __getitem__(self, rows):
         return {"text": [f"row {k}" if k != 7 else None for k in range(25)][rows], "id": [*range(25)][rows]}
 
 
 def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(monkeypatch):
     """The library is not installed here; what is called is its documented interface."""
-    dataset = Rows("0123456789abcdef")
+    dataset, loaded = Rows("0123456789abcdef"), []
 
     class Library:
         @staticmethod
         def load_dataset(name, configuration, split):
             assert (name, configuration, split) == ("owner/name", "en", "train[:5%]")
+            loaded.append(dataset)
             return dataset
 
     refused(r"pip install 'lowbit-dist\[hf\]'", ["hf:owner/name"])
@@ -436,6 +488,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
     parts, tally = documents.parts([given], Reading(on_bad_row="skip")), Tally()
     assert len(parts) == 3
     assert list(documents.read(parts, tally)) == [f"row {k}" for k in range(25) if k != 7]
+    assert len(loaded) == 2, "for the parts, and once for all that are read"
     assert (tally.skipped_rows, "row 8 has no text" in tally.first_skipped) == (1, True)
     refused("row 8 has no text .*it is null", [given])
     refused("no column 'body'; its columns are text, id; write --field NAME", [given], field="body")
@@ -443,6 +496,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
     assert len(stamps) == 1 and 0 < min(stamps) < 2**63
     dataset = Rows("fedcba9876543210")
     assert documents.parts([given])[0].stamp not in stamps
+    documents.tables._hf_column.cache_clear()  # as in another process
     with pytest.raises(ConfigError, match="has changed while it was read"):
         list(documents.read(parts))
 

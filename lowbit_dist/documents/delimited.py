@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from lowbit_dist.documents import stream, text
-from lowbit_dist.documents.part import LONGEST, FileRange, Reading, Tally, column_of
+from lowbit_dist.documents.part import LONGEST, BadRow, FileRange, Reading, Tally, column_of
 from lowbit_dist.errors import ConfigError
 
 
@@ -52,8 +52,7 @@ def _rows(part: FileRange, tally: Tally) -> Iterator[tuple[str | None, int]]:
                     continue  # an empty line
                 document = _document(row, header, column)
             except ValueError as error:
-                number = stream.lines_before(part.path, part.start) + n_lines + 1
-                tally.bad_row(part, f"{part.path} line {number:,} {error}")
+                tally.bad_row(part.reading, BadRow(part.path, "line", n_lines + 1, str(error), part.start))
             yield document, table.place
 
 
