@@ -52,7 +52,8 @@ def _rows(part: FileRange, tally: Tally) -> Iterator[tuple[str | None, int]]:
                     continue  # an empty line
                 document = _document(row, header, column)
             except ValueError as error:
-                tally.bad_row(part.reading, BadRow(part.path, "line", n_lines + 1, str(error), part.start))
+                bad_row = BadRow(part.path, "line", n_lines + 1, str(error), part.start)
+                tally.bad_row(part.reading, bad_row, table.n_lines - n_lines)  # up to where a quote ends
             yield document, table.place
 
 
@@ -113,4 +114,5 @@ class _Table:
                     f"{self.path}: a quoted cell of its last row, which has {self.n_lines - line:,} lines, "
                     "does not end; close the quote, or copy the file again"
                 ) from None
-            raise ValueError(f"is not CSV ({error}); quote its cells") from None
+            where = f" in its line {self.n_lines - line:,}" if self.n_lines - line > 1 else ""
+            raise ValueError(f"is not CSV ({error}{where}); quote its cells") from None

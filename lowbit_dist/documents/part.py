@@ -87,11 +87,13 @@ class Tally:
             "left_out": dict(self.left_out),
         }
 
-    def bad_row(self, reading: Reading, row: BadRow) -> None:
-        """Count a row without text, or raise the mistake, as the reading says."""
+    def bad_row(self, reading: Reading, row: BadRow, n_rows: int = 1) -> None:
+        """Count a row without text, which may have swallowed others, or raise the mistake, as the reading
+        says.
+        """
         if reading.on_bad_row == "fail":
             raise ConfigError(f"{row.in_words()}, or leave such rows out with --on-bad-row skip")
-        self.skip(1, row)
+        self.skip(n_rows, row)
 
     def skip(self, n_rows: int, first: BadRow | None) -> None:
         self.skipped_rows += n_rows
