@@ -181,6 +181,8 @@ def test_options_that_have_nothing_to_work_on_are_refused(tmp_path):
     refused("--field .body. names the text of JSON", [text], field="body")
     refused("--separator must not be empty", [text], separator="")
     refused("--field must not be empty", [lines], field="")
+    for nothing in ([], [""], [lines, " "]):
+        refused("--input is required; write stdlib", nothing)
     refused("--on-bad-row .drop. must be one of fail, skip", [lines], on_bad_row="drop")
 
 

@@ -52,7 +52,7 @@ def parts(
     _check(reading)
     ranges: list[FileRange] = []
     given = [str(source) for source in inputs]
-    if not given:
+    if not given or not all(map(str.strip, given)):  # as a variable of a shell that is not set
         raise ConfigError(f"--input is required; {_INPUTS}")
     for source in given:
         ranges += _parts_of(source, reading, tally)
