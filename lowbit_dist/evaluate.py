@@ -28,22 +28,35 @@ T = TypeVar("T")
 
 
 def evaluate(
-    trained: Trained, path: str, *, forward: str | None = None, n_samples: int | None = None
+    trained: Trained,
+    path: str,
+    *,
+    forward: str | None = None,
+    n_samples: int | None = None,
+    reading: documents.Reading | None = None,
+    tally: documents.Tally | None = None,
 ) -> dict[str, Any]:
     """Mean loss of `trained` on a prepared folder's validation split, or on a text file or folder.
 
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first.  What of a folder of text is not read is counted.
+    weights are rounded first.  `reading` says how documents are found in text; `tally` counts what of it is
+    not read.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
-    tally = documents.Tally()
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
+        if reading not in (None, documents.Reading()):
+            raise ConfigError(
+                f"--data ({path}) is prepared data, and --field, --separator and --on-bad-row are for text; "
+                "leave them out"
+            )
         samples, bytes_per_token = _prepared(trained, path, n_samples)
     else:
-        samples, bytes_per_token = _text(trained, path, n_samples, tally)
+        tally = documents.Tally() if tally is None else tally
+        with tally.naming_skipped():
+            samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
     batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
@@ -64,7 +77,6 @@ def evaluate(
         **quality(mean, bytes_per_token),
         "samples": sum(map(len, batches)),
         "tokens": sum(batch.numel() for batch in batches),
-        "left_out": dict(tally.left_out),
     }
 
 
@@ -161,20 +173,21 @@ def _of_data(read: Callable[[], T]) -> T:
 
 
 def _text(
-    trained: Trained, path: str, n_samples: int | None, tally: documents.Tally
+    trained: Trained, path: str, texts: Iterator[str], n_samples: int | None
 ) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
     """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
-    around = marks(tokenizer).around
+    around, length = marks(tokenizer).around, trained.samples.seq_len
     ids: list[int] = []
     n_bytes = 0
-    for text in filter(None, _documents(path, tally)):
+    for text in filter(None, texts):
         ids += around(tokenizer.encode(text))
         n_bytes += len(text.encode())
+        if n_samples is not None and len(ids) >= n_samples * length:
+            break
     if len(ids) < 2:  # the first token is predicted from nothing
         raise ConfigError(f"--data ({path}) holds no text; write the path of a file that does")
     bytes_per_token = n_bytes / len(ids)
-    length = trained.samples.seq_len
     if n_samples is not None:
         ids = ids[: n_samples * length]
     n, rest = divmod(len(ids), length)
@@ -184,11 +197,8 @@ def _text(
     return [part for part in samples if len(part)], bytes_per_token
 
 
-def _documents(path: str, tally: documents.Tally) -> Iterator[str]:
+def _texts(path: str, reading: documents.Reading | None, tally: documents.Tally) -> Iterator[str]:
     try:
-        yield from documents.read(documents.parts([path], tally=tally))
+        yield from documents.read(documents.parts([path], reading, tally), tally)
     except ConfigError as error:
-        message = str(error).replace("--input", "--data")
-        for option in ("write --field NAME, ", ", or leave such rows out with --on-bad-row skip"):
-            message = message.replace(option, "")
-        raise ConfigError(message.replace("write --field NAME", "rename the one that holds text")) from None
+        raise ConfigError(str(error).replace("--input", "--data")) from None

@@ -133,6 +133,7 @@ def check(config: RunConfig, vocab_size: int) -> None:
             f"data.document_mask (true) must be false for {named}: {_architecture(model)} {why}; write false"
         )
     _check_is_low_bit(model, config.method, named)
+    _check_takes_norms(model, config.method, named)
     InitialWeights(model, config.method, 0, config.model.pretrained).check(model)
     longest = pretrained.max_positions(model.config)
     if longest is not None and config.data.seq_len > longest:
@@ -196,6 +197,17 @@ def _check_is_low_bit(model: Any, method: Method, named: str) -> None:
         f"nn.Linear, so that {total / (total + n_low_bit):.0%} of the weights of its layers would stay as "
         "they are; write method.name: dense, or the folder of a model whose layers are nn.Linears"
     )
+
+
+def _check_takes_norms(model: nn.Module, method: Method, named: str) -> None:
+    """ConfigError if a norm of the method's own would stand before fewer layers than it says."""
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := [name for name in method.normed_inputs if name not in there]:
+        raise ConfigError(
+            f"{named} cannot be trained by method {method.name} with norms before "
+            f"{' and '.join(method.normed_inputs)}: {_architecture(model)} has no {' and no '.join(missing)}"
+            "; write method.sub_norms: false, or the folder of a model whose layers are called so"
+        )
 
 
 def _architecture(model: nn.Module) -> str:

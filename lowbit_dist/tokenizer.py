@@ -185,7 +185,8 @@ def train(
     if why := why_not_writable(out.parent):
         raise ConfigError(f"--out ({out}) cannot be written: {why}; write a folder that can")
     texts = documents.sample(documents.parts(inputs, reading, tally), SAMPLE_BYTES, tally)
-    model = _learn(_sentences(texts, tally), vocab_size)
+    with tally.naming_skipped():
+        model = _learn(_sentences(texts, tally), vocab_size)
     tokenizer = Tokenizer(model)
     if out.is_dir() and any(out.iterdir()):
         if (out / MODEL).is_file() and (out / MODEL).read_bytes() == model and (out / FILES[1]).is_file():

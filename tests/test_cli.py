@@ -252,6 +252,14 @@ print("after the answer")
     }  # fmt: skip
 
 
+def test_a_name_that_is_not_utf8_is_printed_as_it_is(tmp_path, lowbit):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    done = lowbit("runs", tmp_path)
+    assert (done.returncode, "caf\ufffd" in done.stdout) == (0, True), done.stderr
+
+
 def test_the_plan_of_more_workers_holds_less_on_each(config, lowbit):
     plans = {}
     for workers in (1, 4):

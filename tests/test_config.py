@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -899,6 +900,19 @@ def test_what_is_said_of_names_from_elsewhere_is_true():
         assert mentioned or answer.startswith("leave it out") or answer.split()[1].strip(":,") in SECTIONS, (
             answer
         )
+
+
+@pytest.mark.parametrize("field", ["schedule.name", "method.grid", "optimizer.states"])
+def test_an_answer_with_the_values_of_a_field_has_all_of_them(field):
+    from lowbit_dist import synonyms
+
+    section, _, option = field.partition(".")
+    content = configfile.from_dict({"data": {"path": "x"}, "method": {"name": "dqt"}})
+    values = typing.get_args(type(getattr(content, section)).model_fields[option].annotation)
+    answers = [words for words in synonyms._ANSWERS.values() if f"{field}: " in words]
+    assert answers and values
+    for words in answers:
+        assert {*values} <= {*re.findall(r"\w+", words)}, words
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -315,6 +315,18 @@ def test_a_summary_says_on_which_side_of_the_entropy_a_loss_is_and_any_perplexit
         assert word in text
 
 
+def test_brackets_in_names_and_paths_are_shown_as_they_are():
+    """Rich takes them for its markup: some vanish, others end in an error."""
+    screen = terminal(200)
+    words = ("data/[v2]/a.jsonl", "[/home]", "pip install 'ray[default]'")
+    tables.pairs(screen, dict.fromkeys(("a", "b"), words[0]) | {"c": words[1]})
+    tables.jobs(screen, [{"job": words[0], "run": words[1]}])
+    finding = {"name": "ray", "status": "error", "found": words[1], "advice": words[2]}
+    tables.health(screen, {"checks": [finding], "ok": False})
+    text = screen.file.getvalue()
+    assert [text.count(each) for each in words] == [3, 3, 1]
+
+
 def test_runs_are_listed_in_eighty_columns():
     one = {
         "run": "dqt-ternary-seed0", "state": "finished", "step": 300, "steps": 300, "loss": 4.25,

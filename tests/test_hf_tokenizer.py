@@ -7,6 +7,7 @@ import unicodedata
 
 import hf_tokenizers
 import pytest
+import torch
 from hf_tokenizers import KINDS, TEXTS
 from preparing import prepare_alone
 from test_train import train
@@ -15,6 +16,7 @@ import lowbit_dist
 from lowbit_dist import configfile, data, tokenizer
 from lowbit_dist.config import ConfigError, Data
 from lowbit_dist.data import tokenizing
+from lowbit_dist.generate import _Streamed
 from lowbit_dist.hf_tokenizer import FastTokenizer
 
 SEQ = 64
@@ -217,6 +219,50 @@ def test_nothing_outside_the_folder_is_read_and_nothing_in_it_is_executed(copied
     file.write_text(json.dumps(json.loads(file.read_text()) | strange))
     assert tokenizer.load(folder).encode("the model") == expected
     assert tokenizer.load(folder / "tokenizer.json").encode("the model") == expected
+
+
+def test_a_run_keeps_nothing_of_another_tokenizer(corpus, folders, documents, tmp_path):
+    """Of a start that ended before its first checkpoint, on data that was then prepared anew."""
+    prepare_alone([documents], folders("qwen"), tmp_path / "qwen", seq_len=SEQ)
+    for path in (corpus, tmp_path / "qwen", corpus):
+        manifest = data.read_manifest(path)
+        data.copy_tokenizer(Data(path=str(path), seq_len=SEQ), manifest, tmp_path / "kept")
+        kept = tokenizer.load(tmp_path / "kept", sha256=manifest.tokenizer_sha256)
+        assert kept.sha256 == manifest.tokenizer_sha256
+        assert {file.name for file in (tmp_path / "kept").iterdir()} == set(manifest.tokenizer_files)
+
+
+STREAMED = [kind for kind in KINDS if kind != "unigram"]  # which has unknown characters
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_text_is_streamed_as_it_is_behind_a_prompt_whose_end_is_spelled_in_bytes(kind, folders):
+    loaded, parts = tokenizer.load(folders(kind)), []
+    before, text = "the 🎈🎈", "🎈🎈 日本 naïve\n"
+    prompt = loaded.encode(before)
+    ids = loaded.encode(before + text)
+    assert ids[: len(prompt)] == prompt and len(ids) > len(prompt) + 8, "the case must be spelled in bytes"
+    streamed = _Streamed(loaded, before, prompt, parts.append)
+    streamed.put(torch.tensor([prompt]))
+    for token in ids[len(prompt) :]:
+        streamed.put(torch.tensor([token]))
+    streamed.end()
+    assert streamed.text == "".join(parts[1:]) == text
+    assert len(parts) > 5
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_half_a_character_behind_a_whole_one_spoils_it_not(kind, folders):
+    loaded, parts = tokenizer.load(folders(kind)), []
+    prompt, ids = loaded.encode("the 🎈"), loaded.encode("the 🎈🎈🎈")
+    assert ids[: len(prompt)] == prompt
+    streamed = _Streamed(loaded, "the 🎈", prompt, parts.append)
+    streamed.put(torch.tensor([prompt]))
+    for token in ids[len(prompt) : -1]:
+        streamed.put(torch.tensor([token]))
+    streamed.end()
+    assert parts[1] == "🎈" and streamed.text.rstrip("\ufffd") == "🎈"
+    assert 1 <= streamed.text.count("\ufffd") <= 3
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00"])

@@ -1,16 +1,19 @@
 """What a run was trained on is known by its content: moved data resumes it, other data does not."""
 
 import argparse
+import hashlib
 import json
 import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
+from hf_folders import write
 from preparing import prepare_alone
+from safetensors.torch import load_file
 from test_train import train
 
-from lowbit_dist import configfile, data, inputs, runs, tokenizer
+from lowbit_dist import configfile, data, inputs, pretrained, runs, tokenizer
 from lowbit_dist.cluster import checks
 from lowbit_dist.config import ConfigError
 
@@ -70,6 +73,21 @@ def test_a_stopped_run_resumes_on_its_data_wherever_that_lies_and_on_no_other(
     shutil.copytree(corpus, tmp_path / "there")
     checks.check_run(configfile.from_dict(moved))
     assert ranks(1).run(train, moved)[0]["digest"] == expected
+
+
+def test_the_headers_of_a_models_files_are_read_once_for_its_fingerprint(tmp_path, monkeypatch):
+    """A mixture of experts has tens of thousands of tensors, each with its place in a header."""
+    folder = write(tmp_path / "model", "llama")
+    expected = hashlib.sha256()
+    shown = pretrained.as_mapping(pretrained.configuration(folder))
+    shown = {name: x for name, x in shown.items() if name[0] != "_" and name != "transformers_version"}
+    expected.update(json.dumps(shown, sort_keys=True).encode())
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        expected.update(f"{name} F32 {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes()[:4096])
+    read, ranges = [], pretrained._ranges
+    monkeypatch.setattr(pretrained, "_ranges", lambda file: read.append(file) or ranges(file))
+    assert pretrained.fingerprint(folder) == expected.hexdigest()
+    assert read == [folder / "model.safetensors"]
 
 
 def test_a_run_of_an_earlier_version_knows_its_tokenizer(ranks, small, other, with_another_tokenizer):

@@ -11,6 +11,7 @@ from hf_folders import CONFIGS, in_blocks_of_fp8, in_packed_codes, reconfigure, 
 import lowbit_dist
 from lowbit_dist import configfile, experts, model
 from lowbit_dist.config import ConfigError
+from lowbit_dist.linear import Linear
 
 IDS = torch.tensor([[1, 17, 300, 5, 5, 511, 42, 9, 260, 33, 2, 8]])
 EVALUATED = [name for name in CONFIGS if name != "bert"]
@@ -115,6 +116,15 @@ def test_the_layers_of_a_pretrained_model_become_low_bit(name, folder, run):
     assert [each for each in rest if not any(word in each for word in words)] == []
 
 
+def test_norms_of_the_methods_own_stand_where_it_says_or_are_not_asked_for(folder, run):
+    for name, has_norms in (("llama", True), ("gemma2", True), ("olmoe", True), ("phi", False)):
+        config = run(folder(name), name="bitnet", sub_norms=has_norms)
+        model.check(config, 512)
+        layers = model.shapes(config, 512).named_modules()
+        normed = {at.rpartition(".")[2] for at, layer in layers if type(layer) is Linear and layer.norm}
+        assert normed == ({"o_proj", "down_proj"} if has_norms else set())
+
+
 REFUSED = {
     # what is in the files
     "weights in blocks of float8": (
@@ -141,6 +151,11 @@ REFUSED = {
     "a layer more than the configuration says": (
         "llama", {}, lambda at: reconfigure(at, num_hidden_layers=1),
         ("model.layers.1.", "8 more", "no parameter")),
+    "norms before layers of other names": (
+        "opt", {"name": "bitnet"}, None,
+        ("method bitnet", "OPTForCausalLM has no o_proj and no down_proj", "method.sub_norms: false")),
+    "norms before some of the layers alone": (
+        "mixtral", {"name": "dqt", "sub_norms": True}, None, ("MixtralForCausalLM has no down_proj",)),
     # what transformers builds
     "layers that are no linears": (
         "gpt2", {"name": "dqt"}, None, ("gpt2", "method dqt", "Conv1D", "100%", "method.name: dense")),

@@ -6,7 +6,6 @@ SIGTERM.
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +26,7 @@ from lowbit_dist.cli.arguments import (
     TextField,
     at_home,
     load,
+    not_read,
     pairs,
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
@@ -108,12 +108,8 @@ def tokenizer_train(
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         trained = tokenizer.train(inputs, vocab_size, out, reading=reading, tally=tally)
         result = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
-        counts = {
-            "skipped_rows": tally.skipped_rows,
-            "first_skipped_row": tally.first_skipped,
-            "left_out": dict(tally.left_out),
-        }
-        answer(result | counts, pairs(result | _in_words(counts)))
+        counts = tally.counts()
+        answer(result | counts, pairs(result | not_read(counts)))
 
 
 @data_app.command("prepare")
@@ -161,19 +157,7 @@ def data_prepare(
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
         marks = data.Manifest(**manifest).marks.in_words()
         rows = {"data": out, **splits, "between documents": marks, "unigram entropy": entropy}
-        answer({"data": str(out), **manifest}, pairs(rows | _in_words(manifest)))
-
-
-def _in_words(counts: Mapping[str, Any]) -> dict[str, str]:
-    """What of the inputs was not read, or read in pieces; nothing if there is no such thing."""
-    words = {}
-    if longest := counts.get("longest_document"):
-        words["split"] = f"documents of more than {longest:,} bytes, since there are few"
-    if n := counts["skipped_rows"]:
-        words["skipped rows"] = f"{n:,}, the first: {counts['first_skipped_row']}"
-    if left_out := counts["left_out"]:
-        words["left out"] = ", ".join(f"{reason} ({n:,})" for reason, n in left_out.items())
-    return words
+        answer({"data": str(out), **manifest}, pairs(rows | not_read(manifest)))
 
 
 @app.command()
@@ -251,8 +235,15 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Take so many samples; by default the run's eval_samples."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Take so many samples; by default of prepared data the run's eval_samples, of text all.",
+        ),
     ] = None,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a trained model.
@@ -260,10 +251,14 @@ def evaluate(
     Example: lowbit eval quickstart --data data/stdlib --json
     """
     with console.answering(as_json, "evaluating") as answer:
-        from lowbit_dist import trained
+        from lowbit_dist import documents, trained
 
-        metrics = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
-        answer(metrics, pairs(metrics | {"left_out": None} | _in_words({"skipped_rows": 0, **metrics})))
+        reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
+        metrics = trained.open(run).evaluate(
+            data, forward=forward, n_samples=samples, reading=reading, tally=tally
+        )
+        counts = tally.counts()
+        answer(metrics | counts, pairs(metrics | not_read(counts)))
 
 
 @app.command()

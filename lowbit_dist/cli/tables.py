@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowbit_dist.errors import in_bytes
 
@@ -25,7 +26,7 @@ def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))
     console.print(table)
 
 
@@ -38,7 +39,8 @@ def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for name in ("job", "run", "status", "started", "took"):
         table.add_column(name, style="bold" if name == "job" else "")
     for row in rows:
-        table.add_row(*(str(row.get(name) or "-") for name in ("job", "run", "status", "started", "took")))
+        cells = (str(row.get(name) or "-") for name in ("job", "run", "status", "started", "took"))
+        table.add_row(*map(Text, cells))
     console.print(table)
 
 
@@ -158,7 +160,7 @@ def health(console: Console, report: Mapping[str, Any]) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in report["checks"]:
         status = f"[{colours[finding['status']]}]{finding['status']}"
-        table.add_row(status, finding["name"], finding["found"], finding["advice"])
+        table.add_row(status, *(Text(finding[name]) for name in ("name", "found", "advice")))
     console.print(table)
     console.print("A training can run here." if report["ok"] else "[red]No training can run here.")
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from lowbit_dist import hf_tokenizer
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data.library import import_streaming
 from lowbit_dist.errors import ConfigError, show
@@ -291,12 +292,13 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
 
 
 def copy_tokenizer(data: Data, manifest: Manifest, folder: Path) -> None:
-    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
+    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with, and
+    nothing of another one, which a start before this may have left there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = manifest.tokenizer_files or FILES
-    for file in folder.iterdir():  # of another tokenizer, with which the run was begun and has no checkpoint
-        if file.name not in names:
-            file.unlink()
+    for name in {*hf_tokenizer.FILES}.difference(names):
+        (folder / name).unlink(missing_ok=True)
     for name in names:
         source, copy = f"{data.path}/tokenizer/{name}", folder / name
         if is_remote(data.path):

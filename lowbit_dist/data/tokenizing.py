@@ -184,7 +184,7 @@ class _Chunk:
             **row,
             "n_empty": np.array([self.n_empty]),
             "n_skipped": np.array([tally.skipped_rows if tally else 0]),
-            "first_skipped": np.array([(tally and tally.first_skipped) or ""], dtype=object),
+            "first_skipped": np.array([json.dumps(tally and tally.first)], dtype=object),
             "size": np.array([size]),
             "error": np.array([error], dtype=object),
         }

@@ -102,9 +102,10 @@ def prepare(
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
                 writer.add(chunk)
-                tally.skip(int(chunk["n_skipped"]), chunk["first_skipped"])
+                first = json.loads(chunk["first_skipped"])
+                tally.skip(int(chunk["n_skipped"]), first and documents.BadRow(*first))
                 advance(int(chunk["size"]))
-        with _naming_skipped(tally):
+        with tally.naming_skipped():
             splits = writer.finish()
         manifest = {
             **recipe,
@@ -113,9 +114,7 @@ def prepare(
             "document_begin": begin,
             "document_end": end,
             "longest_document": longest,
-            "skipped_rows": tally.skipped_rows,
-            "first_skipped_row": tally.first_skipped,
-            "left_out": dict(tally.left_out),
+            **tally.counts(),
         }
         _write_manifest(manifest, draft)
     return manifest
@@ -143,25 +142,13 @@ def _longest_document(
             if min(of_split) >= enough or len(sizes) >= MANY:
                 return None
     if n_bytes + 4 * n_documents < 2 * seq_len:  # each byte a token, and marks
-        with _naming_skipped(tally):
+        with tally.naming_skipped():
             raise too_few(n_documents, f"{n_bytes:,} bytes of text", seq_len)
     total, largest = sum(of_split), max(sizes.values())
     share = max(enough, val_fraction * total)
     if largest <= min(total / 2, total - share - enough, max(text.PIECE, share)):
         return None
     return min(text.PIECE, max(enough, total // 32))
-
-
-@contextlib.contextmanager
-def _naming_skipped(tally: documents.Tally) -> Iterator[None]:
-    """A mistake for which skipped rows may be the cause says so."""
-    try:
-        yield
-    except ConfigError as error:
-        if not tally.skipped_rows:
-            raise
-        skipped = f"{tally.skipped_rows:,} rows were skipped, the first: {tally.first_skipped}"
-        raise ConfigError(f"{error} ({skipped})") from None
 
 
 def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_dist.documents import delimited, folders, jsonl, stream, tables, text
-from lowbit_dist.documents.part import BAD_ROWS, FileRange, Reading, Tally
+from lowbit_dist.documents.part import BAD_ROWS, BadRow, FileRange, Reading, Tally
 from lowbit_dist.errors import ConfigError
 
-__all__ = ["SOURCES", "FileRange", "Reading", "Source", "Tally", "parts", "read", "sample"]
+__all__ = ["SOURCES", "BadRow", "FileRange", "Reading", "Source", "Tally", "parts", "read", "sample"]
 
 PROBED = 1 << 24  # bytes of text that are read before anything else is done with it
 PROBE_SECONDS = 3.0
@@ -52,7 +52,7 @@ def parts(
     _check(reading)
     ranges: list[FileRange] = []
     given = [str(source) for source in inputs]
-    if not given:
+    if not given or not all(map(str.strip, given)):  # as a variable of a shell that is not set
         raise ConfigError(f"--input is required; {_INPUTS}")
     for source in given:
         ranges += _parts_of(source, reading, tally)
@@ -128,10 +128,10 @@ def sample(ranges: list[FileRange], n_bytes: int, tally: Tally | None = None) ->
     if sum(part.size for part in ranges) > n_bytes:
         n = min(len(ranges), 64)
         ranges = [ranges[i * len(ranges) // n] for i in range(n)]
-    quota = n_bytes // len(ranges)
+    total = max(1, sum(part.size for part in ranges))
     left = 0
     for part in ranges:
-        left += quota  # what a short part leaves goes to the next
+        left += n_bytes * part.size // total  # what a part leaves goes to the next
         for document in read([part], tally):
             if left <= 0:
                 break

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from lowbit_dist.documents import stream, text
-from lowbit_dist.documents.part import LONGEST, FileRange, Reading, Tally, column_of
+from lowbit_dist.documents.part import LONGEST, BadRow, FileRange, Reading, Tally, column_of
 from lowbit_dist.errors import ConfigError
 
 
@@ -52,8 +52,8 @@ def _rows(part: FileRange, tally: Tally) -> Iterator[tuple[str | None, int]]:
                     continue  # an empty line
                 document = _document(row, header, column)
             except ValueError as error:
-                number = stream.lines_before(part.path, part.start) + n_lines + 1
-                tally.bad_row(part, f"{part.path} line {number:,} {error}")
+                bad_row = BadRow(part.path, "line", n_lines + 1, str(error), part.start)
+                tally.bad_row(part.reading, bad_row, table.n_lines - n_lines)  # up to where a quote ends
             yield document, table.place
 
 
@@ -114,4 +114,5 @@ class _Table:
                     f"{self.path}: a quoted cell of its last row, which has {self.n_lines - line:,} lines, "
                     "does not end; close the quote, or copy the file again"
                 ) from None
-            raise ValueError(f"is not CSV ({error}); quote its cells") from None
+            where = f" in its line {self.n_lines - line:,}" if self.n_lines - line > 1 else ""
+            raise ValueError(f"is not CSV ({error}{where}); quote its cells") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,23 +39,76 @@ class FileRange(NamedTuple):
         return cls(*fields[:-1])._replace(reading=Reading(*fields[-1]))
 
 
+class BadRow(NamedTuple):
+    """A row that holds no text: where it is, and what is wrong with it."""
+
+    path: str
+    kind: str  # line, row or item
+    number: int  # from 1, of those that begin at byte `start` of the file or behind it
+    mistake: str
+    start: int = 0
+
+    def in_words(self) -> str:
+        """Lines before `start` are counted only now, for that reads the file up to there."""
+        number = self.number + lines_before(self.path, self.start)
+        return f"{self.path} {self.kind} {number:,} {self.mistake}"
+
+
+def lines_before(path: str, start: int) -> int:
+    """How many lines begin before byte `start`."""
+    if not start:
+        return 0
+    n_lines, left = 1, start - 1
+    with open(path, "rb") as file:
+        while left and (data := file.read(min(left, 1 << 20))):
+            n_lines += data.count(b"\n")
+            left -= len(data)
+    return n_lines
+
+
 @dataclass
 class Tally:
     """What was not read, counted for whoever says so."""
 
     left_out: Counter[str] = field(default_factory=Counter)  # files and folders, by the reason
     skipped_rows: int = 0
-    first_skipped: str | None = None
+    first: BadRow | None = None  # of the skipped rows
 
-    def bad_row(self, part: FileRange, mistake: str) -> None:
-        """Count a row without text, or raise the mistake, as the part's reading says."""
-        if part.reading.on_bad_row == "fail":
-            raise ConfigError(f"{mistake}, or leave such rows out with --on-bad-row skip")
-        self.skip(1, mistake)
+    @property
+    def first_skipped(self) -> str | None:
+        """In words."""
+        return None if self.first is None else self.first.in_words()
 
-    def skip(self, n_rows: int, first: str | None) -> None:
+    def counts(self) -> dict[str, Any]:
+        """As answers and manifests have them."""
+        return {
+            "skipped_rows": self.skipped_rows,
+            "first_skipped_row": self.first_skipped,
+            "left_out": dict(self.left_out),
+        }
+
+    def bad_row(self, reading: Reading, row: BadRow, n_rows: int = 1) -> None:
+        """Count a row without text, which may have swallowed others, or raise the mistake, as the reading
+        says.
+        """
+        if reading.on_bad_row == "fail":
+            raise ConfigError(f"{row.in_words()}, or leave such rows out with --on-bad-row skip")
+        self.skip(n_rows, row)
+
+    def skip(self, n_rows: int, first: BadRow | None) -> None:
         self.skipped_rows += n_rows
-        self.first_skipped = self.first_skipped or first or None
+        self.first = self.first or first
+
+    @contextlib.contextmanager
+    def naming_skipped(self) -> Iterator[None]:
+        """A mistake for which skipped rows may be the cause says so."""
+        try:
+            yield
+        except ConfigError as error:
+            if not self.skipped_rows:
+                raise
+            skipped = f"{self.skipped_rows:,} rows were skipped, the first: {self.first_skipped}"
+            raise ConfigError(f"{error} ({skipped})") from None
 
 
 def text_of(row: Any, name: str) -> str:

@@ -3,9 +3,10 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
-from lowbit_dist.documents.part import FileRange, Reading, Tally, checked_text, column_of, listed
+from lowbit_dist.documents.part import BadRow, FileRange, Reading, Tally, checked_text, column_of, listed
 from lowbit_dist.errors import ConfigError
 
 ROWS = 10_000  # of a Hugging Face dataset in a part
@@ -63,9 +64,9 @@ def parquet_documents(part: FileRange, tally: Tally) -> Iterator[str]:
                     document = checked_text(value.as_py(), name)
                 except UnicodeDecodeError as error:
                     mistake = f"is not UTF-8 text at byte {error.start:,}; convert it"
-                    tally.bad_row(part, f"{part.path} row {row:,} {mistake}")
+                    tally.bad_row(part.reading, BadRow(part.path, "row", row, mistake))
                 except ValueError as error:
-                    tally.bad_row(part, f"{part.path} row {row:,} {error}")
+                    tally.bad_row(part.reading, BadRow(part.path, "row", row, str(error)))
                 else:
                     yield document
     except ArrowException as error:
@@ -114,15 +115,25 @@ def _hf_stamp(dataset: Any) -> int:
     return int.from_bytes(hashlib.sha256(str(dataset._fingerprint).encode()).digest()[:7], "little")
 
 
+@lru_cache(maxsize=1)
+def _hf_column(given: str, stamp: int, name: str) -> Any:
+    """The data set that `stamp` is of, without its other columns, such as pictures, which would be decoded;
+    loaded once for all parts that a process reads.
+    """
+    dataset = _hf_dataset(given)
+    if _hf_stamp(dataset) != stamp:
+        raise ConfigError(f"--input ({given}) has changed while it was read; start again")
+    return dataset.select_columns([name])
+
+
 def hf_documents(part: FileRange, tally: Tally) -> Iterator[str]:
-    dataset, name = _hf_dataset(part.path), part.reading.field
-    if _hf_stamp(dataset) != part.stamp:
-        raise ConfigError(f"--input ({part.path}) has changed while it was read; start again")
+    name = part.reading.field
+    dataset = _hf_column(part.path, part.stamp, name)
     for start in range(part.start, part.stop, 256):
         for k, text in enumerate(dataset[start : min(start + 256, part.stop)][name]):
             try:
                 document = checked_text(text, name)
             except ValueError as error:
-                tally.bad_row(part, f"{part.path} row {start + k + 1:,} {error}")
+                tally.bad_row(part.reading, BadRow(part.path, "row", start + k + 1, str(error)))
             else:
                 yield document
