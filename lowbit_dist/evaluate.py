@@ -44,6 +44,7 @@ def evaluate(
     else:
         samples, bytes_per_token = _text(trained, path, n_samples)
     batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
+    trained.check_tokens((int(batch.max()) for batch in batches), f"--data ({path})")
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
     nats = 0.0
