@@ -313,7 +313,7 @@ def test_the_plan_of_an_architecture_is_made_or_refused_in_one_line(folder, lowb
     (tmp_path / "run.yaml").write_text(
         "data: {path: data, seq_len: 64}\ntrain: {steps: 2, batch_tokens: 1024}\n"
     )
-    for name in ("opt", "mixtral", "qwen3_moe", "bloom", "mamba", "gpt2"):
+    for name in ("opt", "mixtral", "qwen3_moe", "bloom", "gemma2", "gemma3", "mamba", "gpt2"):
         override = f"model={{pretrained: {folder(name)}}}"
         done = lowbit("plan", tmp_path / "run.yaml", override, "--vocab-size", 512, "--json")
         if name in ("mamba", "gpt2"):
