@@ -58,6 +58,7 @@ def evaluate(
         with tally.naming_skipped():
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
     batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
+    trained.check_tokens((int(batch.max()) for batch in batches), f"--data ({path})")
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
     nats = 0.0

@@ -48,6 +48,8 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are none
         raise ConfigError(f"--prompt ({prompt!r}) must be text in UTF-8; write it so") from None
+    from transformers import GenerationConfig
+
     tokenizer = trained.tokenizer
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_id is not None:
@@ -56,6 +58,7 @@ def generate(
         raise ConfigError(
             "--prompt () has no tokens, and this model has none that begins a text; write some text"
         )
+    trained.check_tokens(ids, "--prompt")
     longest = trained.max_positions
     if longest is not None and len(ids) + max_new_tokens > longest:
         room = longest - len(ids)
@@ -65,6 +68,7 @@ def generate(
             f"model's max_seq_len {longest}; write {fewer}a shorter text"
         )
     network: Any = trained.network()
+    network.generation_config = GenerationConfig()  # a model's configuration may have, say, penalties
     device = next(network.parameters()).device
     torch.manual_seed(seed)
     chance = (

@@ -147,8 +147,10 @@ def why_not_causal(model: Any) -> str | None:
     """Why the logits of a Hugging Face model are no predictions of the next token; None if they are."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-    is_masked = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder
-    return "reads a text in both directions" if is_masked else None
+    config = model.config
+    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    embeds = getattr(config.get_text_config(), "use_bidirectional_attention", False)  # Gemma 3, retrained
+    return "reads a text in both directions" if is_masked or embeds else None
 
 
 class Place(NamedTuple):

@@ -13,7 +13,7 @@ loading execute nothing of what is read: JSON, safetensors and tokenizers are da
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -74,6 +74,15 @@ class Trained:
     def max_positions(self) -> int | None:
         """The most tokens of a text that the model takes; None: any number."""
         return pretrained.max_positions(self.hf_config)
+
+    def check_tokens(self, ids: Iterable[int], named: str) -> None:
+        """ConfigError if the model has no embedding for one of `ids`, which are of what `named` says."""
+        rows, largest = pretrained.vocabulary(self.hf_config), max(ids, default=0)
+        if rows is not None and largest >= rows:
+            raise ConfigError(
+                f"{named} has a token {largest:,}, for which the model, of a vocabulary of {rows:,}, has no "
+                "embedding; write a text without it"
+            )
 
     def tensor(self, name: str) -> PackedTensor | Tensor:
         """A whole parameter: packed if it is low-bit, else float32."""
@@ -270,9 +279,9 @@ def _folder_tokenizer(folder: Path, hf_config: Any) -> TextTokenizer:
         folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
     )
     rows = pretrained.vocabulary(hf_config)
-    if rows is not None and loaded.vocab_size > rows:
+    if rows is not None and loaded.n_pieces > rows:
         raise ConfigError(
-            f"{folder} has a tokenizer of {loaded.vocab_size:,} pieces and a model of {rows:,}; "
+            f"{folder} has a tokenizer of {loaded.n_pieces:,} pieces and a model of {rows:,}; "
             "put the model's own tokenizer there"
         )
     return loaded

@@ -203,6 +203,9 @@ def test_samples_are_the_documents_between_marks_and_equal_documents_are_on_one_
     entropy = -(counts["val"] * np.log(chance)).sum() / counts["val"].sum()
     assert manifest.unigram_entropy == pytest.approx(entropy, rel=1e-12)
     assert (manifest.empty_documents, manifest.dtype, manifest.vocab_size) == (2, "uint16", 500)
+    assert manifest.used == np.flatnonzero(counts["train"] + counts["val"])[-1] + 1
+    older = manifest.model_copy(update={"largest_token": None})
+    assert older.used == 500
 
 
 def test_a_micro_batch_is_the_samples_that_the_order_names(prepared):

@@ -3,11 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 
 import pytest
 import torch
-from hf_folders import rewrite, write
+from hf_folders import reconfigure, rewrite, write
 
 import lowbit_dist
 from lowbit_dist.config import ConfigError
@@ -143,6 +144,16 @@ def test_the_stream_is_the_prompt_and_the_text(folder):
     answer = model.generate("def main", max_new_tokens=20, stream=parts.append)
     assert parts[0] == "def main" and "".join(parts[1:]) == answer["text"]
     assert len(parts) > 10
+
+
+def test_what_a_model_says_of_sampling_is_not_asked_for(folder, tmp_path):
+    path = shutil.copytree(folder("llama"), tmp_path / "model")
+    reconfigure(path, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=2)
+    expected, found = (
+        lowbit_dist.open(each).generate("def ", max_new_tokens=8, temperature=0)["text"]
+        for each in (folder("llama"), path)
+    )
+    assert found == expected
 
 
 def test_tokens_that_the_tokenizer_has_not_are_not_generated(tmp_path, corpus):

@@ -187,8 +187,8 @@ def plan(
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
-        n_pieces = _vocab_size(loaded, vocab_size)
-        model.check(loaded, n_pieces)
+        n_pieces, used = _vocabulary(loaded, vocab_size)
+        model.check(loaded, n_pieces, used=used)
         estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
 
@@ -381,14 +381,16 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format="lowbit: %(message)s", stream=sys.stderr)
 
 
-def _vocab_size(config: RunConfig, given: int | None) -> int:
+def _vocabulary(config: RunConfig, given: int | None) -> tuple[int, int | None]:
+    """The number of the tokenizer's tokens, and of the first ones that are all that prepared data has."""
     from lowbit_dist import data
 
     if given is not None:
         if given < 1:
             raise ConfigError(f"--vocab-size ({given}) must be at least 1; write 32000, for example")
-        return given
+        return given, None
     try:
-        return data.read_manifest(config.data.path).vocab_size
+        manifest = data.read_manifest(config.data.path)
+        return manifest.vocab_size, manifest.used
     except ConfigError as error:
         raise ConfigError(f"{error}; or plan without data: --vocab-size 32000") from None

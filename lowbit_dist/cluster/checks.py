@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
         data.check_cache(config.data)
     from lowbit_dist import model
 
-    model.check(config, manifest.vocab_size)
+    model.check(config, manifest.vocab_size, used=manifest.used)
     from lowbit_dist import tracking
 
     tracking.check(config)

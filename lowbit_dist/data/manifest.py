@@ -61,6 +61,7 @@ class Manifest(Section):
     tokenizer_sha256: str  # of tokenizer.model, or of the files that a tokenizer.json stands for
     splits: dict[str, Split]
     unigram_entropy: float  # nats per token of val under train's token frequencies, each count one more
+    largest_token: Number | None = None  # of the samples; older manifests do not say
     empty_documents: Number
     sources: list[str]
     sources_sha256: str  # of the names, sizes and times of what was read, and of data sets' fingerprints
@@ -78,6 +79,11 @@ class Manifest(Section):
     left_out: dict[str, Number] = Field(default_factory=dict)  # files and folders, by the reason
     val_fraction: float
     seed: int
+
+    @property
+    def used(self) -> int:
+        """So many of the tokenizer's first tokens are all that the samples have, as far as that is known."""
+        return self.vocab_size if self.largest_token is None else self.largest_token + 1
 
     @property
     def marks(self) -> Marks:

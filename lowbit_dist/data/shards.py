@@ -107,6 +107,7 @@ class Writer:
             "dtype": np.dtype(self.dtype).name,
             "splits": splits,
             "unigram_entropy": float((nats * val).sum() / val.sum()),
+            "largest_token": int(np.flatnonzero(train + val)[-1]),
             "empty_documents": self.n_empty,
         }
 
