@@ -57,6 +57,15 @@ TextField = Annotated[
         "--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field."
     ),
 ]
+PromptField = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-field",
+        metavar="NAME",
+        help="Put this field before the text, as a prompt: the loss leaves its tokens out.",
+        show_default=False,
+    ),
+]
 
 
 def _unescaped(text: str | None) -> str | None:
