@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lowbit_dist.zero import Engine
 
 T = TypeVar("T")
+Labelled = list[tuple[Tensor, Tensor]]  # tokens, and labels of them, each [samples, seq_len] int64
 
 
 def evaluate(
@@ -57,17 +58,22 @@ def evaluate(
         tally = documents.Tally() if tally is None else tally
         with tally.naming_skipped():
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
-    batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
-    trained.check_tokens((int(batch.max()) for batch in batches), f"--data ({path})")
+    size = trained.samples.micro_batch
+    batches = [
+        batch
+        for tokens, labels in samples
+        for batch in zip(tokens.split(size), labels.split(size), strict=True)
+    ]
+    trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
     nats = 0.0
     with torch.inference_mode():
         for batch in batches:
-            tokens = batch.to(device)
-            loss = network(input_ids=tokens, labels=tokens, **_mask(trained, tokens)).loss
-            nats += n_predicted(batch) * loss.double().item()
-    mean = nats / sum(map(n_predicted, batches))
+            tokens, labels = (part.to(device) for part in batch)
+            loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
+            nats += n_predicted(labels) * loss.double().item()
+    mean = nats / sum(n_predicted(labels) for _, labels in batches)
     own = trained.method.forward_grid
     return {
         "checkpoint": str(trained.path),
@@ -76,8 +82,8 @@ def evaluate(
         "forward": forward or (trained.method.name if own is None else own.name),
         "loss": mean,
         **quality(mean, bytes_per_token),
-        "samples": sum(map(len, batches)),
-        "tokens": sum(batch.numel() for batch in batches),
+        "samples": sum(len(labels) for _, labels in batches),
+        "tokens": sum(int((labels != data.IGNORED).sum()) for _, labels in batches),
     }
 
 
@@ -88,26 +94,29 @@ def validation_loss(
     *,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
-    split, while a model trains; on every worker at once.
+    """Mean negative log-likelihood (nats per token that counts) of the first `train.eval_samples` samples of
+    the val split, while a model trains; on every worker at once.
     """
     batches = data.Batches(config.data, "val", config.run.seed)
     n, size = n_validation_samples(config, manifest), config.train.micro_batch
     starts = range(0, n, size)
-    # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
+    # Of each batch the sum over its tokens that count, and their number: the last one may have fewer samples.
+    sums = torch.zeros((2, len(starts)), dtype=torch.float64, device=engine.device)
     for first in range(0, len(starts), engine.world):
         # Every worker takes part in every gather; one that has no batch left repeats one and drops the
         # result.
         mine = first + engine.rank
         start = starts[min(mine, len(starts) - 1)]
-        tokens = batches.micro_batch(start, min(size, n - start))
-        loss = engine.forward(tokens.to(engine.device))
+        place = start, min(size, n - start)
+        tokens, labels = batches.micro_batch(*place), batches.labels(*place)
+        loss = engine.forward(tokens.to(engine.device), labels)
         if mine < len(starts):
-            losses[mine] = loss.double() * len(tokens)
+            number = n_predicted(tokens if labels is None else labels)
+            sums[0, mine], sums[1, mine] = loss.double() * number, number
         heartbeat()
-    dist.all_reduce(losses)
-    return losses.sum().item() / n
+    dist.all_reduce(sums)
+    nats, number = sums.sum(dim=1).tolist()
+    return nats / number
 
 
 def n_validation_samples(config: RunConfig, manifest: data.Manifest) -> int:
@@ -123,9 +132,9 @@ def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
     }
 
 
-def n_predicted(tokens: Tensor) -> int:  # [samples, seq_len]
+def n_predicted(labels: Tensor) -> int:  # [samples, seq_len]
     """How many tokens a loss is the mean of: the first of a sample is predicted from nothing."""
-    return len(tokens) * (tokens.shape[1] - 1)
+    return int((labels[:, 1:] != data.IGNORED).sum())
 
 
 def _mask(trained: Trained, tokens: Tensor) -> dict[str, Tensor]:
@@ -135,9 +144,8 @@ def _mask(trained: Trained, tokens: Tensor) -> dict[str, Tensor]:
     return attention.within_documents(tokens, marks(trained.tokenizer), DTYPES[trained.precision])
 
 
-def _prepared(
-    trained: Trained, path: str, n_samples: int | None
-) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
+def _prepared(trained: Trained, path: str, n_samples: int | None) -> tuple[Labelled, float]:
+    """Samples, and bytes per token that counts."""
     manifest = _of_data(lambda: data.read_manifest(path))
     if manifest.tokenizer_sha256 != trained.tokenizer.sha256:
         raise ConfigError(
@@ -146,12 +154,14 @@ def _prepared(
         )
     _check_length(trained, path, manifest.seq_len)
 
-    def read() -> Tensor:
+    def read() -> tuple[Tensor, Tensor]:
         if not is_remote(path):
             check_files(Path(path), "val", manifest)
         source = Data(path=path, seq_len=manifest.seq_len, cache=trained.samples.cache)
         batches = data.Batches(source, "val", seed=0)  # the order of the validation split needs none
-        return batches.micro_batch(0, min(n_samples or trained.samples.number, batches.n_samples))
+        place = 0, min(n_samples or trained.samples.number, batches.n_samples)
+        tokens, labels = batches.micro_batch(*place), batches.labels(*place)
+        return tokens, tokens if labels is None else labels
 
     return [_of_data(read)], manifest.splits["val"].bytes_per_token
 
@@ -173,9 +183,7 @@ def _of_data(read: Callable[[], T]) -> T:
         raise ConfigError(str(error).replace("data.path", "--data")) from None
 
 
-def _text(
-    trained: Trained, path: str, texts: Iterator[str], n_samples: int | None
-) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
+def _text(trained: Trained, path: str, texts: Iterator[str], n_samples: int | None) -> tuple[Labelled, float]:
     """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
     around, length = marks(tokenizer).around, trained.samples.seq_len
@@ -195,7 +203,7 @@ def _text(
     whole, last = torch.tensor(ids).split([n * length, rest])
     # A last token alone is predicted from nothing.
     samples = [whole.view(n, length), *([last.view(1, rest)] if rest > 1 else [])]
-    return [part for part in samples if len(part)], bytes_per_token
+    return [(part, part) for part in samples if len(part)], bytes_per_token
 
 
 def _texts(path: str, reading: documents.Reading | None, tally: documents.Tally) -> Iterator[str]:

@@ -227,7 +227,8 @@ def test_vocabularies_beyond_16_bits_are_written_in_32(tmp_path):
     writer = shards.Writer(tmp_path, 70_000, SEQ, 0.5)
     places = np.array([0, 1 << 63], np.uint64)
     lengths = np.array([20 * SEQ, 30 * SEQ], np.int32)
-    row = {"tokens": tokens, "lengths": lengths, "sizes": np.array([100, 200]), "places": places}
+    sizes, prompts = np.array([100, 200]), np.array([0, 0], np.int32)
+    row = {"tokens": tokens, "lengths": lengths, "prompts": prompts, "sizes": sizes, "places": places}
     writer.add({name: each.tobytes() for name, each in row.items()} | {"n_empty": 0})
     said = writer.finish()
     assert said["dtype"] == "uint32"

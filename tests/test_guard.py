@@ -168,8 +168,8 @@ def train_with_spike(configuration, at, *, stop_at=None):
         asked.append(first_sample)
         return micro_batch(batches, first_sample, size)
 
-    def spoiled(passes, tokens):
-        loss = backward(passes, tokens)
+    def spoiled(passes, *batch):
+        loss = backward(passes, *batch)
         return loss + 50 if n <= asked[-1] < n + 4 else loss
 
     Step.backward, data.Batches.micro_batch = spoiled, remembering

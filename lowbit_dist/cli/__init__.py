@@ -20,6 +20,7 @@ from lowbit_dist.cli.arguments import (
     Json,
     OnBadRow,
     Overrides,
+    PromptField,
     RunOrCheckpoint,
     RunOrFolder,
     Separator,
@@ -135,6 +136,7 @@ def data_prepare(
     val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of documents held out.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice of documents held out.")] = 0,
     field: TextField = "text",
+    prompt_field: PromptField = None,
     separator: Separator = None,
     on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
@@ -148,15 +150,22 @@ def data_prepare(
 
         manifest = data.prepare(
             inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed,
-            field=field, separator=separator, on_bad_row=on_bad_row, bar=answer.waiting.bar,
+            field=field, prompt_field=prompt_field, separator=separator, on_bad_row=on_bad_row,
+            bar=answer.waiting.bar,
         )  # fmt: skip
         splits = {
             name: "{tokens:,} tokens in {samples:,} samples, {documents:,} documents".format(**split)
             for name, split in manifest["splits"].items()
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
-        marks = data.Manifest(**manifest).marks.in_words()
+        known = data.Manifest(**manifest)
+        marks = known.marks.in_words()
         rows = {"data": out, **splits, "between documents": marks, "unigram entropy": entropy}
+        if known.prompt_field is not None:
+            shares = (f"{split.counted_share:.1%} of {name}" for name, split in known.splits.items())
+            rows["counted by the loss"] = f"{' and '.join(shares)}, the tokens of responses"
+            n = sum(split.dropped_tokens // known.seq_len for split in known.splits.values())
+            rows["prompts alone"] = f"{n:,} samples, left out"
         answer({"data": str(out), **manifest}, pairs(rows | not_read(manifest)))
 
 

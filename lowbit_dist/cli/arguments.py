@@ -58,6 +58,15 @@ TextField = Annotated[
         "--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field."
     ),
 ]
+PromptField = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-field",
+        metavar="NAME",
+        help="Put this field before the text, as a prompt: the loss leaves its tokens out.",
+        show_default=False,
+    ),
+]
 
 
 def _unescaped(text: str | None) -> str | None:
@@ -109,6 +118,8 @@ def not_read(counts: Mapping[str, Any]) -> dict[str, str]:
     words = {}
     if longest := counts.get("longest_document"):
         words["split"] = f"documents of more than {longest:,} bytes, since there are few"
+    if n := counts.get("empty_documents"):
+        words["empty documents"] = f"{n:,}, left out"
     if n := counts["skipped_rows"]:
         words["skipped rows"] = f"{n:,}, the first: {counts['first_skipped_row']}"
     if left_out := counts["left_out"]:

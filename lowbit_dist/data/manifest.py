@@ -35,20 +35,36 @@ Number = Annotated[int, Field(ge=0, lt=2**63)]
 FileName = Annotated[str, Field(pattern=r"^[a-z_]+\.(json|model|jinja)$")]  # no name leads out of the folder
 
 
+def shard_columns(dtype: str, seq_len: int, *, has_prompts: bool) -> dict[str, str]:
+    """The columns of a shard, sorted, and Streaming's names of their encodings."""
+    # Whether the loss counts a token: not that of a prompt, nor the mark before it.
+    is_counted = {"is_counted": f"ndarray:uint8:{seq_len}"} if has_prompts else {}
+    return {**is_counted, "tokens": f"ndarray:{dtype}:{seq_len}"}
+
+
 class Split(Section):
     """One side of prepared data."""
 
     samples: Annotated[int, Field(ge=1, lt=2**63)]
     tokens: Number  # samples * seq_len
-    dropped_tokens: Number  # less than one sample, at the end
+    dropped_tokens: Number  # less than one sample, at the end, and samples of prompts alone
     documents: Number
-    bytes: Number  # of the documents' text in UTF-8
+    bytes: Number  # of the documents' text in UTF-8, without prompts
+    # Of all of these tokens, those that the loss counts; None: every one, for there are no prompts.
+    counted_tokens: Number | None = None
     index_sha256: str  # of index.json, which holds the hashes of the shards
+
+    @property
+    def counted_share(self) -> float:
+        """How much of its documents' tokens the loss counts."""
+        n_tokens = self.tokens + self.dropped_tokens
+        return 1.0 if self.counted_tokens is None else self.counted_tokens / max(1, n_tokens)
 
     @property
     def bytes_per_token(self) -> float:
         """Bits per byte are a loss in nats per token / (ln 2 * this)."""
-        return self.bytes / max(1, self.tokens + self.dropped_tokens)
+        n_tokens = self.tokens + self.dropped_tokens
+        return self.bytes / max(1, n_tokens if self.counted_tokens is None else self.counted_tokens)
 
 
 class Manifest(Section):
@@ -71,6 +87,7 @@ class Manifest(Section):
     document_end: Number | None = None
     # How documents were found, and what of the sources they are not; older manifests do not say.
     field: str = "text"
+    prompt_field: str | None = None
     separator: str | None = None
     on_bad_row: Literal["fail", "skip"] = "fail"
     longest_document: Number | None = None  # bytes; longer ones were split, for there are few
@@ -275,6 +292,7 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
         raise ConfigError(
             f"{what} is damaged or of other data (its SHA-256 is not the one in {MANIFEST}); {AGAIN}"
         )
+    expected = shard_columns(manifest.dtype, manifest.seq_len, has_prompts=manifest.prompt_field is not None)
     try:
         shards: list[dict[str, Any]] = content["shards"]
         for info in shards:
@@ -288,7 +306,7 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
                     raise TypeError("a hash or a size is none")
             columns = (info["format"], info["column_names"], info["column_encodings"])
             # Of Streaming's encodings some, such as pkl, run code when they are read.
-            if columns != ("mds", ["tokens"], [f"ndarray:{manifest.dtype}:{manifest.seq_len}"]):
+            if columns != ("mds", list(expected), list(expected.values())):
                 raise ConfigError(f"{what} holds {show(columns)}, not tokens of this manifest; {AGAIN}")
             if not isinstance(info["samples"], int) or info["samples"] < 0:
                 raise TypeError("a number of samples is none")

@@ -41,6 +41,7 @@ def prepare(
     val_fraction: float = 0.02,
     seed: int = 0,
     field: str = "text",
+    prompt_field: str | None = None,
     separator: str | None = None,
     on_bad_row: str = "fail",
     bar: Bar = _no_bar,
@@ -49,8 +50,8 @@ def prepare(
 
     The folder appears at its name complete or not at all.  If it is there already and was made from the same
     inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `tokenizer_dir` is
-    one of `lowbit tokenizer train`, or a Hugging Face model's folder.  `field`, `separator` and `on_bad_row`
-    say how documents are found in the inputs: see `documents.Reading`.
+    one of `lowbit tokenizer train`, or a Hugging Face model's folder.  `field`, `prompt_field`,
+    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.
     """
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"--seq-len ({seq_len}) must be from 2 to {1 << 20:,}; write 256, for example")
@@ -73,7 +74,8 @@ def prepare(
             "separate documents; write a bos_token or an eos_token into its tokenizer_config.json"
         )
     tally = documents.Tally()
-    ranges = documents.parts(inputs, documents.Reading(field, separator, on_bad_row), tally)
+    reading = documents.Reading(field, separator, on_bad_row, prompt_field=prompt_field)
+    ranges = documents.parts(inputs, reading, tally)
     recipe = {
         "format": FORMAT,
         "seq_len": seq_len,
@@ -81,6 +83,7 @@ def prepare(
         "tokenizer_sha256": tokenizer.sha256,
         "sources": [str(source) for source in inputs],
         "field": field,
+        "prompt_field": prompt_field,
         "separator": separator,
         "on_bad_row": on_bad_row,
         "sources_sha256": hashlib.sha256(json.dumps([part[:6] for part in ranges]).encode()).hexdigest(),
@@ -95,7 +98,8 @@ def prepare(
     needed = None
     with atomic_folder(out, needs=lambda: needed) as draft:
         _copy_tokenizer(tokenizer, draft / "tokenizer")
-        writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
+        has_prompts = prompt_field is not None
+        writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction, has_prompts=has_prompts)
         n_bytes, n_read = sum(part.size for part in ranges), 0
         with bar(n_bytes) as advance:
             for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
@@ -116,6 +120,8 @@ def prepare(
             "longest_document": longest,
             **tally.counts(),
         }
+        if not has_prompts:  # then the folder is, byte for byte, what it was before there were prompts
+            del manifest["prompt_field"]
         _write_manifest(manifest, draft)
     return manifest
 
@@ -133,8 +139,10 @@ def _longest_document(
     sizes: dict[bytes, int] = {}  # of different documents
     n_documents = n_bytes = 0
     of_split, tally = [0, 0], documents.Tally()
-    for document in filter(None, documents.read(ranges, tally)):
-        data = document.encode()
+    for document in documents.read_prompted(ranges, tally):
+        if not document.response:
+            continue
+        data = document.text.encode()
         n_documents, n_bytes = n_documents + 1, n_bytes + len(data)
         if (place := tokenizing.place_of(data, seed)) not in sizes:
             sizes[place] = len(data)

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from lowbit_dist.documents import stream, text
-from lowbit_dist.documents.part import LONGEST, BadRow, FileRange, Reading, Tally, text_of
+from lowbit_dist.documents.part import (
+    LONGEST,
+    BadRow,
+    Document,
+    FileRange,
+    Reading,
+    Tally,
+    document_of_json,
+)
 from lowbit_dist.errors import ConfigError
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -42,11 +50,11 @@ def _begins_as_lines(path: str) -> bool:
     return False
 
 
-def line_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def line_documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     for k, line in enumerate(stream.lines(part)):
         if line.strip():
             try:
-                document = text_of(_parsed(line), part.reading.field)
+                document = document_of_json(_parsed(line), part.reading)
             except ValueError as error:
                 tally.bad_row(part.reading, BadRow(part.path, "line", k + 1, str(error), part.start))
             else:
@@ -65,10 +73,10 @@ def _parsed(line: bytes) -> Any:
         raise ValueError("is JSON nested too deeply; repair it") from None
 
 
-def value_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def value_documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     for k, value in enumerate(_values(part.path)):
         try:
-            document = text_of(value, part.reading.field)
+            document = document_of_json(value, part.reading)
         except ValueError as error:
             tally.bad_row(part.reading, BadRow(part.path, "item", k + 1, str(error)))
         else:

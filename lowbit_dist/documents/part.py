@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,18 @@ LONGEST = 1 << 28  # bytes of one document, line, cell or JSON value: what a pro
 BAD_ROWS = ("fail", "skip")
 
 
+class Document(NamedTuple):
+    """A text, or a prompt and the response to it."""
+
+    response: str  # what is learned: all of a text
+    prompt: str | None = None  # what stands before it and is given
+
+    @property
+    def text(self) -> str:
+        """Both, with nothing between them."""
+        return (self.prompt or "") + self.response
+
+
 class Reading(NamedTuple):
     """How documents are found in what is read."""
 
@@ -21,6 +33,16 @@ class Reading(NamedTuple):
     separator: str | None = None  # stands between the documents of a text file
     on_bad_row: str = "fail"  # one of BAD_ROWS: what is done with a row that holds no text
     longest: int | None = None  # bytes; a longer document is split
+    prompt_field: str | None = None  # the prompt's name in JSON, Parquet and tables, if there is one
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of what a document is made of, in its order."""
+        return [*filter(None, [self.prompt_field]), self.field]
+
+    def option(self, name: str) -> str:
+        """What names a field."""
+        return "--field" if name == self.field else "--prompt-field"
 
 
 class FileRange(NamedTuple):
@@ -111,22 +133,31 @@ class Tally:
             raise ConfigError(f"{error} ({skipped})") from None
 
 
-def text_of(row: Any, name: str) -> str:
-    """The text of a JSON value: a string, or the field `name` of an object; ValueError says what it has."""
-    if isinstance(row, str):
-        return checked_text(row, name)
+def document_of_json(row: Any, reading: Reading) -> Document:
+    """The document of a JSON value: a string, or fields of an object; ValueError says what it has."""
+    if isinstance(row, str) and reading.prompt_field is None:
+        return document_of([row], reading)
     if not isinstance(row, dict):
-        raise ValueError(f'is not a JSON object but {_kind(row)}; write {{"{name}": "..."}}')
-    return checked_text(row.get(name), name, row)
+        fields = ", ".join(f'"{name}": "..."' for name in reading.fields)
+        raise ValueError(f"is not a JSON object but {_kind(row)}; write {{{fields}}}")
+    return document_of([row.get(name) for name in reading.fields], reading, row)
 
 
-def checked_text(text: Any, name: str, row: dict[str, Any] | None = None) -> str:
-    """`text`, which is the field `name` of `row`; ValueError unless it is text that UTF-8 has."""
+def document_of(values: Iterable[Any], reading: Reading, row: dict[str, Any] | None = None) -> Document:
+    """The document of a row's values of `reading.fields`; ValueError unless all are text that UTF-8 has."""
+    *prompt, response = (
+        _checked_text(value, name, row, reading.option(name))
+        for name, value in zip(reading.fields, values, strict=True)
+    )
+    return Document(response, *prompt)
+
+
+def _checked_text(text: Any, name: str, row: dict[str, Any] | None, option: str) -> str:
     if not isinstance(text, str):
         instead = [] if row is not None and name not in row else [f"it is {_kind(text)}"]
         instead += [] if row is None else [f"its fields are {listed(row)}"]
         raise ValueError(
-            f"has no text in a field '{name}' ({', '.join(instead)}); write --field NAME, rename the field"
+            f"has no text in a field '{name}' ({', '.join(instead)}); write {option} NAME, rename the field"
         )
     try:
         text.encode()
@@ -137,12 +168,16 @@ def checked_text(text: Any, name: str, row: dict[str, Any] | None = None) -> str
     return text
 
 
-def column_of(names: Sequence[str], part: str, name: str) -> int:
-    """The place of the column `name`; ConfigError names the columns that `part` has instead."""
-    if list(names).count(name) != 1:
-        has = f"{list(names).count(name)} columns" if name in names else "no column"
-        raise ConfigError(f"{part} has {has} '{name}'; its columns are {listed(names)}; write --field NAME")
-    return list(names).index(name)
+def columns_of(names: Sequence[str], part: str, reading: Reading) -> list[int]:
+    """The places of the columns `reading.fields`; ConfigError names the columns that `part` has instead."""
+    for name in reading.fields:
+        if list(names).count(name) != 1:
+            has = f"{list(names).count(name)} columns" if name in names else "no column"
+            raise ConfigError(
+                f"{part} has {has} '{name}'; its columns are {listed(names)}; "
+                f"write {reading.option(name)} NAME"
+            )
+    return [list(names).index(name) for name in reading.fields]
 
 
 def listed(names: Any) -> str:
@@ -153,5 +188,8 @@ def listed(names: Any) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    names = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number",
+        float: "a number",
+    }  # fmt: skip
     return names.get(type(value), type(value).__name__)
