@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowbit_dist.cli.ui import where
 from lowbit_dist.errors import in_bytes
 
 NARROW = (0, 1, 0, 0)  # padding of tables with many columns: two cells between two of them
@@ -128,8 +129,7 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
         "skipped steps": result.get("skipped_steps"),
         "digest": result.get("digest"),
         "checkpoint": result.get("checkpoint"),
-        "MLflow": mlflow
-        and f"run {result.get('mlflow_run_id')}; see: mlflow ui --backend-store-uri {mlflow}",
+        "MLflow": mlflow and where(result.get("mlflow_run_id"), mlflow),
     }
     pairs(console, rows)
     if memory.get("components"):
