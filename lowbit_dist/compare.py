@@ -1,4 +1,4 @@
-"""Runs side by side: mean and spread over seeds, as a table and as two pictures.
+"""Runs side by side: mean and spread over seeds, as a table and as pictures.
 
 Runs that differ in nothing but their seed and their name are one group.  A mean is over finished runs only;
 those that are not finished are counted and named beside it.  Everything is read from the runs' folders.

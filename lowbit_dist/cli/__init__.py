@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, watching
+from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, ui, watching
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
@@ -34,8 +34,8 @@ from lowbit_dist.config import ConfigError, RunConfig
 
 # In the order of the work, which is that of the help.
 VERBS = (
-    "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "eval", "generate", "inspect",
-    "sweep", "submit", "status", "logs", "stop", "bench", "config",
+    "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "ui", "eval", "generate",
+    "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
 )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ app.command()(comparing.sweep)
 app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
+app.command()(ui.ui)
 app.command()(reference.config)
 bench_app.command("update")(benches.update)
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowbit_dist.cli.ui import where
 from lowbit_dist.errors import in_bytes
 
 NARROW = (0, 1, 0, 0)  # padding of tables with many columns: two cells between two of them
@@ -131,8 +132,7 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
         "skipped steps": result.get("skipped_steps"),
         "digest": result.get("digest"),
         "checkpoint": result.get("checkpoint"),
-        "MLflow": mlflow
-        and f"run {result.get('mlflow_run_id')}; see: mlflow ui --backend-store-uri {mlflow}",
+        "MLflow": mlflow and where(result.get("mlflow_run_id"), mlflow),
     }
     pairs(console, rows)
     if memory.get("components"):
