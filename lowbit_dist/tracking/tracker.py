@@ -9,7 +9,7 @@ from lowbit_dist import charts
 from lowbit_dist.config import RunConfig
 from lowbit_dist.record import LAYERS, METRICS
 from lowbit_dist.tracking import stores
-from lowbit_dist.tracking.event_files import EventFiles
+from lowbit_dist.tracking.event_file import EventFile
 from lowbit_dist.tracking.identity import place_of
 from lowbit_dist.tracking.mlflow_run import MlflowRun
 from lowbit_dist.tracking.wandb_run import WandbRun
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def check(config: RunConfig) -> None:
     """ConfigError unless each service that `tracking` names can be fed; quick, and asks no server."""
     stores.check(config)
-    for kind in (WandbRun, EventFiles):
+    for kind in (WandbRun, EventFile):
         if getattr(config.tracking, kind.package):
             kind.check(config)
 
@@ -36,7 +36,7 @@ class Tracker:
             (config.run_dir / COMPLETE).unlink(missing_ok=True)
         self.mlflow = MlflowRun(config, say) if config.tracking.mlflow else None
         self.others = [
-            kind(config, say) for kind in (WandbRun, EventFiles) if getattr(config.tracking, kind.package)
+            kind(config, say) for kind in (WandbRun, EventFile) if getattr(config.tracking, kind.package)
         ]
 
     def finish(self, status: str, summary: Mapping[str, Any] | None = None) -> None:
@@ -47,9 +47,10 @@ class Tracker:
         folder = self.config.run_dir
         pictures = charts.of_run(folder, self.config.run.name, summary)
         files = [folder / name for name in ("config.yaml", LAYERS) if (folder / name).exists()] + pictures
-        behind = [each.shown for each in self.others if not each.finish(status, summary or {})]
+        behind = []
         if self.mlflow is not None and not self.mlflow.finish(status, files, summary or {}):
             behind.append(self.mlflow.shown)
+        behind += [other.shown for other in self.others if not other.finish(status, summary or {})]
         for service in behind:
             log.warning(
                 "%s did not get all of the run; when the run is started again, it gets the rest of %s",

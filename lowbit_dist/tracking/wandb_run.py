@@ -54,8 +54,8 @@ class WandbRun(RowFeeder):
             raise ConfigError(f"tracking.wandb ({project}): {error}; mend the key, or write null") from None
         if not is_known:
             raise ConfigError(
-                f"tracking.wandb ({project}) needs a key of W&B: run `wandb login` once, or set WANDB_API_KEY, "
-                "or WANDB_MODE=offline"
+                f"tracking.wandb ({project}) needs a key: run `wandb login` once, or set WANDB_API_KEY, or "
+                "WANDB_MODE=offline"
             )
 
     def _open(self) -> int:
@@ -75,6 +75,7 @@ class WandbRun(RowFeeder):
                 reinit="create_new",  # beside a run that the calling program may have
                 allow_val_change=True,
                 finish_timeout=FLUSH_SECONDS,
+                finish_timeout_raises=True,
             ),
         )
         place = self._run.url if is_online else f"offline; wandb sync {Path(self._run.dir).parent}"
