@@ -234,7 +234,7 @@ def test_no_password_reaches_wandb(offline, tmp_path, monkeypatch):
 
 
 def test_without_a_key_wandb_is_refused_before_the_start_and_never_asks(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     alone(monkeypatch, tmp_path)
     with pytest.raises(ConfigError) as refused:
@@ -243,7 +243,9 @@ def test_without_a_key_wandb_is_refused_before_the_start_and_never_asks(tmp_path
         "tracking.wandb (team/project) needs a key: run `wandb login` once, or set WANDB_API_KEY, or "
         "WANDB_MODE=offline"
     )
+    monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'a' * 40}\n")
+    wandb.teardown()
     tracking.check(made(WANDB, tmp_path))
 
 

@@ -23,9 +23,8 @@ class EventFile(RowFeeder):
         self._file = self.config.run_dir / EVENTS
         self._file.touch()
         self._size, newest = 0, -1
-        for event in RawEventFileLoader(
-            str(self._file)
-        ).Load():  # one that a kill or a full disk tore is none
+        events = RawEventFileLoader(str(self._file)).Load()  # without one that a kill or a full disk tore
+        for event in events:
             newest = Event.FromString(event).step if self._size else -1  # the first only says which version
             self._size += FRAME + len(event)
         self.say(f"TensorBoard: tensorboard --logdir {self.config.run.dir}")

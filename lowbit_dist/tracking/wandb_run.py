@@ -84,7 +84,7 @@ class WandbRun(RowFeeder):
 
     def _log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            self._run.log(content.numbers(row), step=row["step"])
+            self._run.log(content.numbers(row) | {"_timestamp": row["time"]}, step=row["step"])
 
     def _end(self, status: str, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(content.conclusion(summary))
