@@ -102,10 +102,12 @@ _ANSWERS = {
     "resume resume_from resume_from_checkpoint resume_training load_checkpoint ckpt_path auto_resume": (
         "leave it out: a run resumes from its newest checkpoint when it has the same run.name"
     ),
-    "wandb use_wandb wandb_log tensorboard report_to logger loggers log_to comet": (
-        "write tracking.mlflow; other tools read metrics.jsonl in the run's folder"
+    "use_wandb wandb_log wandb_project wandb_entity": "write tracking.wandb, the name of a project",
+    "use_tensorboard sync_tensorboard": "write tracking.tensorboard: true",
+    "report_to logger loggers log_to comet": (
+        "write tracking.mlflow, tracking.wandb or tracking.tensorboard; others read the run's metrics.jsonl"
     ),
-    "wandb_project project project_name experiment_name": "write tracking.experiment",
+    "project project_name experiment_name": "write tracking.experiment",
     "tracking_uri mlflow_tracking_uri mlflow_uri": "write tracking.mlflow",
     # the model
     "model_name model_name_or_path model_path base_model pretrained_model pretrained_model_name_or_path "

@@ -865,7 +865,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
 FROM_ELSEWHERE = {
     "epochs": "train.steps", "max_steps": "train.steps", "batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.batch_tokens", "learning_rate": "optimizer.lr",
-    "device": "cluster.gpus_per_worker", "num_workers": "cluster.workers", "wandb": "tracking.mlflow",
+    "device": "cluster.gpus_per_worker", "num_workers": "cluster.workers", "wandb": "tracking.wandb",
     "bf16": "precision", "warmup": "schedule.warmup_steps", "max_grad_norm": "train.clip_norm",
     "output_dir": "run.dir", "dataset": "data.path", "model_name_or_path": "model.pretrained",
     "num_hidden_layers": "model.layers", "bits": "method.grid", "save_steps": "train.save_every",

@@ -105,7 +105,7 @@ def test_a_description_that_somebody_wrote_stays(config, store):
     made = config("noted")
     first = finished(made, store)
     client(store).set_tag(first.info.run_id, "mlflow.note.content", "the one with the good data")
-    (made.run_dir / ".mlflow_complete").unlink()
+    (made.run_dir / ".tracked").unlink()
     again = finished(made, store)
     assert again.info.run_id == first.info.run_id
     assert again.data.tags["mlflow.note.content"] == "the one with the good data"
