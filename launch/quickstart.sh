@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to text written by a ternary model: a tokenizer and data from Python's own standard library, two
-# DeepSpeed workers under Ray, a sample.  Some ten minutes on two cores, after the installation.
+# DeepSpeed workers under Ray, a sample.  About five minutes on two cores, after the installation.
 source "$(dirname "$0")/setup.sh"
 
 if [ ! -f data/stdlib/manifest.json ]; then

@@ -49,7 +49,7 @@ def of_run(folder: Path, name: str, summary: Mapping[str, Any] | None) -> list[P
     """
     drawings: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
         "loss.png": (lambda: _with("loss", folder), partial(loss_curve, title=name)),
-        "flips.png": (lambda: rows_of(folder / LAYERS), layer_heat),
+        "flips.png": (lambda: _with_flips(folder), layer_heat),
         "memory.png": (lambda: summary and bytes_per_parameter(summary["memory"]), memory_bars),
     }
     drawn = []
@@ -68,6 +68,12 @@ def of_run(folder: Path, name: str, summary: Mapping[str, Any] | None) -> list[P
 def _with(key: str, folder: Path) -> list[dict[str, Any]]:
     rows = rows_of(folder / METRICS)
     return rows if any(key in row for row in rows) else []
+
+
+def _with_flips(folder: Path) -> list[dict[str, Any]]:
+    """None of a method without levels."""
+    rows = rows_of(folder / LAYERS)
+    return [row for row in rows if any("flip_rate" in layer for layer in row["layers"].values())]
 
 
 def loss_curve(rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str = "Loss") -> Path:
@@ -220,7 +226,6 @@ def loss_against_bytes(
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
     """Draw a number of every layer over a run, a strip for each; rows are those of `layers.jsonl`."""
-    rows = [row for row in rows if any(metric in layer for layer in row["layers"].values())]
     names = list(
         dict.fromkeys(name for row in rows for name in row["layers"] if metric in row["layers"][name])
     )
@@ -310,7 +315,11 @@ def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:
     The run is the first; each is named with its states.  A baseline that is another one is left out.
     """
     reports = [("this run", memory), *((words, memory.get(key)) for key, words in BASELINES.items())]
-    return {_with_states(words, one): of_report(one) for words, one in reports if one is not None}
+    bars: dict[str, dict[str, float]] = {}
+    for words, one in reports:
+        if one is not None:
+            bars.setdefault(_with_states(words, one), of_report(one))
+    return bars
 
 
 def _with_states(words: str, report: Mapping[str, Any]) -> str:

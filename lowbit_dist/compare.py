@@ -1,4 +1,4 @@
-"""Runs side by side: mean and spread over seeds, as a table and as two pictures.
+"""Runs side by side: mean and spread over seeds, as a table and as pictures.
 
 Runs that differ in nothing but their seed and their name are one group.  A mean is over finished runs only;
 those that are not finished are counted and named beside it.  Everything is read from the runs' folders.
@@ -25,7 +25,9 @@ MEASURES = {
     "flip_rate": ("flip rate", ".3%"),
 }
 # What does not tell two groups apart: the seed, and where a run keeps its files and sends its numbers.
-ASIDE = ("run.", "tracking.", "data.cache", "train.keep_")
+ASIDE = ("run.name", "run.seed", "run.dir", "tracking.", "data.tokenizer", "data.cache", "train.keep_")
+# A field that says where something lies -> what the run has kept of its content, wherever that is.
+CONTENTS = {"data.path": "data", "model.pretrained": "pretrained"}
 
 
 def compare(members: Sequence[RunFolder]) -> dict[str, Any]:
@@ -39,7 +41,10 @@ def compare(members: Sequence[RunFolder]) -> dict[str, Any]:
 
 
 def _kind(run: RunFolder) -> str:
-    return repr({name: value for name, value in run.config.flat().items() if not name.startswith(ASIDE)})
+    made_from = run.made_from
+    contents = {field: kept for field, name in CONTENTS.items() if (kept := made_from.get(name))}
+    fields = run.config.flat() | contents
+    return repr({name: value for name, value in fields.items() if not name.startswith(ASIDE)})
 
 
 def _rank(group: Mapping[str, Any]) -> float:

@@ -25,34 +25,55 @@ if TYPE_CHECKING:
     from lowbit_dist.zero import Engine
 
 T = TypeVar("T")
+Labelled = list[tuple[Tensor, Tensor]]  # tokens, and labels of them, each [samples, seq_len] int64
 
 
 def evaluate(
-    trained: Trained, path: str, *, forward: str | None = None, n_samples: int | None = None
+    trained: Trained,
+    path: str,
+    *,
+    forward: str | None = None,
+    n_samples: int | None = None,
+    reading: documents.Reading | None = None,
+    tally: documents.Tally | None = None,
 ) -> dict[str, Any]:
     """Mean loss of `trained` on a prepared folder's validation split, or on a text file or folder.
 
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first.
+    weights are rounded first.  `reading` says how documents are found in text; `tally` counts what of it is
+    not read.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
+        if reading not in (None, documents.Reading()):
+            raise ConfigError(
+                f"--data ({path}) is prepared data, and --field, --separator and --on-bad-row are for text; "
+                "leave them out"
+            )
         samples, bytes_per_token = _prepared(trained, path, n_samples)
     else:
-        samples, bytes_per_token = _text(trained, path, n_samples)
-    batches = [batch for part in samples for batch in part.split(trained.samples.micro_batch)]
+        tally = documents.Tally() if tally is None else tally
+        with tally.naming_skipped():
+            samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
+    size = trained.samples.micro_batch
+    batches = [
+        batch
+        for tokens, labels in samples
+        for batch in zip(tokens.split(size), labels.split(size), strict=True)
+    ]
+    trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
     network = trained.network(forward=None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
     nats = 0.0
     with torch.inference_mode():
         for batch in batches:
-            tokens = batch.to(device)
-            loss = network(input_ids=tokens, labels=tokens, **_mask(trained, tokens)).loss
-            nats += n_predicted(batch) * loss.double().item()
-    mean = nats / sum(map(n_predicted, batches))
+            tokens, labels = (part.to(device) for part in batch)
+            loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
+            nats += n_predicted(labels) * loss.double().item()
+    mean = nats / sum(n_predicted(labels) for _, labels in batches)
     own = trained.method.forward_grid
     return {
         "checkpoint": str(trained.path),
@@ -61,8 +82,8 @@ def evaluate(
         "forward": forward or (trained.method.name if own is None else own.name),
         "loss": mean,
         **quality(mean, bytes_per_token),
-        "samples": sum(map(len, batches)),
-        "tokens": sum(batch.numel() for batch in batches),
+        "samples": sum(len(labels) for _, labels in batches),
+        "tokens": sum(int((labels != data.IGNORED).sum()) for _, labels in batches),
     }
 
 
@@ -73,26 +94,34 @@ def validation_loss(
     *,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean negative log-likelihood (nats per token) of the first `train.eval_samples` samples of the val
-    split, while a model trains; on every worker at once.
+    """Mean negative log-likelihood (nats per token that counts) of the first `train.eval_samples` samples of
+    the val split, while a model trains; on every worker at once.
     """
     batches = data.Batches(config.data, "val", config.run.seed)
-    n, size = min(config.train.eval_samples, manifest.splits["val"].samples), config.train.micro_batch
+    n, size = n_validation_samples(config, manifest), config.train.micro_batch
     starts = range(0, n, size)
-    # Of each batch the sum over its samples, which are equally long; the last one may have fewer.
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
+    # Of each batch the sum over its tokens that count, and their number: the last one may have fewer samples.
+    sums = torch.zeros((2, len(starts)), dtype=torch.float64, device=engine.device)
     for first in range(0, len(starts), engine.world):
         # Every worker takes part in every gather; one that has no batch left repeats one and drops the
         # result.
         mine = first + engine.rank
         start = starts[min(mine, len(starts) - 1)]
-        tokens = batches.micro_batch(start, min(size, n - start))
-        loss = engine.forward(tokens.to(engine.device))
+        place = start, min(size, n - start)
+        tokens, labels = batches.micro_batch(*place), batches.labels(*place)
+        loss = engine.forward(tokens.to(engine.device), labels)
         if mine < len(starts):
-            losses[mine] = loss.double() * len(tokens)
+            number = n_predicted(tokens if labels is None else labels)
+            sums[0, mine], sums[1, mine] = loss.double() * number, number
         heartbeat()
-    dist.all_reduce(losses)
-    return losses.sum().item() / n
+    dist.all_reduce(sums)
+    nats, number = sums.sum(dim=1).tolist()
+    return nats / number
+
+
+def n_validation_samples(config: RunConfig, manifest: data.Manifest) -> int:
+    """How many samples the validation loss of a run is the mean of: all of the split, or the first."""
+    return min(config.train.eval_samples, manifest.splits["val"].samples)
 
 
 def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
@@ -103,9 +132,9 @@ def quality(loss: float, bytes_per_token: float) -> dict[str, float]:
     }
 
 
-def n_predicted(tokens: Tensor) -> int:  # [samples, seq_len]
+def n_predicted(labels: Tensor) -> int:  # [samples, seq_len]
     """How many tokens a loss is the mean of: the first of a sample is predicted from nothing."""
-    return len(tokens) * (tokens.shape[1] - 1)
+    return int((labels[:, 1:] != data.IGNORED).sum())
 
 
 def _mask(trained: Trained, tokens: Tensor) -> dict[str, Tensor]:
@@ -115,9 +144,8 @@ def _mask(trained: Trained, tokens: Tensor) -> dict[str, Tensor]:
     return attention.within_documents(tokens, marks(trained.tokenizer), DTYPES[trained.precision])
 
 
-def _prepared(
-    trained: Trained, path: str, n_samples: int | None
-) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
+def _prepared(trained: Trained, path: str, n_samples: int | None) -> tuple[Labelled, float]:
+    """Samples, and bytes per token that counts."""
     manifest = _of_data(lambda: data.read_manifest(path))
     if manifest.tokenizer_sha256 != trained.tokenizer.sha256:
         raise ConfigError(
@@ -126,12 +154,14 @@ def _prepared(
         )
     _check_length(trained, path, manifest.seq_len)
 
-    def read() -> Tensor:
+    def read() -> tuple[Tensor, Tensor]:
         if not is_remote(path):
             check_files(Path(path), "val", manifest)
         source = Data(path=path, seq_len=manifest.seq_len, cache=trained.samples.cache)
         batches = data.Batches(source, "val", seed=0)  # the order of the validation split needs none
-        return batches.micro_batch(0, min(n_samples or trained.samples.number, batches.n_samples))
+        place = 0, min(n_samples or trained.samples.number, batches.n_samples)
+        tokens, labels = batches.micro_batch(*place), batches.labels(*place)
+        return tokens, tokens if labels is None else labels
 
     return [_of_data(read)], manifest.splits["val"].bytes_per_token
 
@@ -153,35 +183,31 @@ def _of_data(read: Callable[[], T]) -> T:
         raise ConfigError(str(error).replace("data.path", "--data")) from None
 
 
-def _text(
-    trained: Trained, path: str, n_samples: int | None
-) -> tuple[list[Tensor], float]:  # of [samples, seq_len] int64, bytes per token
+def _text(trained: Trained, path: str, texts: Iterator[str], n_samples: int | None) -> tuple[Labelled, float]:
     """Documents between the tokenizer's marks, in one row, cut; what is left at the end is a short sample."""
     tokenizer = trained.tokenizer
-    around = marks(tokenizer).around
+    around, length = marks(tokenizer).around, trained.samples.seq_len
     ids: list[int] = []
     n_bytes = 0
-    for text in filter(None, _documents(path)):
+    for text in filter(None, texts):
         ids += around(tokenizer.encode(text))
         n_bytes += len(text.encode())
+        if n_samples is not None and len(ids) >= n_samples * length:
+            break
     if len(ids) < 2:  # the first token is predicted from nothing
         raise ConfigError(f"--data ({path}) holds no text; write the path of a file that does")
     bytes_per_token = n_bytes / len(ids)
-    length = trained.samples.seq_len
     if n_samples is not None:
         ids = ids[: n_samples * length]
     n, rest = divmod(len(ids), length)
     whole, last = torch.tensor(ids).split([n * length, rest])
     # A last token alone is predicted from nothing.
     samples = [whole.view(n, length), *([last.view(1, rest)] if rest > 1 else [])]
-    return [part for part in samples if len(part)], bytes_per_token
+    return [(part, part) for part in samples if len(part)], bytes_per_token
 
 
-def _documents(path: str) -> Iterator[str]:
+def _texts(path: str, reading: documents.Reading | None, tally: documents.Tally) -> Iterator[str]:
     try:
-        yield from documents.read(documents.parts([path]))
+        yield from documents.read(documents.parts([path], reading, tally), tally)
     except ConfigError as error:
-        message = str(error).replace("--input", "--data")
-        for option in ("write --field NAME, ", ", or leave such rows out with --on-bad-row skip"):
-            message = message.replace(option, "")
-        raise ConfigError(message.replace("write --field NAME", "rename the one that holds text")) from None
+        raise ConfigError(str(error).replace("--input", "--data")) from None

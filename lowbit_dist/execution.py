@@ -97,3 +97,12 @@ class Tracking(Section):
         "sqlite:///mlflow.db", "The tracking URI of MLflow; null writes the files of the run's folder alone."
     )
     experiment: Text = setting("lowbit", "The name of the experiment in MLflow.")
+    wandb: Text | None = setting(
+        None,
+        "The project of Weights & Biases that the run is shown in, as PROJECT or ENTITY/PROJECT; needs "
+        "lowbit-dist[wandb].",
+    )
+    tensorboard: bool = setting(
+        False,
+        "Whether the run's folder gets TensorBoard's event files; needs lowbit-dist[tensorboard].",
+    )

@@ -16,8 +16,6 @@ from lowbit_dist.pretrained import vocabulary
 if TYPE_CHECKING:
     from lowbit_dist.trained import TextTokenizer, Trained
 
-CONTEXT = 5  # tokens before a new one that are decoded with it: what a piece means may depend on them
-
 
 def generate(
     trained: Trained,
@@ -50,6 +48,8 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are none
         raise ConfigError(f"--prompt ({prompt!r}) must be text in UTF-8; write it so") from None
+    from transformers import GenerationConfig
+
     tokenizer = trained.tokenizer
     ids = tokenizer.encode(prompt)
     if tokenizer.bos_id is not None:
@@ -58,6 +58,7 @@ def generate(
         raise ConfigError(
             "--prompt () has no tokens, and this model has none that begins a text; write some text"
         )
+    trained.check_tokens(ids, "--prompt")
     longest = trained.max_positions
     if longest is not None and len(ids) + max_new_tokens > longest:
         room = longest - len(ids)
@@ -67,6 +68,7 @@ def generate(
             f"model's max_seq_len {longest}; write {fewer}a shorter text"
         )
     network: Any = trained.network()
+    network.generation_config = GenerationConfig()  # a model's configuration may have, say, penalties
     device = next(network.parameters()).device
     torch.manual_seed(seed)
     chance = (
@@ -114,8 +116,9 @@ class _Streamed:
         self.ids = list(ids)
         self.text = ""
         self._begun = False
-        # Of `ids`: from where on they are decoded, and up to where their text has been given.
-        self._first, self._given = max(0, len(ids) - CONTEXT), len(ids)
+        # Of `ids`: from where on they are decoded, for what a piece means may depend on those before, and up
+        # to where their text has been given.  Both lie between two characters.
+        self._first, self._given = 0, len(ids)
 
     def put(self, tokens: Tensor) -> None:
         if not self._begun:
@@ -133,8 +136,11 @@ class _Streamed:
             self._give(rest)
 
     def _new(self) -> str:
-        given = self.tokenizer.decode(self.ids[self._first : self._given])
-        return self.tokenizer.decode(self.ids[self._first :])[len(given) :]
+        given, text = (self.tokenizer.decode(self.ids[self._first : end]) for end in (self._given, None))
+        if text.startswith(given):
+            return text[len(given) :]
+        # Half a character may spoil the whole ones before it, where all are spelled in bytes.
+        return self.tokenizer.decode(self.ids[self._given :])
 
     def _give(self, text: str) -> None:
         self._first, self._given = self._given, len(self.ids)

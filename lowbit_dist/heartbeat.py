@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from lowbit_dist import machine
+
 FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
 STARTS = "starts.jsonl"  # in a run's folder: a line for each start
 EVERY = 1.0  # seconds between writes
@@ -155,7 +157,7 @@ class Heartbeat:
         content = {
             **self._fixed, "start": self._start, "phase": self._phase, "step": self._step,
             "beats": self._beats, "step_seconds": seconds, "time": time.time(),
-            "memory": self._memory,
+            "memory": self._memory, "machine": machine.load(),
         }  # fmt: skip
         text = json.dumps(content).encode().ljust(FILE_BYTES - 1) + b"\n"
         with contextlib.suppress(OSError):

@@ -44,6 +44,7 @@ class FastTokenizer:
             ) from None
         self.ids: Collection[int] = frozenset(self._fast.get_vocab().values())
         self.vocab_size: int = max(self.ids, default=-1) + 1  # there may be holes
+        self.n_pieces: int = self._fast.vocab_size
         bos, eos = self._fast.bos_token_id, self._fast.eos_token_id
         self.bos_id: int | None = bos_id if bos is None and "bos_token" not in config else bos
         self.eos_id: int | None = eos_id if eos is None and "eos_token" not in config else eos

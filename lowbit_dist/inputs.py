@@ -6,18 +6,23 @@ worker, whose machine may see other files.
 """
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from lowbit_dist import data, files, model, pretrained
+from lowbit_dist import data, files, model, pretrained, runs
 from lowbit_dist.checkpoint import Checkpoint, Kept, newest, resolve
 from lowbit_dist.config import RunConfig
-from lowbit_dist.errors import ConfigError
+from lowbit_dist.errors import ConfigError, plain
 from lowbit_dist.section import Section
 
-FILE = "inputs.json"
+# Of a Hugging Face configuration: where it came from, and what the forward pass does not read.
+UNREAD = re.compile(
+    "_.*|.*_token_id|.*version|architectures|.*dtype|initializer_range|max_position_embeddings"
+)
 # What is known by its content -> the field that says where it lies, and the words for another one.
 FIELDS = {
     "tokenizer": ("data.path", "was prepared with another tokenizer"),
@@ -90,7 +95,10 @@ def check_parent(config: RunConfig, manifest: data.Manifest) -> None:
         parts[name] = Kept(list(shape))
         if stored is not None and name in low_bit:
             parts[name] = Kept(list(shape), stored.name, model.scale_every(config.method, shape))
-    opened.check_holds(parts, "write another run.from, or its model and method")
+    instead = "write another run.from, or its model and method"
+    opened.check_holds(parts, instead)
+    if differences := _not_in_shapes(opened, config, manifest.vocab_size):
+        raise ConfigError(f"{named} is another model ({', '.join(differences[:5])}); {instead}")
     theirs, ours = opened.config.optimizer, config.optimizer
     if config.run.with_states and (theirs.name, theirs.states) != (ours.name, ours.states):
         raise ConfigError(
@@ -100,23 +108,38 @@ def check_parent(config: RunConfig, manifest: data.Manifest) -> None:
         )
 
 
+def _not_in_shapes(parent: Checkpoint, config: RunConfig, vocab_size: int) -> list[str]:
+    """What makes other numbers of the same tensors: heads, wavelengths, rounded activations and the like."""
+    there = parent.manifest.get("hf_config")
+    if there is None:
+        there = pretrained.as_mapping(model.hf_config(parent.config.model, vocab_size))
+    here = pretrained.as_mapping(model.hf_config(config.model, vocab_size))
+    return [
+        f"{name}: {plain(there[name])} -> {plain(here[name])}"
+        for name in sorted(there.keys() & here.keys())
+        if there[name] != here[name] and not UNREAD.fullmatch(name)
+    ] + parent.config.differences(config, but=RunConfig.model_fields.keys() - {"method"})
+
+
 def agreed(config: RunConfig) -> data.Manifest:
-    """The data at `data.path`; ConfigError on every worker unless all see the data of the run."""
+    """The data at `data.path`; ConfigError on every worker unless all see what the run is made from."""
     manifest = data.check(config)
     check(config, manifest)
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, manifest.digest)
-    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise ConfigError(
-            f"data.path ({config.data.path}) is other data for worker {others[0]} than for worker 0; copy "
-            "the same to each machine, or write a path that all share"
-        )
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, of(config, manifest).model_dump())
+    for rank, theirs in enumerate(seen):
+        if other := [name for name in FIELDS if theirs[name] != seen[0][name]]:
+            field, otherwise = FIELDS[other[0]]
+            raise ConfigError(
+                f"{field} ({config.flat()[field]}) {otherwise} for worker {rank} than for worker 0; copy the "
+                "same to each machine, or write a path that all share"
+            )
     return manifest
 
 
 def keep(config: RunConfig, manifest: data.Manifest) -> None:
     """Note in the run's folder what it is made from."""
-    files.keep(config.run_dir / FILE, of(config, manifest).model_dump_json() + "\n")
+    files.keep(config.run_dir / runs.INPUTS, of(config, manifest).model_dump_json() + "\n")
 
 
 def _kept(run_dir: Path) -> Inputs | None:
@@ -124,7 +147,7 @@ def _kept(run_dir: Path) -> Inputs | None:
     if (path := newest(run_dir)) is None:
         return None
     try:
-        return Inputs(**json.loads((run_dir / FILE).read_text()))
+        return Inputs(**json.loads((run_dir / runs.INPUTS).read_text()))
     except (OSError, ValueError, TypeError, ValidationError):  # of an earlier version, or damaged
         pass
     try:

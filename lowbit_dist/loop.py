@@ -2,14 +2,14 @@
 
 Micro-batch j of a step goes to worker j mod N; which samples are in it is a function of the seed, the step
 and j. Losses travel as vectors with a place for each micro-batch, so their mean does not depend on who
-computed which.
+computed which.  Where the loss leaves prompts out, micro-batches weigh by their tokens that count.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, resuming, runs, statistics
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
-from lowbit_dist.evaluate import quality, validation_loss
+from lowbit_dist.evaluate import n_predicted, n_validation_samples, quality, validation_loss
 from lowbit_dist.files import keep
 from lowbit_dist.heartbeat import FIRST, Beat, Start, no_heartbeat
 from lowbit_dist.optim import schedule
@@ -109,13 +110,17 @@ class _Worker:
             yield
 
     def passes(self, step: Step, position: Position) -> float:
-        """Forward and backward of this worker's micro-batches; the mean loss of all workers'."""
+        """Forward and backward of this worker's micro-batches; the mean loss of all workers' tokens."""
         engine, size = self.engine, self.config.train.micro_batch
+        mine = range(engine.rank, engine.micro_batches, engine.world)
+        starts = [position.samples + j * size for j in mine]
+        labels = [self.batches.labels(start, size) for start in starts]
+        weights = self._weights(labels)
         # A place for each micro-batch, and one by which worker 0 tells the others to stop.
         losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
-        for j in range(engine.rank, engine.micro_batches, engine.world):
-            tokens = self.batches.micro_batch(position.samples + j * size, size)
-            losses[j] = step.backward(tokens.to(engine.device)).double()
+        for j, start, target, weight in zip(mine, starts, labels, weights, strict=True):
+            tokens = self.batches.micro_batch(start, size)
+            losses[j] = step.backward(tokens.to(engine.device), target, weight).double()
             is_first = position.step == self.start.step
             self.heartbeat("start" if is_first else "step", position.step + 1)
         losses[-1] = float(engine.rank == 0 and self.config.stop_file.exists())
@@ -123,6 +128,17 @@ class _Worker:
         self.stops = bool(losses[-1] > 0)
         self.clock.count(engine.micro_batches * size * self.config.data.seq_len)
         return losses[:-1].mean().item()
+
+    def _weights(self, labels: Sequence[Tensor | None]) -> list[float]:
+        """By what to multiply the mean losses of this worker's micro-batches, so that the mean of all
+        workers' is that of all tokens that count: a micro-batch's share of those, in units of an equal one.
+        """
+        numbers = [n_predicted(part) for part in labels if part is not None]
+        if not numbers:  # every token counts
+            return [1.0] * len(labels)
+        total = torch.tensor(sum(numbers), device=self.engine.device)
+        dist.all_reduce(total)  # of integers: the same for any number of workers
+        return [number * self.engine.micro_batches / max(1, total.item()) for number in numbers]
 
     def roll_back(self, position: Position) -> Position | None:
         """The last checkpoint, from which training goes behind the batches that led to a spike; None without
@@ -239,13 +255,15 @@ class _Worker:
             log.info("stopped at step %d: its checkpoint is saved", position.step)
             return None
         if self.val_loss is None:  # a finished run was started again
-            self.val_loss = validation_loss(engine, config, self.manifest)
+            beat = partial(self.heartbeat, "end", position.step)
+            self.val_loss = validation_loss(engine, config, self.manifest, heartbeat=beat)
         summary: dict[str, Any] = {
             "run": config.run.name,
             "steps": position.step,
             "tokens": position.tokens,
             "train_loss": fmean(position.losses) if position.losses else None,
             **_quality(self.val_loss, self.manifest),
+            "val_samples": n_validation_samples(config, self.manifest),
             "unigram_entropy": self.manifest.unigram_entropy,
             "tokens_per_second": self.clock.mean_rate(),
             "checkpoint": str(self.saver.path(position.step)),

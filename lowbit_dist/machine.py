@@ -1,4 +1,4 @@
-"""What the system gives this process: processors, and the limits of its control groups (cgroups)."""
+"""What the system gives this process, processors and the limits of its control groups (cgroups); its load."""
 
 import math
 import os
@@ -46,6 +46,24 @@ def oom_kills() -> int:
         if "oom_kill" in counts:
             return counts["oom_kill"]
     return _counts(VMSTAT).get("oom_kill", 0)
+
+
+def load() -> dict[str, float]:
+    """How busy the machine is, under MLflow's names, or nothing where the system does not say.
+
+    Of processors it is the time since this thread last asked; the first answer is 0.
+    """
+    import psutil
+
+    try:
+        memory = psutil.virtual_memory()
+        return {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": round(memory.used / 1e6, 1),
+            "system_memory_usage_percentage": round(100 * memory.used / memory.total, 1),
+        }
+    except Exception:  # of the system, or of psutil: a container may hide what it reads
+        return {}
 
 
 def _quotas() -> Iterator[float]:

@@ -35,7 +35,7 @@ def build(config: Model, vocab_size: int, method: Method, dtype: torch.dtype) ->
     """The model on the meta device (buffers are real), its linears replaced by the method's, dtype of
     parameters `dtype`.
 
-    `vocab_size` is the tokenizer's; a pretrained model with a smaller one is refused.
+    `vocab_size` is the tokenizer's; a pretrained model has one of its own.
     """
     model = of_hf_config(hf_config(config, vocab_size), method, dtype, named=_named(config))
     experts.run_all(model)
@@ -52,10 +52,11 @@ def of_hf_config(  # type: ignore[no-untyped-def]
     default = torch.get_default_dtype()
     try:
         with init_empty_weights(include_buffers=False):
+            # PyTorch's fused attention, where the model has it, leaves out the cap on scores that some have.
+            is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
             # In this dtype, so that buffers have the types of transformers' own, which keeps some in float32.
-            # No word on attention: PyTorch's fused one where the model has it.
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=None
+                config, dtype=dtype, attn_implementation="eager" if is_capped else None
             )
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
         if named is None:
@@ -82,14 +83,8 @@ def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  
 
     if config.pretrained is not None:
         loaded = pretrained.configuration(config.pretrained, "model.pretrained")
-        rows = pretrained.vocabulary(loaded)
-        if rows is None:
+        if pretrained.vocabulary(loaded) is None:
             raise ConfigError(f"{_named(config)} is no language model; write the folder of one")
-        if rows < vocab_size:
-            raise ConfigError(
-                f"{_named(config)} has a vocabulary of {rows:,}, "
-                f"the data's tokenizer {vocab_size:,}; prepare the data with the model's own tokenizer"
-            )
         pretrained.without_chance(loaded)
         return loaded
     sizes = config.sizes()
@@ -112,10 +107,11 @@ def hf_config(config: Model, vocab_size: int):  # type: ignore[no-untyped-def]  
     )
 
 
-def check(config: RunConfig, vocab_size: int) -> None:
+def check(config: RunConfig, vocab_size: int, *, used: int | None = None) -> None:
     """ConfigError unless the model can be built and packed, and a pretrained one trained, as its method says.
 
-    Reads headers alone, so it is quick.  What differs from the folder's own configuration is logged.
+    Reads headers alone, so it is quick.  What differs from the folder's own configuration is logged.  `used`:
+    the data has no others than so many first ones of the tokenizer's `vocab_size` tokens.
     """
     model = build(config.model, vocab_size, config.method, torch.bfloat16)
     if config.model.pretrained is None:
@@ -133,6 +129,7 @@ def check(config: RunConfig, vocab_size: int) -> None:
             f"data.document_mask (true) must be false for {named}: {_architecture(model)} {why}; write false"
         )
     _check_is_low_bit(model, config.method, named)
+    _check_takes_norms(model, config.method, named)
     InitialWeights(model, config.method, 0, config.model.pretrained).check(model)
     longest = pretrained.max_positions(model.config)
     if longest is not None and config.data.seq_len > longest:
@@ -143,11 +140,23 @@ def check(config: RunConfig, vocab_size: int) -> None:
     loaded = pretrained.configuration(config.model.pretrained, "model.pretrained")
     if changed := pretrained.without_chance(loaded):
         log.warning(f"{named} has {', '.join(changed)}; a run trains without, so that it can be repeated")
-    if (rows := pretrained.vocabulary(loaded)) is not None and rows > vocab_size:
-        log.warning(
-            f"{named} has a vocabulary of {rows:,}, the data's tokenizer {vocab_size:,}; "
-            "the rest is kept, and never generated"
+    _check_vocabulary(model, named, vocab_size, used)
+
+
+def _check_vocabulary(model: Any, named: str, vocab_size: int, used: int | None) -> None:
+    """ConfigError if the data has tokens that the model has no embedding for.  A tokenizer may have some."""
+    rows = pretrained.vocabulary(model.config)
+    assert rows is not None, "it is a language model"
+    differ = f"{named} has a vocabulary of {rows:,}, the data's tokenizer {vocab_size:,}"
+    if rows < (vocab_size if used is None else used):
+        token = "" if used is None else f", and the data has its token {used - 1:,}"
+        raise ConfigError(
+            f"{differ}{token}; prepare the data with the model's own tokenizer, of text without such tokens"
         )
+    if rows > vocab_size:
+        log.warning(f"{differ}; the rest is kept, and never generated")
+    elif rows < vocab_size:
+        log.warning(f"{differ}; the rest is not in the data, and refused in a text")
 
 
 def _check_trains(model: Any, named: str) -> None:
@@ -196,6 +205,17 @@ def _check_is_low_bit(model: Any, method: Method, named: str) -> None:
         f"nn.Linear, so that {total / (total + n_low_bit):.0%} of the weights of its layers would stay as "
         "they are; write method.name: dense, or the folder of a model whose layers are nn.Linears"
     )
+
+
+def _check_takes_norms(model: nn.Module, method: Method, named: str) -> None:
+    """ConfigError if a norm of the method's own would stand before fewer layers than it says."""
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := [name for name in method.normed_inputs if name not in there]:
+        raise ConfigError(
+            f"{named} cannot be trained by method {method.name} with norms before "
+            f"{' and '.join(method.normed_inputs)}: {_architecture(model)} has no {' and no '.join(missing)}"
+            "; write method.sub_norms: false, or the folder of a model whose layers are called so"
+        )
 
 
 def _architecture(model: nn.Module) -> str:

@@ -3,6 +3,8 @@
 small                 a run in runs/; methods: every run of a sweep; methods/dense-seed0, dense-seed0: one
 small@200             its checkpoint of step 200
 ~/elsewhere/small     the folder of a run or of a sweep, wherever it is
+
+In the folder of a sweep, where its children look, runs beside the sweep are found, too.
 """
 
 import contextlib
@@ -73,7 +75,8 @@ def _found(word: str | Path, root: Path) -> list[Path]:
         return []
     try:
         text = from_home(str(word))
-        for folder in (Path(text), root / text):
+        # The last: of a sweep's child, whose root is the sweep, the runs beside that.
+        for folder in (Path(text), root / text, root.parent / text):
             if is_run(folder) or (folder / "checkpoints").is_dir():
                 return [folder]
             if folder.is_dir() and (inside := folders(folder)):

@@ -88,18 +88,27 @@ def fingerprint(folder: Path) -> str:
         if not name.startswith("_") and name != "transformers_version"
     }
     sha = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name, place in sorted(Pretrained(folder).places.items()):
+    places = Pretrained(folder).places
+    ranges = {file: _ranges(file) for file in {place.file for place in places.values()}}
+    for name, place in sorted(places.items()):
         sha.update(f"{name} {place.dtype} {place.shape} ".encode())
-        sha.update(_first_bytes(place))
+        sha.update(_first_bytes(place.file, *ranges[place.file][place.name]))
     return sha.hexdigest()
 
 
-def _first_bytes(place: Place, n: int = 4096) -> bytes:
-    with place.file.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        begin, end = json.loads(file.read(length))[place.name]["data_offsets"]
-        file.seek(8 + length + begin)
-        return file.read(min(n, end - begin))
+def _ranges(file: Path) -> dict[str, tuple[int, int]]:
+    """The first byte of each tensor in a safetensors file, and the one behind it."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    offsets = {name: of["data_offsets"] for name, of in header.items() if name != "__metadata__"}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in offsets.items()}
+
+
+def _first_bytes(file: Path, begin: int, end: int, n: int = 4096) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(begin)
+        return opened.read(min(n, end - begin))
 
 
 def max_positions(config: Any) -> int | None:
@@ -138,8 +147,10 @@ def why_not_causal(model: Any) -> str | None:
     """Why the logits of a Hugging Face model are no predictions of the next token; None if they are."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-    is_masked = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder
-    return "reads a text in both directions" if is_masked else None
+    config = model.config
+    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    embeds = getattr(config.get_text_config(), "use_bidirectional_attention", False)  # Gemma 3, retrained
+    return "reads a text in both directions" if is_masked or embeds else None
 
 
 class Place(NamedTuple):

@@ -20,6 +20,7 @@ from lowbit_dist.naming import CONFIG, find_runs
 from lowbit_dist.record import LAYERS, METRICS, rows_of
 
 SUMMARY = "summary.json"
+INPUTS = "inputs.json"  # the hashes of what the run was made from
 BASELINES = ".baselines.json"  # the planned memory of what the run is compared with
 LOCK = ".lock"  # held by the run's launcher
 FAILURE = ".failure"  # why the last launch ended, if by an error
@@ -63,6 +64,11 @@ class RunFolder:
     def parent(self) -> str | None:
         """The run that it started from."""
         return self.config.run.parent
+
+    @property
+    def made_from(self) -> dict[str, str | None]:
+        """The hashes of its data, tokenizer and pretrained base; none of a run of an earlier version."""
+        return content(self.folder / INPUTS)
 
     def described(self) -> str:
         """Where it stands, in words."""
@@ -112,11 +118,6 @@ def begin(config: RunConfig) -> None:
     """Let a run that is launched be found by those who look for it, before anything of it is started."""
     with contextlib.suppress(OSError):  # a full disk is reported elsewhere
         files.keep(config.run_dir / CONFIG, config.to_yaml())
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether it has anything that belongs to its configuration: a checkpoint, or a row."""
-    return (folder / "latest").exists() or bool(rows_of(folder / METRICS))
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, float] | None:

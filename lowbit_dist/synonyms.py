@@ -40,7 +40,7 @@ _ANSWERS = {
     ),
     "warmup_ratio warmup_fraction warmup_tokens": "write schedule.warmup_steps, a number of steps",
     "lr_scheduler lr_scheduler_type lr_schedule scheduler scheduler_type lr_decay_style": (
-        "write schedule.name: cosine, linear, constant or two_stage"
+        "write schedule.name: cosine, linear, constant, wsd or two_stage"
     ),
     "optim optimizer_name optimizer_type optim_type": "write optimizer.name",
     "beta1 beta2 adam_beta1 adam_beta2 beta_1 beta_2": "write optimizer.betas: [0.9, 0.95]",
@@ -102,10 +102,12 @@ _ANSWERS = {
     "resume resume_from resume_from_checkpoint resume_training load_checkpoint ckpt_path auto_resume": (
         "leave it out: a run resumes from its newest checkpoint when it has the same run.name"
     ),
-    "wandb use_wandb wandb_log tensorboard report_to logger loggers log_to comet": (
-        "write tracking.mlflow; other tools read metrics.jsonl in the run's folder"
+    "use_wandb wandb_log wandb_project wandb_entity": "write tracking.wandb, the name of a project",
+    "use_tensorboard sync_tensorboard": "write tracking.tensorboard: true",
+    "report_to logger loggers log_to comet": (
+        "write tracking.mlflow, tracking.wandb or tracking.tensorboard; others read the run's metrics.jsonl"
     ),
-    "wandb_project project project_name experiment_name": "write tracking.experiment",
+    "project project_name experiment_name": "write tracking.experiment",
     "tracking_uri mlflow_tracking_uri mlflow_uri": "write tracking.mlflow",
     # the model
     "model_name model_name_or_path model_path base_model pretrained_model pretrained_model_name_or_path "
@@ -154,7 +156,7 @@ _VALUES = {
     "1.58bit": "ternary", "b1.58": "ternary", "1.58": "ternary", "trit": "ternary",
     "2bit": "int2", "3bit": "int3", "4bit": "int4", "8bit": "int8", "int8bit": "int8", "i8": "int8",
     "cos": "cosine", "cosine_with_min_lr": "cosine", "cosine_annealing": "cosine",
-    "constant_with_warmup": "constant", "const": "constant",
+    "constant_with_warmup": "constant", "const": "constant", "warmup_stable_decay": "wsd",
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adam": "adamw",
 }  # fmt: skip
 

@@ -40,6 +40,7 @@ class TextTokenizer(Protocol):
     files: Mapping[str, bytes]  # by name: what it was loaded from, and what stands beside that
     sha256: str  # by which it is known
     vocab_size: int  # more than every id
+    n_pieces: int  # without the tokens that were added to it, for which its model may have no embedding
     ids: Collection[int]  # that stand for something
 
     @property
@@ -92,6 +93,7 @@ class Tokenizer:
         self.files: Mapping[str, bytes] = {**(beside or {}), MODEL: model}
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
+        self.n_pieces = self.vocab_size
         self.ids: Collection[int] = range(self.vocab_size)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
@@ -185,7 +187,8 @@ def train(
     if why := why_not_writable(out.parent):
         raise ConfigError(f"--out ({out}) cannot be written: {why}; write a folder that can")
     texts = documents.sample(documents.parts(inputs, reading, tally), SAMPLE_BYTES, tally)
-    model = _learn(_sentences(texts, tally), vocab_size)
+    with tally.naming_skipped():
+        model = _learn(_sentences(texts, tally), vocab_size)
     tokenizer = Tokenizer(model)
     if out.is_dir() and any(out.iterdir()):
         if (out / MODEL).is_file() and (out / MODEL).read_bytes() == model and (out / FILES[1]).is_file():

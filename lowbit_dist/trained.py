@@ -12,7 +12,8 @@ loading execute nothing of what is read: JSON, safetensors and tokenizers are da
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -74,6 +75,15 @@ class Trained:
         """The most tokens of a text that the model takes; None: any number."""
         return pretrained.max_positions(self.hf_config)
 
+    def check_tokens(self, ids: Iterable[int], named: str) -> None:
+        """ConfigError if the model has no embedding for one of `ids`, which are of what `named` says."""
+        rows, largest = pretrained.vocabulary(self.hf_config), max(ids, default=0)
+        if rows is not None and largest >= rows:
+            raise ConfigError(
+                f"{named} has a token {largest:,}, for which the model, of a vocabulary of {rows:,}, has no "
+                "embedding; write a text without it"
+            )
+
     def tensor(self, name: str) -> PackedTensor | Tensor:
         """A whole parameter: packed if it is low-bit, else float32."""
         return self.read(name)
@@ -101,7 +111,7 @@ def open(run_or_folder: str | Path, runs_dir: str | Path = "runs") -> Trained:
     Of a run the newest checkpoint that is not damaged; ConfigError if a checkpoint that is named itself is.
     """
     folder = Path(run_or_folder)
-    if (folder / CONFIG).is_file() and not (folder / MANIFEST).exists():
+    if os.path.isfile(folder / CONFIG) and not os.path.exists(folder / MANIFEST):
         return of_folder(folder)
     try:
         path = resolve(run_or_folder, runs_dir)
@@ -110,11 +120,7 @@ def open(run_or_folder: str | Path, runs_dir: str | Path = "runs") -> Trained:
         raise ConfigError(
             str(error).replace(others, f", a checkpoint's folder nor a Hugging Face model's (with {CONFIG})")
         ) from None
-    checkpoint = Checkpoint.open(path)
-    # A run's checkpoints have been verified to find its newest; one that is named itself has not.
-    if (folder / MANIFEST).exists() and (problems := checkpoint.verify()):
-        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
-    return of_checkpoint(checkpoint)
+    return of_checkpoint(Checkpoint.open(path))
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> Trained:
@@ -273,9 +279,9 @@ def _folder_tokenizer(folder: Path, hf_config: Any) -> TextTokenizer:
         folder, bos_id=_first(hf_config.bos_token_id), eos_id=_first(hf_config.eos_token_id)
     )
     rows = pretrained.vocabulary(hf_config)
-    if rows is not None and loaded.vocab_size > rows:
+    if rows is not None and loaded.n_pieces > rows:
         raise ConfigError(
-            f"{folder} has a tokenizer of {loaded.vocab_size:,} pieces and a model of {rows:,}; "
+            f"{folder} has a tokenizer of {loaded.n_pieces:,} pieces and a model of {rows:,}; "
             "put the model's own tokenizer there"
         )
     return loaded

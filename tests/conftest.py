@@ -19,7 +19,7 @@ from ranks import Ranks, search_path, start_server
 
 SEQ_LEN = 64
 # Tests of these files, and those that use these fixtures, are of marker `integration`.
-INTEGRATED = {"test_fitting.py", "test_memory.py", "test_tracking.py"}
+INTEGRATED = {"test_fitting.py", "test_memory.py", "test_services.py", "test_tracking.py"}
 INTEGRATING = {"ranks", "ray", "ray_port", "disk", "store", "new_store"}
 # Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
 LONGEST = (

@@ -20,14 +20,22 @@ DEEPSEEK = {
     "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
     "num_key_value_heads": 4,
 }  # fmt: skip
+STRETCHED = {  # of Llama 3.1: wavelengths from 32 up are 8 times as long
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"]
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "tied": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama3": lambda: transformers.LlamaConfig(**SIZES, rope_scaling=STRETCHED),
     "mistral": lambda: transformers.MistralConfig(**SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=64),
-    "gemma2": lambda: transformers.Gemma2Config(**SIZES, head_dim=64),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES, head_dim=64),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, head_dim=64, attn_logit_softcapping=1.0),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, head_dim=64, layer_types=LAYERS),
     "phi": lambda: transformers.PhiConfig(**SIZES),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
     "opt": lambda: transformers.OPTConfig(
@@ -58,10 +66,13 @@ CONFIGS = {
 }
 
 
-def write(folder: Path, name: str, *, of_base: bool = False, **changed: object) -> Path:
+def write(
+    folder: Path, name: str, *, of_base: bool = False, max_shard_size: str = "5GB", **changed: object
+) -> Path:
     """A folder with a model of CONFIGS, whose biases and other vectors are random, too.
 
-    `of_base`: as its part without a head is saved, under names of its own; `changed`: in its configuration.
+    `of_base`: as its part without a head is saved, under names of its own; `max_shard_size`: of a file of
+    weights; `changed`: in its configuration.
     """
     torch.manual_seed(0)
     config = CONFIGS[name]()
@@ -72,7 +83,7 @@ def write(folder: Path, name: str, *, of_base: bool = False, **changed: object) 
         for key, tensor in model.state_dict().items():
             if tensor.dim() == 1 and not key.endswith(("A_log", "D")):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    (model.base_model if of_base else model).save_pretrained(folder)
+    (model.base_model if of_base else model).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 

@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 WORDS = "the of and model weight token layer def return import self 12 345 naïve Straße 漢字 データ 👍 ,.:()"
 TEXTS = [f"{a} {b}{c}  {a}\n" for a in WORDS.split() for b in WORDS.split() for c in ("", "s", "ing ")]
+IMAGE = "<image_soft_token>"
 SPLIT = (  # of Llama 3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -56,22 +57,38 @@ def smollm() -> tuple[Tokenizer, dict]:
     return _bytes([mark, "<|im_start|>"], digits=True), config
 
 
-def llama2() -> tuple[Tokenizer, dict]:
-    """BPE with byte fallback, which puts a space in front of a text and takes it away when it decodes."""
+def _with_bytes(special: list[str], normalizer: normalizers.Normalizer) -> Tokenizer:
+    """BPE of characters, and of the bytes of those that it has not learned."""
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizer
+    made.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False)
     )
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False)
-    made.train_from_iterator(TEXTS, trainer)
     content = json.loads(made.to_str())
     vocabulary = content["model"]["vocab"]
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def llama2() -> tuple[Tokenizer, dict]:
+    """Of Mistral, too: it puts a space in front of a text and takes it away when it decodes."""
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made = _with_bytes(["<unk>", "<s>", "</s>"], spaces)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
-    return Tokenizer.from_str(json.dumps(content)), {**config, "unk_token": "<unk>"}
+    return made, {**config, "unk_token": "<unk>"}
+
+
+def gemma() -> tuple[Tokenizer, dict]:
+    """With no space in front; its last token stands for an image, for which models of text have no row."""
+    made = _with_bytes(["<pad>", "<eos>", "<bos>", "<unk>"], normalizers.Replace(" ", "▁"))
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens([IMAGE])
+    config = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return made, {**config, "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 def unigram() -> tuple[Tokenizer, dict]:
@@ -87,7 +104,9 @@ def unigram() -> tuple[Tokenizer, dict]:
     return made, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "unk_token": "<unk>"}
 
 
-KINDS = {"llama3": llama3, "qwen": qwen, "smollm": smollm, "llama2": llama2, "unigram": unigram}
+KINDS = {
+    "llama3": llama3, "qwen": qwen, "smollm": smollm, "llama2": llama2, "gemma": gemma, "unigram": unigram,
+}  # fmt: skip
 
 
 def write(folder: Path, kind: str) -> Path:

@@ -17,7 +17,8 @@ from lowbit_dist.tokenizer import Marks
 SEQ = 64
 MARKS = {"both": Marks(1, 2), "a beginning": Marks(1, None), "an end": Marks(None, 2)}
 ARCHITECTURES = (
-    "llama", "tied", "mistral", "qwen2", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "mixtral", "qwen3_moe",
+    "llama", "tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2", "mixtral",
+    "qwen3_moe",
 )  # fmt: skip
 
 
@@ -32,7 +33,8 @@ def documents(marks: Marks) -> list[list[int]]:
 def built(name: str):
     torch.manual_seed(0)
     # In float64, so that what is left of differences is not of sums in another order.
-    return transformers.AutoModelForCausalLM.from_config(hf_folders.CONFIGS[name]()).eval().double()
+    plain = {"attn_implementation": "eager"} if name == "gemma2" else {}  # as `model` has it
+    return transformers.AutoModelForCausalLM.from_config(hf_folders.CONFIGS[name](), **plain).eval().double()
 
 
 def test_the_mask_is_block_diagonal_and_positions_begin_anew():

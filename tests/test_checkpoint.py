@@ -64,6 +64,17 @@ def test_only_the_last_checkpoints_are_kept_and_latest_names_the_newest(ranks, s
     assert (folder / "latest").read_text() == "step-6"
 
 
+def test_a_damaged_checkpoint_behind_which_a_run_went_back_pushes_out_no_other(ranks, small, tmp_path):
+    content = small(train={"steps": 6, "save_every": 2, "keep_last": 2, "eval_every": 6})
+    ranks(1).run(train, content, stop_at=4)
+    folder = tmp_path / "small"
+    (folder / "checkpoints" / "step-4" / "shard-00000.safetensors").write_bytes(b"")
+    more_often = {**content, "train": {**content["train"], "save_every": 1, "keep_last": 1}}
+    ranks(1).run(train, more_often, stop_at=3)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    assert checkpoint.latest(folder).name == "step-3"
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(damage, run, caplog):
     newest = checkpoint.latest(run)

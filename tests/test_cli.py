@@ -17,7 +17,7 @@ import lowbit_dist
 from lowbit_dist import __main__ as entry
 
 VERBS = (
-    "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "eval",
+    "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "ui", "eval",
     "generate", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update", "config",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
@@ -250,6 +250,14 @@ print("after the answer")
     assert {*done.stderr.splitlines()} >= {
         "from Python", "from a process", "from C, buffered until exit", "after the answer",
     }  # fmt: skip
+
+
+def test_a_name_that_is_not_utf8_is_printed_as_it_is(tmp_path, lowbit):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    done = lowbit("runs", tmp_path)
+    assert (done.returncode, "caf\ufffd" in done.stdout) == (0, True), done.stderr
 
 
 def test_the_plan_of_more_workers_holds_less_on_each(config, lowbit):

@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowbit_dist import cluster, configfile, heartbeat
+from lowbit_dist import cluster, configfile, heartbeat, runs, tracking
 from lowbit_dist.checkpoint import FORMAT, Position
-from lowbit_dist.cluster import attempts, checks
+from lowbit_dist.cluster import attempts, checks, jobs
 from lowbit_dist.config import ConfigError
+from lowbit_dist.record import rows_of
 
 STEPS, BATCH = 24, 512
 SUMMARY = {
@@ -133,13 +134,37 @@ def test_a_run_of_the_same_name_with_another_configuration_is_refused_with_the_f
     config.run_dir.mkdir()
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     other = configuration(small(method={"grid": "int8"}, optimizer={"lr": 0.5}))
-    checks.check_run(other)  # as long as the launch that left it has measured nothing
     (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n')
+    checks.check_run(other)  # as long as there is no checkpoint that a launch would resume from
+    (config.run_dir / "checkpoints" / "step-4").mkdir(parents=True)
     checks.check_run(config)
     checks.check_run(configuration(small(cluster={"workers": 1}, train={"log_every": 1})))
     with pytest.raises(ConfigError) as error:
         checks.check_run(other)
     assert "method.grid: ternary -> int8, optimizer.lr: 0.002 -> 0.5" in str(error.value)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_starts_anew_when_its_configuration_was_corrected(
+    small,
+):
+    wrong, corrected = configuration(small(optimizer={"lr": 0.5})), configuration(small())
+    folder, told = wrong.run_dir, Told()
+    folder.mkdir()
+    runs.begin(wrong)
+    measured = {"metrics.jsonl": '{"step": 1, "time": 1.0}\n', tracking.RUN_ID: "first"}
+    for name, content in measured.items():
+        (folder / name).write_text(content)
+    cluster._begin(wrong, told)
+    assert {name: (folder / name).read_text() for name in measured} == measured
+    assert told.said == []
+    checks.check_run(corrected)
+    cluster._begin(corrected, told)
+    assert rows_of(folder / "metrics.jsonl") == [] and tracking.noted_run_id(folder) is None
+    assert configfile.load(folder / "config.yaml") == corrected
+    assert told.said == [
+        "run small starts anew: it has no checkpoint, and was begun with another configuration "
+        "(optimizer.lr: 0.5 -> 0.002)"
+    ]
 
 
 def test_a_checkpoint_of_another_model_is_refused(small):
@@ -199,6 +224,24 @@ def test_one_run_is_not_trained_twice_at_once(small):
         pass
     with checks.run_lock(config):
         pass
+
+
+def test_a_job_gets_every_path_of_its_configuration_as_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "run.dir": "r", "data.path": "d", "data.tokenizer": "t", "data.cache": "c", "model.pretrained": "m",
+    }  # fmt: skip
+    store = "tracking.mlflow=sqlite:///mlflow.db"
+    (tmp_path / "run.yaml").write_text("precision: fp32\n")
+    config = configfile.load("run.yaml", [*(f"{name}={path}" for name, path in paths.items()), store])
+    whole = jobs.absolute(config)
+    assert {name: whole.flat()[name] for name in paths} == {
+        name: str(tmp_path / path) for name, path in paths.items()
+    }
+    assert whole.tracking.mlflow == f"sqlite:///{tmp_path}/mlflow.db"
+    assert whole.differences(config) == [], "places may change"
+    remote = configfile.load("run.yaml", ["data.path=s3://bucket/data"])
+    assert jobs.absolute(remote).data == remote.data
 
 
 @pytest.mark.parametrize(

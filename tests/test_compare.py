@@ -142,6 +142,32 @@ def test_only_the_seed_the_name_and_places_may_differ_in_a_group(make):
     assert [[run["run"] for run in group["runs"]] for group in groups] == [["a", "b"], ["c"], ["d"]]
 
 
+def test_runs_are_of_one_group_by_what_they_were_made_from_not_by_where_that_lies(make):
+    def made_from(folder, data, **others):
+        hashes = {"data": data, "tokenizer": "t", "pretrained": None, **others}
+        (folder / runs.INPUTS).write_text(json.dumps(hashes))
+        return folder.name
+
+    def base(folder):
+        return {"pretrained": folder}
+
+    moved = {"data": {"path": "elsewhere", "tokenizer": "there"}}
+    names = [
+        made_from(make("runs/a", val_loss=4.0), "one"),
+        made_from(make("runs/b", val_loss=4.0, seed=1, **moved), "one"),
+        made_from(make("runs/c", val_loss=4.0), "another"),
+        made_from(make("runs/d", val_loss=4.0, model=base("here")), "one", pretrained="p"),
+        made_from(make("runs/e", val_loss=4.0, model=base("there")), "one", pretrained="p"),
+        make("runs/f", val_loss=4.0).name,  # of an earlier version, known by its path
+    ]
+    tail = {"name": "g", "dir": "runs", "from": "a"}
+    names.append(made_from(make("runs/g", val_loss=4.0, run=tail), "one"))
+    groups = compare.compare(runs.named(names))["groups"]
+    assert [[run["run"] for run in group["runs"]] for group in groups] == [
+        ["a", "b"], ["c"], ["d", "e"], ["f"], ["g"],
+    ]  # fmt: skip
+
+
 def test_groups_of_the_same_name_are_told_apart_by_their_folders(make, place):
     make("x/dqt-seed0", val_loss=4.0)
     make("y/dqt-seed0", val_loss=4.0, optimizer={"lr": 0.5})
@@ -158,6 +184,14 @@ def test_a_diverged_run_is_in_no_mean_and_that_is_said(make):
     (group,) = compare.compare(runs.named(["s"]))["groups"]
     assert compare.cell(group, "val_loss") == "4.0000 (of 1)"
     assert compare.cell(group, "bytes_per_parameter") == "1.200 ± 0.000"
+
+
+def test_a_perplexity_beyond_a_million_is_written_as_such(make):
+    for name, val_loss in (("below", 19.9), ("at", 20.0), ("a", 30.0), ("b", 31.0)):
+        make(f"runs/{name}", val_loss=val_loss, optimizer={"lr": val_loss // 10 / 10})
+    groups = [compare.compare(runs.named(names))["groups"][0] for names in (["below"], ["at"], ["a", "b"])]
+    cells = [compare.cell(group, "perplexity") for group in groups]
+    assert cells == ["978356.00", "1.05e+06", "1.61e+09 ± 7.59e+08"]
 
 
 # ------------------------------------------------------------------ what is written
@@ -216,12 +250,14 @@ def test_each_of_many_groups_has_a_look_of_its_own():
 def test_a_folders_runs_are_listed(make, lowbit, place):
     make("runs/alone", val_loss=4.0, rows=[row(40, loss=4.5, val_loss=4.0)])
     make("runs/s/a-seed3", seed=3, method={"name": "dense"}, rows=[row(10)])
+    make("runs/tail", run={"name": "tail", "dir": "runs", "from": "alone@40"})
     broken = place / "runs" / "broken"
     broken.mkdir()
     (broken / "config.yaml").write_text("nothing: {}")
     done = lowbit("runs", "--json")
     assert done.returncode == 0, done.stderr
-    alone, other, child = json.loads(done.stdout)["runs"]
+    alone, other, child, tail = json.loads(done.stdout)["runs"]
+    assert (alone["from"], tail["from"]) == (None, "alone@40")
     assert {key: alone[key] for key in ("run", "state", "step", "steps", "loss", "val_loss", "method")} == {
         "run": "alone", "state": "finished", "step": 40, "steps": 40, "loss": 4.5, "val_loss": 4.0,
         "method": "dqt ternary",
@@ -235,7 +271,7 @@ def test_a_folders_runs_are_listed(make, lowbit, place):
         "dense",
     )
     table = lowbit("runs").stdout
-    for words in ("s/a-seed3", "10/40", "unknown name 'nothing'"):
+    for words in ("s/a-seed3", "10/40", "unknown name 'nothing'", "tail (from alone@40)"):
         assert words in table
 
 

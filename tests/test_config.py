@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -779,6 +780,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         GOOD, ("method={name: dense}", "zero.stage=2"),
         "optimizer.states (int8) must not be used with zero.stage 2: blocks of 256 elements cannot follow "
         "DeepSpeed's flat stage-1/2 partitions; write zero.stage: 3 or optimizer.states: fp32"),
+    "gradients that would be added up in bf16": (
+        GOOD, ("method={name: dense}", "zero.stage=1", "optimizer.states=fp32"),
+        "zero.stage (1) must not be used with precision bf16 and 2 micro-batches a worker, whose gradients "
+        "DeepSpeed would add up in bf16; write zero.stage: 2, which adds them up in float32, or 3, or "
+        "precision: fp32"),
     "reproducible in bf16": (
         GOOD, ("train.reproducible=true",),
         "train.reproducible (true) must go with precision fp32, not bf16: rounded to bf16, "
@@ -869,7 +875,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
 FROM_ELSEWHERE = {
     "epochs": "train.steps", "max_steps": "train.steps", "batch_size": "train.micro_batch",
     "gradient_accumulation_steps": "train.batch_tokens", "learning_rate": "optimizer.lr",
-    "device": "cluster.gpus_per_worker", "num_workers": "cluster.workers", "wandb": "tracking.mlflow",
+    "device": "cluster.gpus_per_worker", "num_workers": "cluster.workers", "wandb": "tracking.wandb",
     "bf16": "precision", "warmup": "schedule.warmup_steps", "max_grad_norm": "train.clip_norm",
     "output_dir": "run.dir", "dataset": "data.path", "model_name_or_path": "model.pretrained",
     "num_hidden_layers": "model.layers", "bits": "method.grid", "save_steps": "train.save_every",
@@ -904,6 +910,19 @@ def test_what_is_said_of_names_from_elsewhere_is_true():
         assert mentioned or answer.startswith("leave it out") or answer.split()[1].strip(":,") in SECTIONS, (
             answer
         )
+
+
+@pytest.mark.parametrize("field", ["schedule.name", "method.grid", "optimizer.states"])
+def test_an_answer_with_the_values_of_a_field_has_all_of_them(field):
+    from lowbit_dist import synonyms
+
+    section, _, option = field.partition(".")
+    content = configfile.from_dict({"data": {"path": "x"}, "method": {"name": "dqt"}})
+    values = typing.get_args(type(getattr(content, section)).model_fields[option].annotation)
+    answers = [words for words in synonyms._ANSWERS.values() if f"{field}: " in words]
+    assert answers and values
+    for words in answers:
+        assert {*values} <= {*re.findall(r"\w+", words)}, words
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -292,6 +292,41 @@ def test_bytes_per_parameter_are_those_of_all_workers_on_every_screen(workers):
     assert sum(charts.of_report(known).values()) == pytest.approx(whole)
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (3.0, ("3.0000 on 24 samples (25.0% below the corpus's unigram entropy)", "perplexity 20.0855")),
+        (5.0, ("5.0000 on 24 samples (25.0% above the corpus's unigram entropy)", "perplexity 148.4132")),
+        (30.0, ("650.0% above", "perplexity 1.07e+13")),
+        (900.0, ("22400.0% above", "perplexity 1.01e+304")),
+    ],
+)
+def test_a_summary_says_on_which_side_of_the_entropy_a_loss_is_and_any_perplexity(loss, words):
+    from lowbit_dist.evaluate import quality
+
+    result = {
+        "run": "a", "steps": 10, "tokens": 100, "val_loss": loss, "unigram_entropy": 4.0, "val_samples": 24,
+        **quality(loss, 4.0),
+    }  # fmt: skip
+    screen = terminal(120)
+    tables.summary(screen, result, None)
+    text = " ".join(screen.file.getvalue().split())
+    for word in words:
+        assert word in text
+
+
+def test_brackets_in_names_and_paths_are_shown_as_they_are():
+    """Rich takes them for its markup: some vanish, others end in an error."""
+    screen = terminal(200)
+    words = ("data/[v2]/a.jsonl", "[/home]", "pip install 'ray[default]'")
+    tables.pairs(screen, dict.fromkeys(("a", "b"), words[0]) | {"c": words[1]})
+    tables.jobs(screen, [{"job": words[0], "run": words[1]}])
+    finding = {"name": "ray", "status": "error", "found": words[1], "advice": words[2]}
+    tables.health(screen, {"checks": [finding], "ok": False})
+    text = screen.file.getvalue()
+    assert [text.count(each) for each in words] == [3, 3, 1]
+
+
 def test_runs_are_listed_in_eighty_columns():
     one = {
         "run": "dqt-ternary-seed0", "state": "finished", "step": 300, "steps": 300, "loss": 4.25,

@@ -203,6 +203,9 @@ def test_samples_are_the_documents_between_marks_and_equal_documents_are_on_one_
     entropy = -(counts["val"] * np.log(chance)).sum() / counts["val"].sum()
     assert manifest.unigram_entropy == pytest.approx(entropy, rel=1e-12)
     assert (manifest.empty_documents, manifest.dtype, manifest.vocab_size) == (2, "uint16", 500)
+    assert manifest.used == np.flatnonzero(counts["train"] + counts["val"])[-1] + 1
+    older = manifest.model_copy(update={"largest_token": None})
+    assert older.used == 500
 
 
 def test_a_micro_batch_is_the_samples_that_the_order_names(prepared):
@@ -224,7 +227,8 @@ def test_vocabularies_beyond_16_bits_are_written_in_32(tmp_path):
     writer = shards.Writer(tmp_path, 70_000, SEQ, 0.5)
     places = np.array([0, 1 << 63], np.uint64)
     lengths = np.array([20 * SEQ, 30 * SEQ], np.int32)
-    row = {"tokens": tokens, "lengths": lengths, "sizes": np.array([100, 200]), "places": places}
+    sizes, prompts = np.array([100, 200]), np.array([0, 0], np.int32)
+    row = {"tokens": tokens, "lengths": lengths, "prompts": prompts, "sizes": sizes, "places": places}
     writer.add({name: each.tobytes() for name, each in row.items()} | {"n_empty": 0})
     said = writer.finish()
     assert said["dtype"] == "uint32"

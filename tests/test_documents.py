@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -180,6 +181,8 @@ def test_options_that_have_nothing_to_work_on_are_refused(tmp_path):
     refused("--field .body. names the text of JSON", [text], field="body")
     refused("--separator must not be empty", [text], separator="")
     refused("--field must not be empty", [lines], field="")
+    for nothing in ([], [""], [lines, " "]):
+        refused("--input is required; write stdlib", nothing)
     refused("--on-bad-row .drop. must be one of fail, skip", [lines], on_bad_row="drop")
 
 
@@ -192,6 +195,10 @@ BAD_ROWS = {
         "line 2 is not JSON",
     ),
     "a.json": (b'[{"text": "a"}, 1, {"body": "b"},\n {"text": "c"}, null]', 3, "item 2 is not a JSON object"),
+    "quote.csv": (
+        b'id,text\n1,a\n2,"b\n3,swallowed\n4,"d"\n5,c\n', 3,
+        "line 3 is not CSV (',' expected after '\"' in its line 3)",
+    ),
     "cut.jsonl": (b'{"text": "a"}\n{"text": "c"}\n{"text": "d', 1, "line 3 is not JSON"),
     "a.csv": (b'id,text\n1,a\n2,b,b\n3\n\n4,"c"\n5,"d"d\n', 3, "line 3 has 3 cells, its header 2"),
     "bytes.csv": (b'id,text\n\xff,a\n2,\xff\n3,c\n4,d\0', 2, "line 3 is not UTF-8 text at character 0"),
@@ -202,13 +209,45 @@ BAD_ROWS = {
 def test_a_row_without_text_is_refused_or_skipped_and_counted(tmp_path, monkeypatch, name):
     content, n_bad, first = BAD_ROWS[name]
     (tmp_path / name).write_bytes(content)
-    refused(f"{name} {first}.*--on-bad-row skip", [tmp_path / name])
+    refused(f"{name} {re.escape(first)}.*--on-bad-row skip", [tmp_path / name])
     for size in (5, 1 << 22):
         monkeypatch.setattr(documents.text, "PART", size)
         tally = Tally()
         assert documents_of(tmp_path / name, tally, on_bad_row="skip") == ["a", "c"]
         assert tally.skipped_rows == n_bad
         assert tally.first_skipped.startswith(f"{tmp_path / name} {first}")
+
+
+BAD_EVERYWHERE = {"a.jsonl": b'{"text": "a"}\nbad\n' * 50, "a.csv": b"text,n\n" + b"a,1\nbad\n" * 50}
+
+
+@pytest.mark.parametrize("name", BAD_EVERYWHERE)
+def test_lines_before_a_skipped_row_are_counted_once_and_by_who_names_it(tmp_path, monkeypatch, name):
+    """Not at each bad row, nor in each part: of a large file that takes hours."""
+    (tmp_path / name).write_bytes(BAD_EVERYWHERE[name])
+    counted, before = [], documents.part.lines_before
+    monkeypatch.setattr(documents.part, "lines_before", lambda *at: counted.append(at) or before(*at))
+    monkeypatch.setattr(documents.text, "PART", 100)
+    parts, tally = documents.parts([tmp_path / name], Reading(on_bad_row="skip")), Tally()
+    assert len(parts) > 2
+    assert list(documents.read(parts[1:], tally))
+    assert tally.skipped_rows > 10 and counted == []
+    lines = BAD_EVERYWHERE[name].splitlines(keepends=True)
+    first = next(
+        k for k, line in enumerate(lines) if line == b"bad\n" and len(b"".join(lines[:k])) >= parts[1].start
+    )
+    assert f"{name} line {first + 1} " in tally.first_skipped and first > 5
+    assert len(counted) == 1
+
+
+def test_a_number_of_any_length_beside_the_text_is_no_mistake(tmp_path):
+    """Python converts no more than 4,300 digits."""
+    row = '{"text": "a", "n": ' + "1" * 5000 + "}"
+    for name, content in (("a.jsonl", row), ("a.json", f"[{row},\n{row}]")):
+        (tmp_path / name).write_text(content)
+        assert set(documents_of(tmp_path / name)) == {"a"}
+    (tmp_path / "n.json").write_text("[" + "1" * 5000 + "]")
+    refused("item 1 is not a JSON object but a number", [tmp_path / "n.json"])
 
 
 def test_rows_of_parquet_are_skipped_one_by_one(tmp_path):
@@ -344,7 +383,7 @@ def test_a_document_is_split_at_line_ends_and_blanks_and_never_inside_a_characte
 # --- the recipe -------------------------------------------------------------------------------------------
 
 
-def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_read(tmp_path, words):
+def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_read(tmp_path, words, lowbit):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / ".hidden").write_text("hidden")
     file = write(tmp_path / "corpus", "a.jsonl", [*texts(), *large(3, 300)])
@@ -358,6 +397,13 @@ def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_
     assert said.left_out == {"hidden names": 1}
     assert said == data.Manifest.model_validate(manifest)
     assert prepare_alone([tmp_path / "corpus"], words, out, **how) == said.model_dump()
+    # What is prepared already is only said again.
+    again = lowbit(
+        "data", "prepare", "--input", tmp_path / "corpus", "--tokenizer", words, "--out", out,
+        "--seq-len", SEQ, "--on-bad-row", "skip",
+    )  # fmt: skip
+    shown = " ".join(again.stdout.split())
+    assert "skipped rows 1, the first: " in shown and "left out hidden names (1)" in shown, again.stderr
     with pytest.raises(ConfigError, match=r"prepared otherwise .on_bad_row skip, not fail"):
         file.write_bytes(file.read_bytes().replace(b'"body"', b'"text"'))
         prepare_alone([tmp_path / "corpus"], words, out, seq_len=SEQ)
@@ -372,10 +418,10 @@ def test_how_documents_were_found_is_part_of_the_recipe_and_older_manifests_are_
     }
     older = {name: value for name, value in manifest.items() if name not in new}
     (out / "manifest.json").write_text(json.dumps(older))
-    assert data.read_manifest(out).model_dump() == older | {
+    assert data.read_manifest(out) == data.Manifest.model_validate(older | {
         "field": "text", "separator": None, "on_bad_row": "fail", "longest_document": None, "skipped_rows": 0,
-        "first_skipped_row": None, "left_out": {},
-    }  # fmt: skip
+        "first_skipped_row": None, "left_out": {}, "prompt_field": None,
+    })  # fmt: skip
 
 
 def test_a_separator_reaches_the_workers(tmp_path, words):
@@ -401,6 +447,21 @@ def test_the_standard_library_is_a_corpus():
     assert sum(len(text) for text in documents.sample(parts, 1 << 20)) == pytest.approx(1 << 20, rel=0.2)
 
 
+def test_a_sample_of_a_corpus_that_fits_is_all_of_it_and_of_others_a_share_of_each_part(tmp_path):
+    """A large file first, then many small ones."""
+    large = [f"{k:02} " * 300 for k in range(100)]
+    write(tmp_path, "a.json", large)
+    write(tmp_path, "list.json", large)
+    for k in range(200):
+        (tmp_path / f"small-{k:03}.txt").write_text(f"text {k}\n")
+    parts = documents.parts([tmp_path])
+    size = sum(part.size for part in parts)
+    assert list(documents.sample(parts, size)) == list(documents.read(parts))
+    halves = list(documents.sample(parts[:2], size // 2))
+    assert len(halves) == pytest.approx(100, abs=4)
+    assert len({*halves}) == pytest.approx(50, abs=4), "half of each file"
+
+
 class Rows:
     """What `datasets.load_dataset` gives, as far as it is documented and read here."""
 
@@ -413,18 +474,23 @@ class Rows:
     def __len__(self):
         return 25
 
+    def select_columns(self, names):
+        assert names == ["text"], "no other column is decoded"
+        return self
+
     def __getitem__(self, rows):
         return {"text": [f"row {k}" if k != 7 else None for k in range(25)][rows], "id": [*range(25)][rows]}
 
 
 def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(monkeypatch):
     """The library is not installed here; what is called is its documented interface."""
-    dataset = Rows("0123456789abcdef")
+    dataset, loaded = Rows("0123456789abcdef"), []
 
     class Library:
         @staticmethod
         def load_dataset(name, configuration, split):
             assert (name, configuration, split) == ("owner/name", "en", "train[:5%]")
+            loaded.append(dataset)
             return dataset
 
     refused(r"pip install 'lowbit-dist\[hf\]'", ["hf:owner/name"])
@@ -436,6 +502,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
     parts, tally = documents.parts([given], Reading(on_bad_row="skip")), Tally()
     assert len(parts) == 3
     assert list(documents.read(parts, tally)) == [f"row {k}" for k in range(25) if k != 7]
+    assert len(loaded) == 2, "for the parts, and once for all that are read"
     assert (tally.skipped_rows, "row 8 has no text" in tally.first_skipped) == (1, True)
     refused("row 8 has no text .*it is null", [given])
     refused("no column 'body'; its columns are text, id; write --field NAME", [given], field="body")
@@ -443,6 +510,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
     assert len(stamps) == 1 and 0 < min(stamps) < 2**63
     dataset = Rows("fedcba9876543210")
     assert documents.parts([given])[0].stamp not in stamps
+    documents.tables._hf_column.cache_clear()  # as in another process
     with pytest.raises(ConfigError, match="has changed while it was read"):
         list(documents.read(parts))
 

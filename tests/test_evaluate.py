@@ -1,5 +1,6 @@
 """A checkpoint in one process: the loss of the training loop, weights through another grid, and text."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowbit_dist import tokenizer
+from lowbit_dist import documents, tokenizer
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
 from lowbit_dist.evaluate import evaluate
@@ -43,7 +44,7 @@ def test_the_loss_is_that_of_the_training_loop(name, trained, corpus):
     assert found["loss"] == pytest.approx(summary["val_loss"], abs=1e-5)
     assert found["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], rel=1e-5)
-    assert (found["step"], found["samples"], found["tokens"]) == (4, 6, 6 * 64)
+    assert (found["step"], found["samples"], found["tokens"]) == (4, summary["val_samples"], 6 * 64)
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 100])
@@ -101,15 +102,76 @@ def test_text_is_cut_into_samples_of_the_runs_length(trained, tmp_path):
     assert (short["samples"], short["tokens"]) == (1, len(model.tokenizer.encode("a few words")) + 2)
 
 
-def test_the_loss_of_text_is_the_mean_negative_log_probability_of_its_tokens(trained, tmp_path):
+def test_text_is_read_as_data_prepare_reads_it(trained, tmp_path, corpus, lowbit):
     model, _ = trained("dqt")
-    (tmp_path / "text.txt").write_text("import os, sys")
-    ids = torch.tensor(
-        [[model.tokenizer.bos_id, *model.tokenizer.encode("import os, sys"), model.tokenizer.eos_id]]
-    )
-    with torch.inference_mode():
-        logs = model.network()(input_ids=ids).logits.double().log_softmax(-1)
-    expected = -logs[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
+    texts = ["def main():\n    return 1\n" * n + "main()" for n in (3, 5, 8)]
+    rows = [json.dumps({"body": text}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "bad", *rows[1:]]))
+    (tmp_path / "a.txt").write_text("<end>".join(texts))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for k, text in enumerate(texts):
+        (folder / f"{k}.txt").write_text(text)
+    run, lines = model.path.parent.parent, tmp_path / "a.jsonl"
+
+    def scored(*arguments):
+        done = lowbit("eval", run, "--data", *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def complaint(*arguments):
+        done = lowbit("eval", run, "--data", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    expected = evaluate(model, str(folder))
+    skipped = scored(lines, "--field", "body", "--on-bad-row", "skip")
+    divided = scored(tmp_path / "a.txt", "--separator", "<end>")
+    for key in ("loss", "bits_per_byte", "samples", "tokens"):
+        assert skipped[key] == divided[key] == expected[key]
+    assert (skipped["skipped_rows"], skipped["left_out"]) == (1, {})
+    assert "a.jsonl line 2 is not JSON" in skipped["first_skipped_row"]
+    said = lowbit("eval", run, "--data", lines, "--field", "body", "--on-bad-row", "skip").stdout
+    assert "skipped rows 1, the first: " in " ".join(said.split())
+    assert scored(corpus)["skipped_rows"] == 0
+
+    assert "line 2 is not JSON" in complaint(lines, "--field", "body")
+    assert "no text in a field 'text' (its fields are body); write --field NAME" in complaint(lines)
+    assert "(4 rows were skipped, the first: " in complaint(lines, "--on-bad-row", "skip")
+    assert "--data has none; leave it out" in complaint(lines, "--separator", "x", "--field", "body")
+    for option in (("--field", "body"), ("--separator", "x"), ("--on-bad-row", "skip")):
+        assert f"--data ({corpus}) is prepared data" in complaint(corpus, *option)
+
+
+def test_no_more_text_is_read_than_the_samples_need(trained, tmp_path):
+    model, _ = trained("dqt")
+    text = "def main():\n    return 1\n" * 40
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + "{}\n" * 3)
+    with pytest.raises(ConfigError, match="line 2 has no text"):
+        evaluate(model, str(tmp_path / "a.jsonl"))
+    taken = documents.Tally()
+    how = documents.Reading(on_bad_row="skip")
+    first = evaluate(model, str(tmp_path / "a.jsonl"), n_samples=2, reading=how, tally=taken)
+    assert (first["samples"], taken.skipped_rows) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["import os, sys", "def main():\n    return 1\n" * 40], ids=["one sample", "a short last one"]
+)
+def test_the_loss_of_text_is_the_mean_negative_log_probability_of_its_tokens(text, trained, tmp_path):
+    """Of every token but the first of a sample, whatever its length: a short sample counts for less."""
+    model, _ = trained("dqt")
+    (tmp_path / "text.txt").write_text(text)
+    ids = torch.tensor([model.tokenizer.bos_id, *model.tokenizer.encode(text), model.tokenizer.eos_id])
+    network, logs = model.network(), []
+    for sample in ids.split(64):
+        with torch.inference_mode():
+            of_each = network(input_ids=sample[None]).logits[0].double().log_softmax(-1)
+        logs.append(of_each[:-1].gather(1, sample[1:, None]))
+    expected = -torch.cat(logs).mean().item()
+    by_samples = -torch.stack([of_each.mean() for of_each in logs]).mean().item()
+    assert len(logs) == 1 or abs(by_samples - expected) > 1e-4, "the case must weigh"
     assert evaluate(model, str(tmp_path / "text.txt"))["loss"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -132,8 +194,6 @@ def test_what_does_not_belong_to_the_run_is_refused(trained, corpus, tmp_path):
 
 
 def test_data_of_another_tokenizer_is_refused(trained, corpus, tmp_path):
-    import json
-
     model, _ = trained("dqt")
     other = tmp_path / "other"
     shutil.copytree(corpus, other)

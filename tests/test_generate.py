@@ -1,12 +1,14 @@
 """Generated text: printed as it is, while it is made, of tokens that there are."""
 
+import contextlib
 import json
 import os
+import shutil
 import sys
 
 import pytest
 import torch
-from hf_folders import rewrite, write
+from hf_folders import reconfigure, rewrite, write
 
 import lowbit_dist
 from lowbit_dist.config import ConfigError
@@ -81,6 +83,22 @@ def test_in_a_terminal_the_text_ends_its_line(folder, on):
     assert printed.decode() == expected.replace("\n", "\r\n")
 
 
+def test_a_reader_has_each_piece_before_the_next_is_made(folder, on, monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    put, read = _Streamed.put, []
+
+    def put_and_read(streamed, tokens):
+        put(streamed, tokens)
+        with contextlib.suppress(BlockingIOError):  # half a character
+            read.append(os.read(reader, 10_000))
+
+    monkeypatch.setattr(_Streamed, "put", put_and_read)
+    assert on(writer, "generate", folder("llama"), "--prompt", "def ", "--max-new-tokens", 20) == 0
+    os.close(writer), os.close(reader)
+    assert read[0] == b"def " and len(read) > 5
+
+
 def test_a_reader_that_has_gone_is_no_failure(folder, on, capfd):
     reader, writer = os.pipe()
     os.close(reader)
@@ -126,6 +144,16 @@ def test_the_stream_is_the_prompt_and_the_text(folder):
     answer = model.generate("def main", max_new_tokens=20, stream=parts.append)
     assert parts[0] == "def main" and "".join(parts[1:]) == answer["text"]
     assert len(parts) > 10
+
+
+def test_what_a_model_says_of_sampling_is_not_asked_for(folder, tmp_path):
+    path = shutil.copytree(folder("llama"), tmp_path / "model")
+    reconfigure(path, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=2)
+    expected, found = (
+        lowbit_dist.open(each).generate("def ", max_new_tokens=8, temperature=0)["text"]
+        for each in (folder("llama"), path)
+    )
+    assert found == expected
 
 
 def test_tokens_that_the_tokenizer_has_not_are_not_generated(tmp_path, corpus):

@@ -168,8 +168,8 @@ def train_with_spike(configuration, at, *, stop_at=None):
         asked.append(first_sample)
         return micro_batch(batches, first_sample, size)
 
-    def spoiled(passes, tokens):
-        loss = backward(passes, tokens)
+    def spoiled(passes, *batch):
+        loss = backward(passes, *batch)
         return loss + 50 if n <= asked[-1] < n + 4 else loss
 
     Step.backward, data.Batches.micro_batch = spoiled, remembering
@@ -244,15 +244,35 @@ def test_a_checkpoint_that_only_leads_to_spikes_is_given_up(ranks, small):
     assert "after 3 returns to step 20" in answer
 
 
-@pytest.mark.parametrize(("lr", "is_lost"), [(2e-3, False), (30.0, True)])
-def test_a_run_that_is_no_better_than_guessing_is_marked(lr, is_lost, ranks, small, lowbit):
+def train_and_hear(configuration):
+    """The summary, and what was warned of."""
+    import logging
+
+    said, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("lowbit_dist")
+    logger.addHandler(handler)
+    try:
+        return train(configuration), said
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("lr", "warmup", "is_lost"), [(2e-3, 2, False), (30.0, 2, True), (30.0, 16, False)],
+    ids=["learns", "lost", "not yet warm"],
+)  # fmt: skip
+def test_a_run_that_is_no_better_than_guessing_is_marked(lr, warmup, is_lost, ranks, small, lowbit):
     from lowbit_dist import compare, runs
 
     content = small(
         run={"name": "lost"}, method={"name": "dense"}, optimizer={"lr": lr, "states": "fp32"},
-        schedule={"name": "constant"}, train={"steps": 16, "eval_every": 16, "save_every": 16},
+        schedule={"name": "constant", "warmup_steps": warmup},
+        train={"steps": 16, "eval_every": 16, "save_every": 16},
     )  # fmt: skip
-    summary = ranks(1).run(train, content)[0]
+    ((summary, said),) = ranks(1).run(train_and_hear, content)
+    assert ((summary["val_loss"] or math.inf) > math.log(512)) == (lr > 1), "the case must be one"
+    assert any("is above that of guessing, 6.238: the run has diverged" in text for text in said) == is_lost
     run = runs.read(Path(content["run"]["dir"], "lost"))
     assert summary["diverged"] == run.has_diverged == is_lost
     assert run.rows[-1].get("diverged") == (1.0 if is_lost else None)

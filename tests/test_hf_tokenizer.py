@@ -7,6 +7,7 @@ import unicodedata
 
 import hf_tokenizers
 import pytest
+import torch
 from hf_tokenizers import KINDS, TEXTS
 from preparing import prepare_alone
 from test_train import train
@@ -15,10 +16,14 @@ import lowbit_dist
 from lowbit_dist import configfile, data, tokenizer
 from lowbit_dist.config import ConfigError, Data
 from lowbit_dist.data import tokenizing
+from lowbit_dist.generate import _Streamed
 from lowbit_dist.hf_tokenizer import FastTokenizer
 
 SEQ = 64
-MARKS = {"llama3": (0, 1), "qwen": (None, 0), "smollm": (0, None), "llama2": (1, 2), "unigram": (1, None)}
+MARKS = {
+    "llama3": (0, 1), "qwen": (None, 0), "smollm": (0, None), "llama2": (1, 2), "gemma": (2, 1),
+    "unigram": (1, None),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def test_ids_and_text_are_those_of_auto_tokenizer(kind, folders):
     texts = strings(4000)
     expected = theirs(texts, add_special_tokens=False)["input_ids"]
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    assert ours.vocab_size == len(theirs)
+    assert (ours.vocab_size, ours.n_pieces) == (len(theirs), theirs.vocab_size)
     for text, ids in zip(texts, expected, strict=True):
         assert ours.encode(text) == ids, repr(text)
         assert ours.decode(ids) == theirs.decode(
@@ -158,6 +163,8 @@ def test_the_prepared_folder_carries_the_tokenizer_and_knows_it(copied, document
     manifest = data.read_manifest(out)
     assert manifest.tokenizer_sha256 == tokenizer.load(folder).sha256
     for run, path in (("here", str(out)), ("remote", f"file://{out}")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "tokenizer.model").write_bytes(b"of data that was there before")
         data.copy_tokenizer(Data(path=path, seq_len=SEQ), manifest, tmp_path / run)
         assert {file.name for file in (tmp_path / run).iterdir()} == names
         assert tokenizer.load(tmp_path / run).sha256 == manifest.tokenizer_sha256
@@ -215,6 +222,50 @@ def test_nothing_outside_the_folder_is_read_and_nothing_in_it_is_executed(copied
     file.write_text(json.dumps(json.loads(file.read_text()) | strange))
     assert tokenizer.load(folder).encode("the model") == expected
     assert tokenizer.load(folder / "tokenizer.json").encode("the model") == expected
+
+
+def test_a_run_keeps_nothing_of_another_tokenizer(corpus, folders, documents, tmp_path):
+    """Of a start that ended before its first checkpoint, on data that was then prepared anew."""
+    prepare_alone([documents], folders("qwen"), tmp_path / "qwen", seq_len=SEQ)
+    for path in (corpus, tmp_path / "qwen", corpus):
+        manifest = data.read_manifest(path)
+        data.copy_tokenizer(Data(path=str(path), seq_len=SEQ), manifest, tmp_path / "kept")
+        kept = tokenizer.load(tmp_path / "kept", sha256=manifest.tokenizer_sha256)
+        assert kept.sha256 == manifest.tokenizer_sha256
+        assert {file.name for file in (tmp_path / "kept").iterdir()} == set(manifest.tokenizer_files)
+
+
+STREAMED = [kind for kind in KINDS if kind != "unigram"]  # which has unknown characters
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_text_is_streamed_as_it_is_behind_a_prompt_whose_end_is_spelled_in_bytes(kind, folders):
+    loaded, parts = tokenizer.load(folders(kind)), []
+    before, text = "the 🎈🎈", "🎈🎈 日本 naïve\n"
+    prompt = loaded.encode(before)
+    ids = loaded.encode(before + text)
+    assert ids[: len(prompt)] == prompt and len(ids) > len(prompt) + 8, "the case must be spelled in bytes"
+    streamed = _Streamed(loaded, before, prompt, parts.append)
+    streamed.put(torch.tensor([prompt]))
+    for token in ids[len(prompt) :]:
+        streamed.put(torch.tensor([token]))
+    streamed.end()
+    assert streamed.text == "".join(parts[1:]) == text
+    assert len(parts) > 5
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_half_a_character_behind_a_whole_one_spoils_it_not(kind, folders):
+    loaded, parts = tokenizer.load(folders(kind)), []
+    prompt, ids = loaded.encode("the 🎈"), loaded.encode("the 🎈🎈🎈")
+    assert ids[: len(prompt)] == prompt
+    streamed = _Streamed(loaded, "the 🎈", prompt, parts.append)
+    streamed.put(torch.tensor([prompt]))
+    for token in ids[len(prompt) : -1]:
+        streamed.put(torch.tensor([token]))
+    streamed.end()
+    assert parts[1] == "🎈" and streamed.text.rstrip("\ufffd") == "🎈"
+    assert 1 <= streamed.text.count("\ufffd") <= 3
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00"])

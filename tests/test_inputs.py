@@ -1,16 +1,19 @@
 """What a run was trained on is known by its content: moved data resumes it, other data does not."""
 
 import argparse
+import hashlib
 import json
 import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
+from hf_folders import write
 from preparing import prepare_alone
+from safetensors.torch import load_file
 from test_train import train
 
-from lowbit_dist import configfile, data, inputs, tokenizer
+from lowbit_dist import configfile, data, inputs, pretrained, runs, tokenizer
 from lowbit_dist.cluster import checks
 from lowbit_dist.config import ConfigError
 
@@ -72,10 +75,25 @@ def test_a_stopped_run_resumes_on_its_data_wherever_that_lies_and_on_no_other(
     assert ranks(1).run(train, moved)[0]["digest"] == expected
 
 
+def test_the_headers_of_a_models_files_are_read_once_for_its_fingerprint(tmp_path, monkeypatch):
+    """A mixture of experts has tens of thousands of tensors, each with its place in a header."""
+    folder = write(tmp_path / "model", "llama")
+    expected = hashlib.sha256()
+    shown = pretrained.as_mapping(pretrained.configuration(folder))
+    shown = {name: x for name, x in shown.items() if name[0] != "_" and name != "transformers_version"}
+    expected.update(json.dumps(shown, sort_keys=True).encode())
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        expected.update(f"{name} F32 {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes()[:4096])
+    read, ranges = [], pretrained._ranges
+    monkeypatch.setattr(pretrained, "_ranges", lambda file: read.append(file) or ranges(file))
+    assert pretrained.fingerprint(folder) == expected.hexdigest()
+    assert read == [folder / "model.safetensors"]
+
+
 def test_a_run_of_an_earlier_version_knows_its_tokenizer(ranks, small, other, with_another_tokenizer):
     content = small(run={"name": "run"}, **HALFWAY)
     ranks(1).run(train, content, stop_at=4)
-    (Path(content["run"]["dir"], "run") / inputs.FILE).unlink()
+    (Path(content["run"]["dir"], "run") / runs.INPUTS).unlink()
     for path, is_refused in ((other, False), (with_another_tokenizer, True)):
         config = configfile.from_dict(with_data(content, path))
         if is_refused:
@@ -102,20 +120,29 @@ def test_data_is_the_same_however_it_was_named_when_it_was_prepared(corpus, tmp_
     assert data.read_manifest(tmp_path / "copy").digest == data.read_manifest(corpus).digest
 
 
-def on_two_machines(content, others):
+def on_two_machines(content, section, field, others):
     import torch.distributed as dist
 
     if dist.get_rank() == 1:
-        content = with_data(content, others)
+        content = {**content, section: {**content[section], field: others}}
     try:
         train(content)
     except ConfigError as error:
         return str(error)
 
 
-def test_workers_that_see_different_data_do_not_begin(ranks, small, other):
-    answers = ranks(2).run(on_two_machines, small(run={"name": "run"}), str(other))
-    assert all("is other data for worker 1 than for worker 0" in answer for answer in answers)
+def test_workers_that_see_different_data_or_models_do_not_begin(ranks, small, other, tmp_path):
+    from hf_folders import rewrite, write
+
+    base, another = (write(tmp_path / name, "llama") for name in ("base", "another"))
+    rewrite(another, lambda weights: weights["model.norm.weight"].add_(1))
+    content = small(run={"name": "run"}) | {"model": {"pretrained": str(base)}}
+    for section, field, path, words in (
+        ("data", "path", other, "is other data"), ("model", "pretrained", another, "is another model"),
+    ):  # fmt: skip
+        for answer in ranks(2).run(on_two_machines, content, section, field, str(path)):
+            assert answer.startswith(f"{section}.{field} ("), answer
+            assert f"{words} for worker 1 than for worker 0" in answer
 
 
 def test_a_pretrained_base_may_move_and_is_needed_by_no_reader(ranks, small, tmp_path):

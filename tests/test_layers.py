@@ -37,6 +37,8 @@ FLOOR = {
 HOMES = {
     "deepspeed": {"zero"},
     "mlflow": {"tracking"},
+    "wandb": {"tracking"},
+    "tensorboard": {"tracking"},
     "streaming": {"data"},
     "sentencepiece": {"tokenizer"},
     "triton": {"ops"},

@@ -62,6 +62,25 @@ def test_a_step_stands_behind_an_at(place):
     assert "did you mean 'small'?" in refused(naming.find_run, "small@20"), "a step is not for every verb"
 
 
+def test_from_inside_a_sweep_the_runs_beside_it_are_found(place):
+    def found(word):
+        folder, step = naming.find_step(word, "runs/methods", "a checkpoint's folder")
+        return str(folder), step
+
+    assert found("small@20") == ("runs/small", 20)
+    assert found("dqt-seed0") == found("methods/dqt-seed0") == ("runs/methods/dqt-seed0", None)
+    (place / "runs" / "methods" / "small").mkdir()
+    (place / "runs" / "methods" / "small" / "config.yaml").write_text("")
+    assert found("small") == ("runs/methods/small", None), "the nearer one is meant"
+
+
+def test_what_no_file_could_be_called_is_no_checkpoint(place):
+    from lowbit_dist import checkpoint, trained
+
+    for find in (checkpoint.resolve, trained.open):
+        assert "is neither a run (in runs/)" in refused(find, "x" * 5000)
+
+
 def test_one_run_is_not_a_whole_sweep(place):
     message = refused(naming.find_run, "methods")
     assert message == "methods has 2 runs; name one of them, for example runs/methods/dense-seed0"

@@ -136,9 +136,11 @@ def plain_loop(config, skips=()):
     adamw = torch.optim.AdamW(groups, betas=rule.betas, eps=rule.eps)
     batches = data.Batches(config.data, "train", config.run.seed)
 
-    def loss_of(tokens):
+    def loss_of(batches, first, size):
+        tokens, labels = batches.micro_batch(first, size), batches.labels(first, size)
+        labels = tokens if labels is None else labels
         logits = net(tokens).logits[:, :-1].double()
-        return F.cross_entropy(logits.reshape(-1, vocab_size), tokens[:, 1:].reshape(-1))
+        return F.cross_entropy(logits.reshape(-1, vocab_size), labels[:, 1:].reshape(-1), ignore_index=-100)
 
     losses = []
     for step in range(1, STEPS + 1):
@@ -147,7 +149,7 @@ def plain_loop(config, skips=()):
         end = schedule.min_lr_ratio
         factor = step / warm if step <= warm else end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
         net.zero_grad()
-        loss = loss_of(batches.micro_batch((step - 1) * SAMPLES, SAMPLES))
+        loss = loss_of(batches, (step - 1) * SAMPLES, SAMPLES)
         loss.backward()
         losses.append(loss.item())
         if step in skips:
@@ -160,8 +162,8 @@ def plain_loop(config, skips=()):
             n_updates = step - sum(s < step for s in skips)
             codes.step(low_bit, ids, step, n_updates, rule.lr * factor, rule.weight_decay)
     with torch.no_grad():
-        validation = data.Batches(config.data, "val", config.run.seed).micro_batch(0, EVAL_SAMPLES)
-        return losses, loss_of(validation).item(), names
+        validation = loss_of(data.Batches(config.data, "val", config.run.seed), 0, EVAL_SAMPLES)
+        return losses, validation.item(), names
 
 
 def train_without(configuration, skips):
@@ -216,6 +218,7 @@ def test_each_step_is_that_of_a_plain_loop(method, skips, ranks, small):
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(kept, rel=tolerance)
     assert summary["train_loss"] == pytest.approx(fmean(kept), rel=tolerance)
     assert summary["val_loss"] == pytest.approx(val_loss, rel=tolerance)
+    assert summary["val_samples"] == EVAL_SAMPLES
     checkpoint = Checkpoint.open(summary["checkpoint"])
     for name in checkpoint.names:
         if checkpoint.grid(name) is None:

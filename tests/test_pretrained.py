@@ -9,13 +9,16 @@ import transformers
 from hf_folders import CONFIGS, in_blocks_of_fp8, in_packed_codes, reconfigure, rewrite, write
 
 import lowbit_dist
-from lowbit_dist import configfile, experts, model
+from lowbit_dist import configfile, experts, model, pretrained
 from lowbit_dist.config import ConfigError
+from lowbit_dist.linear import Linear
 
 IDS = torch.tensor([[1, 17, 300, 5, 5, 511, 42, 9, 260, 33, 2, 8]])
 EVALUATED = [name for name in CONFIGS if name != "bert"]
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
-TRAINED = ["llama", "tied", "qwen3", "gemma2", "gpt_neox", "opt", "bloom", *MIXTURES]
+TRAINED = [
+    "llama", "llama3", "tied", "qwen3", "gemma", "gemma2", "gemma3", "gpt_neox", "opt", "bloom", *MIXTURES,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,8 @@ def run(small):
 
 
 def theirs(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    """In the attention that transformers writes out: its fused one does less than some models say."""
+    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
 
 
 def loaded(config):
@@ -80,6 +84,12 @@ def test_the_logits_of_a_folder_are_those_of_transformers(name, folder):
     trained = lowbit_dist.open(folder(name))
     with torch.inference_mode():
         assert_close(trained.network()(input_ids=IDS).logits, theirs(folder(name))(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_a_configuration_is_the_same_when_it_comes_out_of_a_checkpoint(name, folder):
+    kept = pretrained.as_mapping(pretrained.configuration(folder(name)))
+    assert pretrained.as_mapping(pretrained.of_mapping(kept)) == kept
 
 
 @pytest.mark.parametrize("name", ["bloom", "gpt2"])
@@ -115,6 +125,15 @@ def test_the_layers_of_a_pretrained_model_become_low_bit(name, folder, run):
     assert [each for each in rest if not any(word in each for word in words)] == []
 
 
+def test_norms_of_the_methods_own_stand_where_it_says_or_are_not_asked_for(folder, run):
+    for name, has_norms in (("llama", True), ("gemma2", True), ("olmoe", True), ("phi", False)):
+        config = run(folder(name), name="bitnet", sub_norms=has_norms)
+        model.check(config, 512)
+        layers = model.shapes(config, 512).named_modules()
+        normed = {at.rpartition(".")[2] for at, layer in layers if type(layer) is Linear and layer.norm}
+        assert normed == ({"o_proj", "down_proj"} if has_norms else set())
+
+
 REFUSED = {
     # what is in the files
     "weights in blocks of float8": (
@@ -141,6 +160,11 @@ REFUSED = {
     "a layer more than the configuration says": (
         "llama", {}, lambda at: reconfigure(at, num_hidden_layers=1),
         ("model.layers.1.", "8 more", "no parameter")),
+    "norms before layers of other names": (
+        "opt", {"name": "bitnet"}, None,
+        ("method bitnet", "OPTForCausalLM has no o_proj and no down_proj", "method.sub_norms: false")),
+    "norms before some of the layers alone": (
+        "mixtral", {"name": "dqt", "sub_norms": True}, None, ("MixtralForCausalLM has no down_proj",)),
     # what transformers builds
     "layers that are no linears": (
         "gpt2", {"name": "dqt"}, None, ("gpt2", "method dqt", "Conv1D", "100%", "method.name: dense")),
@@ -152,6 +176,9 @@ REFUSED = {
     "weights that are buffers": (
         "deepseek_v3", {}, None, ("DeepseekV3ForCausalLM", "e_score_correction_bias")),
     "both directions": ("bert", {}, None, ("BertLMHeadModel", "both directions")),
+    "both directions, where others of its kind read in one": (
+        "gemma3", {}, lambda at: reconfigure(at, use_bidirectional_attention=True),
+        ("Gemma3ForCausalLM", "both directions")),
 }  # fmt: skip
 
 
@@ -174,6 +201,7 @@ def test_evaluation_refuses_the_same_files(fresh):
         "a norm that is missing",
         "a bias that has no place",
         "both directions",
+        "both directions, where others of its kind read in one",
     ):
         name, _, change, words = REFUSED[case]
         path = fresh(name, change or (lambda at: None))
@@ -208,15 +236,27 @@ def test_what_a_run_does_otherwise_than_the_folder_says_is_said(folder, run, cap
     assert not caplog.records
 
 
+def test_the_tokens_of_the_data_need_an_embedding_and_others_of_its_tokenizer_do_not(folder, run, caplog):
+    config = run(folder("llama"))
+    with caplog.at_level(logging.WARNING):
+        model.check(config, 513, used=512)
+    (record,) = caplog.records
+    assert "a vocabulary of 512, the data's tokenizer 513; the rest is not in the data" in record.message
+    with pytest.raises(
+        ConfigError, match=r"of 512, the data's tokenizer 513, and the data has its token 512;"
+    ):
+        model.check(config, 513, used=513)
+    with pytest.raises(ConfigError, match=r"of 512, the data's tokenizer 513; prepare the data with the"):
+        model.check(config, 513)
+
+
 def test_chance_is_a_kind_of_name():
     config = transformers.DbrxConfig(
         attn_config={"attn_pdrop": 0.1}, ffn_config={"moe_jitter_eps": 0.1}, resid_pdrop=0.1, emb_pdrop=0.1
     )
     config.output_router_logits = True
-    from lowbit_dist.pretrained import without_chance
-
-    assert len(without_chance(config)) == 5
-    assert without_chance(config) == []
+    assert len(pretrained.without_chance(config)) == 5
+    assert pretrained.without_chance(config) == []
     assert (config.resid_pdrop, config.attn_config.attn_pdrop, config.ffn_config.moe_jitter_eps) == (0, 0, 0)
 
 
@@ -284,17 +324,20 @@ def test_workers_whose_tokens_choose_different_experts_train_them_all(stage, fol
             assert torch.equal(torch.cat(parts)[: len(whole)], whole), name
 
 
-def test_the_plan_of_an_architecture_is_made_or_refused_in_one_line(folder, lowbit, tmp_path):
+def test_the_plan_of_an_architecture_is_made_or_refused_in_one_line(folder, lowbit, tmp_path, corpus):
     (tmp_path / "run.yaml").write_text(
-        "data: {path: data, seq_len: 64}\ntrain: {steps: 2, batch_tokens: 1024}\n"
+        f"run: {{dir: {tmp_path}}}\ndata: {{path: {corpus}, seq_len: 64}}\n"
+        "train: {steps: 2, batch_tokens: 1024}\ncluster: {workers: 1}\n"
     )
-    for name in ("opt", "mixtral", "qwen3_moe", "bloom", "mamba", "gpt2"):
+    for name in ("opt", "mixtral", "qwen3_moe", "bloom", "gemma2", "gemma3", "mamba", "gpt2"):
         override = f"model={{pretrained: {folder(name)}}}"
         done = lowbit("plan", tmp_path / "run.yaml", override, "--vocab-size", 512, "--json")
         if name in ("mamba", "gpt2"):
-            assert (done.returncode, done.stdout) == (2, "")
-            (line,) = done.stderr.splitlines()
-            assert line.startswith(f"lowbit: model.pretrained ({folder(name)}) cannot be trained")
+            for answer in (done, lowbit("train", tmp_path / "run.yaml", override)):
+                assert (answer.returncode, answer.stdout) == (2, "")
+                (line,) = answer.stderr.splitlines()
+                assert line.startswith(f"lowbit: model.pretrained ({folder(name)}) cannot be trained")
+            assert not (tmp_path / "run").exists(), "it was refused before anything was made"
         else:
             assert done.returncode == 0, done.stderr
             plan = json.loads(done.stdout)

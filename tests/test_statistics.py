@@ -122,6 +122,15 @@ def test_they_are_the_same_on_any_number_of_workers_and_after_a_resume(run, rank
             assert other["layers"][name] == layer
 
 
+def test_a_method_without_levels_has_no_picture_of_flips_and_no_warning_of_one(run, caplog):
+    from lowbit_dist import charts
+
+    _, layers, folder = run(1, "dense", method={"name": "dense"}, optimizer={"states": "fp32"})
+    assert layers, "it has the norms of its gradients"
+    assert [file.name for file in charts.of_run(folder, "dense", None)] == ["loss.png"]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_gradient_norms_are_those_of_any_stage(run, stage):
     """`dense` has no levels, and the norms of its linear layers."""

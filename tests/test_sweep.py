@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_dist import configfile, runs
+from lowbit_dist import configfile, inputs, runs
 from lowbit_dist.config import ConfigError
 from lowbit_dist.sweep import Sweep, running
 from lowbit_dist.tracking import Parent
@@ -85,6 +85,17 @@ def test_labels_of_a_grid_are_made_of_its_values(grid, labels, load):
     assert [child.label for child in load(SMALL + f"grid: {text}\n").children] == labels
 
 
+def test_each_child_may_start_from_a_run_of_its_own(load):
+    runs = "runs: {tail: {run.from: long@6, run.with_states: true}, whole: {}}\n"
+    tail, whole = load(SMALL + runs).children
+    assert (tail.config.run.parent, tail.config.run.with_states) == ("long@6", True)
+    assert whole.config.run.parent is None
+    grid = load(SMALL + "grid: {run.from: [long@4, long@6]}\n")
+    assert [(child.label, child.config.run.parent) for child in grid.children] == [
+        ("from-long-4", "long@4"), ("from-long-6", "long@6"),
+    ]  # fmt: skip
+
+
 def test_seeds_alone_repeat_the_base(load):
     assert [child.name for child in load(SMALL + "seeds: [0, 1]\n").children] == ["base-seed0", "base-seed1"]
     assert [child.name for child in load(SMALL).children] == ["base-seed0"]
@@ -112,6 +123,10 @@ def test_the_example_is_a_sweep_of_eight_runs():
         (SMALL + "seeds: [1, 1]", "seeds ([1, 1]) must be different whole numbers"),
         (SMALL + "seeds: [true]", "seeds ([True]) must be different whole numbers"),
         (SMALL + "set: {run.seed: 4}", "must not set run: a child's name, seed and folder are the sweep's"),
+        (SMALL + "set: {run.from_: a}", "must not set run: a child's name, seed and folder"),
+        (SMALL + "set: {run: {from: a}}", "must not set run: a child's name, seed and folder"),
+        (SMALL + "set: {run: {from: x}}", "must not set run: a child's name, seed and folder"),
+        (SMALL + "set: ['run . name=x']", "must not set run: a child's name, seed and folder"),
         (SMALL + "set: [train.steps]", "must be overrides; write {train.steps: 20}"),
         (SMALL + "runs: [a, b]", "runs (['a', 'b']) must be labels with overrides"),
         (SMALL + "runs: {a: 5}", "runs.a (5) must be overrides; write"),
@@ -141,6 +156,20 @@ def test_no_child_starts_if_one_cannot(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"b-seed0: data.path \(absent\) does not exist"):
         running.run(Sweep.load(tmp_path / "sweep.yaml"), Told())
     assert not (tmp_path / "runs" / "s").exists(), "nothing is left behind"
+
+
+def test_children_start_from_runs_beside_their_sweep(ranks, small, tmp_path, monkeypatch):
+    from test_train import train
+
+    every = {"steps": 4, "save_every": 2, "eval_every": 4}
+    ranks(1).run(train, small(run={"name": "parent", "dir": str(tmp_path / "runs")}, train=every))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(json.dumps(small(run={"name": "base", "from": "parent"})))
+    text = SMALL + "runs: {last: {}, middle: {run.from: parent@2, run.with_states: true}}\n"
+    (tmp_path / "sweep.yaml").write_text(text)
+    last, middle = (child.config for child in Sweep.load(tmp_path / "sweep.yaml").children)
+    assert (inputs.parent(last).name, last.run.with_states) == ("step-4", False)
+    assert (inputs.parent(middle).name, middle.run.with_states) == ("step-2", True)
 
 
 # ------------------------------------------------------------------ how many at once

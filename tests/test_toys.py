@@ -123,6 +123,22 @@ def known():
             del registry[name]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "same_states"),
+    [({"name": "half"}, 4 + 4 + 2), ({"name": "lion", "states": "fp32"}, 4 + 4 + 4)],
+    ids=str,
+)
+def test_adamw_is_a_baseline_whatever_a_run_is_trained_by(optimizer, same_states, small, known):
+    from lowbit_dist import memory
+
+    plans = memory.baselines(configfile.from_dict(small(optimizer=optimizer)), 512, 1)
+    each = {
+        name: plan["resident_bytes_per_worker"] / plan["parameters"]["total"] for name, plan in plans.items()
+    }
+    assert each["plan_dense"] == pytest.approx(4 + 4 + 8, rel=1e-3)
+    assert each["plan_dense_same_states"] == pytest.approx(same_states, rel=1e-3)
+
+
 def test_the_plan_knows_what_is_sent(ranks, small, known):
     from lowbit_dist.memory.plan import planned
 

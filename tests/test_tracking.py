@@ -206,6 +206,10 @@ def test_every_bar_is_named_with_its_states_and_an_equal_one_is_not_drawn_twice(
         "dense, fp32 states",
     ]
     assert named("fp32") == ["this run, fp32 states", "dense, fp32 states", "BitNet, fp32 states"]
+    # Of Lion with states in fp32 the dense baseline is smaller than AdamW's; it is the one that is like.
+    lion, adamw = ({"states": "fp32"} | part(optimizer_states=n) for n in (400, 800))
+    bars = charts.bytes_per_parameter(lion | {"plan_dense_same_states": lion, "plan_dense": adamw})
+    assert bars["dense, fp32 states"]["optimizer_states"] == 8.0
 
 
 @pytest.mark.parametrize(

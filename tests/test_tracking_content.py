@@ -57,7 +57,8 @@ def test_a_run_says_what_it_is_and_on_which_data(config, corpus, store, tmp_path
     for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "first")):
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    run = finished(config("described", corpus, model={"preset": "tiny"}), store)
+    called = {"name": "described", "dir": str(tmp_path), "from": "parent@4"}
+    run = finished(config("described", corpus, run=called, model={"preset": "tiny"}), store)
 
     params, tags, vocabulary = run.data.params, run.data.tags, data.read_manifest(corpus).vocab_size
     assert "None" not in params.values()
@@ -66,7 +67,7 @@ def test_a_run_says_what_it_is_and_on_which_data(config, corpus, store, tmp_path
     expected = {
         "method.name": "dqt", "model.preset": "tiny", "model.hidden_size": 256, "model.layers": 4,
         "model.kv_heads": 4, "model.vocab_size": vocabulary, "model.parameters": total,
-        "train.batch_tokens": 8192,
+        "train.batch_tokens": 8192, "run.from": "parent@4",
     }  # fmt: skip
     assert {key: params[key] for key in expected} == {key: str(value) for key, value in expected.items()}
     low_bit = int(params["model.low_bit_parameters"])
@@ -104,7 +105,7 @@ def test_a_description_that_somebody_wrote_stays(config, store):
     made = config("noted")
     first = finished(made, store)
     client(store).set_tag(first.info.run_id, "mlflow.note.content", "the one with the good data")
-    (made.run_dir / ".mlflow_complete").unlink()
+    (made.run_dir / ".tracked").unlink()
     again = finished(made, store)
     assert again.info.run_id == first.info.run_id
     assert again.data.tags["mlflow.note.content"] == "the one with the good data"

@@ -12,7 +12,7 @@ import pytest
 from tracked import SUMMARY, Tracked, client, configuration, steps, wait
 
 from lowbit_dist import tracking
-from lowbit_dist.tracking import Parent, identity, mlflow_run
+from lowbit_dist.tracking import Parent, identity
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_copied_folder_gets_a_run_of_its_own_and_a_moved_one_continues_its_run
     assert warnings(caplog) == []
 
     copy = config("here", tmp_path / "copies")
-    assert not mlflow_run.is_complete(copy), "MLflow has none of the copy"
+    assert not tracking.tracker.is_complete(copy), "MLflow has none of the copy"
     second = Tracked(copy, 2)
     rows(second, [3])
     second.finish("KILLED")
@@ -232,7 +232,7 @@ def test_a_run_that_was_made_and_not_noted_is_found_again(end, config, store, mo
     tracker = Tracked(config(name))
     rows(tracker, [1])
     if isinstance(end, SystemExit):  # of its thread, as a kill
-        tracker.tracker._mlflow.thread.join(timeout=60)
+        tracker.tracker.mlflow.thread.join(timeout=60)
         assert not (tracker.folder / tracking.RUN_ID).exists()
         tracker.record.close()
         tracker = Tracked(config(name), 1)

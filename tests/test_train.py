@@ -4,6 +4,7 @@ them.
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -99,6 +100,20 @@ def test_a_stopped_and_resumed_run_ends_as_one_that_was_not(sections, ranks, sma
     stopped = small(run={"name": "stopped"}, **sections, **halfway)
     ranks(2).run(train, stopped, stop_at=4)
     assert digest(ranks, 2, stopped) == expected
+
+
+def phases(configuration):
+    from lowbit_dist import configfile, loop
+
+    beats = []
+    loop.run(configfile.from_dict(configuration), heartbeat=lambda phase, *_: beats.append(phase))
+    return beats
+
+
+def test_a_finished_run_that_is_measured_again_is_alive_meanwhile(ranks, small):
+    content = small(train={"steps": 2, "eval_samples": 6})
+    ranks(1).run(train, content)
+    assert ranks(1).run(phases, content)[0] == ["end"] * (1 + 3), "of three micro-batches"
 
 
 TWELVE = {
@@ -216,6 +231,33 @@ def test_a_resumed_run_logs_what_an_undisturbed_one_does(ranks, small):
                 del row[key]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [3, 6, 8]
+
+
+def test_the_validation_loss_is_of_all_samples_for_any_workers_and_micro_batches(ranks, small):
+    losses = []
+    for world, size in ((1, 1), (1, 4), (2, 3), (3, 2), (2, 6)):
+        train_section = {
+            "steps": 1, "batch_tokens": 12 * 64, "micro_batch": size, "eval_samples": 7, "eval_every": 1,
+            "save_every": 1,
+        }  # fmt: skip
+        content = small(run={"name": f"{world}x{size}"}, optimizer={"lr": 0.0}, train=train_section)
+        summary = ranks(world).run(train, content)[0]
+        losses.append(summary["val_loss"])
+        assert summary["val_samples"] == 7
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+
+
+def test_the_summary_does_not_depend_on_what_is_logged(ranks, small):
+    few, many = (
+        ranks(1).run(train, small(run={"name": f"every-{n}"}, train={"log_every": n}))[0] for n in (8, 1)
+    )
+    assert few["train_loss"] == many["train_loss"]
+    losses = [json.loads(line)["loss"] for line in _metrics(many).read_text().splitlines()]
+    assert many["train_loss"] == fmean(losses)
+
+
+def _metrics(summary):
+    return Path(summary["checkpoint"]).parent.parent / "metrics.jsonl"
 
 
 def test_training_learns_and_no_learning_rate_does_not(ranks, small):

@@ -329,6 +329,12 @@ def test_the_command_line_takes_a_folder(folder, lowbit, tmp_path):
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (answer["checkpoint"], answer["step"], answer["forward"]) == (str(path), None, "int4")
+    assert answer["left_out"] == {}
+    (tmp_path / "texts").mkdir()
+    for name in ("text.py", ".hidden"):
+        (tmp_path / "texts" / name).write_text(TEXT)
+    done = lowbit("eval", path, "--data", tmp_path / "texts")
+    assert "left out hidden names (1)" in " ".join(done.stdout.split()), done.stderr
     done = lowbit("generate", path, "--prompt", "def ", "--max-new-tokens", 3)
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
     (path / "config.json").unlink()

@@ -149,10 +149,22 @@ class Rows(Rule):
         return momentum / (momentum.square().mean(-1, keepdim=True).sqrt() + 1e-8), momentum
 
 
+class Half(Rule):
+    """A momentum that is kept in bfloat16 alone."""
+
+    name: Literal["half"] = "half"
+    states: Literal["bf16"] = "bf16"
+    slots: ClassVar = (ops.Slot("momentum", signed=True),)
+
+    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
+        momentum = 0.9 * slots[0] + g
+        return momentum, momentum
+
+
 TOYS = {"fine-stored": FineStored, "biased": Biased, "learned-activation": LearnedActivation}
 
 
 def register() -> None:
     """Make the toys known in this process, as an installed package's entry points would."""
     METHODS.update({name: f"toys:{toy.__name__}" for name, toy in {**TOYS, "silent": Silent}.items()})
-    OPTIMIZERS["rows"] = "toys:Rows"
+    OPTIMIZERS.update(rows="toys:Rows", half="toys:Half")

@@ -73,26 +73,26 @@ class Tracked:
 
     @property
     def run_id(self):
-        mlflow = self.tracker._mlflow
+        mlflow = self.tracker.mlflow
         return None if mlflow is None else mlflow.run_id
 
     @property
     def failed(self):
-        return self.tracker._mlflow.problem is not None
+        return self.tracker.mlflow.problem is not None
 
     def began(self, seconds=60):
         """The number of the MLflow run, once there is one: after the first row."""
         deadline = time.monotonic() + seconds
-        while self.run_id is None or self.tracker._mlflow.client is None:
+        while self.run_id is None or self.tracker.mlflow.client is None:
             assert time.monotonic() < deadline, "the MLflow run never began"
             time.sleep(0.05)
         return self.run_id
 
     def close(self):
-        """The worker has gone, and so has the launcher: nothing ends the MLflow run."""
+        """The worker has gone, and so has the launcher: nothing ends what services have."""
         self.record.close()
-        if self.tracker._mlflow is not None:
-            self.tracker._mlflow.close()
+        for feeder in filter(None, (self.tracker.mlflow, *self.tracker.others)):
+            feeder.close()
 
     def finish(self, status, summary=None):
         self.record.close()

@@ -63,15 +63,16 @@ def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
 def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = RUNS, *, verify: bool = True) -> Path:
     """The checkpoint folder meant by a run's name or folder, by RUN@STEP, or by a checkpoint's folder.
 
-    Of a run the newest that is not damaged.  One that is named by its step is refused if it is, unless it is
-    not to be verified; of one that is named by its folder nothing is read.
+    Of a run the newest that is not damaged.  One that is named itself, by its step or its folder, is refused
+    if it is, unless it is not to be verified.
     """
     path = Path(os.path.expanduser(run_or_checkpoint))
-    if (path / MANIFEST).exists():
-        return path
+    if os.path.exists(path / MANIFEST):  # unlike Path.exists, it takes what no file could be called
+        return _whole(path) if verify else path
     run_dir, step = find_step(run_or_checkpoint, runs_dir, "a checkpoint's folder")
     if step is not None:
-        return _of_step(run_dir, step, verify)
+        path = _of_step(run_dir, step)
+        return _whole(path) if verify else path
     whole, damaged = _newest_whole(run_dir)
     if whole is None:
         why = f": {'; '.join(damaged)}" if damaged else " yet"
@@ -81,14 +82,18 @@ def resolve(run_or_checkpoint: str | Path, runs_dir: Path | str = RUNS, *, verif
     return whole
 
 
-def _of_step(run_dir: Path, step: int, verify: bool) -> Path:
+def _whole(path: Path) -> Path:
+    if problems := Checkpoint.open(path).verify():
+        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
+    return path
+
+
+def _of_step(run_dir: Path, step: int) -> Path:
     path = run_dir / "checkpoints" / f"step-{step}"
     if not (path / MANIFEST).exists():
         steps = sorted(step_of(known) for known in newest_first(run_dir))
         there = f"write @{', @'.join(map(str, steps))}" if steps else "train it"
         raise ConfigError(f"{run_dir} has no checkpoint of step {step:,}; {there}, or another run's name")
-    if verify and (problems := Checkpoint.open(path).verify()):
-        raise ConfigError(f"{path} is damaged: {'; '.join(problems)}; name another checkpoint of the run")
     return path
 
 

@@ -80,9 +80,13 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove the checkpoints that a run need not keep."""
-    for path in newest_first(run_dir)[keep_last:]:
+def prune(newest: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove the checkpoints that a run need not keep beside `newest`, which it has just published.
+
+    Those of later steps are damaged, and the run went back behind them: they do not count.
+    """
+    usable = [path for path in newest_first(newest.parent.parent) if step_of(path) <= step_of(newest)]
+    for path in usable[keep_last:]:
         if keep_every is None or step_of(path) % keep_every:
             shutil.rmtree(path)
 

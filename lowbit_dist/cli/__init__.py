@@ -6,7 +6,6 @@ SIGTERM.
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,27 +13,29 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, watching
+from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, ui, watching
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
     Json,
     OnBadRow,
     Overrides,
+    PromptField,
     RunOrCheckpoint,
     RunOrFolder,
     Separator,
     TextField,
     at_home,
     load,
+    not_read,
     pairs,
 )  # fmt: skip
 from lowbit_dist.config import ConfigError, RunConfig
 
 # In the order of the work, which is that of the help.
 VERBS = (
-    "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "eval", "generate", "inspect",
-    "sweep", "submit", "status", "logs", "stop", "bench", "config",
+    "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "ui", "eval", "generate",
+    "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
 )  # fmt: skip
 
 
@@ -66,6 +67,7 @@ app.command()(comparing.sweep)
 app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
+app.command()(ui.ui)
 app.command()(reference.config)
 bench_app.command("update")(benches.update)
 
@@ -108,12 +110,8 @@ def tokenizer_train(
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         trained = tokenizer.train(inputs, vocab_size, out, reading=reading, tally=tally)
         result = {"tokenizer": str(out), "vocab_size": trained.vocab_size, "sha256": trained.sha256}
-        counts = {
-            "skipped_rows": tally.skipped_rows,
-            "first_skipped_row": tally.first_skipped,
-            "left_out": dict(tally.left_out),
-        }
-        answer(result | counts, pairs(result | _in_words(counts)))
+        counts = tally.counts()
+        answer(result | counts, pairs(result | not_read(counts)))
 
 
 @data_app.command("prepare")
@@ -139,6 +137,7 @@ def data_prepare(
     val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of documents held out.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the choice of documents held out.")] = 0,
     field: TextField = "text",
+    prompt_field: PromptField = None,
     separator: Separator = None,
     on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
@@ -152,28 +151,23 @@ def data_prepare(
 
         manifest = data.prepare(
             inputs, tokenizer, out, seq_len=seq_len, workers=workers, val_fraction=val_fraction, seed=seed,
-            field=field, separator=separator, on_bad_row=on_bad_row, bar=answer.waiting.bar,
+            field=field, prompt_field=prompt_field, separator=separator, on_bad_row=on_bad_row,
+            bar=answer.waiting.bar,
         )  # fmt: skip
         splits = {
             name: "{tokens:,} tokens in {samples:,} samples, {documents:,} documents".format(**split)
             for name, split in manifest["splits"].items()
         }
         entropy = f"{manifest['unigram_entropy']:.4f} nats per token"
-        marks = data.Manifest(**manifest).marks.in_words()
+        known = data.Manifest(**manifest)
+        marks = known.marks.in_words()
         rows = {"data": out, **splits, "between documents": marks, "unigram entropy": entropy}
-        answer({"data": str(out), **manifest}, pairs(rows | _in_words(manifest)))
-
-
-def _in_words(counts: Mapping[str, Any]) -> dict[str, str]:
-    """What of the inputs was not read, or read in pieces; nothing if there is no such thing."""
-    words = {}
-    if longest := counts.get("longest_document"):
-        words["split"] = f"documents of more than {longest:,} bytes, since there are few"
-    if n := counts["skipped_rows"]:
-        words["skipped rows"] = f"{n:,}, the first: {counts['first_skipped_row']}"
-    if left_out := counts["left_out"]:
-        words["left out"] = ", ".join(f"{reason} ({n:,})" for reason, n in left_out.items())
-    return words
+        if known.prompt_field is not None:
+            shares = (f"{split.counted_share:.1%} of {name}" for name, split in known.splits.items())
+            rows["counted by the loss"] = f"{' and '.join(shares)}, the tokens of responses"
+            n = sum(split.dropped_tokens // known.seq_len for split in known.splits.values())
+            rows["prompts alone"] = f"{n:,} samples, left out"
+        answer({"data": str(out), **manifest}, pairs(rows | not_read(manifest)))
 
 
 @app.command()
@@ -203,8 +197,8 @@ def plan(
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
-        n_pieces = _vocab_size(loaded, vocab_size)
-        model.check(loaded, n_pieces)
+        n_pieces, used = _vocabulary(loaded, vocab_size)
+        model.check(loaded, n_pieces, used=used)
         estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
 
@@ -251,8 +245,15 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Take so many samples; by default the run's eval_samples."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Take so many samples; by default of prepared data the run's eval_samples, of text all.",
+        ),
     ] = None,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
     as_json: Json = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a trained model.
@@ -260,10 +261,14 @@ def evaluate(
     Example: lowbit eval quickstart --data data/stdlib --json
     """
     with console.answering(as_json, "evaluating") as answer:
-        from lowbit_dist import trained
+        from lowbit_dist import documents, trained
 
-        metrics = trained.open(run).evaluate(data, forward=forward, n_samples=samples)
-        answer(metrics, pairs(metrics))
+        reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
+        metrics = trained.open(run).evaluate(
+            data, forward=forward, n_samples=samples, reading=reading, tally=tally
+        )
+        counts = tally.counts()
+        answer(metrics | counts, pairs(metrics | not_read(counts)))
 
 
 @app.command()
@@ -386,14 +391,16 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format="lowbit: %(message)s", stream=sys.stderr)
 
 
-def _vocab_size(config: RunConfig, given: int | None) -> int:
+def _vocabulary(config: RunConfig, given: int | None) -> tuple[int, int | None]:
+    """The number of the tokenizer's tokens, and of the first ones that are all that prepared data has."""
     from lowbit_dist import data
 
     if given is not None:
         if given < 1:
             raise ConfigError(f"--vocab-size ({given}) must be at least 1; write 32000, for example")
-        return given
+        return given, None
     try:
-        return data.read_manifest(config.data.path).vocab_size
+        manifest = data.read_manifest(config.data.path)
+        return manifest.vocab_size, manifest.used
     except ConfigError as error:
         raise ConfigError(f"{error}; or plan without data: --vocab-size 32000") from None

@@ -1,6 +1,7 @@
 """What verbs have in common: their arguments, and how they become a configuration."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,15 @@ TextField = Annotated[
         "--field", metavar="NAME", help="Take the text of JSON, tables and data sets from this field."
     ),
 ]
+PromptField = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-field",
+        metavar="NAME",
+        help="Put this field before the text, as a prompt: the loss leaves its tokens out.",
+        show_default=False,
+    ),
+]
 
 
 def _unescaped(text: str | None) -> str | None:
@@ -101,6 +111,20 @@ def load(config: Path, overrides: list[str] | None) -> RunConfig:
     from lowbit_dist import configfile
 
     return configfile.load(config, overrides or [])
+
+
+def not_read(counts: Mapping[str, Any]) -> dict[str, str]:
+    """What of the inputs was not read, or read in pieces, in words; nothing if there is no such thing."""
+    words = {}
+    if longest := counts.get("longest_document"):
+        words["split"] = f"documents of more than {longest:,} bytes, since there are few"
+    if n := counts.get("empty_documents"):
+        words["empty documents"] = f"{n:,}, left out"
+    if n := counts["skipped_rows"]:
+        words["skipped rows"] = f"{n:,}, the first: {counts['first_skipped_row']}"
+    if left_out := counts["left_out"]:
+        words["left out"] = ", ".join(f"{reason} ({n:,})" for reason, n in left_out.items())
+    return words
 
 
 def pairs(rows: dict[str, Any]) -> Any:

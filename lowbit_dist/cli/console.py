@@ -149,7 +149,8 @@ def answering(as_json: bool, doing: str | None = None) -> Iterator[Answer]:
     doing: what the verb does until it answers, for those who wait; None: it tells by itself
     """
     sys.stdout.flush()
-    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # A file's name that is not UTF-8 is printed as it is.
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="surrogateescape")
     os.dup2(2, 1)
 
     with Waiting(doing) as waiting:

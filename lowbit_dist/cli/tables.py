@@ -6,7 +6,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from lowbit_dist.cli.ui import where
 from lowbit_dist.errors import in_bytes
 
 NARROW = (0, 1, 0, 0)  # padding of tables with many columns: two cells between two of them
@@ -25,7 +27,7 @@ def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))
     console.print(table)
 
 
@@ -38,7 +40,8 @@ def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for name in ("job", "run", "status", "started", "took"):
         table.add_column(name, style="bold" if name == "job" else "")
     for row in rows:
-        table.add_row(*(str(row.get(name) or "-") for name in ("job", "run", "status", "started", "took")))
+        cells = (str(row.get(name) or "-") for name in ("job", "run", "status", "started", "took"))
+        table.add_row(*map(Text, cells))
     console.print(table)
 
 
@@ -108,18 +111,19 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
     """What a run ended with."""
     memory = result.get("memory") or {}
     entropy, loss = result.get("unigram_entropy"), result.get("val_loss")
-    against = ""
+    n = result.get("val_samples")  # a summary of an earlier version does not say
+    more = f" on {n:,} samples" if n else ""
     if entropy and loss:
         side = "below" if loss < entropy else "above"
-        against = f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
+        more += f" ({abs(1 - loss / entropy):.1%} {side} the corpus's unigram entropy)"
     if result.get("diverged"):
-        against += "; the run has diverged: guessing is better"
+        more += "; the run has diverged: guessing is better"
     speed = result.get("tokens_per_second")
     rows = {
         "run": result["run"],
         "steps": f"{result['steps']:,} ({result['tokens']:,} tokens)",
         "training loss": _number(result.get("train_loss")),
-        "validation loss": None if loss is None else f"{loss:.4f}{against}",
+        "validation loss": None if loss is None else f"{loss:.4f}{more}",
         "perplexity": _number(result.get("perplexity")),
         "bits per byte": _number(result.get("bits_per_byte")),
         "speed": None if not speed else f"{speed:,.0f} tokens/s",
@@ -128,8 +132,7 @@ def summary(console: Console, result: Mapping[str, Any], mlflow: str | None) -> 
         "skipped steps": result.get("skipped_steps"),
         "digest": result.get("digest"),
         "checkpoint": result.get("checkpoint"),
-        "MLflow": mlflow
-        and f"run {result.get('mlflow_run_id')}; see: mlflow ui --backend-store-uri {mlflow}",
+        "MLflow": mlflow and where(result.get("mlflow_run_id"), mlflow),
     }
     pairs(console, rows)
     if memory.get("components"):
@@ -157,7 +160,7 @@ def health(console: Console, report: Mapping[str, Any]) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in report["checks"]:
         status = f"[{colours[finding['status']]}]{finding['status']}"
-        table.add_row(status, finding["name"], finding["found"], finding["advice"])
+        table.add_row(status, *(Text(finding[name]) for name in ("name", "found", "advice")))
     console.print(table)
     console.print("A training can run here." if report["ok"] else "[red]No training can run here.")
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from lowbit_dist import folders, runs, tracking
 from lowbit_dist.cluster.attempts import RunFailed, train_until_done
-from lowbit_dist.cluster.checks import check, finished, run_lock
+from lowbit_dist.cluster.checks import begun_otherwise, check, finished, run_lock
 from lowbit_dist.cluster.following import Progress, Unbroken
 from lowbit_dist.cluster.session import Stopped, signals_stop
 from lowbit_dist.config import RunConfig
+from lowbit_dist.record import LAYERS, METRICS, cut
 
 __all__ = ["Progress", "RunFailed", "Stopped", "check", "launch", "train"]
 
@@ -38,7 +39,7 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
             progress.say(f"run {config.run.name} has all of its {config.train.steps:,} steps already")
             tracking.catch_up(config, summary)
             return _numbered(config, summary)
-        runs.begin(config)
+        _begin(config, progress)
         runs.note_failure(config.run_dir, None)
         tracker = tracking.Tracker(config, progress.say)
         try:
@@ -56,6 +57,19 @@ def launch(config: RunConfig, *, progress: Progress) -> dict[str, Any]:
         finally:
             signals.are_noted = False
         return _numbered(config, summary)
+
+
+def _begin(config: RunConfig, progress: Progress) -> None:
+    """What an earlier launch has measured with another configuration is no part of this run."""
+    if differences := begun_otherwise(config):
+        progress.say(
+            f"run {config.run.name} starts anew: it has no checkpoint, and was begun with another "
+            f"configuration ({', '.join(differences[:3])})"
+        )
+        for name in (METRICS, LAYERS):  # who follows them sees a file that is cut
+            cut(config.run_dir / name, 0)
+        (config.run_dir / tracking.RUN_ID).unlink(missing_ok=True)
+    runs.begin(config)
 
 
 def _numbered(config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import why_not_writable
 from lowbit_dist.machine import processors
 from lowbit_dist.network import check_ray_head, ray_address
+from lowbit_dist.record import METRICS, rows_of
 
 RATES = ("schedule", "train.steps")  # what the rates of a run's steps follow from
 
@@ -35,7 +36,7 @@ def check(config: RunConfig) -> None:
         data.check_cache(config.data)
     from lowbit_dist import model
 
-    model.check(config, manifest.vocab_size)
+    model.check(config, manifest.vocab_size, used=manifest.used)
     from lowbit_dist import tracking
 
     tracking.check(config)
@@ -116,14 +117,13 @@ def check_run(config: RunConfig) -> None:
     from lowbit_dist.checkpoint import Checkpoint, newest_first, step_of
 
     paths = newest_first(folder)
-    # A launch that ended before its first step has left its configuration alone, which binds nobody.
-    if (folder / runs.CONFIG).exists() and runs.has_begun(folder):
+    # Without a checkpoint a run starts anew, and what it was begun with binds nobody.
+    if paths and (folder / runs.CONFIG).exists():
         try:
             earlier = configfile.load(folder / runs.CONFIG)
         except ConfigError as mistake:
             raise ConfigError(f"run.name ({config.run.name}): {folder / runs.CONFIG}: {mistake}") from None
-        step = step_of(paths[0]) if paths else 0
-        _check_same(config, earlier, f"run.name ({config.run.name})", step)
+        _check_same(config, earlier, f"run.name ({config.run.name})", step_of(paths[0]))
     for path in paths:
         try:
             earlier = Checkpoint.open(path).config
@@ -137,6 +137,19 @@ def check_run(config: RunConfig) -> None:
             f"run.name ({config.run.name}): {latest} names a checkpoint, but none is in "
             f"{folder / 'checkpoints'}; put it back, write another run.name, or delete {latest} to start anew"
         )
+
+
+def begun_otherwise(config: RunConfig) -> list[str]:
+    """How the configuration differs with which rows of a run without a checkpoint were measured."""
+    from lowbit_dist import configfile, runs
+
+    folder = config.run_dir
+    if newest_checkpoint(folder) is not None or not rows_of(folder / METRICS):
+        return []
+    try:
+        return configfile.load(folder / runs.CONFIG).differences(config)
+    except ConfigError as mistake:  # of an earlier version
+        return [str(mistake)]
 
 
 def check_folder(config: RunConfig) -> None:

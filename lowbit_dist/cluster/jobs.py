@@ -20,6 +20,7 @@ from lowbit_dist import configfile, folders, tracking
 from lowbit_dist.cluster.probe import CHECKED
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.network import why_no_answer
+from lowbit_dist.section import Section
 
 LOCAL = "http://127.0.0.1:8265"
 GRACE = 120  # seconds that a job which is stopped has to save a checkpoint
@@ -256,17 +257,17 @@ class _Refused(RuntimeError):
 
 def absolute(config: RunConfig) -> RunConfig:
     """The same run with the paths of this machine's folder written out: a job starts in another folder."""
-    changes: dict[str, Any] = {"run": {"dir": config.run.dir.absolute()}}
+    sections = {name: section for name, section in config if isinstance(section, Section)}
+    changes: dict[str, dict[str, Any]] = {
+        name: {field: value.absolute() for field, value in section if isinstance(value, Path)}
+        for name, section in sections.items()
+    }
     if "://" not in config.data.path:
-        changes["data"] = {"path": str(Path(config.data.path).absolute())}
-    if config.data.cache is not None:
-        changes.setdefault("data", {})["cache"] = config.data.cache.absolute()
-    if config.model.pretrained is not None:
-        changes["model"] = {"pretrained": config.model.pretrained.absolute()}
+        changes["data"]["path"] = str(Path(config.data.path).absolute())
     if config.tracking.mlflow is not None:
-        changes["tracking"] = {"mlflow": tracking.resolve(config.tracking.mlflow)}
+        changes["tracking"]["mlflow"] = tracking.resolve(config.tracking.mlflow)
     return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
+        update={name: sections[name].model_copy(update=fields) for name, fields in changes.items() if fields}
     )
 
 

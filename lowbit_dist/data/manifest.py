@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from lowbit_dist import hf_tokenizer
 from lowbit_dist.config import Data, RunConfig
 from lowbit_dist.data.library import import_streaming
 from lowbit_dist.errors import ConfigError, show
@@ -34,20 +35,36 @@ Number = Annotated[int, Field(ge=0, lt=2**63)]
 FileName = Annotated[str, Field(pattern=r"^[a-z_]+\.(json|model|jinja)$")]  # no name leads out of the folder
 
 
+def shard_columns(dtype: str, seq_len: int, *, has_prompts: bool) -> dict[str, str]:
+    """The columns of a shard, sorted, and Streaming's names of their encodings."""
+    # Whether the loss counts a token: not that of a prompt, nor the mark before it.
+    is_counted = {"is_counted": f"ndarray:uint8:{seq_len}"} if has_prompts else {}
+    return {**is_counted, "tokens": f"ndarray:{dtype}:{seq_len}"}
+
+
 class Split(Section):
     """One side of prepared data."""
 
     samples: Annotated[int, Field(ge=1, lt=2**63)]
     tokens: Number  # samples * seq_len
-    dropped_tokens: Number  # less than one sample, at the end
+    dropped_tokens: Number  # less than one sample, at the end, and samples of prompts alone
     documents: Number
-    bytes: Number  # of the documents' text in UTF-8
+    bytes: Number  # of the documents' text in UTF-8, without prompts
+    # Of all of these tokens, those that the loss counts; None: every one, for there are no prompts.
+    counted_tokens: Number | None = None
     index_sha256: str  # of index.json, which holds the hashes of the shards
+
+    @property
+    def counted_share(self) -> float:
+        """How much of its documents' tokens the loss counts."""
+        n_tokens = self.tokens + self.dropped_tokens
+        return 1.0 if self.counted_tokens is None else self.counted_tokens / max(1, n_tokens)
 
     @property
     def bytes_per_token(self) -> float:
         """Bits per byte are a loss in nats per token / (ln 2 * this)."""
-        return self.bytes / max(1, self.tokens + self.dropped_tokens)
+        n_tokens = self.tokens + self.dropped_tokens
+        return self.bytes / max(1, n_tokens if self.counted_tokens is None else self.counted_tokens)
 
 
 class Manifest(Section):
@@ -60,6 +77,7 @@ class Manifest(Section):
     tokenizer_sha256: str  # of tokenizer.model, or of the files that a tokenizer.json stands for
     splits: dict[str, Split]
     unigram_entropy: float  # nats per token of val under train's token frequencies, each count one more
+    largest_token: Number | None = None  # of the samples; older manifests do not say
     empty_documents: Number
     sources: list[str]
     sources_sha256: str  # of the names, sizes and times of what was read, and of data sets' fingerprints
@@ -69,6 +87,7 @@ class Manifest(Section):
     document_end: Number | None = None
     # How documents were found, and what of the sources they are not; older manifests do not say.
     field: str = "text"
+    prompt_field: str | None = None
     separator: str | None = None
     on_bad_row: Literal["fail", "skip"] = "fail"
     longest_document: Number | None = None  # bytes; longer ones were split, for there are few
@@ -77,6 +96,11 @@ class Manifest(Section):
     left_out: dict[str, Number] = Field(default_factory=dict)  # files and folders, by the reason
     val_fraction: float
     seed: int
+
+    @property
+    def used(self) -> int:
+        """So many of the tokenizer's first tokens are all that the samples have, as far as that is known."""
+        return self.vocab_size if self.largest_token is None else self.largest_token + 1
 
     @property
     def marks(self) -> Marks:
@@ -268,6 +292,7 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
         raise ConfigError(
             f"{what} is damaged or of other data (its SHA-256 is not the one in {MANIFEST}); {AGAIN}"
         )
+    expected = shard_columns(manifest.dtype, manifest.seq_len, has_prompts=manifest.prompt_field is not None)
     try:
         shards: list[dict[str, Any]] = content["shards"]
         for info in shards:
@@ -281,7 +306,7 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
                     raise TypeError("a hash or a size is none")
             columns = (info["format"], info["column_names"], info["column_encodings"])
             # Of Streaming's encodings some, such as pkl, run code when they are read.
-            if columns != ("mds", ["tokens"], [f"ndarray:{manifest.dtype}:{manifest.seq_len}"]):
+            if columns != ("mds", list(expected), list(expected.values())):
                 raise ConfigError(f"{what} holds {show(columns)}, not tokens of this manifest; {AGAIN}")
             if not isinstance(info["samples"], int) or info["samples"] < 0:
                 raise TypeError("a number of samples is none")
@@ -291,9 +316,14 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
 
 
 def copy_tokenizer(data: Data, manifest: Manifest, folder: Path) -> None:
-    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with."""
+    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with, and
+    nothing of another one, which a start before this may have left there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in manifest.tokenizer_files or FILES:
+    names = manifest.tokenizer_files or FILES
+    for name in {*hf_tokenizer.FILES}.difference(names):
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
         source, copy = f"{data.path}/tokenizer/{name}", folder / name
         if is_remote(data.path):
             with atomic_write(copy) as draft:

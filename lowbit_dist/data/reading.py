@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 16  # shards among which samples are shuffled
+IGNORED = -100  # the label of a token that the loss leaves out, PyTorch's own
 FETCHES = 4  # of a remote file: one, and three more when it arrives damaged
 BACKOFF = 0.5  # s before the second fetch; doubled before each further one
 
@@ -123,6 +124,7 @@ class Batches:
                 f"data.seq_len ({data.seq_len}) must be {manifest.seq_len}, as {data.path} has it"
             )
         self.seq_len = manifest.seq_len
+        self.has_prompts = manifest.prompt_field is not None
         # Named by the content: data that is prepared anew under the same path never meets old shards.
         folder = _cache(data) / hashlib.sha256(content).hexdigest()[:16] / split
         self._shards = _Shards(data.path, split, folder, manifest)
@@ -135,16 +137,34 @@ class Batches:
         """Samples `first_sample`, ..., `first_sample + size - 1`, counted over all epochs."""
         import torch
 
+        samples = self._samples(first_sample, size)
+        return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+
+    def labels(self, first_sample: int, size: int) -> Tensor | None:  # [size, seq_len] int64
+        """Of the same samples the tokens that the loss counts, and IGNORED in the place of those of prompts.
+        None if it counts all.
+        """
+        import torch
+
+        if not self.has_prompts:
+            return None
+        samples = self._samples(first_sample, size)
+        labels = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
+        labels[np.stack([sample["is_counted"] for sample in samples]) == 0] = IGNORED
+        return torch.from_numpy(labels)
+
+    def _samples(self, first_sample: int, size: int) -> list[dict[str, Array]]:
         if first_sample < 0 or size < 1:
             raise ValueError(
                 f"a micro-batch needs first_sample >= 0 and size >= 1, not {first_sample}, {size}"
             )
         self._read_ahead(first_sample)
-        tokens = np.empty((size, self.seq_len), np.int64)
-        for row, index in enumerate(self.order.indices(first_sample, size).tolist()):
+        samples = []
+        for index in self.order.indices(first_sample, size).tolist():
             shard = int(np.searchsorted(self._ends, index, side="right"))
-            tokens[row] = self._shards.sample(shard, index - int(self._ends[shard] - self.order.sizes[shard]))
-        return torch.from_numpy(tokens)
+            begin = int(self._ends[shard] - self.order.sizes[shard])
+            samples.append(self._shards.sample(shard, index - begin))
+        return samples
 
     def _read_ahead(self, first_sample: int) -> None:
         """In a window of remote shards, begin to fetch all of its shards and those of the next."""
@@ -198,14 +218,14 @@ class _Shards:
         self._ready: set[int] = set()
         self._queue: queue.SimpleQueue[int] | None = None
 
-    def sample(self, shard: int, number: int) -> Array:  # [seq_len] uint16 or uint32
+    def sample(self, shard: int, number: int) -> dict[str, Array]:  # [seq_len] of each column
         for _ in range(2):
             if shard not in self._ready:
                 self._make_ready(shard)
                 self._ready.add(shard)
             try:
-                tokens: Array = self._readers[shard].get_item(number)["tokens"]
-                return tokens
+                columns: dict[str, Array] = self._readers[shard].get_item(number)
+                return columns
             except FileNotFoundError:
                 self._ready.discard(shard)  # somebody has cleared the cache
         raise RuntimeError(f"{self._readers[shard].dirname} loses its files while they are read")

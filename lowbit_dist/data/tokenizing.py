@@ -126,8 +126,9 @@ _loaded: dict[str, TextTokenizer] = {}  # by hash; a Ray worker process serves m
 def _tokenise(batch: dict[str, Array], files: Any, sha256: str, seed: int) -> Iterator[dict[str, Array]]:
     """The documents of one bundle of parts, as rows of about TEXT_CHUNK bytes of text.
 
-    `tokens` int32, every document between its marks; of every document its `lengths` int32 in tokens, the
-    `sizes` int64 of its text in bytes, and its `places` uint64; the last row has the rows that were skipped.
+    `tokens` int32, every document between its marks; of every document its `lengths` int32 in tokens, and
+    of them the `prompts` int32, which are those of its prompt and the mark before that; the `sizes` int64 in
+    bytes of its text behind the prompt, and its `places` uint64; the last row has the rows that were skipped.
     """
     import ray
 
@@ -140,13 +141,15 @@ def _tokenise(batch: dict[str, Array], files: Any, sha256: str, seed: int) -> It
     chunk, tally = _Chunk(), documents.Tally()
     error = ""
     try:
-        for document in documents.read(parts, tally):
-            data = document.encode()
-            if not data:
+        for document in documents.read_prompted(parts, tally):
+            if not document.response:
                 chunk.n_empty += 1
                 continue
-            tokens = marks.around(chosen.encode(document))
-            chunk.add(tokens, len(data), place_of(data, seed))
+            # Apart, as they are when the model is used: the prompt is there before there is a response.
+            prompt = chosen.encode(document.prompt) if document.prompt else []
+            tokens = marks.around(prompt + chosen.encode(document.response))
+            n_prompt = 0 if document.prompt is None else (marks.begin is not None) + len(prompt)
+            chunk.add(document, tokens, n_prompt, seed)
             if chunk.n_bytes >= TEXT_CHUNK:
                 size = min(left, chunk.n_bytes)
                 left -= size
@@ -161,21 +164,25 @@ def _tokenise(batch: dict[str, Array], files: Any, sha256: str, seed: int) -> It
 class _Chunk:
     def __init__(self) -> None:
         self.tokens: list[Array] = []
+        self.prompts: list[int] = []
         self.sizes: list[int] = []
         self.places: list[bytes] = []
         self.n_empty = self.n_bytes = 0
 
-    def add(self, tokens: list[int], size: int, place: bytes) -> None:
+    def add(self, document: documents.Document, tokens: list[int], n_prompt: int, seed: int) -> None:
+        data = document.text.encode()
         self.tokens.append(np.array(tokens, np.int32))
-        self.sizes.append(size)
-        self.places.append(place)
-        self.n_bytes += size
+        self.prompts.append(n_prompt)
+        self.sizes.append(len(data) - len((document.prompt or "").encode()))
+        self.places.append(place_of(data, seed))
+        self.n_bytes += len(data)
 
     def row(self, size: int, error: str = "", tally: documents.Tally | None = None) -> dict[str, Array]:
         lengths = np.array([len(tokens) for tokens in self.tokens], np.int32)
         columns = {
             "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]).tobytes(),
             "lengths": lengths.tobytes(),
+            "prompts": np.array(self.prompts, np.int32).tobytes(),
             "sizes": np.array(self.sizes, np.int64).tobytes(),
             "places": b"".join(self.places),
         }
@@ -184,7 +191,7 @@ class _Chunk:
             **row,
             "n_empty": np.array([self.n_empty]),
             "n_skipped": np.array([tally.skipped_rows if tally else 0]),
-            "first_skipped": np.array([(tally and tally.first_skipped) or ""], dtype=object),
+            "first_skipped": np.array([json.dumps(tally and tally.first)], dtype=object),
             "size": np.array([size]),
             "error": np.array([error], dtype=object),
         }

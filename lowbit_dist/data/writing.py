@@ -41,6 +41,7 @@ def prepare(
     val_fraction: float = 0.02,
     seed: int = 0,
     field: str = "text",
+    prompt_field: str | None = None,
     separator: str | None = None,
     on_bad_row: str = "fail",
     bar: Bar = _no_bar,
@@ -49,8 +50,8 @@ def prepare(
 
     The folder appears at its name complete or not at all.  If it is there already and was made from the same
     inputs in the same way, nothing is done; if it was made otherwise, it is not touched.  `tokenizer_dir` is
-    one of `lowbit tokenizer train`, or a Hugging Face model's folder.  `field`, `separator` and `on_bad_row`
-    say how documents are found in the inputs: see `documents.Reading`.
+    one of `lowbit tokenizer train`, or a Hugging Face model's folder.  `field`, `prompt_field`,
+    `separator` and `on_bad_row` say how documents are found in the inputs: see `documents.Reading`.
     """
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"--seq-len ({seq_len}) must be from 2 to {1 << 20:,}; write 256, for example")
@@ -73,7 +74,8 @@ def prepare(
             "separate documents; write a bos_token or an eos_token into its tokenizer_config.json"
         )
     tally = documents.Tally()
-    ranges = documents.parts(inputs, documents.Reading(field, separator, on_bad_row), tally)
+    reading = documents.Reading(field, separator, on_bad_row, prompt_field=prompt_field)
+    ranges = documents.parts(inputs, reading, tally)
     recipe = {
         "format": FORMAT,
         "seq_len": seq_len,
@@ -81,6 +83,7 @@ def prepare(
         "tokenizer_sha256": tokenizer.sha256,
         "sources": [str(source) for source in inputs],
         "field": field,
+        "prompt_field": prompt_field,
         "separator": separator,
         "on_bad_row": on_bad_row,
         "sources_sha256": hashlib.sha256(json.dumps([part[:6] for part in ranges]).encode()).hexdigest(),
@@ -95,16 +98,18 @@ def prepare(
     needed = None
     with atomic_folder(out, needs=lambda: needed) as draft:
         _copy_tokenizer(tokenizer, draft / "tokenizer")
-        writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction)
+        has_prompts = prompt_field is not None
+        writer = Writer(draft, tokenizer.vocab_size, seq_len, val_fraction, has_prompts=has_prompts)
         n_bytes, n_read = sum(part.size for part in ranges), 0
         with bar(n_bytes) as advance:
             for chunk in tokenizing.tokenised(ranges, tokenizer, seed, workers):
                 n_read += int(chunk["size"])
                 needed = round(writer.bytes_with(chunk) * n_bytes / max(1, n_read))
                 writer.add(chunk)
-                tally.skip(int(chunk["n_skipped"]), chunk["first_skipped"])
+                first = json.loads(chunk["first_skipped"])
+                tally.skip(int(chunk["n_skipped"]), first and documents.BadRow(*first))
                 advance(int(chunk["size"]))
-        with _naming_skipped(tally):
+        with tally.naming_skipped():
             splits = writer.finish()
         manifest = {
             **recipe,
@@ -113,10 +118,10 @@ def prepare(
             "document_begin": begin,
             "document_end": end,
             "longest_document": longest,
-            "skipped_rows": tally.skipped_rows,
-            "first_skipped_row": tally.first_skipped,
-            "left_out": dict(tally.left_out),
+            **tally.counts(),
         }
+        if not has_prompts:  # then the folder is, byte for byte, what it was before there were prompts
+            del manifest["prompt_field"]
         _write_manifest(manifest, draft)
     return manifest
 
@@ -134,8 +139,10 @@ def _longest_document(
     sizes: dict[bytes, int] = {}  # of different documents
     n_documents = n_bytes = 0
     of_split, tally = [0, 0], documents.Tally()
-    for document in filter(None, documents.read(ranges, tally)):
-        data = document.encode()
+    for document in documents.read_prompted(ranges, tally):
+        if not document.response:
+            continue
+        data = document.text.encode()
         n_documents, n_bytes = n_documents + 1, n_bytes + len(data)
         if (place := tokenizing.place_of(data, seed)) not in sizes:
             sizes[place] = len(data)
@@ -143,25 +150,13 @@ def _longest_document(
             if min(of_split) >= enough or len(sizes) >= MANY:
                 return None
     if n_bytes + 4 * n_documents < 2 * seq_len:  # each byte a token, and marks
-        with _naming_skipped(tally):
+        with tally.naming_skipped():
             raise too_few(n_documents, f"{n_bytes:,} bytes of text", seq_len)
     total, largest = sum(of_split), max(sizes.values())
     share = max(enough, val_fraction * total)
     if largest <= min(total / 2, total - share - enough, max(text.PIECE, share)):
         return None
     return min(text.PIECE, max(enough, total // 32))
-
-
-@contextlib.contextmanager
-def _naming_skipped(tally: documents.Tally) -> Iterator[None]:
-    """A mistake for which skipped rows may be the cause says so."""
-    try:
-        yield
-    except ConfigError as error:
-        if not tally.skipped_rows:
-            raise
-        skipped = f"{tally.skipped_rows:,} rows were skipped, the first: {tally.first_skipped}"
-        raise ConfigError(f"{error} ({skipped})") from None
 
 
 def _existing(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:

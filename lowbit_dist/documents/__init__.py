@@ -5,7 +5,8 @@ of files.  It is first cut into *parts*: pieces of a few MB that any process can
 order depend on the input alone, so a corpus is the same sequence of documents for any number of workers.
 
 A file is what its name says: JSON (.jsonl, .ndjson, .json), a table (.csv, .tsv, .parquet), else text; all
-but .parquet also as .gz or .zst.  How documents are found in it is a `Reading`, which each part carries.
+but .parquet also as .gz or .zst.  How documents are found in it is a `Reading`, which each part carries;
+with the name of a prompt's field, a row is a prompt and the response to it.
 
 Nothing is skipped in silence: what is missing, empty, truncated, binary or without text is a `ConfigError`
 that names the file and the line, row or byte, and what is left out on purpose is counted in a `Tally`.  A
@@ -23,10 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_dist.documents import delimited, folders, jsonl, stream, tables, text
-from lowbit_dist.documents.part import BAD_ROWS, FileRange, Reading, Tally
+from lowbit_dist.documents.part import BAD_ROWS, BadRow, Document, FileRange, Reading, Tally
 from lowbit_dist.errors import ConfigError
 
-__all__ = ["SOURCES", "FileRange", "Reading", "Source", "Tally", "parts", "read", "sample"]
+__all__ = [
+    "SOURCES", "BadRow", "Document", "FileRange", "Reading", "Source", "Tally", "parts", "read",
+    "read_prompted", "sample",
+]  # fmt: skip
 
 PROBED = 1 << 24  # bytes of text that are read before anything else is done with it
 PROBE_SECONDS = 3.0
@@ -37,7 +41,7 @@ _INPUTS = "write stdlib, hf:NAME, or the path of text, .jsonl, .json, .csv, .tsv
 @dataclass(frozen=True)
 class Source:
     parts: Callable[[str, Reading], Iterable[FileRange]]
-    documents: Callable[[FileRange, Tally], Iterator[str]]
+    documents: Callable[[FileRange, Tally], Iterator[Document]]
 
 
 def parts(
@@ -52,7 +56,7 @@ def parts(
     _check(reading)
     ranges: list[FileRange] = []
     given = [str(source) for source in inputs]
-    if not given:
+    if not given or not all(map(str.strip, given)):  # as a variable of a shell that is not set
         raise ConfigError(f"--input is required; {_INPUTS}")
     for source in given:
         ranges += _parts_of(source, reading, tally)
@@ -71,6 +75,11 @@ def parts(
 def _check(reading: Reading) -> None:
     if not reading.field:
         raise ConfigError("--field must not be empty; write the text's name, or leave it out")
+    if reading.prompt_field in ("", reading.field):
+        raise ConfigError(
+            f"--prompt-field ({reading.prompt_field}) must name another field than --field, "
+            f"{reading.field}; write the prompt's name, or leave it out"
+        )
     if reading.separator == "":
         raise ConfigError("--separator must not be empty; write '<|endoftext|>', for example")
     if reading.on_bad_row not in BAD_ROWS:
@@ -82,11 +91,13 @@ def _check(reading: Reading) -> None:
 def _check_use(reading: Reading, sources: set[str]) -> None:
     if reading.separator is not None and "text" not in sources:
         raise ConfigError("--separator divides text files, and --input has none; leave it out")
-    if reading.field != Reading().field and sources <= {"text", "stdlib"}:
-        raise ConfigError(
-            f"--field ({reading.field}) names the text of JSON, tables and data sets, and --input has none; "
-            "leave it out"
-        )
+    for name in reading.fields:
+        if name != Reading().field and sources <= {"text", "stdlib"}:
+            what = f"({name}) names the {'text' if name == reading.field else 'prompt'}"
+            raise ConfigError(
+                f"{reading.option(name)} {what} of JSON, tables and data sets, and --input has none; "
+                "leave it out"
+            )
 
 
 def _probe(ranges: list[FileRange]) -> None:
@@ -109,6 +120,11 @@ def _probe(ranges: list[FileRange]) -> None:
 
 def read(ranges: Iterable[FileRange], tally: Tally | None = None) -> Iterator[str]:
     """The documents of the parts, in order; empty ones included.  `tally` counts skipped rows."""
+    return (document.text for document in read_prompted(ranges, tally))
+
+
+def read_prompted(ranges: Iterable[FileRange], tally: Tally | None = None) -> Iterator[Document]:
+    """The same documents, each as its prompt and what is to be learned."""
     tally = Tally() if tally is None else tally
     for part in ranges:
         try:
@@ -116,11 +132,19 @@ def read(ranges: Iterable[FileRange], tally: Tally | None = None) -> Iterator[st
                 if part.reading.longest is None:
                     yield document
                 else:
-                    yield from text.split(document, part.reading.longest)
+                    yield from _split(document, part.reading.longest)
         except OSError as error:
             raise ConfigError(
                 f"{part.path} cannot be read: {error.strerror or error}; repair it or leave it out"
             ) from None
+
+
+def _split(document: Document, longest: int) -> Iterator[Document]:
+    """In pieces of at most `longest` bytes, of which the first ones may be of the prompt alone."""
+    left = len(document.prompt or "")
+    for piece in text.split(document.text, longest):
+        yield Document(piece[left:], None if document.prompt is None else piece[:left])
+        left = max(0, left - len(piece))
 
 
 def sample(ranges: list[FileRange], n_bytes: int, tally: Tally | None = None) -> Iterator[str]:
@@ -128,10 +152,10 @@ def sample(ranges: list[FileRange], n_bytes: int, tally: Tally | None = None) ->
     if sum(part.size for part in ranges) > n_bytes:
         n = min(len(ranges), 64)
         ranges = [ranges[i * len(ranges) // n] for i in range(n)]
-    quota = n_bytes // len(ranges)
+    total = max(1, sum(part.size for part in ranges))
     left = 0
     for part in ranges:
-        left += quota  # what a short part leaves goes to the next
+        left += n_bytes * part.size // total  # what a part leaves goes to the next
         for document in read([part], tally):
             if left <= 0:
                 break

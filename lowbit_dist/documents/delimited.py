@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from lowbit_dist.documents import stream, text
-from lowbit_dist.documents.part import LONGEST, FileRange, Reading, Tally, column_of
+from lowbit_dist.documents.part import LONGEST, BadRow, Document, FileRange, Reading, Tally, columns_of
 from lowbit_dist.errors import ConfigError
 
 
@@ -29,17 +29,17 @@ def parts(path: str, reading: Reading) -> Iterator[FileRange]:
     yield whole._replace(start=start, size=size - start)
 
 
-def documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     return (document for document, _ in _rows(part, tally) if document is not None)
 
 
-def _rows(part: FileRange, tally: Tally) -> Iterator[tuple[str | None, int]]:
+def _rows(part: FileRange, tally: Tally) -> Iterator[tuple[Document | None, int]]:
     """The document of each row that begins in the part, None of a bad one, and the byte behind the row."""
     is_compressed = stream.is_compressed(part.path)
     with stream.opened(part.path) as file:
         table = _Table(file, part.path)
         header = table.header()
-        column = column_of(header, part.path, part.reading.field)
+        columns = columns_of(header, part.path, part.reading)
         if part.start:
             table.seek(part.start)
         while is_compressed or table.place < part.stop:
@@ -50,24 +50,27 @@ def _rows(part: FileRange, tally: Tally) -> Iterator[tuple[str | None, int]]:
                     return
                 if not row:
                     continue  # an empty line
-                document = _document(row, header, column)
+                document = _document(row, header, columns)
             except ValueError as error:
-                number = stream.lines_before(part.path, part.start) + n_lines + 1
-                tally.bad_row(part, f"{part.path} line {number:,} {error}")
+                bad_row = BadRow(part.path, "line", n_lines + 1, str(error), part.start)
+                tally.bad_row(part.reading, bad_row, table.n_lines - n_lines)  # up to where a quote ends
             yield document, table.place
 
 
-def _document(row: list[str], header: list[str], column: int) -> str:
+def _document(row: list[str], header: list[str], columns: list[int]) -> Document:
     if len(row) != len(header):
         raise ValueError(f"has {len(row)} cells, its header {len(header)}; quote cells that hold a delimiter")
-    document = row[column]
-    if "\0" in document:
-        raise ValueError("has a zero byte, so it is not text; leave it out")
-    try:
-        document.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"is not UTF-8 text at character {error.start:,} of its text; convert it") from None
-    return document
+    *prompt, response = cells = [row[column] for column in columns]
+    for cell in cells:
+        if "\0" in cell:
+            raise ValueError("has a zero byte, so it is not text; leave it out")
+        try:
+            cell.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"is not UTF-8 text at character {error.start:,} of its text; convert it"
+            ) from None
+    return Document(response, *prompt)
 
 
 class _Table:
@@ -114,4 +117,5 @@ class _Table:
                     f"{self.path}: a quoted cell of its last row, which has {self.n_lines - line:,} lines, "
                     "does not end; close the quote, or copy the file again"
                 ) from None
-            raise ValueError(f"is not CSV ({error}); quote its cells") from None
+            where = f" in its line {self.n_lines - line:,}" if self.n_lines - line > 1 else ""
+            raise ValueError(f"is not CSV ({error}{where}); quote its cells") from None

@@ -10,10 +10,20 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from lowbit_dist.documents import stream, text
-from lowbit_dist.documents.part import LONGEST, FileRange, Reading, Tally, text_of
+from lowbit_dist.documents.part import (
+    LONGEST,
+    BadRow,
+    Document,
+    FileRange,
+    Reading,
+    Tally,
+    document_of_json,
+)
 from lowbit_dist.errors import ConfigError
 
 _BLANK = re.compile(r"[ \t\r\n]*")
+# Whole numbers are no text, and Python limits the digits of those that it converts exactly.
+_DECODER = json.JSONDecoder(parse_int=float)
 
 
 def parts(path: str, reading: Reading) -> Iterator[FileRange]:
@@ -40,14 +50,13 @@ def _begins_as_lines(path: str) -> bool:
     return False
 
 
-def line_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def line_documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     for k, line in enumerate(stream.lines(part)):
         if line.strip():
             try:
-                document = text_of(_parsed(line), part.reading.field)
+                document = document_of_json(_parsed(line), part.reading)
             except ValueError as error:
-                number = stream.lines_before(part.path, part.start) + k + 1
-                tally.bad_row(part, f"{part.path} line {number:,} {error}")
+                tally.bad_row(part.reading, BadRow(part.path, "line", k + 1, str(error), part.start))
             else:
                 yield document
 
@@ -55,7 +64,7 @@ def line_documents(part: FileRange, tally: Tally) -> Iterator[str]:
 def _parsed(line: bytes) -> Any:
     """The JSON value of a line; ValueError says why there is none."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return _DECODER.decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text at its byte {error.start:,}; convert the file") from None
     except json.JSONDecodeError as error:
@@ -64,12 +73,12 @@ def _parsed(line: bytes) -> Any:
         raise ValueError("is JSON nested too deeply; repair it") from None
 
 
-def value_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def value_documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     for k, value in enumerate(_values(part.path)):
         try:
-            document = text_of(value, part.reading.field)
+            document = document_of_json(value, part.reading)
         except ValueError as error:
-            tally.bad_row(part, f"{part.path} item {k + 1:,} {error}")
+            tally.bad_row(part.reading, BadRow(part.path, "item", k + 1, str(error)))
         else:
             yield document
 
@@ -102,7 +111,6 @@ class _Source:
     def __init__(self, file: BinaryIO, path: str):
         self.file, self.path = file, path
         self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self.decoder = json.JSONDecoder()
         self.text, self.place, self.is_all = "", 0, False
         self.n_bytes = self.n_values = 0
 
@@ -120,7 +128,7 @@ class _Source:
         self.peek()
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
+                value, end = _DECODER.raw_decode(self.text, self.place)
                 # A number at the end of what is read may go on.
                 if end < len(self.text) or self.is_all:
                     self.place = end

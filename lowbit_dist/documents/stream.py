@@ -114,15 +114,3 @@ def lines(part: FileRange) -> Iterator[bytes]:
         while (is_compressed(part.path) or position < part.stop) and (data := line(file, part.path)):
             position += len(data)
             yield data
-
-
-def lines_before(path: str, start: int) -> int:
-    """How many lines begin before byte `start`; counted only to name a mistake's line."""
-    if not start:
-        return 0
-    n_lines, left = 1, start - 1
-    with open(path, "rb") as file:
-        while left and (data := file.read(min(left, CHUNK))):
-            n_lines += data.count(b"\n")
-            left -= len(data)
-    return n_lines

@@ -3,9 +3,19 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
-from lowbit_dist.documents.part import FileRange, Reading, Tally, checked_text, column_of, listed
+from lowbit_dist.documents.part import (
+    BadRow,
+    Document,
+    FileRange,
+    Reading,
+    Tally,
+    columns_of,
+    document_of,
+    listed,
+)
 from lowbit_dist.errors import ConfigError
 
 ROWS = 10_000  # of a Hugging Face dataset in a part
@@ -13,13 +23,13 @@ ROWS = 10_000  # of a Hugging Face dataset in a part
 
 def parquet_parts(path: str, reading: Reading) -> Iterator[FileRange]:
     stamp = os.stat(path).st_mtime_ns
-    file = _parquet_file(path, reading.field)
+    file = _parquet_file(path, reading)
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).total_byte_size
         yield FileRange("parquet", path, group, group + 1, size, stamp, reading)
 
 
-def _parquet_file(path: str, name: str) -> Any:
+def _parquet_file(path: str, reading: Reading) -> Any:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -40,32 +50,33 @@ def _parquet_file(path: str, name: str) -> Any:
             f"{path} is not a Parquet file, or is damaged: {_first_line(error)}; copy it again"
         ) from None
     schema = file.schema_arrow
-    kind = str(schema.field(column_of(schema.names, path, name)).type)
-    if not kind.startswith(("string", "large_string", "dictionary<values=string", "null")):
-        raise ConfigError(
-            f"{path}: its column '{name}' is {kind}, not text; its columns are {listed(schema.names)}; "
-            "write --field NAME"
-        )
+    for column in columns_of(schema.names, path, reading):
+        name, kind = schema.names[column], str(schema.field(column).type)
+        if not kind.startswith(("string", "large_string", "dictionary<values=string", "null")):
+            raise ConfigError(
+                f"{path}: its column '{name}' is {kind}, not text; its columns are {listed(schema.names)}; "
+                f"write {reading.option(name)} NAME"
+            )
     return file
 
 
-def parquet_documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def parquet_documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     from pyarrow import ArrowException
 
-    name = part.reading.field
-    file = _parquet_file(part.path, name)
+    fields = part.reading.fields
+    file = _parquet_file(part.path, part.reading)
     row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
     try:
-        for batch in file.iter_batches(256, row_groups=[part.start], columns=[name]):
-            for value in batch.column(0):
+        for batch in file.iter_batches(256, row_groups=[part.start], columns=fields):
+            for values in zip(*(batch.column(name) for name in fields), strict=True):
                 row += 1
                 try:
-                    document = checked_text(value.as_py(), name)
+                    document = document_of((value.as_py() for value in values), part.reading)
                 except UnicodeDecodeError as error:
                     mistake = f"is not UTF-8 text at byte {error.start:,}; convert it"
-                    tally.bad_row(part, f"{part.path} row {row:,} {mistake}")
+                    tally.bad_row(part.reading, BadRow(part.path, "row", row, mistake))
                 except ValueError as error:
-                    tally.bad_row(part, f"{part.path} row {row:,} {error}")
+                    tally.bad_row(part.reading, BadRow(part.path, "row", row, str(error)))
                 else:
                     yield document
     except ArrowException as error:
@@ -102,7 +113,7 @@ def _hf_dataset(given: str) -> Any:
 
 def hf_parts(given: str, reading: Reading) -> Iterator[FileRange]:
     dataset = _hf_dataset(given)
-    column_of(dataset.column_names, f"--input ({given})", reading.field)
+    columns_of(dataset.column_names, f"--input ({given})", reading)
     row_bytes = (dataset.dataset_size or 0) // max(1, len(dataset)) or 1000
     for start in range(0, len(dataset), ROWS):
         stop = min(start + ROWS, len(dataset))
@@ -114,15 +125,25 @@ def _hf_stamp(dataset: Any) -> int:
     return int.from_bytes(hashlib.sha256(str(dataset._fingerprint).encode()).digest()[:7], "little")
 
 
-def hf_documents(part: FileRange, tally: Tally) -> Iterator[str]:
-    dataset, name = _hf_dataset(part.path), part.reading.field
-    if _hf_stamp(dataset) != part.stamp:
-        raise ConfigError(f"--input ({part.path}) has changed while it was read; start again")
+@lru_cache(maxsize=1)
+def _hf_columns(given: str, stamp: int, names: tuple[str, ...]) -> Any:
+    """The data set that `stamp` is of, without its other columns, such as pictures, which would be decoded;
+    loaded once for all parts that a process reads.
+    """
+    dataset = _hf_dataset(given)
+    if _hf_stamp(dataset) != stamp:
+        raise ConfigError(f"--input ({given}) has changed while it was read; start again")
+    return dataset.select_columns(list(names))
+
+
+def hf_documents(part: FileRange, tally: Tally) -> Iterator[Document]:
+    dataset = _hf_columns(part.path, part.stamp, tuple(part.reading.fields))
     for start in range(part.start, part.stop, 256):
-        for k, text in enumerate(dataset[start : min(start + 256, part.stop)][name]):
+        rows = dataset[start : min(start + 256, part.stop)]
+        for k, values in enumerate(zip(*(rows[name] for name in part.reading.fields), strict=True)):
             try:
-                document = checked_text(text, name)
+                document = document_of(values, part.reading)
             except ValueError as error:
-                tally.bad_row(part, f"{part.path} row {start + k + 1:,} {error}")
+                tally.bad_row(part.reading, BadRow(part.path, "row", start + k + 1, str(error)))
             else:
                 yield document

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from lowbit_dist.documents import stream
 from lowbit_dist.documents.folders import has_content, walk
-from lowbit_dist.documents.part import LONGEST, FileRange, Reading, Tally
+from lowbit_dist.documents.part import LONGEST, Document, FileRange, Reading, Tally
 from lowbit_dist.errors import ConfigError
 
 PIECE = 1 << 16  # bytes; a text file longer than this is cut at the line ends behind its multiples
@@ -48,10 +48,10 @@ def _behind(mark: bytes, path: str, start: int) -> int:
         return file.tell()
 
 
-def documents(part: FileRange, tally: Tally) -> Iterator[str]:
+def documents(part: FileRange, tally: Tally) -> Iterator[Document]:
     mark = part.reading.separator
     with stream.opened(part.path) as file:
-        yield from _cut(file, part) if mark is None else _divided(file, part, mark.encode())
+        yield from map(Document, _cut(file, part) if mark is None else _divided(file, part, mark.encode()))
 
 
 def _cut(file: BinaryIO, part: FileRange) -> Iterator[str]:

@@ -16,10 +16,11 @@ from lowbit_dist.model import shapes
 BASELINES: dict[str, dict[str, Any]] = {
     "plan_dense_same_states": {"method": {"name": "dense"}, "precision": "fp32"},
     "plan_bitnet": {"method": {"name": "bitnet"}},
-    "plan_dense": {"method": {"name": "dense"}, "precision": "fp32", "optimizer.states": "fp32"},
-}
-EACH: dict[str, Any] = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
-EACH |= {"optimizer.low_bit_lr_ratio": 1.0}
+    "plan_dense": {
+        "method": {"name": "dense"}, "precision": "fp32", "optimizer": {"name": "adamw", "states": "fp32"}
+    },
+}  # fmt: skip
+EACH = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:

@@ -33,13 +33,16 @@ class BitNet(Method):
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
-        inner = self.sub_norms and name.rpartition(".")[2] in INNER_LINEARS
         return Linear(
             layer,
             view=TernaryAbsmean(),
             activation=None if self.activation_bits is None else IntPerToken(self.activation_bits),
-            norm_eps=norm_eps if inner else None,
+            norm_eps=norm_eps if name.rpartition(".")[2] in self.normed_inputs else None,
         )
+
+    @property
+    def normed_inputs(self) -> tuple[str, ...]:
+        return INNER_LINEARS if self.sub_norms else ()
 
     def levels(self, weight: Tensor) -> Tensor:
         return _rounded(weight)[0].to(torch.int8)

@@ -150,12 +150,15 @@ class DQT(Method):
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
-        inner = self.sub_norms and name.rpartition(".")[2] in INNER_LINEARS
         return Linear(
             layer,
             activation=None if self.activation_bits is None else IntPerToken(self.activation_bits),
-            norm_eps=norm_eps if inner else None,
+            norm_eps=norm_eps if name.rpartition(".")[2] in self.normed_inputs else None,
         )
+
+    @property
+    def normed_inputs(self) -> tuple[str, ...]:
+        return INNER_LINEARS if self.sub_norms else ()
 
     def is_low_bit(self, is_linear: bool) -> bool:
         return self.tensors == "all" or is_linear

@@ -71,6 +71,13 @@ class Method(Section):
 
         return Linear(layer)
 
+    @property
+    def normed_inputs(self) -> tuple[str, ...]:
+        """Linear layers that get a norm before them, by the last parts of their names; a pretrained model in
+        which one of these is missing is refused.
+        """
+        return ()
+
     def is_low_bit(self, is_linear: bool) -> bool:
         """Of a method with `stored`: whether a parameter exists only as codes.
 

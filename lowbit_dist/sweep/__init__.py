@@ -12,7 +12,8 @@
 
 `definition` reads that file into children, each an ordinary configuration; `running` trains them, each in a
 process of its own (`child`), and hands the comparison to MLflow.  The folder of a sweep holds its children's
-folders and nothing that they need, so whatever works on a run works on a child.
+folders and nothing that they need, so whatever works on a run works on a child.  Of the `run` section
+children may be given `from` and `with_states`: a run's name is looked for beside them and beside the sweep.
 """
 
 from lowbit_dist.sweep.definition import Child, Sweep

@@ -36,7 +36,8 @@ def _overrides(value: Any) -> tuple[str, ...]:
     ):
         raise _rule("must be overrides; write {train.steps: 20}, or [train.steps=20], for example")
     for override in value:
-        if re.match(r"\s*run\s*[.=]", override):
+        # Which run a child starts from is its own; `run.from` means the runs beside the sweep, too.
+        if re.match(r"\s*run\s*(=|\.(?!\s*(from|with_states)\s*=))", override):
             raise _rule(
                 "must not set run: a child's name, seed and folder are the sweep's; write seeds: [0, 1]"
             )

@@ -1,8 +1,9 @@
-"""What MLflow has of a run, and under which names: its numbers, parameters, tags, data set and checkpoints.
+"""What services have of a run, and under which names: numbers, parameters, tags, data set and checkpoints.
 
-`metrics.jsonl` keeps its own names; in MLflow a name's group stands before a slash, as its charts do.  A run
-that an older version began has its first rows there under the names of the file.  They stay, and the whole
-file is sent again under the new names: so each chart has every row, and comparing runs needs one name.
+`metrics.jsonl` keeps its own names; in MLflow, W&B and TensorBoard a name's group stands before a slash, as
+their charts do.  A run that an older version began has its first rows in MLflow under the names of the file.
+They stay, and the whole file is sent again under the new names: so each chart has every row, and comparing
+runs needs one name.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.tracking.identity import place_of
 from lowbit_dist.tracking.stores import without_password
 
-# A key of `metrics.jsonl` -> MLflow's name of it, where that is not `train/KEY`, or `val/KEY` of `val_KEY`.
+# A key of `metrics.jsonl` -> services' name of it, where that is not `train/KEY`, or `val/KEY` of `val_KEY`.
 NAMES = {
     "perplexity": "val/perplexity",
     "bits_per_byte": "val/bits_per_byte",
@@ -42,15 +43,33 @@ SIZES = {
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
 }  # fmt: skip
 PACKAGES = ("lowbit-dist", "torch", "deepspeed", "ray")
+CONCLUSION = ("digest", "checkpoint", "diverged")  # words of a summary
 LIMIT = 100  # parameters, or tags, of one request, MLflow's own
 PARAM_LIMIT = 6000  # characters, MLflow's own
 
 
 def name_of(key: str) -> str:
-    """MLflow's name of a number in `metrics.jsonl`."""
+    """What services call a number in `metrics.jsonl`."""
     if key in NAMES or "/" in key:
         return NAMES.get(key, key)
     return f"val/{key.removeprefix('val_')}" if key.startswith("val_") else f"train/{key}"
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numbers by these names; its step and time are not among them."""
+    return {name_of(key): x for key, x in row.items() if key not in ("step", "time")}
+
+
+def parameters(config: RunConfig, counts: Mapping[str, Any]) -> dict[str, Any]:
+    """What people compare, by dotted names: the configuration without passwords, and `known` counts."""
+    named = {key: value for key, value in (config.flat() | counts).items() if value is not None}
+    return {key: without_password(x) if isinstance(x, str) else x for key, x in named.items()}
+
+
+def conclusion(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's summary has beside its rows; memory is that of the largest worker."""
+    words = {key: str(summary[key]) for key in CONCLUSION if key in summary}
+    return words | dict(_memory(summary.get("memory", {})))
 
 
 class Sent:
@@ -98,7 +117,7 @@ def describe(client: Any, run: Any, config: RunConfig) -> None:
     """Parameters, tags and data set of a run that begins or is resumed, and what its baselines would need."""
     from mlflow.entities import Param, RunTag
 
-    manifest, counts = _known(config)
+    manifest, counts = known(config)
     if manifest is not None:
         client.log_inputs(run.info.run_id, datasets=[_data_set(config, manifest)])
     tags = _tags(config, counts)
@@ -108,8 +127,8 @@ def describe(client: Any, run: Any, config: RunConfig) -> None:
     # A parameter keeps its first value: MLflow refuses another, as after a restart with more workers.
     params = [
         Param(key, without_password(str(value))[:PARAM_LIMIT])
-        for key, value in (config.flat() | counts).items()
-        if value is not None and key not in run.data.params
+        for key, value in parameters(config, counts).items()
+        if key not in run.data.params
     ]
     for first in range(0, len(params), LIMIT):
         client.log_batch(run.info.run_id, params=params[first : first + LIMIT])
@@ -117,12 +136,12 @@ def describe(client: Any, run: Any, config: RunConfig) -> None:
 
 
 def conclude(client: Any, run_id: str | None, summary: Mapping[str, Any]) -> None:
-    """What a run's summary has beside its rows; memory is that of the largest worker."""
-    for key in ("digest", "checkpoint", "diverged"):
-        if key in summary:
-            client.set_tag(run_id, key, str(summary[key]))
-    if "memory" in summary:
-        _log_levels(client, run_id, _memory(summary["memory"]))
+    """The conclusion of a run's summary: words as tags, numbers as metrics."""
+    concluded = conclusion(summary)
+    for key in CONCLUSION:
+        if key in concluded:
+            client.set_tag(run_id, key, concluded.pop(key))
+    _log_levels(client, run_id, concluded.items())
 
 
 def _log_levels(client: Any, run_id: str | None, levels: Iterable[tuple[str, float]]) -> None:
@@ -147,7 +166,7 @@ def _memory(report: Mapping[str, Any], prefix: str = "memory/") -> Iterator[tupl
         yield f"{prefix}bytes_per_parameter", of_all / report["parameters"]["total"]
 
 
-def _known(config: RunConfig) -> tuple[Any, dict[str, Any]]:
+def known(config: RunConfig) -> tuple[Any, dict[str, Any]]:
     """The manifest of the data, and what is compared and follows from the configuration: sizes, also a
     preset's, and numbers of parameters.  Nothing while data or model are away: rows do not wait for them.
     """

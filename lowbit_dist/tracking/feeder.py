@@ -1,4 +1,4 @@
-"""A thread that feeds an MLflow run, a training's or a sweep's, and tries until the store answers."""
+"""A thread that feeds a service, such as an MLflow run, and tries until the service answers."""
 
 import logging
 import os
@@ -13,35 +13,30 @@ from lowbit_dist.tracking import stores
 from lowbit_dist.tracking.identity import find_or_make, living_run, noted_run_id
 
 POLL = 1.0  # seconds between looks for something new
-RETRY_SECONDS = 30.0  # at most, between attempts to reach a store that does not answer
-FLUSH_SECONDS = 60.0  # that the end waits for a store which takes nothing
+RETRY_SECONDS = 30.0  # at most, between attempts to reach a service that does not answer
+FLUSH_SECONDS = 60.0  # that the end waits for a service which takes nothing
 log = logging.getLogger(__name__)
 
 
 class Feeder(ABC):
-    """A thread that brings an MLflow run what it lacks; an outage delays it, and stops nothing else.
+    """A thread that brings a service what it lacks; an outage delays it, and stops nothing else.
 
-    A subclass says whether something is lacking (`_is_behind`), brings some of it (`_catch_up`), and learns
-    what its run has when that is found or made (`_start`).
+    A subclass says whether something is lacking (`_is_behind`), brings some of it (`_catch_up`), and after an
+    error forgets what it knew of the service (`_lose`).
     """
 
-    meanwhile: str  # what continues while the store takes nothing, in a sentence's second half
+    meanwhile: str  # what continues while the service takes nothing, in a sentence's second half
 
-    def __init__(self, uri: str, folder: Path, experiment: str, name: str):
-        """The run that is noted in `folder`, or a new one, made when there is something to bring."""
-        settle_mlflow()
-        self.uri = stores.resolve(uri)
-        self.shown = stores.without_password(self.uri)
-        self.folder, self.experiment, self.name = folder, experiment, name
-        self.client: Any = None  # an MlflowClient while the store answers
-        self.run_id = noted_run_id(folder)
+    def __init__(self, shown: str):
+        """shown: the service in a warning, where its place is known with that"""
+        self.shown = shown
         self.problem: str | None = None  # the last attempt's, as a kind
-        self.progressed = 0.0  # when the store last took something
+        self.progressed = 0.0  # when the service last took something
         self.closing = threading.Event()
-        self.thread = threading.Thread(target=self._serve, name="mlflow", daemon=True)
+        self.thread = threading.Thread(target=self._serve, name=shown, daemon=True)
 
     def close(self) -> bool:
-        """Let the store have everything, but do not wait for one that does not answer; whether it has."""
+        """Let the service have everything, but do not wait for one that does not answer; whether it has."""
         self.closing.set()
         self.progressed = time.monotonic()
         while self.thread.is_alive() and time.monotonic() < self.progressed + FLUSH_SECONDS:
@@ -55,7 +50,7 @@ class Feeder(ABC):
     def _catch_up(self) -> None: ...
 
     @abstractmethod
-    def _start(self, client: Any, run: Any) -> None: ...
+    def _lose(self) -> None: ...
 
     def _serve(self) -> None:
         pause = POLL
@@ -70,24 +65,49 @@ class Feeder(ABC):
             self.closing.wait(pause)
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
-        """Whether it was done; an error is reported once, and the store is looked at afresh next time."""
+        """Whether it was done; an error is reported once, and the service is looked at afresh next time."""
         try:
+            action()
+        except Exception as error:  # whatever happens to the service, all else continues
+            self._lose()
+            problem = described(error)
+            if self.problem != (kind := problem.partition("(")[0]):
+                log.warning("%s %s; %s", self.shown, problem, self.meanwhile)
+            self.problem = kind
+            return False
+        self.problem = None
+        self.progressed = time.monotonic()
+        return True
+
+
+class MlflowFeeder(Feeder):
+    """Feeds an MLflow run; a subclass also learns what its run has when that is found or made (`_start`)."""
+
+    def __init__(self, uri: str, folder: Path, experiment: str, name: str):
+        """The run that is noted in `folder`, or a new one, made when there is something to bring."""
+        settle_mlflow()
+        self.uri = stores.resolve(uri)
+        super().__init__(f"MLflow at {stores.without_password(self.uri)}")
+        self.folder, self.experiment, self.name = folder, experiment, name
+        self.client: Any = None  # an MlflowClient while the store answers
+        self.run_id = noted_run_id(folder)
+
+    @abstractmethod
+    def _start(self, client: Any, run: Any) -> None: ...
+
+    def _lose(self) -> None:
+        self.client = None
+
+    def _attempt(self, action: Callable[[], Any]) -> bool:
+        def with_a_run() -> None:
             try:
                 action()
             except Exception as error:
                 if not self._has_lost_run(error):
                     raise
                 action()  # with a new run
-        except Exception as error:  # whatever happens to MLflow, all else continues
-            self.client = None
-            problem = described(error)
-            if self.problem != (kind := problem.partition("(")[0]):
-                log.warning("MLflow at %s %s; %s", self.shown, problem, self.meanwhile)
-            self.problem = kind
-            return False
-        self.problem = None
-        self.progressed = time.monotonic()
-        return True
+
+        return super()._attempt(with_a_run)
 
     def _has_lost_run(self, error: Exception) -> bool:
         """Whether the error means that the run was deleted; the next connection then makes another."""

@@ -1,8 +1,6 @@
 """The run in MLflow, fed with its rows as they are appended to its folder."""
 
-import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -11,19 +9,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lowbit_dist.config import RunConfig
-from lowbit_dist.record import METRICS, Tail
 from lowbit_dist.tracking import content
-from lowbit_dist.tracking.feeder import Feeder
-from lowbit_dist.tracking.identity import RUN_ID, note, place_of
-from lowbit_dist.tracking.stores import resolve, without_password
+from lowbit_dist.tracking.feeder import MlflowFeeder
+from lowbit_dist.tracking.identity import RUN_ID, note
+from lowbit_dist.tracking.machines import Machines
+from lowbit_dist.tracking.rows import Rows
+from lowbit_dist.tracking.stores import without_password
 
-COMPLETE = ".mlflow_complete"  # in a finished run's folder, once MLflow has all: which store, of which folder
 BATCH = 100  # rows taken at once; also MLflow's limit of parameters in a request
 METRIC_LIMIT = 1000  # of one request, MLflow's own
 log = logging.getLogger(__name__)
 
 
-class MlflowRun(Feeder):
+class MlflowRun(MlflowFeeder):
     """One MLflow run, which gets the rows that training writes into the run's folder.
 
     What it has is asked for whenever the store is reached anew, and compared with the whole file, step by
@@ -38,36 +36,24 @@ class MlflowRun(Feeder):
         super().__init__(config.tracking.mlflow, config.run_dir, config.tracking.experiment, config.run.name)
         self.config, self.say = config, say
         self.sent = content.Sent()
-        self.tail = Tail(config.run_dir / METRICS)
-        self.rows: deque[dict[str, Any]] = deque()  # that MLflow may lack, their steps rising
-        self._read()
-        self.old = {row["time"] for row in self.rows}  # of the rows that were there before this start
+        self.rows = Rows(config.run_dir)
+        self.machines = Machines(config.run_dir)
         self.noted: str | None = None  # the run's number, as the run's folder has it
         self.note_failed = False
         self.told: str | None = None  # the run of which the user knows
-        with contextlib.suppress(OSError):
-            (config.run_dir / COMPLETE).unlink(missing_ok=True)
         self.thread.start()
 
-    def finish(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
-        """Send what is left, then end the run as FINISHED, FAILED or KILLED, with its files."""
+    def finish(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> bool:
+        """Send what is left, then end the run as FINISHED, FAILED or KILLED; whether MLflow has all of it."""
         is_complete = self.close()
         if is_complete and self.run_id is None:  # nothing was measured: it is not begun
-            return
-        is_complete = is_complete and self._attempt(partial(self._end, status, files, summary))
-        if not is_complete:
-            log.warning(
-                "MLflow at %s did not get all of the run; when the run is started again, it gets the rest "
-                "of %s", self.shown, self.config.run_dir / METRICS,
-            )  # fmt: skip
-        elif status == "FINISHED":
-            with contextlib.suppress(OSError):  # a full disk is reported elsewhere
-                (self.config.run_dir / COMPLETE).write_text(_all_of(self.config))
+            return True
+        return is_complete and self._attempt(partial(self._end, status, files, summary))
 
     def _end(self, status: str, files: list[Path], summary: Mapping[str, Any]) -> None:
         """The status before the files, which may be refused."""
         client = self._connected()
-        while self.rows:  # if the run was deleted since the last was sent
+        while self.rows.waiting:  # if the run was deleted since the last was sent
             self._catch_up()
         content.conclude(client, self.run_id, summary)
         client.set_terminated(self.run_id, status)
@@ -79,9 +65,7 @@ class MlflowRun(Feeder):
         """Learn what the run has, and describe it; all rows of the file are read anew."""
         self._note()
         self.sent = content.Sent(client, run)
-        self.tail = Tail(self.tail.path)
-        self.rows.clear()
-        self._read()
+        self.rows.read_anew()
         if self.told != self.run_id:
             content.describe(client, run, self.config)
             self.told = self.run_id
@@ -99,26 +83,23 @@ class MlflowRun(Feeder):
             self.note_failed = True
 
     def _is_behind(self) -> bool:
-        # MLflow takes seconds to import: not before the first step, for which all workers wait.
-        self._read()
-        if not self.rows:
-            return False
-        return self.client is not None or self.closing.is_set() or self.rows[-1]["time"] not in self.old
-
-    def _read(self) -> None:
-        for row in self.tail.rows():
-            # A resumed run measures steps again, and the file that its rows were cut from is read anew.
-            while self.rows and self.rows[-1]["step"] >= row["step"]:
-                self.rows.pop()
-            self.rows.append(row)
+        self.rows.read()
+        is_closing, is_connected = self.closing.is_set(), self.client is not None
+        if self.rows.waiting:
+            return is_connected or is_closing or self.rows.are_new
+        return is_connected and not is_closing and self.machines.are_due
 
     def _catch_up(self) -> None:
         client = self._connected()
         self._note()
-        rows = list(islice(self.rows, BATCH))
+        rows = list(islice(self.rows.waiting, BATCH))
         self._log(client, rows)
         for _ in rows:
-            self.rows.popleft()
+            self.rows.waiting.popleft()
+        if self.machines.are_due:
+            points = self.machines.metrics()
+            for first in range(0, len(points), METRIC_LIMIT):
+                client.log_batch(self.run_id, metrics=points[first : first + METRIC_LIMIT])
 
     def _log(self, client: Any, rows: list[dict[str, Any]]) -> None:
         # Requests of whole rows: one is taken or refused as a whole, so MLflow never has half a row.
@@ -135,18 +116,6 @@ class MlflowRun(Feeder):
     def _send(self, client: Any, batch: list[Any]) -> None:
         client.log_batch(self.run_id, metrics=batch)
         self.sent.add(batch)
-
-
-def is_complete(config: RunConfig) -> bool:
-    """Whether MLflow has all of a finished run: the store that is asked for, of this folder."""
-    try:
-        return (config.run_dir / COMPLETE).read_text() == _all_of(config)
-    except OSError:
-        return False
-
-
-def _all_of(config: RunConfig) -> str:
-    return f"{without_password(resolve(config.tracking.mlflow or ''))}\n{place_of(config.run_dir)}\n"
 
 
 def link(uri: str, experiment: str, run_id: str) -> str:

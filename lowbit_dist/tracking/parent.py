@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist.tracking.feeder import Feeder
+from lowbit_dist.tracking.feeder import MlflowFeeder
 from lowbit_dist.tracking.identity import FOLDER, living_run, note, place_of
 from lowbit_dist.tracking.mlflow_run import upload
 
@@ -17,7 +17,7 @@ NOTE_LIMIT = 5000  # characters of a tag, in every version of the server
 log = logging.getLogger(__name__)
 
 
-class Parent(Feeder):
+class Parent(MlflowFeeder):
     """The MLflow run of a sweep, which gets its children and in the end their comparison."""
 
     meanwhile = "the sweep continues"
@@ -46,8 +46,7 @@ class Parent(Feeder):
         self.close()
         if not self.has_ended:
             log.warning(
-                "MLflow at %s did not get all of the sweep; when it is started again, it gets the rest",
-                self.shown,
+                "%s did not get all of the sweep; when it is started again, it gets the rest", self.shown
             )
         return self.has_ended
 
@@ -81,7 +80,7 @@ class Parent(Feeder):
         assert self.run_id is not None, "a connected parent has its run"
         child, inside = living_run(client, run_id), f"{place_of(self.folder)}/"
         if child is None:  # if it is trained still, it will have another
-            log.warning("MLflow at %s has no run %s, a child of %s", self.shown, run_id, self.name)
+            log.warning("%s has no run %s, a child of %s", self.shown, run_id, self.name)
         # In a copy of a sweep's folder children note the original's runs, until they have their own.
         elif child.data.tags.get(FOLDER, inside).startswith(inside):
             for key, value in {MLFLOW_PARENT_RUN_ID: self.run_id, **tags}.items():

@@ -113,8 +113,9 @@ class Engine:
         update: Update = optimizer.last_update
         return update
 
-    def _backward(self, tokens: Tensor) -> Tensor:
-        loss = self._loss(tokens)
+    def _backward(self, tokens: Tensor, labels: Tensor | None, weight: float) -> Tensor:
+        loss = self._loss(tokens, labels)
+        loss = loss if weight == 1.0 else weight * loss
         if self._standard is None:
             self._engine.backward(loss, scale_wrt_gas=False)
         else:
@@ -124,16 +125,19 @@ class Engine:
             self._engine.step()  # counts the micro-batch
         return self._last
 
-    def _loss(self, tokens: Tensor) -> Tensor:
+    def _loss(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
+        labels = tokens if labels is None else labels.to(tokens.device)
         mask = {} if self._marks is None else attention.within_documents(tokens, self._marks, self._dtype)
-        loss: Tensor = self._engine(input_ids=tokens, labels=tokens, **mask).loss
+        loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
         return loss
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [micro_batch, seq_len] int64 -> [] nats per token
-        """The mean negative log-likelihood without gradients, in evaluation mode."""
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:  # -> [] nats per token
+        """The mean negative log-likelihood without gradients, in evaluation mode; of `Step.backward`'s
+        arguments.
+        """
         self._engine.eval()
         with torch.no_grad():
-            loss = self._loss(tokens)
+            loss = self._loss(tokens, labels)
         self._engine.train()
         if self._standard is None:
             self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
@@ -198,11 +202,16 @@ class Step:
         self.engine = engine
         self.is_dropped = False
 
-    def backward(self, tokens: Tensor) -> Tensor:  # [micro_batch, seq_len] int64 -> [] nats per token
-        """Forward and backward of one micro-batch, whose gradients are added to the step's sum; its mean
-        negative log-likelihood.
+    def backward(
+        self,
+        tokens: Tensor,  # [micro_batch, seq_len] int64
+        labels: Tensor | None = None,  # tokens, or data.IGNORED where the loss leaves one out
+        weight: float = 1.0,
+    ) -> Tensor:  # [] nats per token
+        """Forward and backward of one micro-batch, whose gradients are added to the step's sum; `weight`
+        times its mean negative log-likelihood.  Without `labels` the loss counts every token.
         """
-        return self.engine._backward(tokens)
+        return self.engine._backward(tokens, labels, weight)
 
     def drop(self) -> None:
         """Leave this step's update out."""
