@@ -13,13 +13,12 @@ from lowbit_dist.memory.simulation import simulate_step
 from lowbit_dist.model import shapes
 
 # What a run is compared with -> what differs there: like with like, and AdamW with all in float32.
+DENSE: dict[str, Any] = {"method": {"name": "dense"}, "precision": "fp32"}
 BASELINES: dict[str, dict[str, Any]] = {
-    "plan_dense_same_states": {"method": {"name": "dense"}, "precision": "fp32"},
+    "plan_dense_same_states": DENSE,
     "plan_bitnet": {"method": {"name": "bitnet"}},
-    "plan_dense": {
-        "method": {"name": "dense"}, "precision": "fp32", "optimizer": {"name": "adamw", "states": "fp32"}
-    },
-}  # fmt: skip
+    "plan_dense": DENSE | {"optimizer": {"name": "adamw", "states": "fp32"}},
+}
 EACH = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
 
 
