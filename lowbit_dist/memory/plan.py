@@ -19,7 +19,8 @@ BASELINES: dict[str, dict[str, Any]] = {
     "plan_bitnet": {"method": {"name": "bitnet"}},
     "plan_dense": DENSE | {"optimizer": {"name": "adamw", "states": "fp32"}},
 }
-EACH = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
+EACH: dict[str, Any] = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
+EACH |= {"optimizer.low_bit_lr_ratio": 1.0}
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:

@@ -79,8 +79,12 @@ class TBT(Method):
             activation = IntPerToken(8)
         elif self.activation_bits is not None:
             activation = Elastic(layer, bits=self.activation_bits, centred=self.rules == "paper")
-        inner = self.sub_norms and name.rpartition(".")[2] in INNER_LINEARS
-        return Linear(layer, view=self._view, activation=activation, norm_eps=norm_eps if inner else None)
+        has_norm = name.rpartition(".")[2] in self.normed_inputs
+        return Linear(layer, view=self._view, activation=activation, norm_eps=norm_eps if has_norm else None)
+
+    @property
+    def normed_inputs(self) -> tuple[str, ...]:
+        return INNER_LINEARS if self.sub_norms else ()
 
     @property
     def _view(self) -> "RowStatistics":
