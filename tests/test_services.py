@@ -135,7 +135,17 @@ def test_events_that_find_no_room_wait_and_stop_nothing(tmp_path, monkeypatch, c
 
 
 def records(config):
-    """Of each start that logged rows, the oldest first: what its file has."""
+    """Of each start that logged rows, the oldest first: what its file has, once W&B's own process has written
+    the end of the newest.
+    """
+    deadline = time.monotonic() + 60
+    while not (starts := written(config)) or "exit" not in starts[-1]:
+        assert time.monotonic() < deadline, starts
+        time.sleep(0.1)
+    return starts
+
+
+def written(config):
     from wandb.proto.wandb_internal_pb2 import Record
 
     starts = []

@@ -130,5 +130,8 @@ def _runs_table(server: "subprocess.Popen[bytes]", address: str, output: IO[byte
             return f"{address}/#/experiments" + (f"/{ours[0]}/runs" if len(ours) == 1 else "")
         time.sleep(0.2)
     output.seek(0)
-    last = (output.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    raise RuntimeError(f"MLflow's server does not start: {last}")
+    said = output.read().decode(errors="replace").strip().splitlines()
+    told = [
+        line for line in said if not line.startswith("(Background on this error")
+    ]
+    raise RuntimeError(f"MLflow's server does not start: {(told or ['it said nothing'])[-1]}")
