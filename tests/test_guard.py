@@ -223,10 +223,10 @@ def spiking_for_ever(configuration):
     backward = Step.backward
     n = 0
 
-    def spoiled(passes, tokens):
+    def spoiled(passes, *batch):
         nonlocal n
         n += 1
-        loss = backward(passes, tokens)
+        loss = backward(passes, *batch)
         return loss + 50 if n > 40 and n % 4 < 2 else loss
 
     Step.backward = spoiled

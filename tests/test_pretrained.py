@@ -89,7 +89,10 @@ def test_the_logits_of_a_folder_are_those_of_transformers(name, folder):
 @pytest.mark.parametrize("name", EVALUATED)
 def test_a_configuration_is_the_same_when_it_comes_out_of_a_checkpoint(name, folder):
     kept = pretrained.as_mapping(pretrained.configuration(folder(name)))
-    assert pretrained.as_mapping(pretrained.of_mapping(kept)) == kept
+    again = pretrained.as_mapping(pretrained.of_mapping(kept))
+    for mapping in (kept, again):  # what is chosen when a model is built
+        mapping.pop("attn_implementation", None)
+    assert again == kept
 
 
 @pytest.mark.parametrize("name", ["bloom", "gpt2"])

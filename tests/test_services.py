@@ -14,7 +14,7 @@ from tracked import SUMMARY, Tracked, client, configuration, wait
 
 from lowbit_dist import heartbeat, tracking
 from lowbit_dist.config import ConfigError
-from lowbit_dist.tracking import feeder, machines
+from lowbit_dist.tracking import feeder, machines, wandb_run
 from lowbit_dist.tracking.event_file import EVENTS, EventFile
 
 ROW = {"loss": 2.0, "lr": 0.5, "tokens_per_second": 10.0, "flip_rate": 0.25}
@@ -316,10 +316,11 @@ def test_a_killed_and_resumed_run_shows_each_step_once(offline, tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
+    noted = json.loads((config.run_dir / wandb_run.RUN).read_text())["id"]
     logged(config, 3, (4, 5, 6, 7))  # the newest checkpoint is of step 3
     assert [step for step, _ in scalars(config)["train/loss"]] == [1, 2, 3, 4, 5, 6, 7]
     first, second = records(config)
-    assert first["run"].run_id == second["run"].run_id
+    assert second["run"].run_id == noted
     assert "exit" not in first
     assert (steps_of(second), second["exit"]) == ([1, 2, 3, 4, 5, 6, 7], 0)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -131,7 +132,5 @@ def _runs_table(server: "subprocess.Popen[bytes]", address: str, output: IO[byte
         time.sleep(0.2)
     output.seek(0)
     said = output.read().decode(errors="replace").strip().splitlines()
-    told = [
-        line for line in said if not line.startswith("(Background on this error")
-    ]
-    raise RuntimeError(f"MLflow's server does not start: {(told or ['it said nothing'])[-1]}")
+    errors = [line for line in said if re.search(r"(Error|Exception)\b", line)]
+    raise RuntimeError(f"MLflow's server does not start: {(errors or said or ['it said nothing'])[-1]}")
