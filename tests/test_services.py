@@ -8,8 +8,10 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from ranks import search_path
 from tracked import SUMMARY, Tracked, client, configuration, wait
 
 from lowbit_dist import heartbeat, tracking
@@ -149,7 +151,8 @@ def written(config):
     from wandb.proto.wandb_internal_pb2 import Record
 
     starts = []
-    for file in sorted(config.run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+    files = config.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
         of_file = {"history": [], "summary": {}}
         for data in chunks(file.read_bytes()):
             record = Record.FromString(data)
@@ -310,7 +313,8 @@ def test_a_killed_and_resumed_run_shows_each_step_once(offline, tmp_path):
     pytest.importorskip("tensorboard")
     config = made(WANDB | TENSORBOARD, tmp_path)
     command = [sys.executable, "-c", START, config.run_dir / "config.yaml"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": search_path(Path(__file__).parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout.readline() == "all is there\n"
     finally:
