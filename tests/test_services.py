@@ -127,7 +127,11 @@ def test_events_that_find_no_room_wait_and_stop_nothing(tmp_path, monkeypatch, c
             raise OSError("No space left on device")
 
     monkeypatch.setattr(EventFile, "_log", full)
-    logged(config, steps=(1, 2, 3))
+    tracked = Tracked(config)
+    for step in (1, 2, 3):
+        tracked.log(step, ROW)
+    wait(lambda: warnings(caplog))  # of the end's own attempts one that fails is the last
+    tracked.finish("FINISHED", SUMMARY)
     assert [step for step, _ in scalars(config)["train/loss"]] == [1, 2, 3]
     (warned,) = warnings(caplog)
     assert warned.startswith("TensorBoard does not answer (OSError: No space left on device); training ")
