@@ -437,7 +437,7 @@ def test_the_plan_is_what_is_measured(number, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "world"),
-    [(n, world) for n in range(0, len(CASES), 3) for world in (1, 2, 3) if world != WORLDS[n % 4]],
+    [(n, world) for n in range(0, len(CASES), 6) for world in (1, 2, 3) if world != WORLDS[n % 4]],
 )
 def test_the_plan_is_what_is_measured_on_other_numbers_of_workers(number, world, ranks):
     check_plan(CASES[number], world, ranks)
