@@ -54,10 +54,9 @@ def of_hf_config(  # type: ignore[no-untyped-def]
         with init_empty_weights(include_buffers=False):
             # PyTorch's fused attention, where the model has it, leaves out the cap on scores that some have.
             is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+            attention_kind = {"attn_implementation": "eager"} if is_capped else {}
             # In this dtype, so that buffers have the types of transformers' own, which keeps some in float32.
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager" if is_capped else None
-            )
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **attention_kind)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
         if named is None:
             raise

@@ -33,8 +33,7 @@ def documents(marks: Marks) -> list[list[int]]:
 def built(name: str):
     torch.manual_seed(0)
     # In float64, so that what is left of differences is not of sums in another order.
-    plain = {"attn_implementation": "eager"} if name == "gemma2" else {}  # as `model` has it
-    return transformers.AutoModelForCausalLM.from_config(hf_folders.CONFIGS[name](), **plain).eval().double()
+    return transformers.AutoModelForCausalLM.from_config(hf_folders.CONFIGS[name]()).eval().double()
 
 
 def test_the_mask_is_block_diagonal_and_positions_begin_anew():

@@ -64,6 +64,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "cluster.workers": 2, "cluster.cpus_per_worker": 1, "cluster.gpus_per_worker": "auto",
         "cluster.max_failures": 10, "cluster.hang_timeout": "auto", "cluster.start_timeout": "auto",
         "tracking.mlflow": "sqlite:///mlflow.db", "tracking.experiment": "lowbit",
+        "tracking.wandb": None, "tracking.tensorboard": False,
     }  # fmt: skip
     assert config.run_dir == Path("runs/run")
 
@@ -327,9 +328,9 @@ def test_what_decides_the_result_of_a_run_may_not_change(tmp_path):
     train += ("max_skipped", "max_grad_ratio", "on_spike", "activation_checkpointing")
     by_content = ("data.path", "data.tokenizer", "model.pretrained")  # what lies there may not change
     assert changeable == {
-        "run.dir", "data.cache", "tracking.mlflow", "tracking.experiment", *by_content,
+        "run.dir", "data.cache", *by_content,
         *(f"train.{name}" for name in train),
-        *(name for name in config.flat() if name.startswith("cluster.")),
+        *(name for name in config.flat() if name.startswith(("cluster.", "tracking."))),
     }  # fmt: skip
 
 
@@ -919,7 +920,7 @@ def test_an_answer_with_the_values_of_a_field_has_all_of_them(field):
     section, _, option = field.partition(".")
     content = configfile.from_dict({"data": {"path": "x"}, "method": {"name": "dqt"}})
     values = typing.get_args(type(getattr(content, section)).model_fields[option].annotation)
-    answers = [words for words in synonyms._ANSWERS.values() if f"{field}: " in words]
+    answers = [words for words in synonyms._ANSWERS.values() if words.startswith(f"write {field}: ")]
     assert answers and values
     for words in answers:
         assert {*values} <= {*re.findall(r"\w+", words)}, words
@@ -946,10 +947,12 @@ TEXTS = ("run.name", "run.dir", "model.pretrained", "data.path", "data.tokenizer
 TEXTS += (
     "tracking.mlflow",
     "tracking.experiment",
+    "tracking.wandb",
     "run.from",
 )  # on the command line every value of theirs is text
 TRUTHS = ("model.tie_embeddings", "method.sub_norms")
 TRUTHS += ("train.activation_checkpointing", "train.reproducible", "run.with_states", "data.document_mask")
+TRUTHS += ("tracking.tensorboard",)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

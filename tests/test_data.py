@@ -400,6 +400,7 @@ print(n, len(moments))
 """
 
 
+@pytest.mark.slow
 def test_a_preparation_killed_at_any_moment_is_never_read_and_started_again_cleanly(
     prepared, corpus, words, tmp_path
 ):

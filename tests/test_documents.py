@@ -510,7 +510,7 @@ def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(
     assert len(stamps) == 1 and 0 < min(stamps) < 2**63
     dataset = Rows("fedcba9876543210")
     assert documents.parts([given])[0].stamp not in stamps
-    documents.tables._hf_column.cache_clear()  # as in another process
+    documents.tables._hf_columns.cache_clear()  # as in another process
     with pytest.raises(ConfigError, match="has changed while it was read"):
         list(documents.read(parts))
 

@@ -167,10 +167,10 @@ def test_the_loss_of_text_is_the_mean_negative_log_probability_of_its_tokens(tex
     network, logs = model.network(), []
     for sample in ids.split(64):
         with torch.inference_mode():
-            of_each = network(input_ids=sample[None]).logits[0].double().log_softmax(-1)
-        logs.append(of_each[:-1].gather(1, sample[1:, None]))
+            log_probabilities = network(input_ids=sample[None]).logits[0].double().log_softmax(-1)
+        logs.append(log_probabilities[:-1].gather(1, sample[1:, None]))
     expected = -torch.cat(logs).mean().item()
-    by_samples = -torch.stack([of_each.mean() for of_each in logs]).mean().item()
+    by_samples = -torch.stack([log_probabilities.mean() for log_probabilities in logs]).mean().item()
     assert len(logs) == 1 or abs(by_samples - expected) > 1e-4, "the case must weigh"
     assert evaluate(model, str(tmp_path / "text.txt"))["loss"] == pytest.approx(expected, abs=1e-5)
 

@@ -64,8 +64,8 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
                 gradients[0].view(-1)[3] = float(fault)
         return update(engine, now, limit, norms)
 
-    def spoiled_backward(passes, tokens):
-        loss, engine = backward(passes, tokens), passes.engine
+    def spoiled_backward(passes, *batch):
+        loss, engine = backward(passes, *batch), passes.engine
         engine.n_passes = getattr(engine, "n_passes", 0) + 1
         step = (engine.n_passes - 1) // (engine.micro_batches // engine.world) + 1
         if faults.get(step) == "loss" and engine.rank == on_rank:
@@ -223,10 +223,10 @@ def spiking_for_ever(configuration):
     backward = Step.backward
     n = 0
 
-    def spoiled(passes, tokens):
+    def spoiled(passes, *batch):
         nonlocal n
         n += 1
-        loss = backward(passes, tokens)
+        loss = backward(passes, *batch)
         return loss + 50 if n > 40 and n % 4 < 2 else loss
 
     Step.backward = spoiled

@@ -176,6 +176,10 @@ class Rows:
     def __len__(self):
         return len(rows())
 
+    def select_columns(self, names):
+        assert names == ["prompt", "answer"]
+        return self
+
     def __getitem__(self, chosen):
         return {name: [row[name] for row in rows()][chosen] for name in self.column_names}
 

@@ -8,13 +8,15 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from ranks import search_path
 from tracked import SUMMARY, Tracked, client, configuration, wait
 
 from lowbit_dist import heartbeat, tracking
 from lowbit_dist.config import ConfigError
-from lowbit_dist.tracking import feeder, machines
+from lowbit_dist.tracking import feeder, machines, wandb_run
 from lowbit_dist.tracking.event_file import EVENTS, EventFile
 
 ROW = {"loss": 2.0, "lr": 0.5, "tokens_per_second": 10.0, "flip_rate": 0.25}
@@ -125,7 +127,11 @@ def test_events_that_find_no_room_wait_and_stop_nothing(tmp_path, monkeypatch, c
             raise OSError("No space left on device")
 
     monkeypatch.setattr(EventFile, "_log", full)
-    logged(config, steps=(1, 2, 3))
+    tracked = Tracked(config)
+    for step in (1, 2, 3):
+        tracked.log(step, ROW)
+    wait(lambda: warnings(caplog))  # of the end's own attempts one that fails is the last
+    tracked.finish("FINISHED", SUMMARY)
     assert [step for step, _ in scalars(config)["train/loss"]] == [1, 2, 3]
     (warned,) = warnings(caplog)
     assert warned.startswith("TensorBoard does not answer (OSError: No space left on device); training ")
@@ -135,11 +141,22 @@ def test_events_that_find_no_room_wait_and_stop_nothing(tmp_path, monkeypatch, c
 
 
 def records(config):
-    """Of each start that logged rows, the oldest first: what its file has."""
+    """Of each start that logged rows, the oldest first: what its file has, once W&B's own process has written
+    the end of the newest.
+    """
+    deadline = time.monotonic() + 60
+    while not (starts := written(config)) or "exit" not in starts[-1]:
+        assert time.monotonic() < deadline, starts
+        time.sleep(0.1)
+    return starts
+
+
+def written(config):
     from wandb.proto.wandb_internal_pb2 import Record
 
     starts = []
-    for file in sorted(config.run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+    files = config.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
         of_file = {"history": [], "summary": {}}
         for data in chunks(file.read_bytes()):
             record = Record.FromString(data)
@@ -300,16 +317,18 @@ def test_a_killed_and_resumed_run_shows_each_step_once(offline, tmp_path):
     pytest.importorskip("tensorboard")
     config = made(WANDB | TENSORBOARD, tmp_path)
     command = [sys.executable, "-c", START, config.run_dir / "config.yaml"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": search_path(Path(__file__).parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout.readline() == "all is there\n"
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
+    noted = json.loads((config.run_dir / wandb_run.RUN).read_text())["id"]
     logged(config, 3, (4, 5, 6, 7))  # the newest checkpoint is of step 3
     assert [step for step, _ in scalars(config)["train/loss"]] == [1, 2, 3, 4, 5, 6, 7]
     first, second = records(config)
-    assert first["run"].run_id == second["run"].run_id
+    assert second["run"].run_id == noted
     assert "exit" not in first
     assert (steps_of(second), second["exit"]) == ([1, 2, 3, 4, 5, 6, 7], 0)
 

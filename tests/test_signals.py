@@ -144,6 +144,7 @@ def test_a_signal_during_a_start_ends_it_soon(small, tmp_path):
     assert runs.read(tmp_path / "early").state == "stopped"
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_user_without_a_name_and_a_home_trains_until_the_terminal_closes(small, tmp_path):
     stranger = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]

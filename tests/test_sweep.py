@@ -334,7 +334,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "train.steps: 40 -> 80" in wrong.stderr
 
     forgotten = (folder / "first-seed0" / ".mlflow_run_id").read_text()  # MLflow was down when it ended
-    (folder / "first-seed0" / ".mlflow_complete").unlink()
+    (folder / "first-seed0" / ".tracked").unlink()
     client(store).update_run(forgotten, status="RUNNING")
     file.write_text(start + kept)
     done = lowbit("sweep", file, "--json")

@@ -237,7 +237,7 @@ def test_the_validation_loss_is_of_all_samples_for_any_workers_and_micro_batches
     losses = []
     for world, size in ((1, 1), (1, 4), (2, 3), (3, 2), (2, 6)):
         train_section = {
-            "steps": 1, "batch_tokens": 12 * 64, "micro_batch": size, "eval_samples": 7, "eval_every": 1,
+            "steps": 1, "batch_tokens": 24 * 64, "micro_batch": size, "eval_samples": 7, "eval_every": 1,
             "save_every": 1,
         }  # fmt: skip
         content = small(run={"name": f"{world}x{size}"}, optimizer={"lr": 0.0}, train=train_section)

@@ -29,8 +29,9 @@ from lowbit_dist.cli.arguments import (
     load,
     not_read,
     pairs,
+    vocabulary,
 )  # fmt: skip
-from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.config import ConfigError
 
 # In the order of the work, which is that of the help.
 VERBS = (
@@ -197,7 +198,7 @@ def plan(
 
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
-        n_pieces, used = _vocabulary(loaded, vocab_size)
+        n_pieces, used = vocabulary(loaded, vocab_size)
         model.check(loaded, n_pieces, used=used)
         estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
@@ -389,18 +390,3 @@ def _log_to_stderr() -> None:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="lowbit: %(message)s", stream=sys.stderr)
-
-
-def _vocabulary(config: RunConfig, given: int | None) -> tuple[int, int | None]:
-    """The number of the tokenizer's tokens, and of the first ones that are all that prepared data has."""
-    from lowbit_dist import data
-
-    if given is not None:
-        if given < 1:
-            raise ConfigError(f"--vocab-size ({given}) must be at least 1; write 32000, for example")
-        return given, None
-    try:
-        manifest = data.read_manifest(config.data.path)
-        return manifest.vocab_size, manifest.used
-    except ConfigError as error:
-        raise ConfigError(f"{error}; or plan without data: --vocab-size 32000") from None

@@ -131,3 +131,18 @@ def pairs(rows: dict[str, Any]) -> Any:
     from lowbit_dist.cli import tables
 
     return lambda terminal: tables.pairs(terminal, rows)
+
+
+def vocabulary(config: RunConfig, given: int | None) -> tuple[int, int | None]:
+    """The number of the tokenizer's tokens, and of the first ones that are all that prepared data has."""
+    from lowbit_dist import data
+
+    if given is not None:
+        if given < 1:
+            raise ConfigError(f"--vocab-size ({given}) must be at least 1; write 32000, for example")
+        return given, None
+    try:
+        manifest = data.read_manifest(config.data.path)
+        return manifest.vocab_size, manifest.used
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or plan without data: --vocab-size 32000") from None

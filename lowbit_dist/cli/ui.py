@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,5 +131,6 @@ def _runs_table(server: "subprocess.Popen[bytes]", address: str, output: IO[byte
             return f"{address}/#/experiments" + (f"/{ours[0]}/runs" if len(ours) == 1 else "")
         time.sleep(0.2)
     output.seek(0)
-    last = (output.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    raise RuntimeError(f"MLflow's server does not start: {last}")
+    said = output.read().decode(errors="replace").strip().splitlines()
+    errors = [line for line in said if re.search(r"(Error|Exception)\b", line)]
+    raise RuntimeError(f"MLflow's server does not start: {(errors or said or ['it said nothing'])[-1]}")

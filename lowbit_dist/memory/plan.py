@@ -12,8 +12,8 @@ from lowbit_dist.memory.resident import parameters, resident
 from lowbit_dist.memory.simulation import simulate_step
 from lowbit_dist.model import shapes
 
-# What a run is compared with -> what differs there: like with like, and AdamW with all in float32.
 DENSE: dict[str, Any] = {"method": {"name": "dense"}, "precision": "fp32"}
+# What a run is compared with -> what differs there: like with like, and AdamW with all in float32.
 BASELINES: dict[str, dict[str, Any]] = {
     "plan_dense_same_states": DENSE,
     "plan_bitnet": {"method": {"name": "bitnet"}},

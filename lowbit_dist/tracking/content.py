@@ -62,7 +62,7 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 def parameters(config: RunConfig, counts: Mapping[str, Any]) -> dict[str, Any]:
     """What people compare, by dotted names: the configuration without passwords, and `known` counts."""
-    named = {key: value for key, value in (config.flat() | counts).items() if value is not None}
+    named = {key: value for key, value in {**config.flat(), **counts}.items() if value is not None}
     return {key: without_password(x) if isinstance(x, str) else x for key, x in named.items()}
 
 
