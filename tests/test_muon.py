@@ -44,7 +44,9 @@ def test_its_directions_have_the_size_of_adamws():
 def test_all_but_the_matrices_of_linear_layers_is_adamws(method):
     """Equal to AdamW's own run where no linear layer is."""
     rule = Muon(lr=1e-2, states="fp32")
-    model = convert_(nn.Sequential(nn.Embedding(8, 256), nn.Linear(256, 256), nn.RMSNorm(256)), method)
+    model = convert_(
+        nn.Sequential(nn.Embedding(8, 256), nn.Linear(256, 256, bias=False), nn.RMSNorm(256)), method
+    )
     alone = nn.Sequential(nn.Embedding(8, 256), nn.Identity(), nn.RMSNorm(256))
     alone.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("1.")})
     adamw = AdamW(lr=1e-2, betas=rule.betas, states="fp32", weight_decay=rule.weight_decay)
@@ -73,6 +75,7 @@ def test_stages_that_cut_matrices_are_refused():
     content = {
         "data": {"path": "x"},
         "method": {"name": "dense"},
+        "precision": "fp32",
         "optimizer": {"name": "muon", "states": "fp32"},
     }
     with pytest.raises(ConfigError, match=r"zero.stage \(2\) must not be used with optimizer muon"):
