@@ -265,7 +265,9 @@ def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.M
 
 def _replace_linears(model: nn.Module, method: Method) -> None:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    model.linear_weights = replace_linears(model, method, is_head=lambda layer: layer is head)  # type: ignore
+    model.linear_weights = replace_linears(  # type: ignore[assignment]
+        model, method, is_head=lambda layer: layer is head
+    )
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # type: ignore[operator]
 
