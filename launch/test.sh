@@ -11,8 +11,8 @@ source "$(dirname "$0")/setup.sh"
 # Two cores serve every process of a test; libraries that each take both slow one another down.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-# Files of tests at a time: more than half of what they do is to wait for processes that start.  On hosts whose
-# power fails, times count.
+# Files of tests at a time: while one waits for processes that start, the others compute.  On hosts whose power
+# fails, times count.
 processes=3
 case "${1:-}" in
     quick) chosen="not slow and not integration"; shift ;;

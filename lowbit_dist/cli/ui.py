@@ -84,18 +84,8 @@ def _server(uri: str, port: int, output: IO[bytes]) -> Iterator[subprocess.Popen
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, signal.default_int_handler)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
+    options = ["--host", HOST, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
     # Of the store in the environment, since it may hold a password; without its runner of jobs.
     settings = {
         "MLFLOW_BACKEND_STORE_URI": uri,
