@@ -2,6 +2,7 @@
 they need, so that imports are paid for once.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -68,6 +69,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # DeepSpeed collects garbage for each engine, which takes longer the more is imported
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
