@@ -50,7 +50,7 @@ def of_hf_config(  # type: ignore[no-untyped-def]
     import transformers.utils
     from transformers.integrations.accelerate import init_empty_weights
 
-    # Its assisted generation imports scikit-learn if it can: a second of each start, for what nobody here uses.
+    # Its assisted generation imports scikit-learn if it can, which takes a second of each start.
     with patch.object(transformers.utils, "is_sklearn_available", lambda: False):
         import transformers.generation.candidate_generator
 

@@ -35,7 +35,7 @@ with _without("mlflow"):
     )
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 
-    # Asked whether an optimizer is its own, DeepSpeed imports its Muon, which compiles itself: for that PyTorch
+    # Asked whether an optimizer is its own, DeepSpeed imports its Muon, which is compiled: for that PyTorch
     # imports its whole compiler.
     with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
         import deepspeed.runtime.zero.muon.original_muon
