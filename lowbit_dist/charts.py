@@ -31,6 +31,7 @@ COMPONENTS = {
 # A run's baselines, by their names in a memory report.  Two of the same words and states are one bar.
 BASELINES = {"plan_dense_same_states": "dense", "plan_bitnet": "BitNet", "plan_dense": "dense"}
 STATES = {"int8": "8-bit"}
+SEEN = 0.005  # bytes per parameter from which a number of two decimals is not 0.00
 INK = "#222222"
 # Of runs side by side; the palette's yellow is not seen on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -115,8 +116,8 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
     widest = max(totals.values(), default=0.0) or 1.0
     axes.set_xlim(0, widest * 1.12)
     for component, (words, colour, _) in COMPONENTS.items():
-        if not any(memory[name].get(component, 0) > 0 for name in names):
-            continue
+        if not any(memory[name].get(component, 0) >= SEEN for name in names):
+            continue  # a legend of what nobody finds
         for y, name in enumerate(names):
             value = memory[name].get(component, 0.0)
             start = sum(memory[name].get(earlier, 0.0) for earlier in _before(component))
@@ -341,20 +342,23 @@ def memory_bars_text(memory: Memory, *, width: int = 60) -> str:
     totals = {name: sum(memory[name].values()) for name in names}
     widest = max(totals.values(), default=0.0) or 1.0
     margin = max((len(name) for name in names), default=0)
-    lines = []
+    lines: list[str] = []
+    used: set[str] = set()
     for name in names:
         bar, end, drawn = "", 0.0, 0
         for component, (_, _, character) in COMPONENTS.items():
-            end += memory[name].get(component, 0.0)
+            part = memory[name].get(component, 0.0)
+            end += part
+            if part < SEEN:
+                continue
             # Rounding the running sum, not each part, keeps every bar as long as its total says.
             cells = round(end / widest * width) - drawn
             bar += character * cells
             drawn += cells
+            used |= {component} if cells else set()
         lines.append(f"{name:<{margin}}  {bar}{' ' if bar else ''}{totals[name]:.2f}")
     legend = "   ".join(
-        f"{character} {words}"
-        for component, (words, _, character) in COMPONENTS.items()
-        if any(memory[name].get(component, 0) > 0 for name in names)
+        f"{character} {words}" for component, (words, _, character) in COMPONENTS.items() if component in used
     )
     return "\n".join([*lines, f"{'':<{margin}}  bytes per parameter: {legend}"])
 

@@ -50,6 +50,17 @@ def test_a_bar_has_its_states_its_codes_their_number_and_each_saving_what_it_is_
     assert all(is_inside(text.get_window_extent(), figure.bbox) for text in axes.texts)
 
 
+def test_a_legend_lists_what_can_be_found_in_a_bar(drawn):
+    figure = drawn(charts.memory_bars, BARS)
+    (legend,) = figure.legends
+    shown = ["low_bit_weights", "other_weights", "gradients", "optimizer_states"]
+    assert [text.get_text() for text in legend.get_texts()] == [charts.COMPONENTS[name][0] for name in shown]
+    last = charts.memory_bars_text(BARS, width=40).splitlines()[-1]
+    assert [name for name, (words, _, _) in charts.COMPONENTS.items() if f" {words}" in last] == [
+        "other_weights", "gradients", "optimizer_states"
+    ], "0.2 of 16 bytes has no cell of 40"  # fmt: skip
+
+
 def test_a_run_that_saves_nothing_claims_nothing(drawn):
     larger = {"this run": {"gradients": 4.0}, "dense": {"gradients": 3.0}}
     texts = [text.get_text() for text in drawn(charts.memory_bars, larger).axes[0].texts]
