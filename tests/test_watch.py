@@ -14,6 +14,7 @@ from terminals import Screen
 
 from lowbit_dist import configfile, heartbeat, runs
 from lowbit_dist.cli import plots, watching
+from lowbit_dist.sweep.definition import Child
 
 COMPONENTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 STEPS = 40
@@ -229,3 +230,25 @@ def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, mo
         "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  flips 1.25%  "
         "state 600 B/worker  2 skipped  3 restarts"
     )
+
+
+def test_a_sweeps_log_has_of_each_run_the_lines_of_a_run_alone(small, capsys, monkeypatch):
+    from lowbit_dist.cli import comparing, console, progress
+
+    seconds = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+    data = small(train={"steps": STEPS})
+    told = comparing.SweepLogLines(console.Waiting(None))
+    children = [
+        Child(label=name, config=configfile.from_dict(data | {"run": {"name": name}})) for name in ("a", "b")
+    ]
+    for child in children:
+        told.begins(child)
+    for step in range(1, 9):
+        for child in children:
+            told.row(child, row(step))
+        seconds += 3.0
+    printed = capsys.readouterr().err
+    for child in children:
+        steps = re.findall(rf"^lowbit: {child.name}: step (\d+)/40  loss ", printed, flags=re.M)
+        assert [*map(int, steps)] == [1, 5]
