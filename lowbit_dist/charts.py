@@ -6,6 +6,7 @@ readers.
 
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -357,10 +358,13 @@ def memory_bars_text(memory: Memory, *, width: int = 60) -> str:
             drawn += cells
             used |= {component} if cells else set()
         lines.append(f"{name:<{margin}}  {bar}{' ' if bar else ''}{totals[name]:.2f}")
-    legend = "   ".join(
-        f"{character} {words}" for component, (words, _, character) in COMPONENTS.items() if component in used
-    )
-    return "\n".join([*lines, f"{'':<{margin}}  bytes per parameter: {legend}"])
+    space, indent = "\N{NO-BREAK SPACE}", " " * (margin + 2)
+    words = [f"{mark} {words}" for part, (words, _, mark) in COMPONENTS.items() if part in used]
+    legend = textwrap.fill(
+        "bytes per parameter: " + "   ".join(word.replace(" ", space) for word in words),
+        len(indent) + width + 6, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+    )  # fmt: skip
+    return "\n".join([*lines, legend.replace(space, " ")])
 
 
 def _before(component: str) -> list[str]:

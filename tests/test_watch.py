@@ -212,6 +212,22 @@ def test_a_run_is_watched_in_eighty_columns(name, folder, small):
         assert text.splitlines()[0].endswith("left")
 
 
+@pytest.mark.parametrize(("height", "bars"), [(24, False), (60, True)])
+def test_a_run_is_watched_in_the_height_of_a_terminal(height, bars, folder):
+    """All but the memory's bars stands on the smallest usual one, the workers above all."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    file = StringIO()
+    terminal = Console(width=80, height=height, file=file)
+    terminal.print(watching._fitting(watching.snapshot(folder), terminal))
+    text = file.getvalue()
+    assert len(text.splitlines()) <= height
+    assert "last sign" in text and "learning rate" in text and "step 22/40" in text
+    assert ("bytes per parameter" in text) == bars
+
+
 def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, monkeypatch):
     """Steps of 3 seconds: the first, every fourth, and whatever is no ordinary row."""
     from lowbit_dist.cli import progress
