@@ -32,7 +32,9 @@ COMPONENTS = {
 # A run's baselines, by their names in a memory report.  Two of the same words and states are one bar.
 BASELINES = {"plan_dense_same_states": "dense", "plan_bitnet": "BitNet", "plan_dense": "dense"}
 STATES = {"int8": "8-bit"}
+UNITS = {"flip_rate": "share of its codes that change in a step"}  # of a number of layers
 SEEN = 0.005  # bytes per parameter from which a number of two decimals is not 0.00
+WIDE = 20.0  # largest over smallest number from which curves are told apart on a logarithmic axis alone
 INK = "#222222"
 # Of runs side by side; the palette's yellow is not seen on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -242,7 +244,7 @@ def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: s
     axes.invert_yaxis()
     axes.set_xlabel("step")
     axes.set_title(f"{metric.replace('_', ' ')} of each layer", loc="left", fontsize=12, color=INK)
-    figure.colorbar(mesh, ax=axes, format="%.2g")
+    figure.colorbar(mesh, ax=axes, format="%.2g", label=UNITS.get(metric, ""))
     return _saved(figure, path)
 
 
@@ -258,13 +260,18 @@ def layer_curves(
     for group, layers in groups.items():
         colour, style, _ = _look(colours[group])
         axes.plot(range(len(layers)), list(layers.values()), color=colour, ls=style, lw=1.4, label=group)
+    values = [value for layers in groups.values() for value in layers.values()]
+    if min(values) > 0 and max(values) > WIDE * min(values):  # grids of few levels beside those of many
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     names = max(([*layers] for layers in groups.values()), key=len)
     every = -(-len(names) // 14)
     axes.set_xticks(
         range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right"
     )
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(UNITS["flip_rate"])
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     _legend_below(figure, axes)

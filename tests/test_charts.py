@@ -87,3 +87,17 @@ def test_no_marker_is_cut_and_each_point_says_how_many_seeds_it_has(drawn):
         assert is_inside(extent, figure.bbox)
         assert is_inside(extent, axes.bbox) or not marker.get_clip_on(), marker.get_label()
     assert at_border, "the case must have a marker that reaches over the axes"
+
+
+def test_flip_rates_have_their_unit_and_are_told_apart(drawn):
+    layers = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    few, many = dict.fromkeys(layers, 0.01), dict.fromkeys(layers, 0.4)
+    for groups, scale in (({"ternary": few}, "linear"), ({"ternary": few, "int8": many}, "log")):
+        (axes,) = drawn(charts.layer_curves, groups, colours=charts.colours([*groups])).axes
+        assert axes.get_ylabel() == "share of its codes that change in a step"
+        assert axes.get_yscale() == scale
+    nothing = {"ternary": dict.fromkeys(layers, 0.0), "int8": many}
+    (axes,) = drawn(charts.layer_curves, nothing, colours=charts.colours([*nothing])).axes
+    assert axes.get_yscale() == "linear", "zero has no logarithm"
+    rows = [{"step": step, "layers": {name: {"flip_rate": 0.1} for name in layers}} for step in (1, 2)]
+    assert drawn(charts.layer_heat, rows).axes[1].get_ylabel() == "share of its codes that change in a step"
