@@ -6,6 +6,7 @@ readers.
 
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,9 @@ COMPONENTS = {
 # A run's baselines, by their names in a memory report.  Two of the same words and states are one bar.
 BASELINES = {"plan_dense_same_states": "dense", "plan_bitnet": "BitNet", "plan_dense": "dense"}
 STATES = {"int8": "8-bit"}
+UNITS = {"flip_rate": "share of its codes that change in a step"}  # of a number of layers
+SEEN = 0.005  # bytes per parameter from which a number of two decimals is not 0.00
+WIDE = 20.0  # largest over smallest number from which curves are told apart on a logarithmic axis alone
 INK = "#222222"
 # Of runs side by side; the palette's yellow is not seen on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -115,8 +119,8 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
     widest = max(totals.values(), default=0.0) or 1.0
     axes.set_xlim(0, widest * 1.12)
     for component, (words, colour, _) in COMPONENTS.items():
-        if not any(memory[name].get(component, 0) > 0 for name in names):
-            continue
+        if not any(memory[name].get(component, 0) >= SEEN for name in names):
+            continue  # a legend of what nobody finds
         for y, name in enumerate(names):
             value = memory[name].get(component, 0.0)
             start = sum(memory[name].get(earlier, 0.0) for earlier in _before(component))
@@ -240,7 +244,7 @@ def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: s
     axes.invert_yaxis()
     axes.set_xlabel("step")
     axes.set_title(f"{metric.replace('_', ' ')} of each layer", loc="left", fontsize=12, color=INK)
-    figure.colorbar(mesh, ax=axes, format="%.2g")
+    figure.colorbar(mesh, ax=axes, format="%.2g", label=UNITS.get(metric, ""))
     return _saved(figure, path)
 
 
@@ -256,13 +260,18 @@ def layer_curves(
     for group, layers in groups.items():
         colour, style, _ = _look(colours[group])
         axes.plot(range(len(layers)), list(layers.values()), color=colour, ls=style, lw=1.4, label=group)
+    values = [value for layers in groups.values() for value in layers.values()]
+    if min(values) > 0 and max(values) > WIDE * min(values):  # grids of few levels beside those of many
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     names = max(([*layers] for layers in groups.values()), key=len)
     every = -(-len(names) // 14)
     axes.set_xticks(
         range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right"
     )
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(UNITS["flip_rate"])
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     _legend_below(figure, axes)
@@ -341,22 +350,28 @@ def memory_bars_text(memory: Memory, *, width: int = 60) -> str:
     totals = {name: sum(memory[name].values()) for name in names}
     widest = max(totals.values(), default=0.0) or 1.0
     margin = max((len(name) for name in names), default=0)
-    lines = []
+    lines: list[str] = []
+    used: set[str] = set()
     for name in names:
         bar, end, drawn = "", 0.0, 0
         for component, (_, _, character) in COMPONENTS.items():
-            end += memory[name].get(component, 0.0)
+            part = memory[name].get(component, 0.0)
+            end += part
+            if part < SEEN:
+                continue
             # Rounding the running sum, not each part, keeps every bar as long as its total says.
             cells = round(end / widest * width) - drawn
             bar += character * cells
             drawn += cells
+            used |= {component} if cells else set()
         lines.append(f"{name:<{margin}}  {bar}{' ' if bar else ''}{totals[name]:.2f}")
-    legend = "   ".join(
-        f"{character} {words}"
-        for component, (words, _, character) in COMPONENTS.items()
-        if any(memory[name].get(component, 0) > 0 for name in names)
-    )
-    return "\n".join([*lines, f"{'':<{margin}}  bytes per parameter: {legend}"])
+    space, indent = "\N{NO-BREAK SPACE}", " " * (margin + 2)
+    words = [f"{mark} {words}" for part, (words, _, mark) in COMPONENTS.items() if part in used]
+    legend = textwrap.fill(
+        "bytes per parameter: " + "   ".join(word.replace(" ", space) for word in words),
+        len(indent) + width + 6, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+    )  # fmt: skip
+    return "\n".join([*lines, legend.replace(space, " ")])
 
 
 def _before(component: str) -> list[str]:

@@ -32,17 +32,24 @@ CONTENTS = {"data.path": "data", "model.pretrained": "pretrained"}
 
 def compare(members: Sequence[RunFolder]) -> dict[str, Any]:
     """Groups of runs, the best validation loss first, then those without one."""
+    contents = {run.folder: _contents(run) for run in members}
+    # One that was stopped before its first step keeps none: it is of the runs that say the same paths.
+    of_paths = {_kind(run, {}): kept for run in members if (kept := contents[run.folder])}
     kinds: dict[str, list[RunFolder]] = {}
     for run in members:
-        kinds.setdefault(_kind(run), []).append(run)
+        kept = contents[run.folder] or ({} if run.rows or run.summary else of_paths.get(_kind(run, {}), {}))
+        kinds.setdefault(_kind(run, kept), []).append(run)
     labels = _labels(list(kinds.values()))
     groups = [_group(label, kind) for label, kind in zip(labels, kinds.values(), strict=True)]
     return {"groups": sorted(groups, key=_rank)}
 
 
-def _kind(run: RunFolder) -> str:
+def _contents(run: RunFolder) -> dict[str, str]:
     made_from = run.made_from
-    contents = {field: kept for field, name in CONTENTS.items() if (kept := made_from.get(name))}
+    return {field: kept for field, name in CONTENTS.items() if (kept := made_from.get(name))}
+
+
+def _kind(run: RunFolder, contents: Mapping[str, str]) -> str:
     fields = run.config.flat() | contents
     return repr({name: value for name, value in fields.items() if not name.startswith(ASIDE)})
 
