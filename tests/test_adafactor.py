@@ -177,7 +177,7 @@ def _keys(path):
     return (key for key, _ in _tensor_sizes(path))
 
 
-FAST = {"name": "rmsprop", "second_moment": "factored", "lr": 1e-2}  # that codes flip in a few steps
+FAST = FACTORED | {"low_bit_lr_ratio": 4.0}  # that codes flip in a few steps
 PLANS = (
     (1, {"optimizer": FAST, "method": {"name": "flip"}, "precision": "bf16"}),
     (3, {"optimizer": FAST, "method": {"name": "flip"}}),
