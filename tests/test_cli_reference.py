@@ -201,8 +201,8 @@ def test_a_part_is_shown_alone(lowbit):
     assert shown("grid") == shown("method.grid")
     assert shown("precision") == [("precision", None, ["precision"])]
     assert [part[:2] for part in shown("optimizer")] == [
-        ("optimizer", None), ("optimizer", "adamw"), ("optimizer", "lion"), ("optimizer", "muon"),
-        ("optimizer", "rmsprop"),
+        ("optimizer", None), ("optimizer", "adafactor"), ("optimizer", "adamw"), ("optimizer", "lion"),
+        ("optimizer", "muon"), ("optimizer", "rmsprop"),
     ]  # fmt: skip
     assert [part[0] for part in shown("name")] == ["run", "method", "optimizer", "schedule"]
     text = lowbit("config", "train.batch_tokens").stdout

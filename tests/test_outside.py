@@ -94,8 +94,8 @@ def test_an_unknown_name_is_answered_with_those_that_are_installed(installed):
         "brings it"
     )
     assert refused(optimizer={"name": "momentun"}) == (
-        "optimizer.name ('momentun') must be one of adamw, lion, muon, rmsprop, momentum; did you mean "
-        "'momentum'?"
+        "optimizer.name ('momentun') must be one of adafactor, adamw, lion, muon, rmsprop, momentum; did you "
+        "mean 'momentum'?"
     )
 
 
