@@ -42,10 +42,10 @@ class Moving(NamedTuple):
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters.
 
-    With `releases`, a bucket's parameters are updated as soon as it is reduced, and its gradients dropped.
-    Nothing in the rest of the pass reads them: a gradient is complete after the last use of its parameter,
-    also of a tied one, and a bucket is reduced when a later gradient finds no place in it, so the block that
-    had to be recomputed for the one has been.
+    With `releases`, a bucket's parameters are updated when it is reduced, within the backward pass, and its
+    gradients dropped.  The rest of the pass does not read them: autograd hands over a gradient once all uses
+    of its parameter, several of a tied one, have given theirs, and a block under activation checkpointing is
+    computed anew before it gives the first.
     """
 
     now: ops.Now  # set before each step
