@@ -177,7 +177,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.now, self.limit, self.wants_norms, self.previous_norm = now, limit, norms, previous_norm
         self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
         self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
-        self.flips: dict[int, Tensor | int] = {}  # of the shards that were updated
+        self.flips: Tensor | None = None  # of each shard, from the first update on
+        self.n_updated = 0  # shards
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> list[Tensor]:
         """A bucket is reduced: its gradients join the sums, or are applied and dropped."""
@@ -204,17 +205,15 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norm = self._norm
         self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
-        flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
-        for i, n in self.flips.items():
-            flips[i : i + 1] += n
+        flips = self._no_flips() if self.flips is None else self.flips
         dist.all_reduce(flips)
         norms_of = self._norms_of() if self.wants_norms else {}
-        n_released = len(self.flips) if self.overflow else 0
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
-        self.squares, self.flips = {}, {}
+        self.squares, self.flips = {}, None
         of_shards = zip(self.shards, flips.tolist(), strict=True)
         flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
+        n_released = self.n_updated if self.overflow else 0
         self.last_update = Update(
             norm, sum(flips_of.values()), self.overflow, flips_of, norms_of, n_released=n_released
         )
@@ -228,10 +227,16 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             return
         clipped_by = self.previous_norm if self.releases else self._norm
         grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
+        if self.flips is None:
+            self.flips = self._no_flips()
         for i, gradient in gradients.items():
             now = at_rates(self.now, self.moving[i].rates, grad_scale)
-            self.flips[i] = self._update_shard(i, gradient, now)
+            self.flips[i : i + 1] += self._update_shard(i, gradient, now)
             self._refresh(i)
+        self.n_updated += len(gradients)
+
+    def _no_flips(self) -> Tensor:
+        return torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
 
     @property
     def _norm(self) -> float:
