@@ -160,7 +160,7 @@ def test_gradients_are_clipped_by_the_norm_of_the_step_before(ranks, small):
         return max((weights[name] - w).abs().max().item() for name, w in others.items())
 
     assert weights.keys() == expected.keys()
-    assert off(expected) < 5e-6 < 2e-4 < off(other), (off(expected), off(other))
+    assert off(expected) < 1e-5 < 2e-4 < off(other), (off(expected), off(other))
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])

@@ -99,8 +99,9 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self._create_fp32_partitions()
         # In the place of the buffer in which DeepSpeed keeps the gradients of all parameters.
         nothing = torch.empty(0, dtype=self.gradient_accumulation_dtype, device=self.device)
+        parts: defaultdict[int, Tensor] = defaultdict(lambda: nothing)
         self.grad_partitions_flat_buffer = nothing
-        self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = defaultdict(lambda: nothing)
+        self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = parts
 
     def initialize_optimizer_states(self) -> None:
         """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
