@@ -123,6 +123,12 @@ class Train(Section):
     reproducible: bool = setting(
         False, "Whether the result has the same bits on any number of workers; it needs precision fp32."
     )
+    gradient_release: bool = setting(
+        False,
+        "Whether weights are updated while the backward pass runs and gradients dropped at once, which saves "
+        "their memory. Gradients are then clipped by the norm of the step before, and of a wrong step the "
+        "parameters whose gradients come first are updated.",
+    )
     log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
     eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")
     eval_samples: Count = setting(
@@ -210,6 +216,18 @@ class RunConfig(Section):
                 f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
                 "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if self.train.gradient_release and zero.stage in (0, 1, 2):
+            raise ConfigError(
+                f"train.gradient_release (true) must not be used with zero.stage {zero.stage}, where "
+                "DeepSpeed keeps all gradients until the step's end; write zero.stage: 3"
+            )
+        if self.train.gradient_release and passes > 1:
+            larger = self.train.micro_batch * passes
+            raise ConfigError(
+                f"train.gradient_release (true) must go with one micro-batch a worker and step, not "
+                f"{passes:,}: a gradient is gone before the next one could be added to it; write "
+                f"train.micro_batch: {larger} or train.batch_tokens: {self.train.batch_tokens // passes}"
             )
         if method.forward_grid is None and self.optimizer.low_bit_lr_ratio != 1:
             ratio = self.optimizer.low_bit_lr_ratio

@@ -418,12 +418,16 @@ WORLDS = (2, 1, 2, 3)  # of one case after another
 
 
 def check_plan(case, world, ranks):
-    from lowbit_dist import memory
-    from lowbit_dist.memory.plan import planned
-
     content = configuration(**case)
     if world == 3:
         content["train"] |= {"batch_tokens": 12 * SEQ_LEN}
+    check_content(content, world, ranks)
+
+
+def check_content(content, world, ranks):
+    from lowbit_dist import memory
+    from lowbit_dist.memory.plan import planned
+
     plan = dict(planned(load(content), VOCAB, world))
     reports = ranks(world).run(measured, content)
     assert all(report["flips"] for report in reports if plan["parameters"]["low_bit"]), "codes must move"

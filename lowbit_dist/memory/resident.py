@@ -51,7 +51,8 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
             sizes["scales"] += 4 * models.n_scales(config.method, tuple(p.shape))
         else:
             sizes["other_weights"] += part * (itemsize + master)
-        sizes["gradients"] += part * config.gradient_bytes(workers)
+        if not config.train.gradient_release:
+            sizes["gradients"] += part * config.gradient_bytes(workers)
         sizes["optimizer_states"] += rule.state_bytes(tuple(p.shape), min(part, n))
     return sizes
 

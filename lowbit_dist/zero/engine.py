@@ -69,7 +69,11 @@ class Engine:
         groups = _parameter_groups(model)
         moving = self._moving({name: tuple(p.shape) for name, p in model.named_parameters()})
         optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, moving)
-        stage3_class = partial(PackedZero3, accumulation=SUMS[config.gradient_bytes(self.world)])
+        stage3_class = partial(
+            PackedZero3,
+            accumulation=SUMS[config.gradient_bytes(self.world)],
+            releases=config.train.gradient_release,
+        )
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
         self._standard: StandardZero | None = None
@@ -92,14 +96,22 @@ class Engine:
         }
 
     @contextmanager
-    def step(self, now: ops.Now, limit: float = math.inf, *, norms: bool = False) -> Iterator["Step"]:
+    def step(
+        self, now: ops.Now, limit: float = math.inf, *, norms: bool = False, previous_norm: float = 0.0
+    ) -> Iterator["Step"]:
         """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped
         to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
         the gradient is lost.  An exception inside leaves everything as it is.  With `norms`, the update tells
         the gradient's norm of each parameter, too.
+
+        Under `train.gradient_release` the passes update: parameters whose gradients come before one that is
+        not finite or lifts the norm above `limit`, before the step is dropped or before an exception, stay
+        updated (`Update.n_released`).  Clipped is as a gradient of `previous_norm` would be; 0: not at all.
         """
+        if self._standard is None:
+            self._engine.optimizer.begin(now, limit, norms=norms, previous_norm=previous_norm)
         step = Step(self)
         yield step
         step.done = self._update(now, -1.0 if step.is_dropped else limit, norms)  # no norm is below 0
@@ -108,7 +120,7 @@ class Engine:
         if self._standard is not None:
             return self._standard.step(now, limit, norms=norms)
         optimizer = self._engine.optimizer
-        optimizer.now, optimizer.limit, optimizer.wants_norms = now, limit, norms
+        optimizer.limit = limit
         self._engine.step()
         update: Update = optimizer.last_update
         return update
@@ -214,7 +226,7 @@ class Step:
         return self.engine._backward(tokens, labels, weight)
 
     def drop(self) -> None:
-        """Leave this step's update out."""
+        """Leave this step's update out; what `train.gradient_release` has updated stays so."""
         self.is_dropped = True
 
 

@@ -3,6 +3,7 @@ update in place.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -25,9 +26,10 @@ class Update:
 
     grad_norm: float  # before clipping, of the mean gradient; infinite or NaN if that is not finite
     flips: int  # codes that changed
-    skipped: bool  # the norm was not finite or above the limit: nothing was changed
+    skipped: bool  # the norm was not finite or above the limit: nothing was changed, but for `n_released`
     flips_of: Mapping[str, int] = field(default_factory=dict)  # the same of each low-bit parameter, by name
     norms_of: Mapping[str, float] = field(default_factory=dict)  # of each parameter's mean gradient, if asked
+    n_released: int = 0  # parameters that a skipped step had updated before that was known
 
 
 class Moving(NamedTuple):
@@ -38,7 +40,13 @@ class Moving(NamedTuple):
 
 
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
-    """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters."""
+    """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters.
+
+    With `releases`, a bucket's parameters are updated when it is reduced, within the backward pass, and its
+    gradients dropped.  The rest of the pass does not read them: autograd hands over a gradient once all uses
+    of its parameter, several of a tied one, have given theirs, and a block under activation checkpointing is
+    computed anew before it gives the first.
+    """
 
     now: ops.Now  # set before each step
     limit: float  # set before each step: a larger gradient norm leaves the step out
@@ -47,7 +55,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     shards: list[Shard]
     params: list[Any]  # the parameters of `shards`
 
-    def __init__(self, *args: Any, accumulation: torch.dtype, **kwargs: Any):
+    def __init__(self, *args: Any, accumulation: torch.dtype, releases: bool, **kwargs: Any):
+        self.releases = releases
         kwargs["gradient_accumulation_dtype"] = accumulation
         super().__init__(*args, **kwargs)
         # DeepSpeed keeps what its prefetcher will want again: when a forward pass ends, that is more than one
@@ -83,6 +92,17 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         for group in self.optimizer.param_groups:
             group["params"] = []
 
+    def _setup_for_real_optimizer(self) -> None:
+        if not self.releases:
+            super()._setup_for_real_optimizer()
+            return
+        self._create_fp32_partitions()
+        # In the place of the buffer in which DeepSpeed keeps the gradients of all parameters.
+        nothing = torch.empty(0, dtype=self.gradient_accumulation_dtype, device=self.device)
+        parts: defaultdict[int, Tensor] = defaultdict(lambda: nothing)
+        self.grad_partitions_flat_buffer = nothing
+        self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = parts
+
     def initialize_optimizer_states(self) -> None:
         """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
 
@@ -101,16 +121,21 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
                 self.moving.append(moving[p.lowbit_name])
                 self.shards.append(_shard(p, master, offset, self.moving[-1].rule, config.method.accumulator))
                 offset += p.partition_numel()
+        self.places = {p.ds_id: i for i, p in enumerate(self.params)}
         return self.shards
 
     def refresh(self) -> None:
         """Make the forward pass see what `shards` now hold."""
-        for param, shard in zip(self.params, self.shards, strict=True):
-            if (packed := packed_of(param)) is not None:
-                packed.refresh()
-            elif param.ds_tensor.dtype != torch.float32:
-                assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
-                param.ds_tensor[: shard.numel].copy_(shard.weight)
+        for i in range(len(self.shards)):
+            self._refresh(i)
+
+    def _refresh(self, i: int) -> None:
+        param, shard = self.params[i], self.shards[i]
+        if (packed := packed_of(param)) is not None:
+            packed.refresh()
+        elif param.ds_tensor.dtype != torch.float32:
+            assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
+            param.ds_tensor[: shard.numel].copy_(shard.weight)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype
@@ -146,35 +171,85 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         partitions = [g for i in range(len(self.fp16_groups)) for g in self.averaged_gradients[i]]
         return [g[: shard.numel] for g, shard in zip(partitions, self.shards, strict=True)]
 
+    def begin(self, now: ops.Now, limit: float, *, norms: bool, previous_norm: float) -> None:
+        """Before the passes of a step: the numbers that its gradients are applied with.  Released ones are
+        clipped by `previous_norm`, that of the last step that was applied.
+        """
+        self.now, self.limit, self.wants_norms, self.previous_norm = now, limit, norms, previous_norm
+        self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
+        self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
+        self.flips: Tensor | None = None  # of each shard, from the first update on
+        self.n_updated = 0  # shards
+
+    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> list[Tensor]:
+        """A bucket is reduced: its gradients join the sums, or are applied and dropped."""
+        if not self.releases:
+            kept: list[Tensor] = super().partition_grads(params_to_release, grad_partitions)
+            return kept
+        places = [self.places[p.ds_id] for p in params_to_release]
+        self._apply({i: g[: self.shards[i].numel] for i, g in zip(places, grad_partitions, strict=True)})
+        for p in params_to_release:
+            if p.grad.is_cuda:  # made by the pass's stream, read by that of the reduction
+                p.grad.record_stream(torch.cuda.current_stream())
+            p.grad = None
+        return []
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clip, then update every shard in place; a gradient that is not finite or too large changes
-        nothing.
+        nothing.  What was released is updated already.
         """
         self._pre_step()
         self._partition_all_parameters()
-        gradients = self._gradients()
-        norm = global_norm(gradients).item() / self.micro_batches
-        self.overflow = not (math.isfinite(norm) and norm <= self.limit)
+        if not self.releases:
+            self._apply(dict(enumerate(self._gradients())))
+        norm = self._norm
+        self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
-        flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
-        if not self.overflow:
-            grad_scale = clip_factor(norm, self.clip_norm) / self.micro_batches
-            for i, gradient in enumerate(gradients):
-                flips[i : i + 1] += self._update_shard(
-                    i, gradient, at_rates(self.now, self.moving[i].rates, grad_scale)
-                )
-            self.refresh()
+        flips = self._no_flips() if self.flips is None else self.flips
         dist.all_reduce(flips)
-        norms_of = self._norms_of(gradients) if self.wants_norms else {}
+        norms_of = self._norms_of() if self.wants_norms else {}
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
+        self.squares, self.flips = {}, None
         of_shards = zip(self.shards, flips.tolist(), strict=True)
         flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
-        self.last_update = Update(norm, sum(flips_of.values()), self.overflow, flips_of, norms_of)
+        n_released = self.n_updated if self.overflow else 0
+        self.last_update = Update(
+            norm, sum(flips_of.values()), self.overflow, flips_of, norms_of, n_released=n_released
+        )
 
-    def _norms_of(self, gradients: list[Tensor]) -> dict[str, float]:
-        squares = torch.stack([square_sum(gradient) for gradient in gradients])
+    def _apply(self, gradients: Mapping[int, Tensor]) -> None:
+        """Update shards with their summed gradients, unless what is known of the step's norm forbids it."""
+        self.norms.append(global_norm(list(gradients.values())).item() / self.micro_batches)
+        if self.wants_norms:
+            self.squares |= {i: square_sum(gradient) for i, gradient in gradients.items()}
+        if not self._is_fit(self._norm):
+            return
+        clipped_by = self.previous_norm if self.releases else self._norm
+        grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
+        if self.flips is None:
+            self.flips = self._no_flips()
+        for i, gradient in gradients.items():
+            now = at_rates(self.now, self.moving[i].rates, grad_scale)
+            self.flips[i : i + 1] += self._update_shard(i, gradient, now)
+            self._refresh(i)
+        self.n_updated += len(gradients)
+
+    def _no_flips(self) -> Tensor:
+        return torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
+
+    @property
+    def _norm(self) -> float:
+        """Of the gradients that were seen: of one bucket its own, of several that of their norms."""
+        return math.hypot(*self.norms)
+
+    def _is_fit(self, norm: float) -> bool:
+        return math.isfinite(norm) and norm <= self.limit
+
+    def _norms_of(self) -> dict[str, float]:
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = torch.stack([self.squares.get(i, none) for i in range(len(self.shards))])
         dist.all_reduce(squares)
         norms = (squares.sqrt() / self.micro_batches).tolist()
         return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
