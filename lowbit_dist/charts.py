@@ -32,6 +32,7 @@ COMPONENTS = {
 BASELINES = {"plan_dense_same_states": "dense", "plan_bitnet": "BitNet", "plan_dense": "dense"}
 STATES = {"int8": "8-bit"}
 INK = "#222222"
+FAR = 8  # times the least: sizes beyond stand on a logarithmic axis
 # Of runs side by side; the palette's yellow is not seen on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
@@ -195,10 +196,11 @@ def loss_curves(
 
 
 def loss_against_bytes(
-    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> measure -> mean and spread
+    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> bytes, val_loss -> mean and spread
     path: str | Path,
     *,
     colours: Colours,
+    words: str,  # what the bytes are of
     title: str = "Validation loss against memory",
 ) -> Path:
     """Draw a point with its error bars for each group; lower and further left is better."""
@@ -206,7 +208,7 @@ def loss_against_bytes(
     has_bars = False
     for group, measured in groups.items():
         colour, _, marker = _look(colours[group])
-        x, y = measured["bytes_per_parameter"], measured["val_loss"]
+        x, y = measured["bytes"], measured["val_loss"]
         has_bars = has_bars or y["spread"] is not None
         axes.errorbar(
             [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
@@ -214,14 +216,29 @@ def loss_against_bytes(
             label=f"{group} ({y['n']} seed{'' if y['n'] == 1 else 's'})", clip_on=False,
         )  # fmt: skip
     axes.margins(0.12)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
+    sizes = [measured["bytes"]["mean"] or 0.0 for measured in groups.values()]
+    if min(sizes) * FAR < max(sizes):
+        _doubling(axes)
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(words)
     axes.set_ylabel("validation loss (nats per token)")
-    words = f"{title}, ± one standard deviation over seeds" if has_bars else title
-    axes.set_title(words, loc="left", fontsize=12, color=INK)
+    axes.set_title(
+        f"{title}, ± one standard deviation over seeds" if has_bars else title,
+        loc="left", fontsize=12, color=INK,
+    )  # fmt: skip
     axes.grid(color="#dddddd", lw=0.8)
     _legend_below(figure, axes)
     return _saved(figure, path)
+
+
+def _doubling(axes: "Axes") -> None:
+    """The horizontal axis in powers of two."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
@@ -274,9 +291,10 @@ def _short(name: str) -> str:
 
 
 def _look(number: int) -> tuple[str, str, str]:
-    """Colour, line style and marker; the styles change when the colours are used up."""
+    """Colour, line style and marker; styles and markers change when the colours are used up."""
     n = len(PALETTE)
-    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[number % n]
+    turn = number // n
+    return PALETTE[number % n], STYLES[turn % len(STYLES)], MARKERS[(number + turn) % n]
 
 
 def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> tuple[list[float], list[float]]:
