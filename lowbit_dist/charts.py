@@ -185,10 +185,8 @@ def loss_curves(
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
     several = any(len(curves) > 1 for curves in groups.values())
-    axes.set_title(
-        f"{title}: thick is the mean, thin is each seed" if several else title,
-        loc="left", fontsize=12, color=INK,
-    )  # fmt: skip
+    title += ": thick is the mean, thin is each seed" if several else ""
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     axes.margins(x=0.02)
     _legend_below(figure, axes)
@@ -217,28 +215,18 @@ def loss_against_bytes(
         )  # fmt: skip
     axes.margins(0.12)
     sizes = [measured["bytes"]["mean"] or 0.0 for measured in groups.values()]
-    if min(sizes) * FAR < max(sizes):
-        _doubling(axes)
+    if 0 < min(sizes) * FAR < max(sizes):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel(words)
     axes.set_ylabel("validation loss (nats per token)")
-    axes.set_title(
-        f"{title}, ± one standard deviation over seeds" if has_bars else title,
-        loc="left", fontsize=12, color=INK,
-    )  # fmt: skip
+    title += ", ± one standard deviation over seeds" if has_bars else ""
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.grid(color="#dddddd", lw=0.8)
     _legend_below(figure, axes)
     return _saved(figure, path)
-
-
-def _doubling(axes: "Axes") -> None:
-    """The horizontal axis in powers of two."""
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
@@ -317,14 +305,9 @@ def _legend_below(figure: "Figure", axes: "Axes") -> None:
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.22 * rows)
     figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
         handlelength=1.6,
-    )
+    )  # fmt: skip
 
 
 def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:

@@ -229,7 +229,6 @@ class SweepFile:
         options = self.definition.sweep
         options = options.model_copy(update={"name": options.name + suffix})
         children = tuple(self._children(variants, options.dir / options.name, overrides))
-        _check_different(children)
         return Sweep(self.file, options, children, remarks)
 
     def _children(
@@ -291,7 +290,7 @@ def _word(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-") or "x"
 
 
-def _check_different(children: Sequence[Child]) -> None:
+def check_different(children: Sequence[Child]) -> None:
     """ConfigError if two labels mean one run: its seeds would be counted twice."""
     labels: dict[str, str] = {}
     names: set[str] = set()

@@ -17,7 +17,7 @@ from typing import Any
 
 from lowbit_dist import naming, runs
 from lowbit_dist.errors import ConfigError
-from lowbit_dist.sweep.definition import Child, Sweep, SweepFile, Variant, in_words
+from lowbit_dist.sweep.definition import Child, Sweep, SweepFile, Variant, check_different, in_words
 
 MOST_WIDENINGS = 4  # of a search, by a value for each axis
 
@@ -36,13 +36,16 @@ def stages(file: Path) -> Iterator[Sweep]:
     source = SweepFile.read(file)
     variants, search = source.definition.variants(), source.definition.search
     if search is None:
-        yield source.sweep(variants)
+        sweep = source.sweep(variants)
+        check_different(sweep.children)
+        yield sweep
         return
     source.sweep(variant.at(next(variant.points())) for variant in variants)  # are they right without it?
     remarks: list[str] = []
     for n_widenings in range(MOST_WIDENINGS + 1):
         searched = [replace(variant, seeds=variant.seeds[:1]) for variant in variants if variant.grid]
         sweep = source.sweep(searched, suffix="-search", overrides=search, remarks=tuple(remarks))
+        check_different(sweep.children)
         yield sweep
         best = _best_points(source, searched, sweep.children)
         widened = [_widened(variant, best.get(variant.label, {})) for variant in variants]
