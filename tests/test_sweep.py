@@ -234,7 +234,7 @@ def test_a_search_finds_each_labels_point_and_that_alone_is_trained_with_all_see
 
 def test_a_search_grows_where_its_best_is_an_end_and_finished_runs_are_not_tried_again(searched):
     best = {"low": 2.5e-4, "high": 1.6e-2}
-    text = SEARCH + RATES.replace(", int8", "") + "runs: {low: {}, high: {}}\n"
+    text = SEARCH + RATES.replace(", int8", "") + "runs: {low: {}, high: {train.clip_norm: 0.5}}\n"
     stages = searched(
         text, lambda child: abs(child.config.optimizer.lr / best[child.label.partition("-")[0]] - 1)
     )
@@ -276,25 +276,25 @@ def test_a_run_without_a_loss_is_never_the_best(searched):
         searched(SEARCH + other, loss)
 
 
-def test_a_searchs_runs_and_those_at_its_best_are_one_command(small, lowbit, tmp_path, monkeypatch):
+def test_a_search_and_the_runs_at_its_best_are_one_command(small, ray, lowbit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = small(cluster={"workers": 1}, tracking={"mlflow": None})
+    train = {"steps": 8, "batch_tokens": 256, "log_every": 2, "eval_every": 8, "save_every": 8}
+    content = small(train=train, cluster={"workers": 1}, tracking={"mlflow": None})
     (tmp_path / "base.yaml").write_text(json.dumps(content))
     file = tmp_path / "sweep.yaml"
-    file.write_text(
-        SMALL + "search: {train.log_every: 1}\ngrid: {optimizer.lr: [0.5, 0.25]}\nruns: {a: {}}\n"
-    )
-    for stage in sweeping.stages(file):
-        for child in stage.children:
-            finish(child, child.config.optimizer.lr)
+    file.write_text(SMALL + "search: {train.steps: 4}\ngrid: {optimizer.lr: [0.0, 1.0e-2]}\nruns: {a: {}}\n")
     done = lowbit("sweep", file, "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert [(child["run"], child["state"]) for child in summary["children"]] == [("a-seed0", "finished")]
-    assert summary["remarks"] == ["a is best at lr-0.25"]
-    assert [group["lr"] for group in summary["groups"]] == [0.25]
-    assert "s-search: 0 runs to do, 2 finished" in done.stderr
+    assert summary["remarks"] == ["a is best at lr-0.01"], "a rate of 0 learns nothing"
+    assert [group["lr"] for group in summary["groups"]] == [0.01]
+    assert "s-search: 2 runs to do, 0 finished" in done.stderr
     assert (tmp_path / "runs" / "s-search" / "comparison" / "comparison.md").exists()
+    assert [runs.read(tmp_path / "runs" / name).step for name in ("s-search/a-lr-0-seed0", "s/a-seed0")] == [
+        4,
+        8,
+    ]
 
 
 def test_no_child_starts_if_one_cannot(small, tmp_path, monkeypatch):
