@@ -6,10 +6,11 @@ readers.
 
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit_dist.files import atomic_write
 from lowbit_dist.record import LAYERS, METRICS, layer_name, rows_of
@@ -31,8 +32,10 @@ COMPONENTS = {
 # A run's baselines, by their names in a memory report.  Two of the same words and states are one bar.
 BASELINES = {"plan_dense_same_states": "dense", "plan_bitnet": "BitNet", "plan_dense": "dense"}
 STATES = {"int8": "8-bit"}
+UNITS = {"flip_rate": "share of its codes that change in a step"}  # of a number of layers
+SEEN = 0.005  # bytes per parameter from which a number of two decimals is not 0.00
+WIDE = 20.0  # largest over smallest number from which curves are told apart on a logarithmic axis alone
 INK = "#222222"
-FAR = 8  # times the least: sizes beyond stand on a logarithmic axis
 # Of runs side by side; the palette's yellow is not seen on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
@@ -116,8 +119,8 @@ def memory_bars(memory: Memory, path: str | Path, *, title: str = "Memory of eac
     widest = max(totals.values(), default=0.0) or 1.0
     axes.set_xlim(0, widest * 1.12)
     for component, (words, colour, _) in COMPONENTS.items():
-        if not any(memory[name].get(component, 0) > 0 for name in names):
-            continue
+        if not any(memory[name].get(component, 0) >= SEEN for name in names):
+            continue  # a legend of what nobody finds
         for y, name in enumerate(names):
             value = memory[name].get(component, 0.0)
             start = sum(memory[name].get(earlier, 0.0) for earlier in _before(component))
@@ -174,8 +177,6 @@ def loss_curves(
     runs = [curve for curves in groups.values() for curve in curves]
     factor, unit = _tokens(max((x for curve in runs for x, _ in curve), default=0))
     for group, curves in groups.items():
-        if not curves:
-            continue
         colour, style, _ = _look(colours[group])
         for curve in curves if len(curves) > 1 else ():
             axes.plot(*_scaled(curve, factor), color=colour, ls=style, lw=0.8, alpha=0.45)
@@ -184,13 +185,9 @@ def loss_curves(
         axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
-    several = any(len(curves) > 1 for curves in groups.values())
-    title += ": thick is the mean, thin is each seed" if several else ""
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    title += ": thick is the mean, thin is each seed" if len(runs) > len(groups) else ""
     axes.margins(x=0.02)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    return _saved_with_legend(figure, axes, path, title)
 
 
 def loss_against_bytes(
@@ -203,11 +200,9 @@ def loss_against_bytes(
 ) -> Path:
     """Draw a point with its error bars for each group; lower and further left is better."""
     figure, axes = _figure(7.2, 4.2)
-    has_bars = False
     for group, measured in groups.items():
         colour, _, marker = _look(colours[group])
         x, y = measured["bytes"], measured["val_loss"]
-        has_bars = has_bars or y["spread"] is not None
         axes.errorbar(
             [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
             color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="",
@@ -215,26 +210,23 @@ def loss_against_bytes(
         )  # fmt: skip
     axes.margins(0.12)
     sizes = [measured["bytes"]["mean"] or 0.0 for measured in groups.values()]
-    if 0 < min(sizes) * FAR < max(sizes):
+    if 0 < min(sizes) * WIDE < max(sizes):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel(words)
     axes.set_ylabel("validation loss (nats per token)")
+    has_bars = any(measured["val_loss"]["spread"] is not None for measured in groups.values())
     title += ", ± one standard deviation over seeds" if has_bars else ""
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.grid(color="#dddddd", lw=0.8)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    return _saved_with_legend(figure, axes, path, title, grid="both")
 
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
     """Draw a number of every layer over a run, a strip for each; rows are those of `layers.jsonl`."""
-    names = list(
-        dict.fromkeys(name for row in rows for name in row["layers"] if metric in row["layers"][name])
-    )
-    values = [[row["layers"].get(name, {}).get(metric, math.nan) for row in rows] for name in names]
+    layers = [row["layers"] for row in rows]
+    names = list(dict.fromkeys(name for of in layers for name in of if metric in of[name]))
+    values = [[of.get(name, {}).get(metric, math.nan) for of in layers] for name in names]
     figure, axes = _figure(7.2, min(12.0, 1.6 + 0.16 * len(names)))
     edges = [row["step"] for row in rows]
     steps = [*edges, edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1)]
@@ -245,7 +237,7 @@ def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: s
     axes.invert_yaxis()
     axes.set_xlabel("step")
     axes.set_title(f"{metric.replace('_', ' ')} of each layer", loc="left", fontsize=12, color=INK)
-    figure.colorbar(mesh, ax=axes, format="%.2g")
+    figure.colorbar(mesh, ax=axes, format="%.2g", label=UNITS.get(metric, ""))
     return _saved(figure, path)
 
 
@@ -261,17 +253,18 @@ def layer_curves(
     for group, layers in groups.items():
         colour, style, _ = _look(colours[group])
         axes.plot(range(len(layers)), list(layers.values()), color=colour, ls=style, lw=1.4, label=group)
+    values = [value for layers in groups.values() for value in layers.values()]
+    if min(values) > 0 and max(values) > WIDE * min(values):  # grids of few levels beside those of many
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     names = max(([*layers] for layers in groups.values()), key=len)
     every = -(-len(names) // 14)
-    axes.set_xticks(
-        range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right"
-    )
+    labels = [_short(name) for name in names[::every]]
+    axes.set_xticks(range(0, len(names), every), labels, rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    axes.set_ylabel(UNITS["flip_rate"])
+    return _saved_with_legend(figure, axes, path, title)
 
 
 def _short(name: str) -> str:
@@ -281,8 +274,7 @@ def _short(name: str) -> str:
 def _look(number: int) -> tuple[str, str, str]:
     """Colour, line style and marker; styles and markers change when the colours are used up."""
     n = len(PALETTE)
-    turn = number // n
-    return PALETTE[number % n], STYLES[turn % len(STYLES)], MARKERS[(number + turn) % n]
+    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[(number + number // n) % n]
 
 
 def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> tuple[list[float], list[float]]:
@@ -296,11 +288,13 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     return [(x, sum(curve[x] for curve in values) / len(values)) for x in shared] or list(curves[0])
 
 
-def _legend_below(figure: "Figure", axes: "Axes") -> None:
-    """Outside the axes, where it covers nothing, in as many columns as its words leave room for."""
+def _saved_with_legend(
+    figure: "Figure", axes: "Axes", path: str | Path, title: str, *, grid: Literal["y", "both"] = "y"
+) -> Path:
+    """With the legend below, where it covers nothing, in as many columns as its words leave room for."""
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.grid(axis=grid, color="#dddddd", lw=0.8)
     handles, labels = axes.get_legend_handles_labels()
-    if not labels:
-        return
     columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.22 * rows)
@@ -308,6 +302,7 @@ def _legend_below(figure: "Figure", axes: "Axes") -> None:
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
         handlelength=1.6,
     )  # fmt: skip
+    return _saved(figure, path)
 
 
 def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:
@@ -342,22 +337,28 @@ def memory_bars_text(memory: Memory, *, width: int = 60) -> str:
     totals = {name: sum(memory[name].values()) for name in names}
     widest = max(totals.values(), default=0.0) or 1.0
     margin = max((len(name) for name in names), default=0)
-    lines = []
+    lines: list[str] = []
+    used: set[str] = set()
     for name in names:
         bar, end, drawn = "", 0.0, 0
         for component, (_, _, character) in COMPONENTS.items():
-            end += memory[name].get(component, 0.0)
+            part = memory[name].get(component, 0.0)
+            end += part
+            if part < SEEN:
+                continue
             # Rounding the running sum, not each part, keeps every bar as long as its total says.
             cells = round(end / widest * width) - drawn
             bar += character * cells
             drawn += cells
+            used |= {component} if cells else set()
         lines.append(f"{name:<{margin}}  {bar}{' ' if bar else ''}{totals[name]:.2f}")
-    legend = "   ".join(
-        f"{character} {words}"
-        for component, (words, _, character) in COMPONENTS.items()
-        if any(memory[name].get(component, 0) > 0 for name in names)
-    )
-    return "\n".join([*lines, f"{'':<{margin}}  bytes per parameter: {legend}"])
+    space, indent = "\N{NO-BREAK SPACE}", " " * (margin + 2)
+    words = [f"{mark} {words}" for part, (words, _, mark) in COMPONENTS.items() if part in used]
+    legend = textwrap.fill(
+        "bytes per parameter: " + "   ".join(word.replace(" ", space) for word in words),
+        len(indent) + width + 6, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+    )  # fmt: skip
+    return "\n".join([*lines, legend.replace(space, " ")])
 
 
 def _before(component: str) -> list[str]:

@@ -50,17 +50,24 @@ CONTENTS = {"data.path": "data", "model.pretrained": "pretrained"}
 
 def compare(members: Sequence[RunFolder]) -> dict[str, Any]:
     """Groups of runs, the best validation loss first, then those without one."""
+    contents = {run.folder: _contents(run) for run in members}
+    # One that was stopped before its first step keeps none: it is of the runs that say the same paths.
+    of_paths = {_kind(run, {}): kept for run in members if (kept := contents[run.folder])}
     kinds: dict[str, list[RunFolder]] = {}
     for run in members:
-        kinds.setdefault(_kind(run), []).append(run)
+        kept = contents[run.folder] or ({} if run.rows or run.summary else of_paths.get(_kind(run, {}), {}))
+        kinds.setdefault(_kind(run, kept), []).append(run)
     labels = _labels(list(kinds.values()))
     groups = [_group(label, kind) for label, kind in zip(labels, kinds.values(), strict=True)]
     return {"groups": sorted(groups, key=_rank)}
 
 
-def _kind(run: RunFolder) -> str:
+def _contents(run: RunFolder) -> dict[str, str]:
     made_from = run.made_from
-    contents = {field: kept for field, name in CONTENTS.items() if (kept := made_from.get(name))}
+    return {field: kept for field, name in CONTENTS.items() if (kept := made_from.get(name))}
+
+
+def _kind(run: RunFolder, contents: Mapping[str, str]) -> str:
     fields = run.config.flat() | contents
     return repr({name: value for name, value in fields.items() if not name.startswith(ASIDE)})
 
@@ -260,7 +267,7 @@ def _drawings(comparison: Mapping[str, Any]) -> dict[str, Callable[[Path], objec
     colours = charts.colours(list(groups))
     drawings: dict[str, Callable[[Path], object]] = {}
     curves = {name: [run["curve"] for run in group["runs"] if run["curve"]] for name, group in groups.items()}
-    if any(curves.values()):
+    if curves := {name: of_runs for name, of_runs in curves.items() if of_runs}:
         drawings["loss-against-tokens.png"] = partial(charts.loss_curves, curves, colours=colours)
     if flips := {name: group["layer_flips"] for name, group in groups.items() if group["layer_flips"]}:
         drawings["flips-per-layer.png"] = partial(charts.layer_curves, flips, colours=colours)

@@ -196,11 +196,13 @@ class RunConfig(Section):
                 "elements cannot follow DeepSpeed's flat stage-1/2 partitions; write zero.stage: 3 or "
                 "optimizer.states: fp32"
             )
-        if zero.stage in (1, 2) and self.optimizer.scope != "element":
+        of_linear, of_others = (self.optimizer.of(is_linear=is_linear) for is_linear in (True, False))
+        if zero.stage in (1, 2) and (of_linear.scope != "element" or of_linear.slots != of_others.slots):
+            whole = f"sees a whole {of_linear.scope} of a weight at once"
+            why = whole if of_linear.scope in ("row", "matrix") else "must know which weight an element is of"
             raise ConfigError(
                 f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which "
-                f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
-                "are flat; write zero.stage: 3, or 0"
+                f"{why}: DeepSpeed's stage-1/2 partitions are flat; write zero.stage: 3, or 0"
             )
         passes = self.micro_batches // self.worker_counts()[-1]
         if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:

@@ -309,6 +309,8 @@ class Optimizer(torch.optim.Optimizer):
         state, rule = self._stored(p), self.rules[p]
         if rule.scope == "element":
             ops.step_(target, p.grad.reshape(-1), state, rule=rule, now=now)
+        elif rule.scope == "shard":
+            rule.step_(target, p.grad.reshape(-1), state, now=now, shape=tuple(p.shape))
         else:
             ops.whole_step_(target, p.grad, state, rule=rule, now=now)
 
@@ -323,12 +325,11 @@ class Optimizer(torch.optim.Optimizer):
     def _stored(self, p: Tensor) -> list[ops.Stored]:
         """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""
         state = self.state[p]
-        slots = self.rules[p].slots
-        for slot in slots:
-            if slot.name not in state:
-                fresh = ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device)
-                state |= {slot.name: fresh.values, f"{slot.name}/scale": fresh.scale}
-        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in slots]
+        rule = self.rules[p]
+        if any(slot.name not in state for slot in rule.slots):
+            for fresh in rule.initial_state(tuple(p.shape), device=p.device):
+                state |= {fresh.slot.name: fresh.values, f"{fresh.slot.name}/scale": fresh.scale}
+        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in rule.slots]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch casts a parameter's state to the parameter's type; slots have types of their own."""
@@ -337,11 +338,12 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, state in exact.items():
             p = params[i]
+            states = self.rules[p].states
             for slot in self.rules[p].slots:
-                if state[slot.name].dtype != (wanted := ops.dtype_of(slot, self.rule.states)):
+                if state[slot.name].dtype != (wanted := ops.dtype_of(slot, states)):
                     raise ValueError(
-                        f"the state's {slot.name} is {state[slot.name].dtype}; with states "
-                        f"{self.rule.states} it must be {wanted}"
+                        f"the state's {slot.name} is {state[slot.name].dtype}; with states {states} it must "
+                        f"be {wanted}"
                     )
             self.state[p] = {
                 key: None if x is None else x.to(p.device, copy=True) for key, x in state.items()

@@ -70,7 +70,8 @@ def _packages() -> Iterator[Finding]:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
-        install = f"pip install '{needed.name}{needed.specifier}'"
+        extras = f"[{','.join(sorted(needed.extras))}]" if needed.extras else ""
+        install = f"pip install '{needed.name}{extras}{needed.specifier}'"
         try:
             version = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:

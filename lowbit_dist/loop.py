@@ -83,7 +83,7 @@ class _Worker:
         self.batches = data.Batches(config.data, "train", config.run.seed)
         self.start = resuming.start(config, engine)
         if engine.rank == 0:
-            _prepare_folder(config, self.manifest, engine.world)
+            _prepare_folder(config, self.manifest, engine.world, is_new=self.start.step == 0)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
         facts: dict[str, Any] = {
             "vocab_size": self.manifest.vocab_size, "tokenizer_sha256": self.manifest.tokenizer_sha256
@@ -307,11 +307,11 @@ def _build(config: RunConfig, manifest: data.Manifest) -> Engine:
     return Engine(config, built, initial, model.low_bit_names(built, config.method), marks)
 
 
-def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int) -> None:
+def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int, *, is_new: bool) -> None:
     """What a run's folder has beside its record and checkpoints, for those who read it."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     keep(config.run_dir / runs.CONFIG, config.to_yaml())
-    data.copy_tokenizer(config.data, manifest, config.run_dir / "tokenizer")
+    data.copy_tokenizer(config.data, manifest, config.run_dir / "tokenizer", is_new=is_new)
     inputs.keep(config, manifest)
     plans = memory.baselines(config, manifest.vocab_size, workers)
     with suppress(OSError):  # a full disk is reported elsewhere

@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import gcd, prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,12 @@ def of_hf_config(  # type: ignore[no-untyped-def]
     config, method: Method, dtype: torch.dtype, *, named: str | None = None
 ) -> nn.Module:
     """`build`, of a Hugging Face configuration; `named` is its folder in the words of messages."""
-    import transformers
+    import transformers.utils
     from transformers.integrations.accelerate import init_empty_weights
+
+    # Its assisted generation imports scikit-learn if it can, which takes a second of each start.
+    with patch.object(transformers.utils, "is_sklearn_available", lambda: False):
+        import transformers.generation.candidate_generator
 
     default = torch.get_default_dtype()
     try:

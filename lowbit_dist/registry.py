@@ -8,7 +8,9 @@ may be a stranger's, can name what is installed but never a module to import.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -85,9 +87,18 @@ class Registry:
     def _installed(self) -> list[EntryPoint]:
         """A package that is found twice, for example under two paths, counts once."""
         points = {
-            (point.name, point.value, _package(point)): point for point in entry_points(group=self.group)
+            (point.name, point.value, _package(point)): point
+            for point in _entry_points(self.group, tuple(sys.path))
         }
         return [points[key] for key in sorted(points)]
+
+
+@cache
+def _entry_points(group: str, path: tuple[str, ...]) -> Iterable[EntryPoint]:
+    """Of a group, in what is installed on `path`: read once, as that takes as long as all else of a
+    configuration.
+    """
+    return entry_points(group=group)
 
 
 def lazily(module: str, own: Mapping[str, str]) -> Callable[[str], Any]:

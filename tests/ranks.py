@@ -2,6 +2,7 @@
 they need, so that imports are paid for once.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -20,7 +21,7 @@ def search_path(*folders: Any) -> str:
 def start_server() -> None:
     """Start the process that ranks are forked from, with the environment of this moment."""
     # Nothing here starts a thread, which would not be there after the fork.
-    _context.set_forkserver_preload(["lowbit_dist.loop", "transformers.modeling_utils"])
+    _context.set_forkserver_preload(["preloaded"])
     multiprocessing.forkserver.ensure_running()
 
 
@@ -68,6 +69,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # DeepSpeed collects garbage for each engine, which takes the longer the more is imported
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:

@@ -50,6 +50,17 @@ def test_a_bar_has_its_states_its_codes_their_number_and_each_saving_what_it_is_
     assert all(is_inside(text.get_window_extent(), figure.bbox) for text in axes.texts)
 
 
+def test_a_legend_lists_what_can_be_found_in_a_bar(drawn):
+    figure = drawn(charts.memory_bars, BARS)
+    (legend,) = figure.legends
+    shown = ["low_bit_weights", "other_weights", "gradients", "optimizer_states"]
+    assert [text.get_text() for text in legend.get_texts()] == [charts.COMPONENTS[name][0] for name in shown]
+    text = charts.memory_bars_text(BARS, width=40)
+    assert [name for name, (words, _, _) in charts.COMPONENTS.items() if words in text] == [
+        "other_weights", "gradients", "optimizer_states"
+    ], "0.2 of 16 bytes has no cell of 40"  # fmt: skip
+
+
 def test_a_run_that_saves_nothing_claims_nothing(drawn):
     larger = {"this run": {"gradients": 4.0}, "dense": {"gradients": 3.0}}
     texts = [text.get_text() for text in drawn(charts.memory_bars, larger).axes[0].texts]
@@ -74,3 +85,17 @@ def test_no_marker_is_cut_and_each_point_says_how_many_seeds_it_has(drawn):
         extent = marker.get_window_extent()
         assert is_inside(extent, figure.bbox)
         assert is_inside(extent, axes.bbox) or not marker.get_clip_on(), marker.get_label()
+
+
+def test_flip_rates_have_their_unit_and_are_told_apart(drawn):
+    layers = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    few, many = dict.fromkeys(layers, 0.01), dict.fromkeys(layers, 0.4)
+    for groups, scale in (({"ternary": few}, "linear"), ({"ternary": few, "int8": many}, "log")):
+        (axes,) = drawn(charts.layer_curves, groups, colours=charts.colours([*groups])).axes
+        assert axes.get_ylabel() == "share of its codes that change in a step"
+        assert axes.get_yscale() == scale
+    nothing = {"ternary": dict.fromkeys(layers, 0.0), "int8": many}
+    (axes,) = drawn(charts.layer_curves, nothing, colours=charts.colours([*nothing])).axes
+    assert axes.get_yscale() == "linear", "zero has no logarithm"
+    rows = [{"step": step, "layers": {name: {"flip_rate": 0.1} for name in layers}} for step in (1, 2)]
+    assert drawn(charts.layer_heat, rows).axes[1].get_ylabel() == "share of its codes that change in a step"

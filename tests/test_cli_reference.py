@@ -197,12 +197,12 @@ def test_a_part_is_shown_alone(lowbit):
 
     assert shown("zero") == [("zero", None, ["residency", "stage"])]
     assert shown("train.steps") == [("train", None, ["steps"])]
-    assert shown("method.grid") == [("method", "dqt", ["grid"])]
+    assert shown("method.grid") == [("method", name, ["grid"]) for name in ("dqt", "flip")]
     assert shown("grid") == shown("method.grid")
     assert shown("precision") == [("precision", None, ["precision"])]
     assert [part[:2] for part in shown("optimizer")] == [
-        ("optimizer", None), ("optimizer", "adamw"), ("optimizer", "lion"), ("optimizer", "muon"),
-        ("optimizer", "rmsprop"),
+        ("optimizer", None), ("optimizer", "adafactor"), ("optimizer", "adamw"), ("optimizer", "lion"),
+        ("optimizer", "muon"), ("optimizer", "rmsprop"),
     ]  # fmt: skip
     assert [part[0] for part in shown("name")] == ["run", "method", "optimizer", "schedule"]
     text = lowbit("config", "train.batch_tokens").stdout

@@ -168,6 +168,18 @@ def test_runs_are_of_one_group_by_what_they_were_made_from_not_by_where_that_lie
     ]  # fmt: skip
 
 
+def test_a_run_that_has_not_begun_is_of_the_group_that_says_the_same_paths(make):
+    """It has not kept yet what it is made from, as one of a sweep that is stopped."""
+    begun = make("runs/dense-seed0", val_loss=4.0)
+    (begun / "inputs.json").write_text(json.dumps({"data": "one", "tokenizer": "t", "pretrained": None}))
+    waiting = make("runs/dense-seed1", seed=1)
+    for file in ("metrics.jsonl", "summary.json"):
+        (waiting / file).unlink(missing_ok=True)
+    (group,) = compare.compare([runs.read(begun), runs.read(waiting)])["groups"]
+    assert [run["run"] for run in group["runs"]] == ["dense-seed0", "dense-seed1"]
+    assert compare.count(group) == "1 of 2"
+
+
 def test_groups_of_the_same_name_are_told_apart_by_their_folders(make, place):
     make("x/dqt-seed0", val_loss=4.0)
     make("y/dqt-seed0", val_loss=4.0, optimizer={"lr": 0.5})

@@ -621,7 +621,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "method: unknown name 'gird'; did you mean 'grid'?"),
     "an option of another method": (
         GOOD + "method: {name: dqt, grid: int8}", ("method.name=dense",),
-        "method: unknown name 'grid' for method dense; it belongs to dqt: leave it out "
+        "method: unknown name 'grid' for method dense; it belongs to dqt, flip: leave it out "
         "(method={name: dense} drops a file's other options)"),
     "an option of a method without options": (
         GOOD, ("method={name: dense, qqqqqqq: 1}",),
@@ -665,7 +665,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "the package that brings it"),
     "an option of another optimizer": (
         GOOD, ("optimizer={name: lion, eps: 1e-8}",),
-        "optimizer: unknown name 'eps' for optimizer lion; it belongs to adamw: leave it out "
+        "optimizer: unknown name 'eps' for optimizer lion; it belongs to adamw, rmsprop: leave it out "
         "(optimizer={name: lion} drops a file's other options)"),
     "an option of no optimizer": (
         GOOD, ("optimizer.qqqqqqq=1",),

@@ -1,5 +1,6 @@
 """What `lowbit doctor` says of a machine as it is: each fault with its remedy."""
 
+import importlib.metadata
 import json
 import os
 
@@ -23,6 +24,16 @@ def test_a_check_says_what_was_found(lowbit, machine_of):
     for check in report["checks"]:
         assert list(check) == ["name", "status", "found", "advice"]
     assert {"CPUs", "caches", "Ray's folder", "Ray cluster"} <= {check["name"] for check in report["checks"]}
+
+
+def test_what_is_missing_is_installed_with_the_extras_that_are_needed(machine_of):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    machine_of.setattr(importlib.metadata, "version", absent)
+    advice = {finding.name: finding.advice for finding in doctor._packages()}
+    assert advice["ray"].startswith("pip install 'ray[data,default,train]<3,>=2.")
+    assert advice["deepspeed"] == "pip install 'deepspeed==0.19.8'"
 
 
 def test_processors_are_those_of_the_process(machine_of):

@@ -165,7 +165,7 @@ def test_the_prepared_folder_carries_the_tokenizer_and_knows_it(copied, document
     for run, path in (("here", str(out)), ("remote", f"file://{out}")):
         (tmp_path / run).mkdir()
         (tmp_path / run / "tokenizer.model").write_bytes(b"of data that was there before")
-        data.copy_tokenizer(Data(path=path, seq_len=SEQ), manifest, tmp_path / run)
+        data.copy_tokenizer(Data(path=path, seq_len=SEQ), manifest, tmp_path / run, is_new=True)
         assert {file.name for file in (tmp_path / run).iterdir()} == names
         assert tokenizer.load(tmp_path / run).sha256 == manifest.tokenizer_sha256
 
@@ -229,10 +229,20 @@ def test_a_run_keeps_nothing_of_another_tokenizer(corpus, folders, documents, tm
     prepare_alone([documents], folders("qwen"), tmp_path / "qwen", seq_len=SEQ)
     for path in (corpus, tmp_path / "qwen", corpus):
         manifest = data.read_manifest(path)
-        data.copy_tokenizer(Data(path=str(path), seq_len=SEQ), manifest, tmp_path / "kept")
+        data.copy_tokenizer(Data(path=str(path), seq_len=SEQ), manifest, tmp_path / "kept", is_new=True)
         kept = tokenizer.load(tmp_path / "kept", sha256=manifest.tokenizer_sha256)
         assert kept.sha256 == manifest.tokenizer_sha256
         assert {file.name for file in (tmp_path / "kept").iterdir()} == set(manifest.tokenizer_files)
+
+
+def test_a_run_that_is_resumed_keeps_what_its_user_put_beside_its_tokenizer(corpus, tmp_path):
+    manifest, own = data.read_manifest(corpus), tmp_path / "kept" / "chat_template.jinja"
+    own.parent.mkdir()
+    own.write_text("{{ messages }}")
+    data.copy_tokenizer(Data(path=str(corpus), seq_len=SEQ), manifest, own.parent, is_new=False)
+    assert own.read_text() == "{{ messages }}"
+    kept = tokenizer.load(own.parent, sha256=manifest.tokenizer_sha256)
+    assert kept.sha256 == manifest.tokenizer_sha256
 
 
 STREAMED = [kind for kind in KINDS if kind != "unigram"]  # which has unknown characters

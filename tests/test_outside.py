@@ -74,7 +74,7 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
         "method: unknown name 'clib'; did you mean 'clip'?"
     )
     assert refused(method={"name": "sign", "grid": "int8"}) == (
-        "method: unknown name 'grid' for method sign; it belongs to dqt: leave it out "
+        "method: unknown name 'grid' for method sign; it belongs to dqt, flip: leave it out "
         "(method={name: sign} drops a file's other options)"
     )
     assert refused(optimizer={"name": "momentum", "betas": [0.9, 0.99]}).startswith(
@@ -94,8 +94,8 @@ def test_an_unknown_name_is_answered_with_those_that_are_installed(installed):
         "brings it"
     )
     assert refused(optimizer={"name": "momentun"}) == (
-        "optimizer.name ('momentun') must be one of adamw, lion, muon, rmsprop, momentum; did you mean "
-        "'momentum'?"
+        "optimizer.name ('momentun') must be one of adafactor, adamw, lion, muon, rmsprop, momentum; did you "
+        "mean 'momentum'?"
     )
 
 
@@ -194,7 +194,7 @@ def test_a_mistake_elsewhere_is_answered_although_a_package_claims_a_name(tmp_pa
     package(tmp_path, "lb-claims", METHOD, methods={"dqt": "Thing"})
     monkeypatch.syspath_prepend(tmp_path)
     answer = refused(method={"name": "dense", "grid": "int8"})
-    assert answer.startswith("method: unknown name 'grid' for method dense; it belongs to dqt")
+    assert answer.startswith("method: unknown name 'grid' for method dense; it belongs to dqt, flip")
 
 
 def test_a_package_that_is_found_on_two_paths_claims_its_name_once(installed, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from terminals import Screen
 
 from lowbit_dist import configfile, heartbeat, runs
 from lowbit_dist.cli import plots, watching
+from lowbit_dist.sweep.definition import Child
 
 COMPONENTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
 STEPS = 40
@@ -211,6 +212,22 @@ def test_a_run_is_watched_in_eighty_columns(name, folder, small):
         assert text.splitlines()[0].endswith("left")
 
 
+@pytest.mark.parametrize(("height", "bars"), [(24, False), (60, True)])
+def test_a_run_is_watched_in_the_height_of_a_terminal(height, bars, folder):
+    """All but the memory's bars stands on the smallest usual one, the workers above all."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    file = StringIO()
+    terminal = Console(width=80, height=height, file=file)
+    terminal.print(watching._fitting(watching.snapshot(folder), terminal))
+    text = file.getvalue()
+    assert len(text.splitlines()) <= height
+    assert "last sign" in text and "learning rate" in text and "step 22/40" in text
+    assert ("bytes per parameter" in text) == bars
+
+
 def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, monkeypatch):
     """Steps of 3 seconds: the first, every fourth, and whatever is no ordinary row."""
     from lowbit_dist.cli import progress
@@ -229,3 +246,25 @@ def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, mo
         "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  flips 1.25%  "
         "state 600 B/worker  2 skipped  3 restarts"
     )
+
+
+def test_a_sweeps_log_has_of_each_run_the_lines_of_a_run_alone(small, capsys, monkeypatch):
+    from lowbit_dist.cli import comparing, console, progress
+
+    seconds = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+    data = small(train={"steps": STEPS})
+    told = comparing.SweepLogLines(console.Waiting(None))
+    children = [
+        Child(label=name, config=configfile.from_dict(data | {"run": {"name": name}})) for name in ("a", "b")
+    ]
+    for child in children:
+        told.begins(child)
+    for step in range(1, 9):
+        for child in children:
+            told.row(child, row(step))
+        seconds += 3.0
+    printed = capsys.readouterr().err
+    for child in children:
+        steps = re.findall(rf"^lowbit: {child.name}: step (\d+)/40  loss ", printed, flags=re.M)
+        assert [*map(int, steps)] == [1, 5]

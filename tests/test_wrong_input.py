@@ -207,7 +207,7 @@ CASES = {
         NOTHING, "train run.yaml train.seq_len=5", ("train:", "'seq_len'", "'data.seq_len'")),
     "an option of another method": (
         NOTHING, "train run.yaml method.name=dense method.grid=int8",
-        ("method:", "'grid'", "belongs to dqt", "leave it out")),
+        ("method:", "'grid'", "belongs to dqt, flip", "leave it out")),
     "no data path": (
         instead("run.yaml", b"train: {steps: 5}\n"), "train run.yaml",
         ("data.path is required", "write data:")),
@@ -300,7 +300,7 @@ CASES = {
         ("method.sub_norms (false)", "true with activation_bits 2", "write method.sub_norms: true")),
     "an option of another optimizer": (
         NOTHING, "train run.yaml 'optimizer={name: lion, eps: 1e-8}'",
-        ("optimizer:", "'eps'", "belongs to adamw", "leave it out")),
+        ("optimizer:", "'eps'", "belongs to adamw, rmsprop", "leave it out")),
     "a pretrained model of a smaller vocabulary": (
         pretrained(vocab_size=400), LLAMA, ("model.pretrained (llama)", "400", "512", "prepare the data")),
     "a pretrained model of shorter sequences": (

@@ -62,7 +62,7 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     linear = set(linear_weights(model))
     stored, total = config.method.stored, 0
     for name, p in model.named_parameters():
-        total += config.optimizer.of(is_linear=name in linear).state_bytes(p.numel())
+        total += config.optimizer.of(is_linear=name in linear).state_bytes(tuple(p.shape))
         if stored is not None and name in low_bit:
             total += p.numel() // BLOCK * stored.bytes_per_block
             total += p.numel() if config.method.accumulator else 0

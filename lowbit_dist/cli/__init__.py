@@ -263,13 +263,14 @@ def evaluate(
     """
     with console.answering(as_json, "evaluating") as answer:
         from lowbit_dist import documents, trained
+        from lowbit_dist.cli import tables
 
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         metrics = trained.open(run).evaluate(
             data, forward=forward, n_samples=samples, reading=reading, tally=tally
         )
         counts = tally.counts()
-        answer(metrics | counts, pairs(metrics | not_read(counts)))
+        answer(metrics | counts, pairs(tables.in_words(metrics) | not_read(counts)))
 
 
 @app.command()

@@ -167,11 +167,12 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
 
 
 class SweepLogLines:
-    """A sweep's progress where nobody watches."""
+    """A sweep's progress where nobody watches: of each run the lines that it would have alone."""
 
     def __init__(self, waiting: console.Waiting):
         """waiting: ends with the first line"""
         self._waiting = waiting
+        self._children: dict[str, progress.LogLines] = {}
 
     def say(self, text: str) -> None:
         self._waiting.stop()
@@ -179,10 +180,10 @@ class SweepLogLines:
 
     def begins(self, child: "Child") -> None:
         self.say(f"{child.name} starts")
+        self._children[child.name] = progress.LogLines(child.config, prefix=f"{child.name}: ")
 
     def row(self, child: "Child", row: Mapping[str, Any]) -> None:
-        words = progress.in_words(row, child.config).values()
-        self.say("  ".join([f"{child.name}: step {row.get('step')}/{child.config.train.steps}", *words]))
+        self._children[child.name].row(row)
 
     def ends(self, child: "Child", state: str, why: str) -> None:
         self.say(f"{child.name} {state}{': ' if why else ''}{why}")

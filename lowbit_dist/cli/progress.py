@@ -33,9 +33,9 @@ class LogLines:
     for rows one in ten seconds; one with a validation loss, a skipped step, a return or a restart always.
     """
 
-    def __init__(self, config: "RunConfig", waiting: Waiting | None = None):
-        """waiting: ends with the first line"""
-        self.config, self._waiting = config, waiting or Waiting(None)
+    def __init__(self, config: "RunConfig", waiting: Waiting | None = None, *, prefix: str = ""):
+        """waiting: ends with the first line; prefix: of each row, where there are several runs"""
+        self.config, self._waiting, self._prefix = config, waiting or Waiting(None), prefix
         self._next = 0.0  # when an ordinary row is due
         self._counts: list[Any] = []
 
@@ -49,7 +49,7 @@ class LogLines:
         is_new = "val_loss" in row or counts != self._counts or step == steps
         if is_new or now >= self._next:
             self._next, self._counts = now + QUIET, counts
-            self.say("  ".join([f"step {step}/{steps}", *in_words(row, self.config).values()]))
+            self.say("  ".join([f"{self._prefix}step {step}/{steps}", *in_words(row, self.config).values()]))
 
 
 class Bar:

@@ -31,6 +31,15 @@ def pairs(console: Console, rows: Mapping[str, Any], *, title: str | None = None
     console.print(table)
 
 
+def in_words(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and numbers as people read them."""
+    return {
+        name.replace("_", " "): _number(value) if isinstance(value, float) else
+        f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in numbers.items()
+    }  # fmt: skip
+
+
 def jobs(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line for each job of a cluster."""
     if not rows:

@@ -29,6 +29,7 @@ RunName = Annotated[
     ),
 ]
 EVERY = 1.0  # seconds between looks
+CURVE = 8  # lines of the loss, where there is room
 HEARTBEAT_TIMEOUT = 15.0  # seconds after which a worker that trains would have written its heartbeat
 NUMBERS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_second", "lr", "grad_norm", "flip_rate")
 COUNTS = ("skipped_steps", "rollbacks")
@@ -69,7 +70,7 @@ def _live(terminal: "Console", folder: Path, layers: bool) -> None:
     with Live(console=terminal, auto_refresh=False) as live:
         while True:
             seen = snapshot(folder, layers=layers)
-            live.update(picture(seen, terminal.width), refresh=True)
+            live.update(_fitting(seen, terminal), refresh=True)
             if not seen["is_alive"]:
                 return
             time.sleep(EVERY)
@@ -165,7 +166,22 @@ def _components(run: "RunFolder") -> dict[str, Any]:
     return {name.removeprefix("memory/"): n for name, n in measured.items() if name.startswith("memory/")}
 
 
-def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":
+def _fitting(seen: Mapping[str, Any], terminal: "Console") -> "RenderableType":
+    """The picture in the terminal's height: with a lower curve, then without the memory's bars, which do not
+    change while a run trains.  What is too high still is cut at its end.
+    """
+    drawn: RenderableType = ""
+    for curve, bars in ((CURVE, True), (4, True), (CURVE, False), (4, False)):
+        drawn = picture(seen, terminal.width, curve=curve, bars=bars)
+        if len(terminal.render_lines(drawn, pad=False)) <= terminal.height:
+            break
+    return drawn
+
+
+def picture(
+    seen: Mapping[str, Any], width: int, *, curve: int = CURVE, bars: bool = True
+) -> "RenderableType":
+    """`curve`: lines of the loss; `bars`: whether memory has bars beside its number."""
     from rich.console import Group
     from rich.text import Text
 
@@ -178,8 +194,8 @@ def picture(seen: Mapping[str, Any], width: int) -> "RenderableType":
         parts.append(Text(f"starting for {since}: Ray first, then the workers", "dim"))
     parts += [Text(), _numbers(seen, width)]
     if points := seen["curves"]["loss"]:
-        parts += [Text(), _loss(points, width)]
-    if seen["bytes_per_parameter"]:
+        parts += [Text(), _loss(points, width, curve)]
+    if bars and seen["bytes_per_parameter"]:
         from lowbit_dist.charts import memory_bars_text
 
         parts += [
@@ -247,10 +263,10 @@ def _numbers(seen: Mapping[str, Any], width: int) -> "RenderableType":
     return table
 
 
-def _loss(points: plots.Points, width: int) -> "RenderableType":
+def _loss(points: plots.Points, width: int, height: int) -> "RenderableType":
     from rich.text import Text
 
-    lines = plots.curve(points, width=width - 8, height=8)
+    lines = plots.curve(points, width=width - 8, height=height)
     heights = [y for _, y in points]
     labels = {0: f"{max(heights):.3f}", len(lines) - 1: f"{min(heights):.3f}"}
     text = Text()

@@ -27,6 +27,11 @@ GRACE = 120  # seconds that a job which is stopped has to save a checkpoint
 FILE = "job.yaml"
 ANSWER = 10  # seconds that the cluster has to answer a first request
 POLL = 1.0  # seconds
+# Of Ray: what they say of a submission is said here in other words.
+NOISY = (
+    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)  # fmt: skip
 _PROGRESS = re.compile(r"^lowbit: (step \d+/\d+.*)", re.MULTILINE)
 
 
@@ -48,8 +53,8 @@ class Jobs:
                 f"--address ({self.address}) must be http://HOST:PORT of the cluster's dashboard; write "
                 f"{LOCAL}, for example"
             )
-        for noisy in ("dashboard_sdk", "job.sdk"):
-            logging.getLogger(f"ray.dashboard.modules.{noisy}").setLevel(logging.WARNING)
+        for noisy in NOISY:
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         # Ray prefers what it finds there, or in RAY_ADDRESS, to what it is given.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         _check_answers(self.address)

@@ -315,13 +315,15 @@ def parse_index(index: bytes, place: str, split: str, manifest: Manifest) -> lis
     return shards
 
 
-def copy_tokenizer(data: Data, manifest: Manifest, folder: Path) -> None:
-    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with, and
-    nothing of another one, which a start before this may have left there.
+def copy_tokenizer(data: Data, manifest: Manifest, folder: Path, *, is_new: bool) -> None:
+    """Put the tokenizer of prepared data into `folder`: a run keeps what its weights were trained with.
+
+    One that `is_new` keeps nothing of another one, which a start before its first checkpoint may have left
+    there; a later one has this one, and beside it what its user has put there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = manifest.tokenizer_files or FILES
-    for name in {*hf_tokenizer.FILES}.difference(names):
+    for name in {*hf_tokenizer.FILES}.difference(names) if is_new else ():
         (folder / name).unlink(missing_ok=True)
     for name in names:
         source, copy = f"{data.path}/tokenizer/{name}", folder / name

@@ -5,6 +5,7 @@ baselines' while it trains.
 """
 
 from collections.abc import Collection
+from math import prod
 
 from torch import nn
 
@@ -52,11 +53,13 @@ def resident(
     linear = set(models.linear_weights(model))
     rules = [config.optimizer.of(is_linear=name in linear) for name in named]
     if stage < 3:  # whole weights for the passes, gradients that are freed at each step
-        numels = [p.numel() for p in named.values()]
-        n = sum(numels) if stage == 0 else flat_numel(sum(numels), workers)
-        parts = numels if stage == 0 else [n // workers]
-        sizes["other_weights"] = n * itemsize + (sum(parts) * (master if stage == 0 else 4))
-        sizes["optimizer_states"] = sum(rule.state_bytes(n) for rule, n in zip(rules, parts, strict=False))
+        whole = [tuple(p.shape) for p in named.values()]
+        n = sum(map(prod, whole)) if stage == 0 else flat_numel(sum(map(prod, whole)), workers)
+        parts = whole if stage == 0 else [(n // workers,)]
+        sizes["other_weights"] = n * itemsize + sum(map(prod, parts)) * (master if stage == 0 else 4)
+        sizes["optimizer_states"] = sum(
+            rule.state_bytes(part) for rule, part in zip(rules, parts, strict=False)
+        )
         return sizes
     low_bit = set(models.low_bit_names(model, config.method))
     for rule, (name, p) in zip(rules, named.items(), strict=True):
@@ -70,7 +73,7 @@ def resident(
         else:
             sizes["other_weights"] += part * (itemsize + master)
         sizes["gradients"] += part * config.gradient_bytes(workers)
-        sizes["optimizer_states"] += rule.state_bytes(min(part, n))
+        sizes["optimizer_states"] += rule.state_bytes(tuple(p.shape), min(part, n))
     return sizes
 
 

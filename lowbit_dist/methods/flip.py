@@ -11,7 +11,7 @@ The forward pass sees scale * q alone, which has the scale of the first weights.
 precision this is straight-through training of a latent (BitNet, of a fixed scale); the byte costs a fourth of
 that latent.  Flip thresholds in the place of a latent: arXiv 1906.02107 (Bop), and the released code of
 BitBop and TTF.  The residual integrates gradients, so that no first moment is needed: `optimizer.name:
-rmsprop` has none.  That is 2.25 bytes a weight, states included.
+rmsprop` has none.  That is 2.25 bytes a weight, states included; and with its `second_moment: factored` 1.25.
 """
 
 from typing import Annotated, Literal

@@ -89,7 +89,7 @@ class Rule(Protocol):
     """As much of an optimizer (optim/rule.py) as an op asks for."""
 
     slots: ClassVar[tuple[Slot, ...]]
-    scope: ClassVar[Literal["element", "row", "matrix"]]
+    scope: ClassVar[Literal["element", "row", "matrix", "shard"]]
     fused: ClassVar[Literal["adamw", "lion"] | None]
 
     def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]: ...

@@ -8,6 +8,7 @@ from lowbit_dist.optim.rule import Rule
 from lowbit_dist.registry import lazily
 
 if TYPE_CHECKING:
+    from lowbit_dist.optim.adafactor import Adafactor
     from lowbit_dist.optim.adamw import AdamW
     from lowbit_dist.optim.lion import Lion
     from lowbit_dist.optim.muon import Muon
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Name -> module:class, imported when a run names it, so that importing this package needs no torch.
 OPTIMIZERS = {
+    "adafactor": "lowbit_dist.optim.adafactor:Adafactor",
     "adamw": "lowbit_dist.optim.adamw:AdamW",
     "lion": "lowbit_dist.optim.lion:Lion",
     "muon": "lowbit_dist.optim.muon:Muon",
@@ -24,4 +26,4 @@ OPTIMIZERS = {
 
 __getattr__ = lazily(__name__, OPTIMIZERS)
 
-__all__ = ["OPTIMIZERS", "AdamW", "Lion", "Muon", "RMSProp", "Rule"]
+__all__ = ["OPTIMIZERS", "Adafactor", "AdamW", "Lion", "Muon", "RMSProp", "Rule"]

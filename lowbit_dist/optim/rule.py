@@ -7,6 +7,7 @@ the direction.  A rule knows neither how its slots are kept nor what it moves.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -15,10 +16,11 @@ from lowbit_dist.grid import BLOCK
 from lowbit_dist.section import Section, setting
 
 if TYPE_CHECKING:  # a configuration is read without torch
+    import torch
     from torch import Tensor
 
     from lowbit_dist.methods.method import Method
-    from lowbit_dist.ops.states import Slot
+    from lowbit_dist.ops import Codes, Now, Slot, Stored, Weights
 
 LearningRate = Annotated[float, Field(ge=0, le=100)]
 
@@ -46,8 +48,9 @@ class Rule(Section):
     )
 
     slots: ClassVar[tuple[Slot, ...]] = ()
-    # What `update` must see at once: any run of elements, whole rows, or the whole matrix.
-    scope: ClassVar[Literal["element", "row", "matrix"]] = "element"
+    # What `update` must see at once: any run of elements, whole rows, or the whole matrix.  A rule of scope
+    # "shard" has a `step_` instead, which sums over workers what it needs of the others' shards.
+    scope: ClassVar[Literal["element", "row", "matrix", "shard"]] = "element"
     # The fused kernel of `ops` that computes this very rule in C and in Triton; None: PyTorch does.
     fused: ClassVar[Literal["adamw", "lion"] | None] = None
 
@@ -72,11 +75,18 @@ class Rule(Section):
         """The rule of a parameter; `is_linear`: it is the weight of a linear layer other than the head."""
         return self
 
-    def state_bytes(self, numel: int) -> int:
-        """Of the slots of so many elements."""
+    def initial_state(
+        self, shape: tuple[int, ...], numel: int | None = None, *, device: torch.device | str = "cpu"
+    ) -> list[Stored]:
+        """Zeros for each slot of a tensor, or of so many of its elements on one worker."""
         from lowbit_dist.ops import Stored
 
-        return sum(Stored.zeros(slot, numel, self.states, "meta").nbytes for slot in self.slots)
+        n = prod(shape) if numel is None else numel
+        return [Stored.zeros(slot, slot.count(shape, n), self.states, device) for slot in self.slots]
+
+    def state_bytes(self, shape: tuple[int, ...], numel: int | None = None) -> int:
+        """Of `initial_state`."""
+        return sum(stored.nbytes for stored in self.initial_state(shape, numel, device="meta"))
 
     def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
         """The direction u, then the new value of each slot.
@@ -86,3 +96,17 @@ class Rule(Section):
         counts the updates from 1; a step that was skipped is none.
         """
         raise TypeError(f"optimizer {self.name} does not say how it updates")
+
+    def step_(
+        self,
+        target: Codes | Weights,  # of N elements, changed in place
+        grad: Tensor,  # [N] float32 | bfloat16
+        state: list[Stored],  # one for each slot, changed in place
+        *,
+        now: Now,
+        shape: tuple[int, ...],  # of the whole tensor
+        start: int = 0,  # the first of the N elements within the whole tensor
+        over_workers: bool = False,  # others have the rest of the elements, and call this, too
+    ) -> Tensor:  # [1] int64, on the device
+        """A whole step of a rule of scope "shard": state and target move; how many codes changed."""
+        raise TypeError(f"optimizer {self.name} does not make a step of its own")

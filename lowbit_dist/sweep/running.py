@@ -208,9 +208,9 @@ def _train_all(
                     progress.ends(training.child, state, reason)
             for signum in signals.received[signals.passed_on :]:
                 signals.passed_on += 1
-                progress.say(
-                    f"{signal.Signals(signum).name}: {len(running)} runs save and end; again ends at once"
-                )
+                n = len(running)
+                words = "1 run saves and ends" if n == 1 else f"{n} runs save and end"
+                progress.say(f"{signal.Signals(signum).name}: {words}; again ends at once")
                 for training in running:
                     training.process.send_signal(signum)
             if parent is not None:

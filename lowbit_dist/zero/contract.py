@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 
@@ -33,6 +34,11 @@ with _without("mlflow"):
         PartitionedParameterCoordinator as Coordinator,
     )
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    # Asked whether an optimizer is its own, DeepSpeed imports its Muon, which is compiled: for that PyTorch
+    # imports its whole compiler.
+    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon
 
 DEEPSPEED_VERSION = "0.19.8"
 # Private methods overridden or called below, with the parameters they must have ("args, kwargs": DeepSpeed's

@@ -73,7 +73,7 @@ class Shard:
     shape: tuple[int, ...]
     start: int  # a multiple of 256
     numel: int  # without padding; 0 on a worker that holds none of this tensor
-    state: list[ops.Stored]  # the optimizer's slots, each of `numel` elements
+    state: list[ops.Stored]  # the optimizer's slots: of `numel` elements, or of the tensor's rows or columns
     grid: Grid | None = None
     codes: Tensor | None = None  # [numel / 256 * bytes_per_block] uint8
     scale: Tensor | None = None  # [numel of the tensor / scale_every] float32

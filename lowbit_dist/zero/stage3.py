@@ -184,6 +184,11 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
         target = shard.target(self.tensor_ids[shard.name])
+        if rule.scope == "shard":
+            return rule.step_(
+                target, gradient, shard.slots,
+                now=now, shape=shard.shape, start=shard.start, over_workers=True,
+            )  # fmt: skip
         if rule.scope != "element":
             return self._update_whole(i, target, gradient, now)
         if not shard.numel:
@@ -229,7 +234,7 @@ def _shard(param: Any, master: Tensor, offset: int, rule: Rule, accumulator: ops
     start = n * dist.get_rank()
     numel = max(0, min(n, param.ds_numel - start))
     name, shape = param.lowbit_name, tuple(param.ds_shape)
-    state = [ops.Stored.zeros(slot, numel, rule.states, param.ds_tensor.device) for slot in rule.slots]
+    state = rule.initial_state(shape, numel, device=param.ds_tensor.device)
     if (held := packed_of(param)) is None:
         return Shard(name, shape, start, numel, state, weight=master.detach()[offset : offset + numel])
     packed = held.stored

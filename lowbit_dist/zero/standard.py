@@ -71,7 +71,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             ops.step_(target, grad, part_of(self.stored(p, rule), here), rule=rule, now=now)
             return
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
-        ops.whole_step_(target, p.grad, self.stored(p, rule), rule=rule, now=now)
+        if rule.scope == "shard":
+            rule.step_(target, p.grad.view(-1), self.stored(p, rule), now=now, shape=tuple(p.shape))
+        else:
+            ops.whole_step_(target, p.grad, self.stored(p, rule), rule=rule, now=now)
 
     def take(self, p: Tensor, here: slice, name: str) -> list[ops.Stored]:
         """Know the elements `here` of p as those of a parameter; the rule's state of them."""
@@ -82,7 +85,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The state of a tensor, all of whose parts have one rule; zeros before its first step."""
         state = self.state[p]
         if "slots" not in state:
-            state["slots"] = [ops.Stored.zeros(slot, p.numel(), rule.states, p.device) for slot in rule.slots]
+            state["slots"] = rule.initial_state(tuple(p.shape), device=p.device)
         slots: list[ops.Stored] = state["slots"]
         return slots
 
