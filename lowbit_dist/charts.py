@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit_dist.files import atomic_write
 from lowbit_dist.record import LAYERS, METRICS, layer_name, rows_of
@@ -177,8 +177,6 @@ def loss_curves(
     runs = [curve for curves in groups.values() for curve in curves]
     factor, unit = _tokens(max((x for curve in runs for x, _ in curve), default=0))
     for group, curves in groups.items():
-        if not curves:
-            continue
         colour, style, _ = _look(colours[group])
         for curve in curves if len(curves) > 1 else ():
             axes.plot(*_scaled(curve, factor), color=colour, ls=style, lw=0.8, alpha=0.45)
@@ -187,53 +185,48 @@ def loss_curves(
         axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
-    several = any(len(curves) > 1 for curves in groups.values())
-    axes.set_title(
-        f"{title}: thick is the mean, thin is each seed" if several else title,
-        loc="left", fontsize=12, color=INK,
-    )  # fmt: skip
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    title += ": thick is the mean, thin is each seed" if len(runs) > len(groups) else ""
     axes.margins(x=0.02)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    return _saved_with_legend(figure, axes, path, title)
 
 
 def loss_against_bytes(
-    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> measure -> mean and spread
+    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> bytes, val_loss -> mean and spread
     path: str | Path,
     *,
     colours: Colours,
+    words: str,  # what the bytes are of
     title: str = "Validation loss against memory",
 ) -> Path:
     """Draw a point with its error bars for each group; lower and further left is better."""
     figure, axes = _figure(7.2, 4.2)
-    has_bars = False
     for group, measured in groups.items():
         colour, _, marker = _look(colours[group])
-        x, y = measured["bytes_per_parameter"], measured["val_loss"]
-        has_bars = has_bars or y["spread"] is not None
+        x, y = measured["bytes"], measured["val_loss"]
         axes.errorbar(
             [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
             color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="",
             label=f"{group} ({y['n']} seed{'' if y['n'] == 1 else 's'})", clip_on=False,
         )  # fmt: skip
     axes.margins(0.12)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
+    sizes = [measured["bytes"]["mean"] or 0.0 for measured in groups.values()]
+    if 0 < min(sizes) * WIDE < max(sizes):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(words)
     axes.set_ylabel("validation loss (nats per token)")
-    words = f"{title}, ± one standard deviation over seeds" if has_bars else title
-    axes.set_title(words, loc="left", fontsize=12, color=INK)
-    axes.grid(color="#dddddd", lw=0.8)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    has_bars = any(measured["val_loss"]["spread"] is not None for measured in groups.values())
+    title += ", ± one standard deviation over seeds" if has_bars else ""
+    return _saved_with_legend(figure, axes, path, title, grid="both")
 
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
     """Draw a number of every layer over a run, a strip for each; rows are those of `layers.jsonl`."""
-    names = list(
-        dict.fromkeys(name for row in rows for name in row["layers"] if metric in row["layers"][name])
-    )
-    values = [[row["layers"].get(name, {}).get(metric, math.nan) for row in rows] for name in names]
+    layers = [row["layers"] for row in rows]
+    names = list(dict.fromkeys(name for of in layers for name in of if metric in of[name]))
+    values = [[of.get(name, {}).get(metric, math.nan) for of in layers] for name in names]
     figure, axes = _figure(7.2, min(12.0, 1.6 + 0.16 * len(names)))
     edges = [row["step"] for row in rows]
     steps = [*edges, edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1)]
@@ -267,15 +260,11 @@ def layer_curves(
         axes.set_ylim(bottom=0)
     names = max(([*layers] for layers in groups.values()), key=len)
     every = -(-len(names) // 14)
-    axes.set_xticks(
-        range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right"
-    )
+    labels = [_short(name) for name in names[::every]]
+    axes.set_xticks(range(0, len(names), every), labels, rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylabel(UNITS["flip_rate"])
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    return _saved_with_legend(figure, axes, path, title)
 
 
 def _short(name: str) -> str:
@@ -283,9 +272,9 @@ def _short(name: str) -> str:
 
 
 def _look(number: int) -> tuple[str, str, str]:
-    """Colour, line style and marker; the styles change when the colours are used up."""
+    """Colour, line style and marker; styles and markers change when the colours are used up."""
     n = len(PALETTE)
-    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[number % n]
+    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[(number + number // n) % n]
 
 
 def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> tuple[list[float], list[float]]:
@@ -299,23 +288,21 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     return [(x, sum(curve[x] for curve in values) / len(values)) for x in shared] or list(curves[0])
 
 
-def _legend_below(figure: "Figure", axes: "Axes") -> None:
-    """Outside the axes, where it covers nothing, in as many columns as its words leave room for."""
+def _saved_with_legend(
+    figure: "Figure", axes: "Axes", path: str | Path, title: str, *, grid: Literal["y", "both"] = "y"
+) -> Path:
+    """With the legend below, where it covers nothing, in as many columns as its words leave room for."""
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.grid(axis=grid, color="#dddddd", lw=0.8)
     handles, labels = axes.get_legend_handles_labels()
-    if not labels:
-        return
     columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.22 * rows)
     figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
         handlelength=1.6,
-    )
+    )  # fmt: skip
+    return _saved(figure, path)
 
 
 def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:

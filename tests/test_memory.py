@@ -470,6 +470,30 @@ def test_what_is_measured_spans_all_that_decides_memory():
     assert {c.model.layers for c in seen if c.train.activation_checkpointing} == {3, 7}
 
 
+@pytest.mark.parametrize(
+    ("content", "weight", "states"),
+    [
+        ({"method": {"name": "dense"}, "precision": "fp32", "optimizer": {"states": "fp32"}}, 4, 8),
+        ({"method": {"name": "bitnet"}, "optimizer": {"states": "fp32"}}, 6, 8),  # bf16 behind float32
+        ({"method": {"name": "bitnet"}, "optimizer": {"states": "int8"}, "zero": {"stage": 3}}, 6, 2.03125),
+        ({"method": {"name": "dqt", "grid": "ternary"}}, 0.25, 2.03125),
+        ({"method": {"name": "dqt", "grid": "int8", "forward": "ternary"}}, 1.25, 2.03125),
+        ({"method": {"name": "flip"}, "optimizer": {"name": "rmsprop"}}, 0.25, 1 + 1.015625),
+    ],
+)
+def test_bytes_of_a_linear_weight_are_its_own_and_those_of_its_states(content, weight, states):
+    from lowbit_dist.memory.resident import per_linear_weight
+    from lowbit_dist.model import shapes
+
+    config = load(configuration() | {"precision": "bf16"} | content)
+    model = shapes(config, VOCAB)
+    scales = 4 * 7 * config.model.layers / sum(model.get_parameter(n).numel() for n in model.linear_weights)
+    weight += 0 if config.method.stored is None else scales
+    sizes = per_linear_weight(config, model, 1)
+    assert sizes["bytes_per_linear_weight"] == pytest.approx(weight, rel=1e-12)
+    assert sizes["bytes_per_linear_weight_with_states"] == pytest.approx(weight + states, rel=1e-12)
+
+
 def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
     from lowbit_dist import memory
 
@@ -483,6 +507,7 @@ def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
     assert found["saved_vs"].startswith("measured resident bytes of this run against the planned")
     assert found["peak_bytes_per_worker"] == max(each["peak_bytes_per_worker"] for each in reports)
     assert found["peak_rss_bytes"] > found["peak_bytes_per_worker"]
+    assert 0 < found["bytes_per_linear_weight"] < found["bytes_per_linear_weight_with_states"]
     dense = found["plan_dense"]
     for name in list(memory.COMPONENTS)[:6]:
         assert dense["components"][name] == plan["plan_dense"]["components"][name]

@@ -8,7 +8,7 @@ from lowbit_dist import configfile
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import first_line
 from lowbit_dist.memory.report import Peak, largest, report
-from lowbit_dist.memory.resident import parameters, resident
+from lowbit_dist.memory.resident import parameters, per_linear_weight, resident
 from lowbit_dist.memory.simulation import simulate_step
 from lowbit_dist.model import shapes
 
@@ -38,6 +38,7 @@ def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict
 def compare(config: RunConfig, vocab_size: int, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The largest worker of `measured` (one report a worker), against the plans of the baselines."""
     own = largest(measured) | {"states": config.optimizer.states}
+    own |= per_linear_weight(config, shapes(config, vocab_size), own["workers"])
     return _against("measured", own, baselines(config, vocab_size, own["workers"]))
 
 

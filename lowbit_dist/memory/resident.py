@@ -4,6 +4,7 @@ It is what `live.measure` finds on the engine, simulated or real, without an eng
 baselines' while it trains.
 """
 
+from collections.abc import Collection
 from math import prod
 
 from torch import nn
@@ -20,19 +21,39 @@ def parameters(config: RunConfig, model: nn.Module) -> Parameters:
     return Parameters(n_low_bit, sum(numels.values()) - n_low_bit)
 
 
-def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int]:
-    """Component -> bytes on worker 0, which has the most: the last ones' shards are short."""
+def per_linear_weight(config: RunConfig, model: nn.Module, workers: int) -> dict[str, float]:
+    """Bytes over all workers for each weight of a linear layer but the head: of what holds its value, and of
+    that with the optimizer's states; embeddings and gradients are in neither.
+    """
+    linear = models.linear_weights(model)
+    sizes = resident(config, model, workers, only=linear)
+    n = max(1, sum(p.numel() for name, p in model.named_parameters() if name in linear))
+    weights = sum(sizes[part] for part in ("low_bit_weights", "scales", "other_weights"))
+    return {
+        "bytes_per_linear_weight": weights * workers / n,
+        "bytes_per_linear_weight_with_states": (weights + sizes["optimizer_states"]) * workers / n,
+    }
+
+
+def resident(
+    config: RunConfig, model: nn.Module, workers: int, *, only: Collection[str] | None = None
+) -> dict[str, int]:
+    """Component -> bytes on worker 0, which has the most: the last ones' shards are short.
+
+    only: of these parameters; None: of all, and of the model's buffers
+    """
+    named = {name: p for name, p in model.named_parameters() if only is None or name in only}
     sizes = dict.fromkeys(RESIDENT, 0)
     buffers = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model.buffers()}
-    sizes["buffers"] = sum(buffers.values())
+    sizes["buffers"] = sum(buffers.values()) if only is None else 0
     stage = 3 if config.zero.stage is None else config.zero.stage
     itemsize = 2 if config.precision == "bf16" else 4
     # In float32 the weights themselves are updated; behind others stand float32 ones.
     master = 0 if itemsize == 4 else 4
     linear = set(models.linear_weights(model))
-    rules = [config.optimizer.of(is_linear=name in linear) for name, _ in model.named_parameters()]
+    rules = [config.optimizer.of(is_linear=name in linear) for name in named]
     if stage < 3:  # whole weights for the passes, gradients that are freed at each step
-        whole = [tuple(p.shape) for p in model.parameters()]
+        whole = [tuple(p.shape) for p in named.values()]
         n = sum(map(prod, whole)) if stage == 0 else flat_numel(sum(map(prod, whole)), workers)
         parts = whole if stage == 0 else [(n // workers,)]
         sizes["other_weights"] = n * itemsize + sum(map(prod, parts)) * (master if stage == 0 else 4)
@@ -41,7 +62,7 @@ def resident(config: RunConfig, model: nn.Module, workers: int) -> dict[str, int
         )
         return sizes
     low_bit = set(models.low_bit_names(model, config.method))
-    for rule, (name, p) in zip(rules, model.named_parameters(), strict=True):
+    for rule, (name, p) in zip(rules, named.items(), strict=True):
         n = p.numel()
         # Packed ZeRO-3's shards are whole blocks, as many on every worker.
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
