@@ -40,8 +40,8 @@ def released(grid, *, highest):
 
 
 def published(packed, u):
-    """What the authors' code rounds by chance to whole levels, and their size: of their AdamW's step p with its
-    decay clamp(p * s), s = Qp / p_old.max(); in Python floats.
+    """What the authors' code rounds by chance to whole levels, and their size: of their AdamW's step p with
+    its decay clamp(p * s), s = Qp / p_old.max(); in Python floats.
     """
     old = [level * packed.scale.item() for level in packed.levels().flatten().tolist()]
     s, grid = packed.grid.high / max(old), packed.grid

@@ -49,7 +49,8 @@ moved weight in levels of that:
 So its grid can shrink, once every weight has left the highest level, and never grow.
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -79,10 +80,10 @@ class DQT(Method):
         "Whether the scale of the first weights stays, or is derived in each step from the largest weight, "
         "as in the authors' code, which trains all tensors so, with optimizer.eps_before_correction.",
     )
-    tensors: Literal["linears", "all"] | None = setting(
-        None,
+    tensors: Literal["linears", "all"] = setting(
+        "linears",
         "Which weights are codes: those of the linear layers but the head, or embeddings, head and the gains "
-        "of norms, too; null is linears, and all under released rules.",
+        "of norms, too, which is the default under released rules.",
     )
     scale: Literal["absmean", "absmax", "rms"] = setting(
         "absmean",
@@ -126,6 +127,12 @@ class DQT(Method):
         "Whether RMSNorm stands before o_proj and down_proj, too (SubLN), as in BitNet; llama.cpp's llama "
         "has none.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_rules_are_of_all_tensors(cls, given: Any) -> Any:
+        is_released = isinstance(given, Mapping) and given.get("rules") == "released"
+        return {"tensors": "all", **given} if is_released else given
 
     @model_validator(mode="after")
     def _group_fits(self) -> Self:
@@ -203,7 +210,7 @@ class DQT(Method):
         return INNER_LINEARS if self.sub_norms else ()
 
     def is_low_bit(self, is_linear: bool) -> bool:
-        return is_linear or (self.tensors or ("linears" if self.rules == "paper" else "all")) == "all"
+        return self.tensors == "all" or is_linear
 
     @property
     def _factor(self) -> float:
