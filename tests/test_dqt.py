@@ -12,6 +12,7 @@ from torch import nn
 
 from lowbit_dist import configfile, ops
 from lowbit_dist.convert import Optimizer, convert_
+from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.methods import DQT, Flip
 from lowbit_dist.ops import reference, rng
@@ -137,7 +138,7 @@ def test_the_released_codes_adamw_adds_eps_before_the_bias_is_corrected():
 def test_released_rules_in_plain_pytorch():
     """The step that a layer's optimizer makes: the codes of the op, and the scale that it rounds them to."""
     _, weight, _ = case(out=8)
-    method = DQT(grid="int8", rules="released", tensors="linears", activation_bits=None)
+    method = DQT(grid="int4", rules="released", tensors="linears", activation_bits=None)
     layer = nn.Linear(256, 8, bias=False)
     layer.weight = nn.Parameter(weight)
     model = convert_(nn.Sequential(layer), method)
@@ -149,10 +150,10 @@ def test_released_rules_in_plain_pytorch():
         optimizer.step()
         scales.append(packed.scale.item())
         highest = int(before.max())
-        assert scales[-1] == torch.tensor(first * highest / 127).half().float().item()
-        places = (before.double() * first * 0.5 / scales[-1]).clamp(-128, 127)  # half decays in a step
+        assert scales[-1] == torch.tensor(first * highest / 7).half().float().item()
+        places = (before.double() * first * 0.5 / scales[-1]).clamp(-8, 7)  # half decays in a step
         assert (packed.levels() - places).abs().max() < 1 and not torch.equal(packed.levels(), before)
-    assert scales[0] > scales[1] > scales[2], "the first step leaves the highest level"
+    assert scales[0] > scales[1] > scales[2], "each step leaves the highest level"
 
 
 def test_all_tensors_are_codes_under_released_rules_unless_others_are_asked_for():
@@ -249,7 +250,9 @@ REPRODUCIBLE = {
     "micro_batch": 1,
 }  # fmt: skip
 RUNS = {
-    "released": ({"name": "dqt", "grid": "int4", "rules": "released"}, {"lr": 0.05, "weight_decay": 5.0}),
+    "released": (  # so large a decay leaves the highest level at once
+        {"name": "dqt", "grid": "int4", "rules": "released"}, {"lr": 0.05, "weight_decay": 10.0, "eps": 0.1}
+    ),
     "annealed": ({"name": "dqt", "grid": "int4", "rounding_anneal": 0.75}, {}),
     "switched": ({"name": "dqt", "grid": "int8", "forward": "ternary", "forward_from": 0.5}, {}),
     "switched, annealed": (
@@ -282,6 +285,8 @@ def recorded(folder):
 
     names = ("step", "loss", "val_loss", "flip_rate", "zero_fraction", "saturation", "entropy")
     layers = [row["layers"] for row in rows_of(folder / LAYERS)]
+    for of_layer in (of_layer for row in layers for of_layer in row.values()):
+        of_layer.pop("grad_norm")  # a sum of floats
     return layers, [[row.get(name) for name in names] for row in rows_of(folder / METRICS)]
 
 
@@ -290,12 +295,10 @@ def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, optimize
     whole, folder = run("on1", method, optimizer, 1)
     digests = {world: run(f"on{world}", method, optimizer, world)[0]["digest"] for world in (2, 3)}
     assert set(digests.values()) == {whole["digest"]}, digests
-    for stop_at in (1, 2, 3):
-        run(f"cut{stop_at}", method, optimizer, 2, stop_at=stop_at)
-        summary, cut = run(f"cut{stop_at}", method, optimizer, 3)
-        assert summary["digest"] == whole["digest"]
-        assert summary["val_loss"] == whole["val_loss"]
-        assert recorded(cut) == recorded(folder)
+    run("cut", method, optimizer, 2, stop_at=2)  # just before a forward pass changes, and just after
+    summary, cut = run("cut", method, optimizer, 3)
+    assert (summary["digest"], summary["val_loss"]) == (whole["digest"], whole["val_loss"])
+    assert recorded(cut) == recorded(folder)
 
 
 def test_released_scales_shrink_in_a_run_and_an_update_of_the_paper_leaves_them(run):
@@ -342,7 +345,7 @@ def test_a_run_whose_forward_pass_changes_is_first_one_and_then_the_other(run):
 
 def test_flip_has_rules_and_rounding_of_its_own():
     assert Flip().rules == "paper"
-    with pytest.raises(ValueError, match="must be left out for method flip"):
+    with pytest.raises(ConfigError, match="must be left out for method flip"):
         Flip(rounding_anneal=0.1)
     with pytest.raises(ValueError, match="paper"):
         Flip(rules="released")
