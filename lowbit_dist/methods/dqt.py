@@ -46,7 +46,8 @@ moved weight in levels of that:
     scale'  =  max(W) / high            the highest level where a weight has it: then scale' is scale
     level'  =  clamp((W (1 - lr * weight_decay) - lr * u) / scale') rounded by chance
 
-So its grid can shrink, once every weight has left the highest level, and never grow.
+So its grid can shrink, once every weight has left the highest level, and never grow.  (The authors decay the
+moved weight: that is another step by lr * weight_decay of it.)
 """
 
 from collections.abc import Mapping
