@@ -196,6 +196,11 @@ class RunConfig(Section):
                 f"zero.residency ({zero.residency}) must be sharded for method {method.name}: only packed "
                 "codes can be replicated; write zero.stage: 2 to keep whole weights on every worker"
             )
+        if zero.residency != "sharded" and len(method.stages(self.train.steps)) > 1:
+            raise ConfigError(
+                f"zero.residency ({zero.residency}) must be sharded for method {method.label}: what is "
+                "replicated would change with the forward pass; write zero.residency: sharded"
+            )
         if zero.stage in (1, 2) and self.optimizer.states == "int8":
             raise ConfigError(
                 f"optimizer.states (int8) must not be used with zero.stage {zero.stage}: blocks of {BLOCK} "

@@ -136,6 +136,11 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name, layer in layers.items():
         if others := [holder for holder in holders[id(layer.weight)] if holder != f"{name}.weight"]:
             raise ValueError(f"layer {name}: its weight is {others[0]} too; keep both out of the conversion")
+    if len(method.stages(100)) > 1 or method.nearest(100, 100):
+        raise ValueError(
+            f"{method.label} changes within a training, whose length convert_ does not know; train with a "
+            "configuration"
+        )
     if method.stored is not None:
         _check_packable(layers, method)
     before = {name for name, _ in model.named_parameters()}
@@ -237,7 +242,7 @@ class Optimizer(torch.optim.Optimizer):
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
         self.rules: dict[Tensor, Rule] = {}
-        self.accumulators: dict[Tensor, ops.Accumulator | None] = {}
+        self.methods: dict[Tensor, Method] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
             if not p.requires_grad:
@@ -253,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
             inner = name if not owner else name[len(owner) + 1 :]
             is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
             self.rules[p] = rule.of(is_linear=is_low_bit)
-            self.accumulators[p] = method.accumulator
+            self.methods[p] = method
             rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
             group = {
                 "params": [],
@@ -293,8 +298,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _move(self, p: Tensor, now: ops.Now) -> None:
         assert p.grad is not None, "parameters without a gradient are left out"
+        scale = None
         if isinstance(p, PackedParameter):
             t = p.packed.tensor
+            scale = self.methods[p].rescaled(t.as_shard())
             target: ops.Codes | ops.Weights = ops.Codes(
                 t.codes,
                 t.scale,
@@ -303,6 +310,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.ids[p],
                 first_block=0,
                 residual=self._residual(p),
+                next_scale=scale,
             )
         else:
             target = ops.Weights(p.data.view(-1))
@@ -313,9 +321,11 @@ class Optimizer(torch.optim.Optimizer):
             rule.step_(target, p.grad.reshape(-1), state, now=now, shape=tuple(p.shape))
         else:
             ops.whole_step_(target, p.grad, state, rule=rule, now=now)
+        if isinstance(target, ops.Codes) and scale is not None:
+            target.scale.copy_(scale)
 
     def _residual(self, p: Tensor) -> ops.Residual | None:
-        if (kept := self.accumulators[p]) is None:
+        if (kept := self.methods[p].accumulator) is None:
             return None
         state = self.state[p]
         if "residual" not in state:

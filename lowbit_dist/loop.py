@@ -49,7 +49,7 @@ def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbe
             limit = guard.norm_limit(position.norms, train.max_grad_ratio)
             logs = _is_due(now.step, train.log_every, train.steps)
             previous_norm = position.norms[-1] if position.norms else 0.0
-            before = worker.layers.viewed() if logs else {}  # gradients may be applied in the passes
+            before = worker.layers.viewed(now.step) if logs else {}  # gradients may be applied in the passes
             with (
                 worker.sampled(now.step),
                 worker.engine.step(now, limit, norms=logs, previous_norm=previous_norm) as step,

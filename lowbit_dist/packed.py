@@ -54,6 +54,10 @@ class PackedTensor:
     def levels(self) -> Tensor:  # `shape` int8
         return ops.unpack(self.codes, grid=self.grid).view(self.shape)
 
+    def as_shard(self) -> "PackedShard":
+        """All of it, as the part of the only worker; it shares memory."""
+        return PackedShard(self.codes, self.scale, self.scale_every, self.grid, self.shape, first_block=0)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:  # `shape` float32 or bfloat16
         out = torch.empty(self.numel, dtype=dtype, device=self.codes.device)
         ops.decode(

@@ -140,7 +140,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
         path=checkpoint.path,
         step=checkpoint.step,
         hf_config=_own_config(checkpoint),
-        method=config.method,
+        method=config.method.at(max(1, checkpoint.step), config.train.steps),
         precision=config.precision,
         names=checkpoint.names,
         read=read,

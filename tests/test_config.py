@@ -42,15 +42,16 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "model.layers": None, "model.heads": None, "model.kv_heads": None, "model.pretrained": None,
         "model.max_seq_len": 2048, "model.rope_theta": 10000.0, "model.norm_eps": 1e-5,
         "model.tie_embeddings": False,
-        "method.name": "dqt", "method.grid": "ternary", "method.tensors": "linears",
+        "method.name": "dqt", "method.grid": "ternary", "method.rules": "paper", "method.tensors": "linears",
         "method.scale": "absmean", "method.granularity": "tensor", "method.group": 128,
-        "method.range_factor": None, "method.forward": "stored",
+        "method.range_factor": None, "method.forward": "stored", "method.forward_from": 0.0,
+        "method.rounding_anneal": None,
         "method.activation_bits": 8, "method.sub_norms": False,
         "data.path": "data/stdlib", "data.seq_len": 256, "data.tokenizer": None, "data.cache": None,
         "data.document_mask": False,
         "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.low_bit_lr_ratio": 1.0,
-        "optimizer.betas": [0.9, 0.95],
-        "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
+        "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8, "optimizer.eps_before_correction": False,
+        "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
         "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
         "schedule.weight_decay_until": None,
@@ -282,12 +283,15 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
     assert old.differences(load(tmp_path, GOOD, "method.name=bitnet")) == [
         "method.name: dqt -> bitnet",
         "method.grid: ternary -> absent",
+        "method.rules: paper -> absent",
         "method.tensors: linears -> absent",
         "method.scale: absmean -> absent",
         "method.granularity: tensor -> absent",
         "method.group: 128 -> absent",
         "method.range_factor: null -> absent",
         "method.forward: stored -> absent",
+        "method.forward_from: 0.0 -> absent",
+        "method.rounding_anneal: null -> absent",
         "method.sub_norms: false -> true",
     ]
     assert load(tmp_path, GOOD, "method.activation_bits=null").differences(
@@ -295,12 +299,15 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
     ) == [
         "method.name: dqt -> dense",
         "method.grid: ternary -> absent",
+        "method.rules: paper -> absent",
         "method.tensors: linears -> absent",
         "method.scale: absmean -> absent",
         "method.granularity: tensor -> absent",
         "method.group: 128 -> absent",
         "method.range_factor: null -> absent",
         "method.forward: stored -> absent",
+        "method.forward_from: 0.0 -> absent",
+        "method.rounding_anneal: null -> absent",
         "method.activation_bits: null -> absent",
         "method.sub_norms: false -> absent",
     ]
@@ -311,6 +318,7 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         "optimizer.lr: 0.001 -> 0.0002",
         "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]",
         "optimizer.eps: 1e-08 -> absent",
+        "optimizer.eps_before_correction: false -> absent",
     ]
 
 
@@ -629,8 +637,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "method: unknown name 'qqqqqqq'; method dense has no options"),
     "an option of no method": (
         GOOD, ("method.qqqqqqq=1",),
-        "method: unknown name 'qqqqqqq'; method dqt has grid, tensors, scale, granularity, group, "
-        "range_factor, forward, activation_bits, sub_norms"),
+        "method: unknown name 'qqqqqqq'; method dqt has grid, rules, tensors, scale, granularity, "
+        "group, range_factor, forward, forward_from, rounding_anneal, activation_bits, sub_norms"),
     "an option that stands elsewhere": (
         GOOD, ("method.residency=sharded",),
         "method: unknown name 'residency'; did you mean 'zero.residency'?"),

@@ -413,6 +413,7 @@ CASES = [
     {"method": {"name": "tbt", "activation_bits": 2}, "precision": "bf16", "train": CHECKPOINTED},
     {"method": {"grid": "int8", "forward": "ternary"}, "zero": {"residency": "replicated"}},
     {"method": {"grid": "int8", "forward": "ternary", "granularity": "group"}, "precision": "bf16"},
+    {"method": {"grid": "int8", "rules": "released"}},
 ]
 WORLDS = (2, 1, 2, 3)  # of one case after another
 

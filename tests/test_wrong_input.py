@@ -289,6 +289,28 @@ CASES = {
     "norms in a ternary forward pass": (
         NOTHING, "train run.yaml 'method={grid: int8, tensors: all, forward: ternary}'",
         ("method.forward (ternary)", "go with method.tensors linears", "write method.tensors: linears")),
+    "a ternary forward pass that begins without being asked for": (
+        NOTHING, "train run.yaml 'method={grid: int8, forward_from: 0.5}'",
+        ("method.forward_from (0.5)", "go with method.forward ternary", "write method.forward: ternary")),
+    "a forward pass that never changes": (
+        NOTHING, "train run.yaml 'method={grid: int8, forward: ternary, forward_from: 1.0}'",
+        ("method.forward_from (1.0)", "less than 1")),
+    "replicated codes that change in the run": (
+        NOTHING,
+        "train run.yaml zero.residency=replicated 'method={grid: int8, forward: ternary, forward_from: 0.5}'",
+        ("zero.residency (replicated)", "must be sharded", "write zero.residency: sharded")),
+    "a scale that the released rules do not know": (
+        NOTHING, "train run.yaml 'method={rules: released, granularity: row}'",
+        ("method.granularity (row)", "must be tensor under method.rules released", "method.rules: paper")),
+    "a ternary forward pass under released rules": (
+        NOTHING, "train run.yaml 'method={rules: released, grid: int8, forward: ternary}'",
+        ("method.forward (ternary)", "must be stored under method.rules released", "method.rules: paper")),
+    "rounding of flip": (
+        NOTHING, "train run.yaml 'method={name: flip, rounding_anneal: 0.2}'",
+        ("method.rounding_anneal (0.2)", "left out for method flip", "leave it out")),
+    "released rules of flip": (
+        NOTHING, "train run.yaml 'method={name: flip, rules: released}'",
+        ("method.rules ('released')", "paper")),
     "slices that do not divide the rows": (
         NOTHING, "train run.yaml run.name=new 'method={name: trilm, slices: 5}'",
         ("model: method trilm", "layer model.layers.0.", "5 slices do not divide", "write other sizes")),

@@ -120,3 +120,6 @@ class _Shapes:
 
     def unpack(self, codes: Tensor, *, grid: Grid) -> Tensor:
         return torch.empty(codes.numel() * 8 // grid.bits, dtype=torch.int8)
+
+    def code_counts(self, codes: Tensor, *, grid: Grid) -> Tensor:
+        return torch.empty(grid.n_levels, dtype=torch.int64)

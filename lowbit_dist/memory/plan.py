@@ -73,8 +73,14 @@ def _against(known: str, own: dict[str, Any], plans: dict[str, dict[str, Any]]) 
 @lru_cache(maxsize=64)
 def planned(config: RunConfig, vocab_size: int, workers: int, *, with_step: bool = True) -> dict[str, Any]:
     """Bytes per worker of one run, without its baselines; `with_step`: and what lives only inside a step,
-    which takes a simulated one to know.
+    which takes a simulated one to know.  Of a method that changes in training, when it takes the most.
     """
+    stages = config.method.stages(config.train.steps)
+    if len(stages) > 1:
+        configs = [config.model_copy(update={"method": method}) for method in stages]
+        plans = (planned(stage, vocab_size, workers, with_step=with_step) for stage in configs)
+        key = "peak_bytes_per_worker" if with_step else "resident_bytes_per_worker"
+        return max(plans, key=lambda plan: plan[key])
     model = shapes(config, vocab_size)
     peak = _peak(config, vocab_size, workers) if with_step else None
     at_rest = resident(config, model, workers)

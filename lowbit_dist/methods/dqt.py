@@ -39,11 +39,19 @@ remains.  One step flips few codes (the flip rate), but in the direction of the 
 saturates: a ternary 1 that should grow stays.  The rounding is `ops.apply_`, and its random bits are a
 function of seed, step, tensor and position (ops/reference.py).
 
-The stored grid is the forward grid.  The paper's released code re-derives the scale at each step from the
-largest weight (which can only shrink it); here the scale of the initialisation is stored and stays.
+The stored grid is the forward grid, and the scale of the first weights stays.  The authors' released code
+(`rules: released`) derives it anew in each step, from the largest weight W of the tensor, and rounds the
+moved weight in levels of that:
+
+    scale'  =  max(W) / high            the highest level where a weight has it: then scale' is scale
+    level'  =  clamp((W (1 - lr * weight_decay) - lr * u) / scale') rounded by chance
+
+So its grid can shrink, once every weight has left the highest level, and never grow.  (The authors decay the
+moved weight: that is another step by lr * weight_decay of it.)
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -51,7 +59,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lowbit_dist import ops
-from lowbit_dist.errors import ConfigError
+from lowbit_dist.errors import ConfigError, plain
 from lowbit_dist.grid import BLOCK, GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import GROUP, Group, Method
@@ -68,10 +76,15 @@ class DQT(Method):
     grid: Literal["ternary", "int2", "int3", "int4", "int8"] = setting(
         "ternary", "The levels that a weight may have; the code of each is all that is kept of it."
     )
+    rules: Literal["paper", "released"] = setting(
+        "paper",
+        "Whether the scale of the first weights stays, or is derived in each step from the largest weight, "
+        "as in the authors' code, which trains all tensors so, with optimizer.eps_before_correction.",
+    )
     tensors: Literal["linears", "all"] = setting(
         "linears",
         "Which weights are codes: those of the linear layers but the head, or embeddings, head and the gains "
-        "of norms, too, as in the paper's released code.",
+        "of norms, too, which is the default under released rules.",
     )
     scale: Literal["absmean", "absmax", "rms"] = setting(
         "absmean",
@@ -96,6 +109,17 @@ class DQT(Method):
         "What the forward pass multiplies with: the codes as they are stored, or ternary ones, made of them "
         "after each update, which are what gathers move; their scale is the mean magnitude at that moment.",
     )
+    forward_from: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0,
+        "When the forward pass begins to see ternary codes; until then it sees the stored ones.",
+        unit="of train.steps",
+    )
+    rounding_anneal: Annotated[float, Field(gt=0, le=1)] | None = setting(
+        None,
+        "The last part of the run, in which rounding goes from chance to the nearest level, in a line; null "
+        "leaves it to chance.",
+        unit="of train.steps",
+    )
     activation_bits: Literal[8] | None = setting(
         8, "Inputs of low-bit layers are rounded to so many bits for each token; null does not.", unit="bits"
     )
@@ -104,6 +128,12 @@ class DQT(Method):
         "Whether RMSNorm stands before o_proj and down_proj, too (SubLN), as in BitNet; llama.cpp's llama "
         "has none.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_rules_are_of_all_tensors(cls, given: Any) -> Any:
+        is_released = isinstance(given, Mapping) and given.get("rules") == "released"
+        return {"tensors": "all", **given} if is_released else given
 
     @model_validator(mode="after")
     def _group_fits(self) -> Self:
@@ -115,8 +145,26 @@ class DQT(Method):
         return self
 
     @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        if self.rules == "paper":
+            return self
+        only = {"scale": "absmean", "granularity": "tensor", "range_factor": None, "forward": "stored"}
+        for field, value in only.items():
+            if (chosen := getattr(self, field)) != value:
+                raise ConfigError(
+                    f"method.{field} ({plain(chosen)}) must be {plain(value)} under method.rules released, "
+                    f"which know no other; write method.{field}: {plain(value)}, or method.rules: paper"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _forward_is_coarser(self) -> Self:
         if self.forward == "stored":
+            if self.forward_from:
+                raise ConfigError(
+                    f"method.forward_from ({self.forward_from:g}) must go with method.forward ternary, which "
+                    "begins then; write method.forward: ternary, or leave it out"
+                )
             return self
         if self.grid == self.forward:
             raise ConfigError(
@@ -132,8 +180,10 @@ class DQT(Method):
 
     @property
     def label(self) -> str:
+        rules = "" if self.rules == "paper" else f" {self.rules}"
         coarser = "" if self.forward == "stored" else f", {self.forward} forward"
-        return f"{self.name} {self.grid}{coarser}"
+        begins = f" from {self.forward_from:g}" if self.forward_from else ""
+        return f"{self.name}{rules} {self.grid}{coarser}{begins}"
 
     @property
     def stored(self) -> Grid:
@@ -163,10 +213,43 @@ class DQT(Method):
     def is_low_bit(self, is_linear: bool) -> bool:
         return self.tensors == "all" or is_linear
 
-    def quantize(self, weight: Tensor) -> PackedTensor:
+    @property
+    def _factor(self) -> float:
         is_finer = self.forward != "stored" and self.scale == "absmean"
-        factor = self.range_factor or (3.0 if is_finer else 1.0)
-        return PackedTensor.quantize(weight, self._scale(weight, self.stored, factor), self.stored)
+        return self.range_factor or (3.0 if is_finer else 1.0)
+
+    def at(self, step: int, steps: int) -> Self:
+        if not self.forward_from:
+            return self
+        seen = self.forward if step > self.forward_from * steps else "stored"
+        # The range is that of the first weights.
+        return self.model_copy(update={"forward": seen, "forward_from": 0.0, "range_factor": self._factor})
+
+    def nearest(self, step: int, steps: int) -> float:
+        length = steps * (self.rounding_anneal or 0.0)
+        return max(0.0, 1 - (steps - step) / length) if length else 0.0
+
+    def quantize(self, weight: Tensor) -> PackedTensor:
+        return PackedTensor.quantize(weight, self._scale(weight, self.stored, self._factor), self.stored)
+
+    def rescaled(self, shard: PackedShard) -> Tensor | None:
+        """Of released rules: with the largest weight of the whole tensor at the highest level.
+
+        A tensor without a positive weight, for which the authors' code divides by 0 or turns all signs, keeps
+        its scale.
+        """
+        if self.rules == "paper":
+            return None
+        counts = ops.code_counts(shard.codes, grid=shard.grid)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        if counts[-1].item():
+            return None
+        positive = counts[1 - shard.grid.low :].nonzero()
+        if not len(positive):
+            return None
+        highest = 1 + int(positive[-1])
+        return representable((shard.scale.double() * highest / shard.grid.high).float())
 
     def sent(self, shard: PackedShard) -> PackedShard:
         """Ternary by mean magnitude, as BitNet makes them of latent weights: round(level / mean|level|) of

@@ -14,10 +14,11 @@ BitBop and TTF.  The residual integrates gradients, so that no first moment is n
 rmsprop` has none.  That is 2.25 bytes a weight, states included; and with its `second_moment: factored` 1.25.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lowbit_dist.errors import ConfigError
 from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.ops import Accumulator
 from lowbit_dist.section import setting
@@ -31,9 +32,21 @@ class Flip(DQT):
     leak: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0, "The share of its residual that a weight forgets in each step."
     )
+    rules: Literal["paper"] = setting(  # type: ignore[assignment]
+        "paper", "The scale of the first weights stays: a residual is a share of it."
+    )
     on_flip: Literal["subtract", "reset"] = setting(
         "subtract", "What a flip leaves of the residual: what is more than a level, or nothing."
     )
+
+    @model_validator(mode="after")
+    def _codes_are_not_rounded(self) -> Self:
+        if self.rounding_anneal is not None:
+            raise ConfigError(
+                f"method.rounding_anneal ({self.rounding_anneal:g}) must be left out for method flip, which "
+                "rounds residuals alone by chance; leave it out"
+            )
+        return self
 
     @property
     def accumulator(self) -> Accumulator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import AfterValidator, Field
 
@@ -61,6 +61,25 @@ class Method(Section):
         """
         return self.stored
 
+    def at(self, step: int, steps: int) -> Self:
+        """The method as it is in step `step` (from 1) of `steps`: this one, unless what it sends of weights
+        changes, once, in training.
+
+        What it says of layers and of first weights stays.
+        """
+        return self
+
+    def stages(self, steps: int) -> list[Self]:
+        """What the method is at first, and what it is at last, if that is another."""
+        first, last = self.at(1, steps), self.at(steps, steps)
+        return [first] if first == last else [first, last]
+
+    def nearest(self, step: int, steps: int) -> float:
+        """How far the rounding of stored weights has gone, in step `step` (from 1) of `steps`, from chance,
+        0, to the nearest level, 1.
+        """
+        return 0.0
+
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         """The layer that takes the place of `layer`, which is called `name` in the model.
 
@@ -113,6 +132,14 @@ class Method(Section):
         """What an update keeps of a stored weight beside its code; None: nothing, it is rounded by chance."""
         return None
 
+    def rescaled(self, shard: PackedShard) -> Tensor | None:
+        """The scale that a stored weight gets in an update, of what the weight is before it: float32, in the
+        shape of `shard.scale`; None: it stays.
+
+        Asked in each update as `sent` is after it: on every worker, parameter by parameter in one order.
+        """
+        return None
+
     @property
     def sent_grid(self) -> Grid | None:
         """The grid of the codes that a gather moves: `stored`, or a coarser one, which `sent` then makes."""
@@ -131,11 +158,9 @@ class Method(Section):
         """A stored weight as its layer is given it: on `sent_grid`."""
         if self.sent_grid == self.stored:
             return tensor
-        from lowbit_dist.packed import PackedShard, PackedTensor
+        from lowbit_dist.packed import PackedTensor
 
-        t = self.sent(
-            PackedShard(tensor.codes, tensor.scale, tensor.scale_every, tensor.grid, tensor.shape, 0)
-        )
+        t = self.sent(tensor.as_shard())
         return PackedTensor(t.codes, t.scale, t.scale_every, t.grid, t.shape)
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:

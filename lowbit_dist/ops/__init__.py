@@ -59,8 +59,8 @@ def step_(
     _check_tensor("grad", grad, _FLOATS)
     _check_state(state, rule, grad.numel())
     _check_one_device(*_tensors(target), grad, *(tensor for slot in state for tensor in slot.tensors))
-    backend = _updating(target, grad.device)
-    if rule.fused is not None and not _has_residual(target):
+    backend = _updating(target, now, grad.device)
+    if rule.fused is not None and not _is_special(target, now):
         return backend.step_(target, grad, state, rule=rule, now=now)
     flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     for start, stop in reference.chunks(grad.numel(), grad.device):
@@ -98,7 +98,7 @@ def apply_(
     _check_target(target, u.numel(), "u")
     _check_tensor("u", u, (torch.float32,))
     _check_one_device(*_tensors(target), u)
-    return _updating(target, u.device).apply_(target, u, now=now)
+    return _updating(target, now, u.device).apply_(target, u, now=now)
 
 
 def decode(
@@ -166,14 +166,22 @@ def _backend(device: torch.device) -> ModuleType:
     return _host_backend(device)
 
 
-def _updating(target: Codes | Weights, device: torch.device) -> ModuleType:
-    """Codes with residuals have no Triton kernel: on a GPU they are updated in plain torch."""
+def _updating(target: Codes | Weights, now: Now, device: torch.device) -> ModuleType:
+    """Codes with residuals have no Triton kernel; those that get another scale, or are rounded by less than
+    chance, which few steps of a run do, none at all: they are updated in plain torch.
+    """
     backend = _backend(device)
-    return reference if _has_residual(target) and backend is not cpu else backend
+    if not _is_special(target, now):
+        return backend
+    is_in_c = backend is cpu and isinstance(target, Codes) and target.residual is not None
+    return backend if is_in_c else reference
 
 
-def _has_residual(target: Codes | Weights) -> bool:
-    return isinstance(target, Codes) and target.residual is not None
+def _is_special(target: Codes | Weights, now: Now) -> bool:
+    """Whether no fused kernel knows the update."""
+    return isinstance(target, Codes) and (
+        target.residual is not None or target.next_scale is not None or now.nearest > 0
+    )
 
 
 def _host_backend(device: torch.device) -> ModuleType:
@@ -185,7 +193,8 @@ def _tensors(target: Codes | Weights) -> tuple[Tensor, ...]:
     if isinstance(target, Weights):
         return (target.weight,)
     residual = () if target.residual is None else (target.residual.counts,)
-    return (target.codes, target.scale, *residual)
+    next_scale = () if target.next_scale is None else (target.next_scale,)
+    return (target.codes, target.scale, *residual, *next_scale)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -213,6 +222,13 @@ def _check_target(target: Codes | Weights, n: int, name: str) -> None:
     if target.residual is not None:
         _check_tensor("residual", target.residual.counts, (torch.int8,))
         _check_count("residual", target.residual.counts, n, n)
+    if target.next_scale is not None:
+        _check_tensor("next_scale", target.next_scale, (torch.float32,))
+        if target.next_scale.shape != target.scale.shape or target.residual is not None:
+            raise ValueError(
+                f"next_scale has {target.next_scale.numel()} elements; it must have {target.scale.numel()}, "
+                "as scale has, and stand beside no residual"
+            )
     if not 0 <= target.tensor < 2**32:
         raise ValueError(f"tensor is {target.tensor}; it must be from 0 to 2**32 - 1")
 

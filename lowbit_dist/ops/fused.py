@@ -34,7 +34,7 @@ def factors(rule: Any, now: Now) -> Factors:
     plain = now.grad_scale, beta1, 1 - beta1, beta2, 1 - beta2
     if rule.fused == "lion":
         return Factors(*plain)
-    return Factors(*plain, 1 / (1 - beta1**now.update), 1 / (1 - beta2**now.update), rule.eps)
+    return Factors(*plain, 1 / (1 - beta1**now.update), 1 / (1 - beta2**now.update), rule.eps_at(now.update))
 
 
 # With a direction that is given none of them is used.

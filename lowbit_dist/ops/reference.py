@@ -59,6 +59,11 @@ shares a byte, a scale or a call.  Ordinary weights move by
 
     w = w * (1 - lr * weight_decay) - u * lr
 
+Where rounding is on its way from chance to the nearest level, at `nearest` of 0 to 1, the fraction a - n is
+replaced by
+
+    clamp((a - n - nearest / 2) / (1 - nearest), 0, 1)        nearest 0.5: 0.25 -> 0, 0.6 -> 0.7, 0.8 -> 1
+
 All arithmetic is float32 in exactly this order, one rounding per operation, no fused multiply-add; constants
 such as lr * weight_decay are computed in double and then rounded.  So the backends agree bit for bit, and
 are tested against this file by equality.  `rng.py` says which word is whose, `states.py` how slots are kept,
@@ -67,7 +72,7 @@ Letters: N elements, B = N / 256 blocks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -106,12 +111,15 @@ class Now:
     grad_scale: float = 1.0
     # The number of this update, 1 for the first that slots see: the step's own, where none was skipped.
     update: int = 0
+    nearest: float = 0.0  # how far rounding has gone from chance, 0, to the nearest level, 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.step < 2**32:
             raise ValueError(f"step is {self.step}; steps count from 1 and stay below 2**32")
         if not self.update:
             object.__setattr__(self, "update", self.step)
+        if not 0 <= self.nearest <= 1:
+            raise ValueError(f"nearest is {self.nearest}; it must be from 0 to 1")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
 
@@ -160,6 +168,7 @@ class Codes:
     tensor: int  # the tensor's number in the random counter, below 2**32
     first_block: int  # place of the first block within the whole tensor
     residual: Residual | None = None  # None: a step is rounded to whole levels by chance
+    next_scale: Tensor | None = None  # of the codes after a step, in the shape of `scale`; None: the same
 
     @property
     def numel(self) -> int:
@@ -170,7 +179,7 @@ class Codes:
         codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
         block = self.first_block + start // BLOCK
         residual = self.residual and Residual(self.residual.counts[start:stop], self.residual.kept)
-        return Codes(codes, self.scale, self.scale_every, self.grid, self.tensor, block, residual)
+        return replace(self, codes=codes, first_block=block, residual=residual)
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,8 @@ def apply_(
         part, of_part = target.part(start, stop), u[start:stop]
         if isinstance(part, Weights):
             part.weight.copy_(part.weight * (1 - now.decay) - of_part * now.lr)
+        elif part.next_scale is not None:
+            flips += _rescale_codes(part, part.next_scale, of_part, now)
         elif part.residual is None:
             flips += _round_codes(part, of_part, now)
         else:
@@ -253,9 +264,25 @@ def _round_codes(target: Codes, u: Tensor, now: Now) -> Tensor:
     d = -((torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)) - old.float() * now.decay
     a = d.abs().clamp(max=LARGEST_STEP)
     whole = a.floor()
-    threshold = ((a - whole) * 2.0**32).to(torch.int64)
+    threshold = (_chance(a - whole, now) * 2.0**32).to(torch.int64)
     moved = whole.int() + (_words(target, now) < threshold).int()
     new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return (new != old).sum()
+
+
+def _rescale_codes(target: Codes, next_scale: Tensor, u: Tensor, now: Now) -> Tensor:
+    """The moved weight in levels of another scale, where hardly any is whole, rounded by chance; in double,
+    for a float32 would lose small steps beside a level.
+    """
+    grid, n, place = target.grid, target.numel, (target.first_block, target.scale_every)
+    old = unpack(target.codes, grid=grid).int().view(-1, PLANE)
+    before, after = (scale_of_planes(scale, n, *place).double() for scale in (target.scale, next_scale))
+    x = (old.double() * before * (1 - now.decay) - u.view(-1, PLANE).double() * now.lr) / after
+    x = x.clamp(grid.low, grid.high)
+    whole = x.floor()
+    threshold = (_chance(x - whole, now) * 2.0**32).to(torch.int64)
+    new = whole.int() + (_words(target, now) < threshold).int()
     target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
     return (new != old).sum()
 
@@ -280,6 +307,14 @@ def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tenso
     residual.counts.view(-1, PLANE).copy_(counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP))
     target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
     return has_flipped.sum()
+
+
+def _chance(fraction: Tensor, now: Now) -> Tensor:
+    """How often a fraction of a level becomes a whole one."""
+    if not now.nearest:
+        return fraction
+    # A float32 beside 1/2 differs from it by 2^-25 at least: at the end of the way all but 1/2 is certain.
+    return ((fraction - now.nearest / 2) * (1 / max(1 - now.nearest, 2.0**-25))).clamp(0, 1)
 
 
 def _words(target: Codes, now: Now) -> Tensor:  # [planes, PLANE]

@@ -46,7 +46,7 @@ class Engine:
     ):
         check_deepspeed()
         _init_comm()
-        self.config = config
+        self.config, self.method = config, config.method.at(1, config.train.steps)
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.device = _device()
         self.micro_batches = config.micro_batches
@@ -63,7 +63,7 @@ class Engine:
         self._marks = marks
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
-            self._partitioner.adopt(model, initial, config.method, set(low_bit))
+            self._partitioner.adopt(model, initial, self.method, set(low_bit))
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
@@ -81,7 +81,7 @@ class Engine:
             self._standard = StandardZero(self._engine, optimizer, stage)
             self.shards = self._standard.shards
         else:
-            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels), moving)
+            self.shards = self._engine.optimizer.make_shards(config, self.method, sorted(self.numels), moving)
 
     def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
         """How each parameter is updated."""
@@ -110,6 +110,7 @@ class Engine:
         not finite or lifts the norm above `limit`, before the step is dropped or before an exception, stay
         updated (`Update.n_released`).  Clipped is as a gradient of `previous_norm` would be; 0: not at all.
         """
+        self.turn(now.step)
         if self._standard is None:
             self._engine.optimizer.begin(now, limit, norms=norms, previous_norm=previous_norm)
         step = Step(self)
@@ -155,9 +156,19 @@ class Engine:
             self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
         return loss.detach()
 
-    def refresh(self) -> None:
-        """Make the forward pass see shards that were changed from outside (by loading); on every worker."""
-        (self._engine.optimizer if self._standard is None else self._standard).refresh()
+    def turn(self, step: int) -> None:
+        """Make the forward pass see what the method shows it in step `step`; on every worker."""
+        if self.config.method.at(step, self.config.train.steps) != self.method:
+            self.refresh(step)
+
+    def refresh(self, step: int) -> None:
+        """The same of shards that were changed from outside (by loading)."""
+        self.method = self.config.method.at(step, self.config.train.steps)
+        if self._standard is not None:
+            self._standard.refresh()
+            return
+        self._engine.optimizer.method = self.method
+        self._engine.optimizer.refresh()
 
     @contextmanager
     def full_weight(self, name: str) -> Iterator[Tensor]:

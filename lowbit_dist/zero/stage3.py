@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
+from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.zero.shards import Shard, packed_of
@@ -52,6 +53,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     limit: float  # set before each step: a larger gradient norm leaves the step out
     wants_norms: bool  # set before each step: of each parameter's gradient
     last_update: Update
+    method: Method  # the run's, as it is now
     shards: list[Shard]
     params: list[Any]  # the parameters of `shards`
 
@@ -107,9 +109,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
 
     def make_shards(
-        self, config: RunConfig, names: Sequence[str], moving: Mapping[str, Moving]
+        self, config: RunConfig, method: Method, names: Sequence[str], moving: Mapping[str, Moving]
     ) -> list[Shard]:
-        """Every parameter's shard on this worker, in DeepSpeed's order."""
+        """Every parameter's shard on this worker, in DeepSpeed's order; `method` is the first step's."""
+        self.method = method
         self.clip_norm = config.train.clip_norm
         self.micro_batches = config.micro_batches
         self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
@@ -119,7 +122,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             for p in group:
                 self.params.append(p)
                 self.moving.append(moving[p.lowbit_name])
-                self.shards.append(_shard(p, master, offset, self.moving[-1].rule, config.method.accumulator))
+                self.shards.append(_shard(p, master, offset, self.moving[-1].rule, method.accumulator))
                 offset += p.partition_numel()
         self.places = {p.ds_id: i for i, p in enumerate(self.params)}
         return self.shards
@@ -132,7 +135,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def _refresh(self, i: int) -> None:
         param, shard = self.params[i], self.shards[i]
         if (packed := packed_of(param)) is not None:
-            packed.refresh()
+            packed.refresh(self.method)
         elif param.ds_tensor.dtype != torch.float32:
             assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
             param.ds_tensor[: shard.numel].copy_(shard.weight)
@@ -255,10 +258,17 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
     def _update_shard(self, i: int, gradient: Tensor, now: ops.Now) -> Tensor | int:
+        shard, packed = self.shards[i], packed_of(self.params[i])
+        scale = None if packed is None else self.method.rescaled(packed.stored)
+        flips = self._move(i, shard.target(self.tensor_ids[shard.name], scale), gradient, now)
+        if scale is not None and shard.scale is not None:
+            shard.scale.copy_(scale)
+        return flips
+
+    def _move(self, i: int, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now) -> Tensor | int:
         shard, rule = self.shards[i], self.moving[i].rule
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
-        target = shard.target(self.tensor_ids[shard.name])
         if rule.scope == "shard":
             return rule.step_(
                 target, gradient, shard.slots,
