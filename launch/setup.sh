@@ -13,7 +13,9 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing into .venv (about 3 GB to download the first time)" >&2
     "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --upgrade pip
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+    # Without setuptools' ten lines on what an editable installation is.
+    PYTHONWARNINGS=ignore::UserWarning \
+        .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
     echo "$wanted" >.venv/.installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"

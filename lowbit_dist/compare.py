@@ -50,7 +50,7 @@ def _contents(run: RunFolder) -> dict[str, str]:
 
 
 def _kind(run: RunFolder, contents: Mapping[str, str]) -> str:
-    fields = {**run.config.flat(), **contents}
+    fields: dict[str, Any] = {**run.config.flat(), **contents}
     return repr({name: value for name, value in fields.items() if not name.startswith(ASIDE)})
 
 
