@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit_dist.files import atomic_write
 from lowbit_dist.record import LAYERS, METRICS, layer_name, rows_of
@@ -187,15 +187,11 @@ def loss_curves(
         axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
-    several = any(len(curves) > 1 for curves in groups.values())
-    axes.set_title(
-        f"{title}: thick is the mean, thin is each seed" if several else title,
-        loc="left", fontsize=12, color=INK,
-    )  # fmt: skip
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    title += (
+        ": thick is the mean, thin is each seed" if any(len(curves) > 1 for curves in groups.values()) else ""
+    )
     axes.margins(x=0.02)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    return _saved_with_legend(figure, axes, path, title)
 
 
 def loss_against_bytes(
@@ -221,11 +217,8 @@ def loss_against_bytes(
     axes.set_xlim(left=0)
     axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
     axes.set_ylabel("validation loss (nats per token)")
-    words = f"{title}, ± one standard deviation over seeds" if has_bars else title
-    axes.set_title(words, loc="left", fontsize=12, color=INK)
-    axes.grid(color="#dddddd", lw=0.8)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    title += ", ± one standard deviation over seeds" if has_bars else ""
+    return _saved_with_legend(figure, axes, path, title, grid="both")
 
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
@@ -272,10 +265,7 @@ def layer_curves(
     )
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylabel(UNITS["flip_rate"])
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
-    _legend_below(figure, axes)
-    return _saved(figure, path)
+    return _saved_with_legend(figure, axes, path, title)
 
 
 def _short(name: str) -> str:
@@ -299,23 +289,21 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     return [(x, sum(curve[x] for curve in values) / len(values)) for x in shared] or list(curves[0])
 
 
-def _legend_below(figure: "Figure", axes: "Axes") -> None:
-    """Outside the axes, where it covers nothing, in as many columns as its words leave room for."""
+def _saved_with_legend(
+    figure: "Figure", axes: "Axes", path: str | Path, title: str, *, grid: Literal["y", "both"] = "y"
+) -> Path:
+    """With the legend below, where it covers nothing, in as many columns as its words leave room for."""
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    axes.grid(axis=grid, color="#dddddd", lw=0.8)
     handles, labels = axes.get_legend_handles_labels()
-    if not labels:
-        return
-    columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
+    columns = max(1, min(len(labels), 100 // (max(map(len, labels), default=0) + 10)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.22 * rows)
     figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
         handlelength=1.6,
-    )
+    )  # fmt: skip
+    return _saved(figure, path)
 
 
 def bytes_per_parameter(memory: Mapping[str, Any]) -> Memory:
