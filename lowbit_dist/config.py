@@ -234,12 +234,6 @@ class RunConfig(Section):
                 f"{passes:,}: a gradient is gone before the next one could be added to it; write "
                 f"train.micro_batch: {larger} or train.batch_tokens: {self.train.batch_tokens // passes}"
             )
-        if method.forward_grid is None and self.optimizer.low_bit_lr_ratio != 1:
-            ratio = self.optimizer.low_bit_lr_ratio
-            raise ConfigError(
-                f"optimizer.low_bit_lr_ratio ({ratio:g}) must be left out for method "
-                f"{method.name}, whose forward pass has no weights on a grid; write optimizer.lr alone"
-            )
         if self.run.with_states and self.run.parent is None:
             raise ConfigError(
                 "run.with_states (true) must go with run.from; write run.from: RUN, or leave it out"

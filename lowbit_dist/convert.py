@@ -256,10 +256,10 @@ class Optimizer(torch.optim.Optimizer):
             owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
             method: Method = Method(name="none") if owner is None else methods[owner]
             inner = name if not owner else name[len(owner) + 1 :]
-            is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
-            self.rules[p] = rule.of(is_linear=is_low_bit)
+            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            self.rules[p] = rule.of(is_linear=is_linear)
             self.methods[p] = method
-            rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
+            rates = rule.rates(method, inner, tuple(p.shape), is_linear=is_linear)
             group = {
                 "params": [],
                 "lr": rule.lr * rates[0],

@@ -129,7 +129,7 @@ REPRODUCIBLE = {
     "reproducible": True, "steps": 4, "save_every": 2, "log_every": 2, "batch_tokens": 6 * 64,
     "micro_batch": 1,
 }  # fmt: skip
-FACTORED = {"name": "rmsprop", "second_moment": "factored", "low_bit_lr_ratio": 0.25}
+FACTORED = {"name": "rmsprop", "second_moment": "factored", "linear_lr_ratio": 0.25}
 RUNS = {
     "codes": {"optimizer": {"name": "adafactor"}, "method": {"grid": "int8"}, "model": SMALLER},
     # rows of 576 are cut anywhere; a worker has none of a norm's gains
@@ -177,7 +177,7 @@ def _keys(path):
     return (key for key, _ in _tensor_sizes(path))
 
 
-FAST = FACTORED | {"low_bit_lr_ratio": 4.0}  # that codes flip in a few steps
+FAST = FACTORED | {"linear_lr_ratio": 4.0}  # that codes flip in a few steps
 PLANS = (
     (1, {"optimizer": FAST, "method": {"name": "flip"}, "precision": "bf16"}),
     (3, {"optimizer": FAST, "method": {"name": "flip"}}),

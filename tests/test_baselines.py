@@ -13,7 +13,7 @@ from torch import nn
 from lowbit_dist import ops
 from lowbit_dist.convert import Optimizer, convert_
 from lowbit_dist.grid import GRIDS
-from lowbit_dist.methods import DQT, TBT, BitNet, Flip, Tequila, TriLM
+from lowbit_dist.methods import DQT, TBT, BitNet, Dense, Flip, Tequila, TriLM
 from lowbit_dist.ops import cpu, reference, rng
 from lowbit_dist.optim import AdamW
 from lowbit_dist.packed import PackedShard
@@ -294,7 +294,7 @@ def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, ranks, s
     def run(label, world, stop_at=None):
         content = small(
             run={"name": label}, method=method, model={"layers": 1}, train=REPRODUCIBLE,
-            optimizer={"name": "rmsprop" if method["name"] == "flip" else "adamw", "low_bit_lr_ratio": 0.25},
+            optimizer={"name": "rmsprop" if method["name"] == "flip" else "adamw", "linear_lr_ratio": 0.25},
         )  # fmt: skip
         return ranks(world).run(train, content, stop_at)[0]
 
@@ -304,11 +304,12 @@ def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, ranks, s
     assert run("cut", 3)["digest"] == digests[1]
 
 
-def test_low_bit_weights_have_a_rate_of_their_own(ranks, small):
+@pytest.mark.parametrize("method", [{"name": "bitnet", "sub_norms": False}, {"name": "dense"}], ids=str)
+def test_weights_of_linear_layers_have_a_rate_of_their_own(method, ranks, small):
     """With a rate of 0 for the others, it is theirs alone; the head, norms and the embedding do not move."""
     from lowbit_dist.checkpoint import Checkpoint
 
-    def run(label, method, **optimizer):
+    def run(label, **optimizer):
         content = small(
             run={"name": label}, method=method, model={"layers": 1}, precision="fp32",
             optimizer={"states": "fp32", **optimizer}, schedule={"name": "constant", "warmup_steps": 0},
@@ -316,9 +317,8 @@ def test_low_bit_weights_have_a_rate_of_their_own(ranks, small):
         )  # fmt: skip
         return Checkpoint.open(ranks(1).run(train, content)[0]["checkpoint"])
 
-    method = {"name": "bitnet", "sub_norms": False}
     first, slow, fast = (
-        run(label, method, lr=lr, low_bit_lr_ratio=ratio, weight_decay=0.0)
+        run(label, lr=lr, linear_lr_ratio=ratio, weight_decay=0.0)
         for label, lr, ratio in (("first", 0.0, 1.0), ("slow", 1e-3, 0.25), ("fast", 1e-3, 1.0))
     )
     for name in first.names:
@@ -328,10 +328,10 @@ def test_low_bit_weights_have_a_rate_of_their_own(ranks, small):
         assert moves[1].abs().max() > 1e-4, name
 
 
-def test_the_rate_of_low_bit_weights_holds_in_plain_pytorch():
-    for method in (BitNet(), DQT(grid="int8")):
+def test_the_rate_of_linear_layers_holds_in_plain_pytorch():
+    for method in (BitNet(), DQT(grid="int8"), Dense()):
         model = convert_(nn.Sequential(nn.Linear(256, 256), nn.RMSNorm(256)), method)
-        optimizer = Optimizer(model, AdamW(lr=1e-2, low_bit_lr_ratio=0.1))
+        optimizer = Optimizer(model, AdamW(lr=1e-2, linear_lr_ratio=0.1))
         rates = {p.shape: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         assert rates == {torch.Size([256, 256]): pytest.approx(1e-3), torch.Size([256]): 1e-2}
 

@@ -280,9 +280,6 @@ CASES = {
     "a method that is not installed": (
         NOTHING, "train run.yaml method.name=sherry",
         ("method.name ('sherry')", "must be one of dqt, flip, bitnet, trilm", "install the package")),
-    "a rate of weights that are on no grid": (
-        NOTHING, "train run.yaml 'method={name: dense}' optimizer.low_bit_lr_ratio=0.5",
-        ("optimizer.low_bit_lr_ratio (0.5)", "left out for method dense", "write optimizer.lr alone")),
     "a ternary forward pass of ternary codes": (
         NOTHING, "train run.yaml 'method={grid: ternary, forward: ternary}'",
         ("method.forward (ternary)", "coarser than method.grid ternary", "write method.grid: int8")),

@@ -85,12 +85,11 @@ class Engine:
 
     def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
         """How each parameter is updated."""
-        linear, low_bit = set(self.linear_weights), set(self.low_bit)
-        chosen, method = self.config.optimizer, self.config.method
+        linear, chosen, method = set(self.linear_weights), self.config.optimizer, self.config.method
         return {
             name: Moving(
                 chosen.of(is_linear=name in linear),
-                chosen.rates(method, name, shape, is_low_bit=name in linear | low_bit),
+                chosen.rates(method, name, shape, is_linear=name in linear),
             )
             for name, shape in shapes.items()
         }
