@@ -136,7 +136,7 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name, layer in layers.items():
         if others := [holder for holder in holders[id(layer.weight)] if holder != f"{name}.weight"]:
             raise ValueError(f"layer {name}: its weight is {others[0]} too; keep both out of the conversion")
-    if len(method.stages(100)) > 1 or method.nearest(100, 100):
+    if len(method.stages(100)) > 1 or method.nearest(100, 100) or method.threshold(1, 100) is not None:
         raise ValueError(
             f"{method.label} changes within a training, whose length convert_ does not know; train with a "
             "configuration"

@@ -181,6 +181,7 @@ FAST = FACTORED | {"linear_lr_ratio": 4.0}  # that codes flip in a few steps
 PLANS = (
     (1, {"optimizer": FAST, "method": {"name": "flip"}, "precision": "bf16"}),
     (3, {"optimizer": FAST, "method": {"name": "flip"}}),
+    (2, {"optimizer": FAST, "method": {"name": "flip", "residual": "bf16"}, "precision": "bf16"}),
     (2, {"optimizer": {"name": "adafactor"}, "method": {"grid": "int8"}, "precision": "bf16"}),
     (2, {"optimizer": {"name": "adafactor"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}}),
 )

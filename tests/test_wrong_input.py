@@ -305,6 +305,9 @@ CASES = {
     "rounding of flip": (
         NOTHING, "train run.yaml 'method={name: flip, rounding_anneal: 0.2}'",
         ("method.rounding_anneal (0.2)", "left out for method flip", "leave it out")),
+    "a hysteresis below the noise of its residual": (
+        NOTHING, "train run.yaml 'method={name: flip, hysteresis: 0.001}'",
+        ("method.hysteresis (0.001)", "0 or at least 0.004", "write method.hysteresis: 0.004, or 0")),
     "released rules of flip": (
         NOTHING, "train run.yaml 'method={name: flip, rules: released}'",
         ("method.rules ('released')", "paper")),

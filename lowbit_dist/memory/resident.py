@@ -67,7 +67,8 @@ def resident(
         # Packed ZeRO-3's shards are whole blocks, as many on every worker.
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
         if name in low_bit:
-            sizes["optimizer_states"] += min(part, n) if config.method.accumulator else 0
+            if (kept := config.method.accumulator) is not None:
+                sizes["optimizer_states"] += min(part, n) * kept.dtype.itemsize
             sizes["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
             sizes["scales"] += 4 * models.n_scales(config.method, tuple(p.shape))
         else:

@@ -79,9 +79,9 @@ class _State(ctypes.Structure):
 
 class _Residual(ctypes.Structure):
     _fields_ = [
-        ("counts", ctypes.c_void_p),
-        *((name, ctypes.c_float) for name in ("reach", "kept", "per_level")),
-        ("resets", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("reach", "threshold", "kept", "per_level")),
+        *((name, ctypes.c_int32) for name in ("resets", "is_bf16")),
     ]
 
 
@@ -133,11 +133,13 @@ def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tenso
         _pointer(u),
         ctypes.byref(
             _Residual(
-                counts=_pointer(residual.counts),
+                values=_pointer(residual.values),
                 reach=kept.reach,
-                kept=kept.levels_per_count * (1 - kept.leak),
-                per_level=kept.counts_per_level,
+                threshold=kept.reach if now.threshold is None else now.threshold,
+                kept=kept.levels_per_unit * (1 - kept.leak),
+                per_level=kept.units_per_level,
                 resets=kept.resets,
+                is_bf16=kept.states == "bf16",
             )
         ),
         _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),

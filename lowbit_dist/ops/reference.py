@@ -71,6 +71,7 @@ are tested against this file by equality.  `rng.py` says which word is whose, `s
 Letters: N elements, B = N / 256 blocks.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -82,7 +83,7 @@ from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
 from lowbit_dist.ops.states import Slot, Stored
 
-RESIDUAL_TOP = 127  # counts of a residual at its reach
+RESIDUAL_TOP = 127  # counts of an int8 residual at its reach
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers
 
 # Elements.  On a CPU the temporaries of a chunk stay in a core's cache; on a GPU they are worth a launch.
@@ -112,6 +113,8 @@ class Now:
     # The number of this update, 1 for the first that slots see: the step's own, where none was skipped.
     update: int = 0
     nearest: float = 0.0  # how far rounding has gone from chance, 0, to the nearest level, 1
+    # Levels that a weight with a residual may be from its code, until that flips; None: the residual's reach.
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.step < 2**32:
@@ -130,30 +133,40 @@ class Now:
 
 
 class Accumulator(NamedTuple):
-    """How a code's residual is kept: what its level leaves out of the weight, one int8 for each element."""
+    """How a code's residual is kept: what its level leaves out of the weight, a number for each element."""
 
-    reach: float  # levels: the largest residual, which is 127 counts; beyond it the code flips
+    reach: float  # levels: the largest residual; beyond it the code flips, if `Now` does not say otherwise
     leak: float  # the share that is forgotten in each step
     resets: bool  # a flip leaves nothing of it
+    states: Literal["int8", "bf16"] = "int8"  # in counts, of which 127 are its reach, or in levels
 
     @property
-    def levels_per_count(self) -> float:
-        return self.reach / RESIDUAL_TOP
+    def dtype(self) -> torch.dtype:
+        return torch.int8 if self.states == "int8" else torch.bfloat16
 
     @property
-    def counts_per_level(self) -> float:
-        return RESIDUAL_TOP / self.reach
+    def levels_per_unit(self) -> float:
+        """What a stored 1 is worth."""
+        return self.reach / RESIDUAL_TOP if self.states == "int8" else 1.0
+
+    @property
+    def units_per_level(self) -> float:
+        return RESIDUAL_TOP / self.reach if self.states == "int8" else 1.0
+
+    def spacing(self, levels: float) -> float:
+        """Between residuals that can be stored, at one of so many levels: in levels."""
+        return self.levels_per_unit if self.states == "int8" else 2.0 ** (math.frexp(levels)[1] - 8)
 
     def residual(self, n: int, device: torch.device | str = "cpu") -> Stored:
         """Of n elements, before the first step."""
-        return Stored(Slot("residual", signed=True), torch.zeros(n, dtype=torch.int8, device=device))
+        return Stored(Slot("residual", signed=True), torch.zeros(n, dtype=self.dtype, device=device))
 
 
 @dataclass(frozen=True)
 class Residual:
     """The residuals of a target's codes."""
 
-    counts: Tensor  # [N] int8, from -127 to 127, changed in place
+    values: Tensor  # [N] int8, from -127 to 127, or bfloat16; changed in place
     kept: Accumulator
 
 
@@ -178,7 +191,7 @@ class Codes:
         """Elements `start` to `stop - 1`, whole blocks, sharing memory."""
         codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
         block = self.first_block + start // BLOCK
-        residual = self.residual and Residual(self.residual.counts[start:stop], self.residual.kept)
+        residual = self.residual and Residual(self.residual.values[start:stop], self.residual.kept)
         return replace(self, codes=codes, first_block=block, residual=residual)
 
 
@@ -288,25 +301,33 @@ def _rescale_codes(target: Codes, next_scale: Tensor, u: Tensor, now: Now) -> Te
 
 
 def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
-    """A step of x = level + residual: the nearest level where x left the reach of the old one, and the rest,
-    rounded by chance to whole counts, its new residual.
+    """A step of x = level + residual: the nearest level where x is beyond the threshold of the old one, and
+    the rest, rounded by chance to what can be stored, its new residual.
     """
-    grid, kept = target.grid, residual.kept
+    grid, kept, stored = target.grid, residual.kept, residual.values.view(-1, PLANE)
     old = unpack(target.codes, grid=grid).float().view(-1, PLANE)
     scale = scale_of_planes(target.scale, target.numel, target.first_block, target.scale_every)
-    x = old + residual.counts.view(-1, PLANE).float() * (kept.levels_per_count * (1 - kept.leak))
+    x = old + stored.float() * (kept.levels_per_unit * (1 - kept.leak))
     x = x * (1 - now.decay) - (torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)
-    new = torch.where((x - old).abs() > kept.reach, x.round(), old).clamp(grid.low, grid.high)
+    threshold = kept.reach if now.threshold is None else now.threshold
+    new = torch.where((x - old).abs() > threshold, x.round(), old).clamp(grid.low, grid.high)
     has_flipped = new != old
-    rest = (x - new).clamp(-kept.reach, kept.reach) * kept.counts_per_level
+    rest = (x - new).clamp(-kept.reach, kept.reach) * kept.units_per_level
     if kept.resets:
         rest = rest.masked_fill(has_flipped, 0.0)
-    whole = rest.floor()
-    threshold = ((rest - whole) * 2.0**32).to(torch.int64)
-    counts = whole + (_words(target, now) < threshold).float()
-    residual.counts.view(-1, PLANE).copy_(counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP))
+    stored.copy_(_storable(rest, _words(target, now), kept))
     target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
     return has_flipped.sum()
+
+
+def _storable(rest: Tensor, words: Tensor, kept: Accumulator) -> Tensor:
+    """Residuals rounded by chance: to whole counts, or to bfloat16, which is the upper half of a float32."""
+    if kept.states == "bf16":
+        bits = rest.view(torch.int32) + (words >> 16).int()
+        return (bits & ~0xFFFF).view(torch.float32)
+    whole = rest.floor()
+    counts = whole + (words < ((rest - whole) * 2.0**32).to(torch.int64)).float()
+    return counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP)
 
 
 def _chance(fraction: Tensor, now: Now) -> Tensor:
