@@ -164,7 +164,12 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp32"] = setting("bf16", "What the forward and the backward pass compute in.")
+    precision: Literal["bf16", "fp32", "fp8"] = setting(
+        "bf16",
+        "What the forward and the backward pass compute in. fp8 is bf16, but the linear layers except the "
+        "head multiply 8-bit floats while the run trains and validates, on GPUs of compute capability 8.9 "
+        "or more.",
+    )
     zero: Zero = Zero()
     train: Train = Train()
     cluster: Cluster = may_change(Cluster())
@@ -216,9 +221,9 @@ class RunConfig(Section):
                 f"{why}: DeepSpeed's stage-1/2 partitions are flat; write zero.stage: 3, or 0"
             )
         passes = self.micro_batches // self.worker_counts()[-1]
-        if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
+        if zero.stage in (0, 1) and self.precision != "fp32" and passes > 1:
             raise ConfigError(
-                f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
+                f"zero.stage ({zero.stage}) must not be used with precision {self.precision} and {passes:,} "
                 "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
             )
@@ -308,7 +313,7 @@ class RunConfig(Section):
         """
         if self.train.reproducible:
             return 8
-        return 2 if self.precision == "bf16" and self.micro_batches == world else 4
+        return 2 if self.precision != "fp32" and self.micro_batches == world else 4
 
     @property
     def run_dir(self) -> Path:

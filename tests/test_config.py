@@ -651,10 +651,10 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "mean 'tiny'?"),
     "a precision that does not exist": (
         GOOD, ("precision=fp16",),
-        "precision ('fp16') must be one of bf16, fp32; did you mean 'bf16'?"),
+        "precision ('fp16') must be one of bf16, fp32, fp8; did you mean 'bf16'?"),
     "a precision from elsewhere": (
         GOOD, ("precision=float32",),
-        "precision ('float32') must be one of bf16, fp32; did you mean 'fp32'?"),
+        "precision ('float32') must be one of bf16, fp32, fp8; did you mean 'fp32'?"),
     "a grid from elsewhere": (
         GOOD, ("method.grid=1.58bit",),
         "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),

@@ -280,6 +280,9 @@ CASES = {
     "a method that is not installed": (
         NOTHING, "train run.yaml method.name=sherry",
         ("method.name ('sherry')", "must be one of dqt, flip, bitnet, trilm", "install the package")),
+    "8-bit floats on CPUs": (
+        NOTHING, "train run.yaml run.name=new precision=fp8 cluster.gpus_per_worker=0",
+        ("precision (fp8)", "GPUs of compute capability 8.9 or more", "has none; write precision: bf16")),
     "a ternary forward pass of ternary codes": (
         NOTHING, "train run.yaml 'method={grid: ternary, forward: ternary}'",
         ("method.forward (ternary)", "coarser than method.grid ternary", "write method.grid: int8")),

@@ -20,9 +20,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
 
-from lowbit_dist import attention, ops
-from lowbit_dist.config import RunConfig
-from lowbit_dist.linear import values
+from lowbit_dist import attention, float8, ops
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.linear import Linear, decodes, values
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
@@ -57,6 +57,8 @@ class Engine:
         self.numels = {name: p.numel() for name, p in model.named_parameters()}
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
+        if config.precision == "fp8":
+            _multiply_in_fp8(model, self.linear_weights)
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
         self._dtype = dtype = DTYPES[config.precision]
@@ -292,7 +294,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "steps_per_print": 10**12,
         "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
     }
-    if config.precision == "bf16":
+    if config.precision != "fp32":
         settings["bf16"] = {"enabled": True}
         # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
         sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
@@ -312,6 +314,18 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     packed = [p for p in parameters if packed_of(p) is not None]
     ordinary = [p for p in parameters if packed_of(p) is None]
     return [{"params": group} for group in (ordinary, packed) if group]
+
+
+def _multiply_in_fp8(model: nn.Module, weights: Sequence[str]) -> None:
+    """Of the layers that have these weights; ConfigError if one multiplies by itself."""
+    for name in weights:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not (isinstance(layer, Linear) and decodes(layer)):
+            raise ConfigError(
+                "precision (fp8) must go with layers that multiply as lowbit_dist.linear.Linear does, not "
+                f"with {type(layer).__name__}, which has {name}; write precision: bf16"
+            )
+        layer.product = float8.product
 
 
 class _Unused(torch.optim.Optimizer):
