@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import cpu, fused, reference
-from lowbit_dist.ops.reference import Accumulator, Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
+from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
 
 __all__ = [
     "STATES",

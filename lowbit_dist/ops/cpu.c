@@ -491,7 +491,7 @@ int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state
     return flips;
 }
 
-/* How codes keep their residuals; see `Accumulator` in reference.py. */
+/* How codes keep their residuals; see `Accumulator` in targets.py. */
 typedef struct {
     void *values; /* of the shard: int8 counts, or levels in bfloat16 */
     float reach, threshold; /* levels */

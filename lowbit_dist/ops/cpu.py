@@ -24,8 +24,8 @@ from torch import Tensor
 from lowbit_dist import folders
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.states import STATES, Stored
+from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
