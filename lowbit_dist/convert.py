@@ -227,18 +227,34 @@ def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)
 
 
+def _check_applies(rule: Rule, methods: Collection[Method]) -> None:
+    """ValueError if a part of the rule is for what is not there: `methods` are those of converted models."""
+    if not methods and rule.of(is_linear=True) != rule.of(is_linear=False):
+        raise ValueError(
+            f"{rule.name} is a rule of linear layers, and which are those convert_ says; convert_ the model "
+            "first, to Dense() with keep=[HEAD] for one of full precision"
+        )
+    if rule.low_bit_lr_ratio != 1 and all(method.forward_grid is None for method in methods):
+        raise ValueError(
+            f"low_bit_lr_ratio is {rule.low_bit_lr_ratio:g}, and no weight of the model is on a grid; leave "
+            "it out"
+        )
+
+
 class Optimizer(torch.optim.Optimizer):
     """A rule (`lowbit_dist.optim`) as a torch optimizer, for models from `convert_` and any other.
 
     Learning rate and weight decay of its groups are the rule's, times `Rule.rates`; schedulers of
     torch change `lr` as usual.  The gradient of all parameters is clipped to `clip_norm` (0: not at all),
     and one that is not finite changes nothing.  Rounding is a function of `seed`, the step and the position.
+    ValueError where nothing in the model would have the rule, as Muon, or its rate for low-bit weights.
     """
 
     def __init__(self, model: nn.Module, rule: Rule, *, seed: int = 0, clip_norm: float = 0.0):
         self.rule, self.seed, self.clip_norm = rule, seed, clip_norm
         # A converted model may be a part of this one, or wrapped: its method's names begin where it begins.
         methods = {n: m.lowbit_method for n, m in model.named_modules() if "lowbit_method" in m.__dict__}
+        _check_applies(rule, methods.values())
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
         self.rules: dict[Tensor, Rule] = {}

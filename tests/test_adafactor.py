@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from test_memory import check_plan
@@ -107,6 +108,18 @@ def test_gradients_of_any_size_and_of_zero_give_finite_steps():
         assert found.isfinite().all() and found.abs().max() < 10 * LR * len(g)
         assert found[-1].abs().mean() > 0.2 * LR, "a row is measured by itself"
         assert found[0].abs().max() > 0 and not moved(Adafactor(), weight, [torch.zeros(40, 16)])[0].any()
+
+
+def test_rmsprop_follows_its_equations():
+    rule, v, slot = RMSProp(beta=0.9, eps=1e-3), 0.0, torch.zeros(1)
+    for step, g in enumerate([2e-3, -1e-2, 3e-3], 1):
+        v = 0.9 * v + 0.1 * g * g
+        u, slot = rule.update(torch.tensor([g]), slot, step=step)
+        assert u.item() == pytest.approx(g / (math.sqrt(v / (1 - 0.9**step)) + 1e-3), rel=1e-5)
+    # Without a mean and an eps that counts, a gradient is divided by the IEEE root, wherever it stands.
+    g = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
+    u, _ = RMSProp(beta=0.0, eps=1e-20).update(g, torch.zeros_like(g), step=1)
+    assert torch.equal(u, g / torch.from_numpy(np.sqrt((g * g).numpy())))
 
 
 def test_factored_rmsprop_is_adafactor_with_its_beta_on_linear_layers_alone():

@@ -180,6 +180,20 @@ def test_a_ternary_forward_pass_rounds_the_stored_levels_by_their_mean_magnitude
     assert method.sent(empty).codes.numel() == 0, "a worker may have no part of a tensor"
 
 
+def seen_by(method, weight):
+    seen = method.seen(method.quantize(weight))
+    return seen.levels(), seen.scale
+
+
+def test_a_whole_tensor_is_seen_alike_beside_others_that_have_it_too(ranks):
+    """As under data parallelism in plain PyTorch: what each process has is no part of a sum."""
+    _, weight, _ = case(out=8, inputs=512)
+    method = DQT(grid="int8", forward="ternary")
+    expected = seen_by(method, weight)
+    for found in ranks(2).run(seen_by, method, weight):
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_the_range_of_a_grid_is_a_multiple_of_its_scale():
     _, weight, _ = case(out=8, inputs=512)
     one, two = (DQT(grid="int4", scale="rms", range_factor=f).quantize(weight) for f in (None, 2.0))

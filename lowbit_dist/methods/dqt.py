@@ -51,10 +51,10 @@ moved weight: that is another step by lr * weight_decay of it.)
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -240,9 +240,7 @@ class DQT(Method):
         """
         if self.rules == "paper":
             return None
-        counts = ops.code_counts(shard.codes, grid=shard.grid)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
+        counts = shard.summed(ops.code_counts(shard.codes, grid=shard.grid))
         if counts[-1].item():
             return None
         positive = counts[1 - shard.grid.low :].nonzero()
@@ -260,14 +258,12 @@ class DQT(Method):
         first = shard.first_block * (BLOCK // PLANE)
         at = torch.arange(first, first + len(planes), device=planes.device) // (shard.scale_every // PLANE)
         sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
-        sums.index_add_(0, at, planes.short().abs().sum(1))
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        shard.summed(sums.index_add_(0, at, planes.short().abs().sum(1)))
         mean = (sums / shard.scale_every).float().clamp_(min=torch.finfo(torch.float32).tiny)
         ternary = (planes / mean[at, None]).round_().clamp_(-1, 1).to(torch.int8)
         scale = representable(shard.scale * mean)
         codes = ops.pack(ternary.view(-1), grid=self.sent_grid)
-        return PackedShard(codes, scale, shard.scale_every, self.sent_grid, shard.shape, shard.first_block)
+        return replace(shard, codes=codes, scale=scale, grid=self.sent_grid)
 
     def levels(self, weight: Tensor) -> Tensor | None:
         return None if self.forward == "stored" else weight.sign().to(torch.int8)
