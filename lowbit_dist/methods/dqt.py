@@ -39,9 +39,9 @@ remains.  One step flips few codes (the flip rate), but in the direction of the 
 saturates: a ternary 1 that should grow stays.  The rounding is `ops.apply_`, and its random bits are a
 function of seed, step, tensor and position (ops/reference.py).
 
-The stored grid is the forward grid, and the scale of the first weights stays.  The authors' released code
-(`rules: released`) derives it anew in each step, from the largest weight W of the tensor, and rounds the
-moved weight in levels of that:
+The stored grid is the forward grid, unless `forward` is another, and the scale of the first weights stays.
+The authors' released code (`rules: released`) derives it anew in each step, from the largest weight W of the
+tensor, and rounds the moved weight in levels of that:
 
     scale'  =  max(W) / high            the highest level where a weight has it: then scale' is scale
     level'  =  clamp((W (1 - lr * weight_decay) - lr * u) / scale') rounded by chance
