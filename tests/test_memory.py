@@ -406,7 +406,11 @@ CASES = [
     {"optimizer": {"name": "matrix", "states": "fp32"}, "zero": {"residency": "replicated"}},
     {"optimizer": {"name": "matrix", "states": "fp32"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}},
     {"method": {"name": "trilm", "slices": 2}, "precision": "bf16"},
-    {"method": {"name": "flip"}, "optimizer": {"name": "rmsprop"}, "precision": "bf16"},
+    {
+        "method": {"name": "flip"},
+        "optimizer": {"name": "rmsprop", "low_bit_lr_ratio": 4.0},
+        "precision": "bf16",
+    },
     {"optimizer": {"name": "muon"}, "method": {"grid": "int8"}},
     {"optimizer": {"name": "muon", "states": "bf16"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}},
     {"method": {"name": "tequila"}, "train": CHECKPOINTED},
