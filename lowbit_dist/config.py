@@ -135,8 +135,8 @@ class Train(Section):
     gradient_release: bool = setting(
         False,
         "Whether weights are updated while the backward pass runs and gradients dropped at once, which saves "
-        "their memory. Gradients are then clipped by the norm of the step before, and of a wrong step the "
-        "parameters whose gradients come first are updated.",
+        "their memory. Gradients are then clipped by the norm of the step before (a run's first ones not at "
+        "all), and of a wrong step the parameters whose gradients come first are updated.",
     )
     log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
     eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")

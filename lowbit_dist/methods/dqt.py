@@ -117,7 +117,7 @@ class DQT(Method):
     rounding_anneal: Annotated[float, Field(gt=0, le=1)] | None = setting(
         None,
         "The last part of the run, in which rounding goes from chance to the nearest level, in a line; null "
-        "leaves it to chance.",
+        "leaves it to chance. Its updates are slower: no fused kernel knows them.",
         unit="of train.steps",
     )
     activation_bits: Literal[8] | None = setting(
