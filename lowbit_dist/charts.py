@@ -187,9 +187,8 @@ def loss_curves(
         axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
-    title += (
-        ": thick is the mean, thin is each seed" if any(len(curves) > 1 for curves in groups.values()) else ""
-    )
+    if any(len(curves) > 1 for curves in groups.values()):
+        title += ": thick is the mean, thin is each seed"
     axes.margins(x=0.02)
     return _saved_with_legend(figure, axes, path, title)
 
