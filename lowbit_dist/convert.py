@@ -10,8 +10,10 @@ digest of the distributed engine on one worker.
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -257,10 +259,16 @@ class Optimizer(torch.optim.Optimizer):
         _check_applies(rule, methods.values())
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
-        self.rules: dict[Tensor, Rule] = {}
+        # A parameter that is not the model's may be added to a group later.
+        self.rules: defaultdict[Tensor, Rule] = defaultdict(partial(rule.of, is_linear=False))
         self.methods: dict[Tensor, Method] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
+            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
+            method: Method = Method(name="none") if owner is None else methods[owner]
+            inner = name if not owner else name[len(owner) + 1 :]
+            is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            self.rules[p], self.methods[p] = rule.of(is_linear=is_low_bit), method
             if not p.requires_grad:
                 continue
             if not isinstance(p, PackedParameter) and (p.dtype != torch.float32 or not p.is_contiguous()):
@@ -269,12 +277,6 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} is {what}; ordinary parameters must be contiguous float32 (autocast computes "
                     "in bf16)"
                 )
-            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
-            method: Method = Method(name="none") if owner is None else methods[owner]
-            inner = name if not owner else name[len(owner) + 1 :]
-            is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
-            self.rules[p] = rule.of(is_linear=is_low_bit)
-            self.methods[p] = method
             rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
             group = {
                 "params": [],
