@@ -283,6 +283,9 @@ CASES = {
     "a rate of weights that are on no grid": (
         NOTHING, "train run.yaml 'method={name: dense}' optimizer.low_bit_lr_ratio=0.5",
         ("optimizer.low_bit_lr_ratio (0.5)", "left out for method dense", "write optimizer.lr alone")),
+    "an end of a weight decay that does not end": (
+        NOTHING, "train run.yaml schedule.weight_decay_until=0.667",
+        ("schedule.weight_decay_until (0.667)", "go with schedule.name two_stage", "leave it out")),
     "a ternary forward pass of ternary codes": (
         NOTHING, "train run.yaml 'method={grid: ternary, forward: ternary}'",
         ("method.forward (ternary)", "coarser than method.grid ternary", "write method.grid: int8")),
