@@ -92,6 +92,15 @@ class Schedule(Section):
         unit="of train.steps",
     )
 
+    @model_validator(mode="after")
+    def _weight_decay_ends_in_two_stages(self) -> Self:
+        if self.weight_decay_until is not None and self.name != "two_stage":
+            raise ConfigError(
+                f"schedule.weight_decay_until ({self.weight_decay_until:g}) must go with schedule.name "
+                f"two_stage, not {self.name}, whose weight decay does not end; leave it out"
+            )
+        return self
+
 
 class Zero(Section):
     """How weights and states are spread over workers (DeepSpeed's ZeRO)."""
@@ -126,8 +135,8 @@ class Train(Section):
     gradient_release: bool = setting(
         False,
         "Whether weights are updated while the backward pass runs and gradients dropped at once, which saves "
-        "their memory. Gradients are then clipped by the norm of the step before, and of a wrong step the "
-        "parameters whose gradients come first are updated.",
+        "their memory. Gradients are then clipped by the norm of the step before (a run's first ones not at "
+        "all), and of a wrong step the parameters whose gradients come first are updated.",
     )
     log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
     eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")
@@ -233,11 +242,13 @@ class RunConfig(Section):
                 "DeepSpeed keeps all gradients until the step's end; write zero.stage: 3"
             )
         if self.train.gradient_release and passes > 1:
-            larger = self.train.micro_batch * passes
+            larger, fewer = self.train.micro_batch * passes, self.train.batch_tokens // passes
+            instead = f"train.micro_batch: {larger} or train.batch_tokens: {fewer}"
+            if not isinstance(self.cluster.workers, int):  # the batch decides on their number
+                instead = f"cluster.workers: {self.micro_batches}"
             raise ConfigError(
                 f"train.gradient_release (true) must go with one micro-batch a worker and step, not "
-                f"{passes:,}: a gradient is gone before the next one could be added to it; write "
-                f"train.micro_batch: {larger} or train.batch_tokens: {self.train.batch_tokens // passes}"
+                f"{passes:,}: a gradient is gone before the next one could be added to it; write {instead}"
             )
         if self.run.with_states and self.run.parent is None:
             raise ConfigError(

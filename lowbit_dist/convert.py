@@ -10,8 +10,10 @@ digest of the distributed engine on one worker.
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -227,24 +229,43 @@ def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)
 
 
+def _check_applies(rule: Rule, methods: Collection[Method]) -> None:
+    """ValueError if a part of the rule is for what is not there: `methods` are those of converted models."""
+    is_of_linear = rule.of(is_linear=True) != rule.of(is_linear=False)
+    if not methods and (is_of_linear or rule.linear_lr_ratio != 1):
+        what = f"{rule.name} is a rule" if is_of_linear else f"linear_lr_ratio {rule.linear_lr_ratio:g} is"
+        raise ValueError(
+            f"{what} of linear layers, and which are those convert_ says; convert_ the model first, to "
+            "Dense() with keep=[HEAD] for one of full precision"
+        )
+
+
 class Optimizer(torch.optim.Optimizer):
     """A rule (`lowbit_dist.optim`) as a torch optimizer, for models from `convert_` and any other.
 
     Learning rate and weight decay of its groups are the rule's, times `Rule.rates`; schedulers of
     torch change `lr` as usual.  The gradient of all parameters is clipped to `clip_norm` (0: not at all),
     and one that is not finite changes nothing.  Rounding is a function of `seed`, the step and the position.
+    ValueError where nothing in the model would have the rule, as Muon, or its rate for linear layers.
     """
 
     def __init__(self, model: nn.Module, rule: Rule, *, seed: int = 0, clip_norm: float = 0.0):
         self.rule, self.seed, self.clip_norm = rule, seed, clip_norm
         # A converted model may be a part of this one, or wrapped: its method's names begin where it begins.
         methods = {n: m.lowbit_method for n, m in model.named_modules() if "lowbit_method" in m.__dict__}
+        _check_applies(rule, methods.values())
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
-        self.rules: dict[Tensor, Rule] = {}
+        # A parameter that is not the model's may be added to a group later.
+        self.rules: defaultdict[Tensor, Rule] = defaultdict(partial(rule.of, is_linear=False))
         self.methods: dict[Tensor, Method] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
+            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
+            method: Method = Method(name="none") if owner is None else methods[owner]
+            inner = name if not owner else name[len(owner) + 1 :]
+            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            self.rules[p], self.methods[p] = rule.of(is_linear=is_linear), method
             if not p.requires_grad:
                 continue
             if not isinstance(p, PackedParameter) and (p.dtype != torch.float32 or not p.is_contiguous()):
@@ -253,12 +274,6 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} is {what}; ordinary parameters must be contiguous float32 (autocast computes "
                     "in bf16)"
                 )
-            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
-            method: Method = Method(name="none") if owner is None else methods[owner]
-            inner = name if not owner else name[len(owner) + 1 :]
-            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
-            self.rules[p] = rule.of(is_linear=is_linear)
-            self.methods[p] = method
             rates = rule.rates(method, inner, tuple(p.shape), is_linear=is_linear)
             group = {
                 "params": [],

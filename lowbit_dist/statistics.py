@@ -43,9 +43,9 @@ class Layers:
         self.engine = engine
         self.first: dict[Grid | None, Levels] = {}  # of each grid that the forward pass has in the run
         for step in (engine.config.train.steps, 1):
-            levels = self.viewed(step)
+            engine.turn(step)
             if self.grid not in self.first:
-                self.first[self.grid] = self._sample(levels)
+                self.first[self.grid] = self._sample(self._viewed())
 
     @property
     def grid(self) -> Grid | None:

@@ -139,7 +139,7 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def configuration(**sections: Any) -> dict[str, Any]:
         base: dict[str, Any] = {
             "run": {"name": "small", "dir": str(tmp_path)},
-            "model": {"hidden_size": 256, "intermediate_size": 512, "layers": 1, "heads": 4, "kv_heads": 2},
+            "model": {"hidden_size": 256, "intermediate_size": 512, "layers": 2, "heads": 4, "kv_heads": 2},
             "method": {"name": "dqt"},
             "data": {"path": str(corpus), "seq_len": SEQ_LEN},
             "optimizer": {"lr": 2e-3},

@@ -6,9 +6,12 @@ import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -22,7 +25,10 @@ def start_server() -> None:
     """Start the process that ranks are forked from, with the environment of this moment."""
     # Nothing here starts a thread, which would not be there after the fork.
     _context.set_forkserver_preload(["preloaded"])
-    multiprocessing.forkserver.ensure_running()
+    with patch.dict(
+        os.environ, PYTHONPATH=search_path(Path(__file__).parent)
+    ):  # Python 3.11 forgets sys.path
+        multiprocessing.forkserver.ensure_running()
 
 
 class Ranks:
@@ -66,6 +72,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    assert "preloaded" in sys.modules, "the server passes over what it cannot import without a word"
     import torch
     import torch.distributed as dist
 

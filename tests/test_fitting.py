@@ -108,6 +108,29 @@ REFUSED = {
         "optimizer_states",
         None,
     ),
+    "latent weights with options": (
+        content_of(
+            model={"preset": "1b"},
+            method={"name": "trilm", "slices": 2},
+            train={"micro_batch": 1},
+            cluster={"workers": 1},
+        ),
+        18,
+        "other_weights",
+        ["method"],
+    ),
+    "several, of which one is never right": (  # Adafactor's states are not kept in 8 bits
+        content_of(
+            model={"preset": "320m"},
+            method=DENSE,
+            zero={"stage": 0},
+            optimizer={"name": "adafactor"},
+            train={"batch_tokens": 4096},
+        ),
+        7,
+        "other_weights",
+        None,
+    ),
     "a preset": (content_of(model={"preset": "7b"}), 24, "gradients", ["model.preset"]),
     "sizes": (content_of(model=MODEL | {"max_seq_len": 512}), 5, "gradients", ["model"]),
 }

@@ -14,6 +14,7 @@ from lowbit_dist.config import ConfigError
 RELEASED = {"gradient_release": True}
 FEW = {"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 4}
 UNCLIPPED = {**FEW, "clip_norm": 0}
+FACTORED = {"name": "rmsprop", "second_moment": "factored", "linear_lr_ratio": 4.0}
 
 # ------------------------------------------------------------------ equal where clipping does not act
 
@@ -33,7 +34,22 @@ CASES = {
         "method": {"name": "bitnet"}, "model": {"tie_embeddings": True},
         "train": {"activation_checkpointing": True},
     },
-    "flip": {"method": {"name": "flip"}, "optimizer": {"name": "rmsprop"}},
+    "flip": {"method": {"name": "flip"}, "optimizer": {"name": "rmsprop", "linear_lr_ratio": 4.0}},
+    "flip, factored": {
+        "method": {"name": "flip"}, "optimizer": FACTORED,
+        "train": {"reproducible": True},
+    },
+    "adafactor, all tensors": {
+        "method": {"grid": "int8", "tensors": "all"}, "optimizer": {"name": "adafactor"},
+        "model": {"tie_embeddings": True}, "train": {"activation_checkpointing": True},
+    },
+    "released": {
+        "method": {"grid": "int4", "rules": "released"},
+        "optimizer": {"lr": 0.05, "weight_decay": 10.0, "eps": 0.1},  # leaves the highest level at once
+    },
+    "a forward pass that changes": {
+        "method": {"grid": "int8", "forward": "ternary", "forward_from": 0.5, "rounding_anneal": 1.0},
+    },
 }  # fmt: skip
 
 
@@ -63,6 +79,11 @@ def summary_and_rows(configuration):
         *[pytest.param(world, "dense, bf16", marks=pytest.mark.slow) for world in (1, 2)],
         *[pytest.param(world, "bitnet, tied", marks=pytest.mark.slow) for world in (1, 2)],
         pytest.param(2, "flip", marks=pytest.mark.slow),
+        (2, "flip, factored"),
+        *[
+            pytest.param(2, case, marks=pytest.mark.slow)
+            for case in ("adafactor, all tensors", "released", "a forward pass that changes")
+        ],
     ],
 )
 def test_it_changes_nothing_where_clipping_does_not_act(world, case, ranks, small):
@@ -76,6 +97,7 @@ def test_it_changes_nothing_where_clipping_does_not_act(world, case, ranks, smal
     for name in ("digest", "train_loss", "val_loss", "skipped_steps"):
         assert released[name] == kept[name], name
     assert len(rows) == len(found) == 4
+    assert "dense" in case or any(row["flip_rate"] for row in rows), "the case must flip some"
     for row, other in zip(rows, found, strict=True):
         for name in ("loss", "flip_rate", "zero_fraction", "val_loss"):
             assert other.get(name) == row.get(name), name
@@ -289,8 +311,7 @@ def test_a_run_counts_and_warns_of_such_a_step(ranks, small):
         (
             {"train": RELEASED, "cluster": {"workers": {"min": 1, "max": 2}}},
             "train.gradient_release (true) must go with one micro-batch a worker and step, not 2: a gradient "
-            "is gone before the next one could be added to it; write train.micro_batch: 4 or "
-            "train.batch_tokens: 128",
+            "is gone before the next one could be added to it; write cluster.workers: 2",
         ),
         (
             {
@@ -309,6 +330,12 @@ def test_what_it_does_not_go_with_is_refused_with_the_remedy(sections, says, sma
     with pytest.raises(ConfigError) as refused:
         configfile.from_dict(small(**sections))
     assert str(refused.value) == says
+    for remedy in says.rpartition("write ")[2].split(" or "):
+        name, _, value = remedy.partition(": ")
+        section, _, field = name.partition(".")
+        content = small(**sections)
+        content[section] = {**content[section], field: int(value)}
+        configfile.from_dict(content)
 
 
 # ------------------------------------------------------------------ memory
@@ -327,6 +354,7 @@ PLANNED = {
         "method": {"grid": "int8", "forward": "ternary"}, "zero": {"residency": "replicated"}
     },
     "muon": {"method": {"grid": "int8"}, "optimizer": {"name": "muon"}, "precision": "bf16"},
+    "flip, factored": {"method": {"name": "flip"}, "optimizer": FACTORED, "precision": "bf16"},
     "dense": {"method": {"name": "dense"}, "train": {"reproducible": True}},
 }  # fmt: skip
 
@@ -380,6 +408,7 @@ def held_a_parameter(configuration):
         ({}, True, 2.35),
         ({}, False, 4.35),
         ({"method": {"grid": "int8"}, "optimizer": {"name": "muon"}}, True, 2.10),
+        ({"method": {"name": "flip"}, "optimizer": FACTORED}, True, 1.35),
     ],
 )
 def test_weights_states_and_gradients_take_few_bytes(sections, released, at_most, ranks):

@@ -64,7 +64,7 @@ def test_workers_residency_checkpointing_and_repetition_give_one_digest(grid, ra
     few = {"steps": 4, "eval_every": 4, "save_every": 4}
     found = {}
     for name, (world, changes) in variants.items():
-        changes = {**changes, "train": {**few, **changes.get("train", {})}, "model": {"layers": 2}}
+        changes = {**changes, "train": {**few, **changes.get("train", {})}}
         found[name] = digest(ranks, world, small(run={"name": name}, method={"grid": grid}, **changes))
     assert len(set(found.values())) == 1, found
 

@@ -283,6 +283,9 @@ CASES = {
     "8-bit floats on CPUs": (
         NOTHING, "train run.yaml run.name=new precision=fp8 cluster.gpus_per_worker=0",
         ("precision (fp8)", "GPUs of compute capability 8.9 or more", "has none; write precision: bf16")),
+    "an end of a weight decay that does not end": (
+        NOTHING, "train run.yaml schedule.weight_decay_until=0.667",
+        ("schedule.weight_decay_until (0.667)", "go with schedule.name two_stage", "leave it out")),
     "a ternary forward pass of ternary codes": (
         NOTHING, "train run.yaml 'method={grid: ternary, forward: ternary}'",
         ("method.forward (ternary)", "coarser than method.grid ternary", "write method.grid: int8")),

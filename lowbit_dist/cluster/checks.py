@@ -198,7 +198,7 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> 
             f"train.steps ({config.train.steps:,}) and schedule.name ({config.schedule.name}) give the "
             f"{step:,} steps that {what} has behind it other rates than they had "
             f"({', '.join(differences[:3])}); write the earlier values, or another run.name: only a constant "
-            "rate, and the decay of wsd before it begins, can go on longer"
+            "rate, and the decay of wsd before it begins, can go on longer, if the method has not changed yet"
         )
     if differences:
         more = f" and {len(differences) - 5} more" if differences[5:] else ""

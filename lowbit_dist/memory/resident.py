@@ -70,7 +70,8 @@ def resident(
             if (kept := config.method.accumulator) is not None:
                 sizes["optimizer_states"] += min(part, n) * kept.dtype.itemsize
             sizes["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
-            sizes["scales"] += 4 * models.n_scales(config.method, tuple(p.shape))
+            grids = {config.method.stored, config.method.sent_grid}
+            sizes["scales"] += 4 * len(grids) * models.n_scales(config.method, tuple(p.shape))
         else:
             sizes["other_weights"] += part * (itemsize + master)
         if not config.train.gradient_release:

@@ -39,9 +39,9 @@ remains.  One step flips few codes (the flip rate), but in the direction of the 
 saturates: a ternary 1 that should grow stays.  The rounding is `ops.apply_`, and its random bits are a
 function of seed, step, tensor and position (ops/reference.py).
 
-The stored grid is the forward grid, and the scale of the first weights stays.  The authors' released code
-(`rules: released`) derives it anew in each step, from the largest weight W of the tensor, and rounds the
-moved weight in levels of that:
+The stored grid is the forward grid, unless `forward` is another, and the scale of the first weights stays.
+The authors' released code (`rules: released`) derives it anew in each step, from the largest weight W of the
+tensor, and rounds the moved weight in levels of that:
 
     scale'  =  max(W) / high            the highest level where a weight has it: then scale' is scale
     level'  =  clamp((W (1 - lr * weight_decay) - lr * u) / scale') rounded by chance
@@ -51,10 +51,10 @@ moved weight: that is another step by lr * weight_decay of it.)
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ class DQT(Method):
     rounding_anneal: Annotated[float, Field(gt=0, le=1)] | None = setting(
         None,
         "The last part of the run, in which rounding goes from chance to the nearest level, in a line; null "
-        "leaves it to chance.",
+        "leaves it to chance. Its updates are slower: no fused kernel knows them.",
         unit="of train.steps",
     )
     activation_bits: Literal[8] | None = setting(
@@ -240,9 +240,7 @@ class DQT(Method):
         """
         if self.rules == "paper":
             return None
-        counts = ops.code_counts(shard.codes, grid=shard.grid)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
+        counts = shard.summed(ops.code_counts(shard.codes, grid=shard.grid))
         if counts[-1].item():
             return None
         positive = counts[1 - shard.grid.low :].nonzero()
@@ -260,14 +258,12 @@ class DQT(Method):
         first = shard.first_block * (BLOCK // PLANE)
         at = torch.arange(first, first + len(planes), device=planes.device) // (shard.scale_every // PLANE)
         sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
-        sums.index_add_(0, at, planes.short().abs().sum(1))
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        shard.summed(sums.index_add_(0, at, planes.short().abs().sum(1)))
         mean = (sums / shard.scale_every).float().clamp_(min=torch.finfo(torch.float32).tiny)
         ternary = (planes / mean[at, None]).round_().clamp_(-1, 1).to(torch.int8)
         scale = representable(shard.scale * mean)
         codes = ops.pack(ternary.view(-1), grid=self.sent_grid)
-        return PackedShard(codes, scale, shard.scale_every, self.sent_grid, shard.shape, shard.first_block)
+        return replace(shard, codes=codes, scale=scale, grid=self.sent_grid)
 
     def levels(self, weight: Tensor) -> Tensor | None:
         return None if self.forward == "stored" else weight.sign().to(torch.int8)

@@ -155,8 +155,8 @@ class Method(Section):
         """What a gather moves in the place of a worker's shard: the same elements on `sent_grid`.
 
         Asked if `sent_grid` is not `stored`, at the start and after each update, on every worker and
-        parameter by parameter in one order: it may use collectives.  Where there is no process group, as in
-        evaluation, the shard is the whole tensor.
+        parameter by parameter in one order: it may use collectives, as `shard.summed`, if the shard is
+        `over_workers`.  Of a whole tensor, as in evaluation, one process asks alone.
         """
         raise TypeError(f"method {self.name} does not say what it sends")
 

@@ -38,9 +38,15 @@ class AdamW(Rule):
         beta1, beta2 = self.betas
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + (g * g) * (1 - beta2)
-        # torch's float32 sqrt is an ulp off in places; a double root, rounded once more, is the IEEE root.
-        root = (v * (1 / (1 - beta2**step))).double().sqrt().float()
-        return (m * (1 / (1 - beta1**step))) / (root + self.eps_at(step)), m, v
+        size = root(v * (1 / (1 - beta2**step)))
+        return (m * (1 / (1 - beta1**step))) / (size + self.eps_at(step)), m, v
+
+
+def root(x: Tensor) -> Tensor:  # float32
+    """The IEEE root, on any machine: torch's float32 sqrt is an ulp off in places, a double root rounded once
+    more is not.
+    """
+    return x.double().sqrt().float()
 
 
 class BesideAdamW(Rule):

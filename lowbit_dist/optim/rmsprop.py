@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_dist.ops.states import Slot
 from lowbit_dist.optim.adafactor import LEAST_EPS, Adafactor
-from lowbit_dist.optim.adamw import BesideAdamW
+from lowbit_dist.optim.adamw import BesideAdamW, root
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.section import Beta, setting
 
@@ -42,4 +42,4 @@ class RMSProp(BesideAdamW):
     def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]:
         """v = beta v + (1 - beta) g^2;  u = g / (sqrt(v / (1 - beta^step)) + eps)."""
         v = slots[0] * self.beta + (g * g) * (1 - self.beta)
-        return g / ((v * (1 / (1 - self.beta**step))).sqrt() + self.eps), v
+        return g / (root(v * (1 / (1 - self.beta**step))) + self.eps), v

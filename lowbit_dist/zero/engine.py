@@ -201,6 +201,11 @@ class Engine:
         packed = filter(None, map(packed_of, self.module.parameters()))
         return [codes for weights in packed for codes in weights.resident]
 
+    def sent_scales(self) -> list[Tensor]:
+        """Those of the codes that gathers move; where these are the stored ones, the shards' own."""
+        packed = filter(None, map(packed_of, self.module.parameters()))
+        return [weights.sent.scale for weights in packed]
+
     def gathered(self) -> Iterator[Tensor]:
         """What the parameters hold now: values, or the codes that a layer decodes."""
         for p in self.module.parameters():

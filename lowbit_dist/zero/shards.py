@@ -164,7 +164,7 @@ class Packed:
         first = rank * self.numel // BLOCK
         n_blocks = max(0, min(self.numel // BLOCK, whole.numel // BLOCK - first))
         codes, scale = self.own[: n_blocks * whole.grid.bytes_per_block], whole.scale.to(self.own.device)
-        return PackedShard(codes, scale, whole.scale_every, whole.grid, whole.shape, first)
+        return PackedShard(codes, scale, whole.scale_every, whole.grid, whole.shape, first, over_workers=True)
 
     def refresh(self, method: Method) -> None:
         """Let the next gather move what the codes have become; on every worker."""
