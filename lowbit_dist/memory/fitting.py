@@ -149,7 +149,7 @@ def _ladders(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, lis
     yield "process activations", [{"cluster.workers": other} for other in numbers]
     stageless = {} if stage is None else {"zero.stage": None}
     # With the other options of the method, or where dqt has not all of them, without.
-    stored = [{"method.name": "dqt", **stageless}, {"method": {"name": "dqt"}, **stageless}]
+    stored: list[Changes] = [{"method.name": "dqt", **stageless}, {"method": {"name": "dqt"}, **stageless}]
     yield "other_weights", stored * (config.method.stored is None)
 
 

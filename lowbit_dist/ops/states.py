@@ -42,7 +42,7 @@ class Slot(NamedTuple):
     signed: bool
     per: Literal["element", "row", "column"] = "element"
 
-    def count(self, shape: tuple[int, ...], numel: int) -> int:
+    def length(self, shape: tuple[int, ...], numel: int) -> int:
         """How many there are on a worker that has `numel` elements of a tensor: those of rows and columns are
         the whole tensor's, on every worker.
         """

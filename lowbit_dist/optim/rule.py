@@ -82,7 +82,7 @@ class Rule(Section):
         from lowbit_dist.ops import Stored
 
         n = prod(shape) if numel is None else numel
-        return [Stored.zeros(slot, slot.count(shape, n), self.states, device) for slot in self.slots]
+        return [Stored.zeros(slot, slot.length(shape, n), self.states, device) for slot in self.slots]
 
     def state_bytes(self, shape: tuple[int, ...], numel: int | None = None) -> int:
         """Of `initial_state`."""

@@ -54,7 +54,8 @@ class Engine:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        self.numels = {name: p.numel() for name, p in model.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before they are partitioned
+        self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
         if config.precision == "fp8":
@@ -69,7 +70,7 @@ class Engine:
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
-        moving = self._moving({name: tuple(p.shape) for name, p in model.named_parameters()})
+        moving = self._moving(shapes)
         optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, moving)
         stage3_class = partial(
             PackedZero3,
