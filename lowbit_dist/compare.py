@@ -84,7 +84,7 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
         "group": label,
         "method": members[0].config.method.label,
         "lr": members[0].config.optimizer.lr,
-        "low_bit_lr": _low_bit_lr(members[0]),
+        "linear_lr": members[0].config.optimizer.lr * members[0].config.optimizer.linear_lr_ratio,
         "finished": len(finished),
         "runs": [
             {
@@ -102,12 +102,6 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
         **{name: _spread([values[name] for values in measured]) for name in MEASURES},
         "layer_flips": _layer_flips(finished),
     }
-
-
-def _low_bit_lr(run: RunFolder) -> float | None:
-    """The peak rate of weights on a grid; None of a run that has none."""
-    optimizer = run.config.optimizer
-    return None if run.config.method.forward_grid is None else optimizer.lr * optimizer.low_bit_lr_ratio
 
 
 def measures(run: RunFolder) -> dict[str, float | None]:
@@ -209,15 +203,15 @@ def columns(comparison: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rates(group: Mapping[str, Any]) -> str:
-    """The peak learning rate, and in brackets that of weights on a grid where it is another."""
-    of_low_bit = group["low_bit_lr"]
-    return f"{group['lr']:g}" + (f" ({of_low_bit:g})" if of_low_bit not in (None, group["lr"]) else "")
+    """The peak learning rate, and in brackets that of linear layers' weights where it is another."""
+    lr, linear = group["lr"], group["linear_lr"]
+    return f"{lr:g}" if linear == lr else f"{lr:g} ({linear:g})"
 
 
 def markdown(comparison: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     """The table, and these pictures beside it, as a page of text."""
     shown = columns(comparison)
-    heads = ["", "runs", "lr (of low bits)", *shown.values()]
+    heads = ["", "runs", "lr (of linear layers)", *shown.values()]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     rows += [
         [group["group"], count(group), rates(group), *(cell(group, name) for name in shown)]
@@ -236,7 +230,7 @@ def as_csv(comparison: Mapping[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     of_measures = [f"{name}{end}" for name in MEASURES for end in ("", "_spread", "_n")]
-    settings = ("group", "method", "lr", "low_bit_lr")
+    settings = ("group", "method", "lr", "linear_lr")
     writer.writerow([*settings, "runs", "finished", *of_measures])
     for group in comparison["groups"]:
         cells = [group[name][part] for name in MEASURES for part in ("mean", "spread", "n")]

@@ -173,7 +173,12 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp32"] = setting("bf16", "What the forward and the backward pass compute in.")
+    precision: Literal["bf16", "fp32", "fp8"] = setting(
+        "bf16",
+        "What the forward and the backward pass compute in. fp8 is bf16, but the linear layers except the "
+        "head multiply 8-bit floats while the run trains and validates, on GPUs of compute capability 8.9 "
+        "or more.",
+    )
     zero: Zero = Zero()
     train: Train = Train()
     cluster: Cluster = may_change(Cluster())
@@ -225,9 +230,9 @@ class RunConfig(Section):
                 f"{why}: DeepSpeed's stage-1/2 partitions are flat; write zero.stage: 3, or 0"
             )
         passes = self.micro_batches // self.worker_counts()[-1]
-        if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
+        if zero.stage in (0, 1) and self.precision != "fp32" and passes > 1:
             raise ConfigError(
-                f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
+                f"zero.stage ({zero.stage}) must not be used with precision {self.precision} and {passes:,} "
                 "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
             )
@@ -244,12 +249,6 @@ class RunConfig(Section):
             raise ConfigError(
                 f"train.gradient_release (true) must go with one micro-batch a worker and step, not "
                 f"{passes:,}: a gradient is gone before the next one could be added to it; write {instead}"
-            )
-        if method.forward_grid is None and self.optimizer.low_bit_lr_ratio != 1:
-            ratio = self.optimizer.low_bit_lr_ratio
-            raise ConfigError(
-                f"optimizer.low_bit_lr_ratio ({ratio:g}) must be left out for method "
-                f"{method.name}, whose forward pass has no weights on a grid; write optimizer.lr alone"
             )
         if self.run.with_states and self.run.parent is None:
             raise ConfigError(
@@ -325,7 +324,7 @@ class RunConfig(Section):
         """
         if self.train.reproducible:
             return 8
-        return 2 if self.precision == "bf16" and self.micro_batches == world else 4
+        return 2 if self.precision != "fp32" and self.micro_batches == world else 4
 
     @property
     def run_dir(self) -> Path:

@@ -138,7 +138,7 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name, layer in layers.items():
         if others := [holder for holder in holders[id(layer.weight)] if holder != f"{name}.weight"]:
             raise ValueError(f"layer {name}: its weight is {others[0]} too; keep both out of the conversion")
-    if len(method.stages(100)) > 1 or method.nearest(100, 100):
+    if len(method.stages(100)) > 1 or method.nearest(100, 100) or method.threshold(1, 100) is not None:
         raise ValueError(
             f"{method.label} changes within a training, whose length convert_ does not know; train with a "
             "configuration"
@@ -231,15 +231,12 @@ def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def _check_applies(rule: Rule, methods: Collection[Method]) -> None:
     """ValueError if a part of the rule is for what is not there: `methods` are those of converted models."""
-    if not methods and rule.of(is_linear=True) != rule.of(is_linear=False):
+    is_of_linear = rule.of(is_linear=True) != rule.of(is_linear=False)
+    if not methods and (is_of_linear or rule.linear_lr_ratio != 1):
+        what = f"{rule.name} is a rule" if is_of_linear else f"linear_lr_ratio {rule.linear_lr_ratio:g} is"
         raise ValueError(
-            f"{rule.name} is a rule of linear layers, and which are those convert_ says; convert_ the model "
-            "first, to Dense() with keep=[HEAD] for one of full precision"
-        )
-    if rule.low_bit_lr_ratio != 1 and all(method.forward_grid is None for method in methods):
-        raise ValueError(
-            f"low_bit_lr_ratio is {rule.low_bit_lr_ratio:g}, and no weight of the model is on a grid; leave "
-            "it out"
+            f"{what} of linear layers, and which are those convert_ says; convert_ the model first, to "
+            "Dense() with keep=[HEAD] for one of full precision"
         )
 
 
@@ -249,7 +246,7 @@ class Optimizer(torch.optim.Optimizer):
     Learning rate and weight decay of its groups are the rule's, times `Rule.rates`; schedulers of
     torch change `lr` as usual.  The gradient of all parameters is clipped to `clip_norm` (0: not at all),
     and one that is not finite changes nothing.  Rounding is a function of `seed`, the step and the position.
-    ValueError where nothing in the model would have the rule, as Muon, or its rate for low-bit weights.
+    ValueError where nothing in the model would have the rule, as Muon, or its rate for linear layers.
     """
 
     def __init__(self, model: nn.Module, rule: Rule, *, seed: int = 0, clip_norm: float = 0.0):
@@ -267,8 +264,8 @@ class Optimizer(torch.optim.Optimizer):
             owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
             method: Method = Method(name="none") if owner is None else methods[owner]
             inner = name if not owner else name[len(owner) + 1 :]
-            is_low_bit = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
-            self.rules[p], self.methods[p] = rule.of(is_linear=is_low_bit), method
+            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            self.rules[p], self.methods[p] = rule.of(is_linear=is_linear), method
             if not p.requires_grad:
                 continue
             if not isinstance(p, PackedParameter) and (p.dtype != torch.float32 or not p.is_contiguous()):
@@ -277,7 +274,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} is {what}; ordinary parameters must be contiguous float32 (autocast computes "
                     "in bf16)"
                 )
-            rates = rule.rates(method, inner, tuple(p.shape), is_low_bit=is_low_bit)
+            rates = rule.rates(method, inner, tuple(p.shape), is_linear=is_linear)
             group = {
                 "params": [],
                 "lr": rule.lr * rates[0],

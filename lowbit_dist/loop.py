@@ -20,7 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, resuming, runs, statistics
+from lowbit_dist import (
+    checkpoint,
+    data,
+    float8,
+    guard,
+    inputs,
+    memory,
+    model,
+    pretrained,
+    resuming,
+    runs,
+    statistics,
+)
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
 from lowbit_dist.evaluate import n_predicted, n_validation_samples, quality, validation_loss
@@ -81,6 +93,8 @@ class _Worker:
 
     def __init__(self, config: RunConfig, begun: Start, heartbeat: Beat):
         self.config, self.begun, self.heartbeat = config, begun, heartbeat
+        if config.precision == "fp8":
+            float8.check(float8.gpus(), f"worker {dist.get_rank()}")
         self.manifest = inputs.agreed(config)
         self.engine = engine = _build(config, self.manifest)
         self.layers = statistics.Layers(engine)

@@ -27,7 +27,8 @@ from lowbit_dist.pretrained import Pretrained
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of a run's precision
+# Of a run's precision; in fp8 are the products of linear layers alone.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 LEFT = 0.02  # of a low-bit model's layers: the share of matrices that may be in full precision
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 

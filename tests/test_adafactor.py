@@ -144,7 +144,7 @@ REPRODUCIBLE = {
     "micro_batch": 1,
 }  # fmt: skip
 # Codes with residuals flip in a few steps at such a rate alone: from 0, a residual has half a level to go.
-FACTORED = {"name": "rmsprop", "second_moment": "factored", "low_bit_lr_ratio": 4.0}
+FACTORED = {"name": "rmsprop", "second_moment": "factored", "linear_lr_ratio": 4.0}
 RUNS = {
     "codes": {"optimizer": {"name": "adafactor"}, "method": {"grid": "int8"}, "model": SMALLER},
     # rows of 576 are cut anywhere; a worker has none of a norm's gains
@@ -196,6 +196,7 @@ def _keys(path):
 PLANS = (
     (1, {"optimizer": FACTORED, "method": {"name": "flip"}, "precision": "bf16"}),
     (3, {"optimizer": FACTORED, "method": {"name": "flip"}}),
+    (2, {"optimizer": FACTORED, "method": {"name": "flip", "residual": "bf16"}, "precision": "bf16"}),
     (2, {"optimizer": {"name": "adafactor"}, "method": {"grid": "int8"}, "precision": "bf16"}),
     (2, {"optimizer": {"name": "adafactor"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}}),
 )

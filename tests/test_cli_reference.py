@@ -99,7 +99,7 @@ def test_defaults_units_and_what_may_change_are_those_of_the_models(sections):
         "cluster.gpus_per_worker": "auto or number from 0 up",
         "cluster.hang_timeout": "auto or number from 1 up",
         "tracking.mlflow": "text or null",
-        "precision.precision": "bf16 or fp32",
+        "precision.precision": "bf16, fp32 or fp8",
         "method.name": "dqt, flip, bitnet, trilm, tequila, tbt, dense",
     }.items(),
 )

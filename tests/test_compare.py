@@ -216,7 +216,7 @@ def test_the_page_and_the_pictures_are_written(make, lowbit, place):
             for step in (10, 20, 30, 40)
         ]
         folder = make(f"runs/s/a-seed{seed}", val_loss=4.0 + seed, seed=seed, rows=curve,
-                      optimizer={"lr": 0.004, "low_bit_lr_ratio": 0.25})  # fmt: skip
+                      optimizer={"lr": 0.004, "linear_lr_ratio": 0.25})  # fmt: skip
         summary = json.loads((folder / "summary.json").read_text()) | {"bits_per_byte": 2.0 + seed}
         summary["memory"] |= {"bytes_per_linear_weight": 0.25, "bytes_per_linear_weight_with_states": 2.25}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -228,7 +228,7 @@ def test_the_page_and_the_pictures_are_written(make, lowbit, place):
              "loss-against-bytes-of-weights.png", "loss-against-bytes-with-states.png"]  # fmt: skip
     assert [place / each for each in json.loads(done.stdout)["files"]] == [folder / each for each in names]
     assert (folder / "comparison.md").read_text() == (
-        "|  | runs | lr (of low bits) | validation loss | perplexity | bits/byte | bytes/weight "
+        "|  | runs | lr (of linear layers) | validation loss | perplexity | bits/byte | bytes/weight "
         "| with states | bytes/parameter | zeros |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| a | 2 | 0.004 (0.001) | 4.5000 ± 0.7071 | 24.00 ± 11.31 | 2.5000 ± 0.7071 | 0.250 ± 0.000 "
@@ -244,8 +244,9 @@ def test_the_page_and_the_pictures_are_written(make, lowbit, place):
     )
     first, second = csv.DictReader((folder / "comparison.csv").open())
     assert (first["group"], first["val_loss"], first["val_loss_n"]) == ("a", "4.5", "2")
-    assert (first["lr"], first["low_bit_lr"]) == ("0.004", "0.001")
+    assert (first["lr"], first["linear_lr"]) == ("0.004", "0.001")
     assert (second["method"], second["val_loss"], second["finished"]) == ("dense", "", "0")
+    assert (second["lr"], second["linear_lr"]) == ("0.001", "0.001")
     for name in names[2:]:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert [str(run.folder) for run in runs.named(["s"])] == [

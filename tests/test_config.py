@@ -49,7 +49,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "method.activation_bits": 8, "method.sub_norms": False,
         "data.path": "data/stdlib", "data.seq_len": 256, "data.tokenizer": None, "data.cache": None,
         "data.document_mask": False,
-        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.low_bit_lr_ratio": 1.0,
+        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.linear_lr_ratio": 1.0,
         "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8, "optimizer.eps_before_correction": False,
         "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
@@ -651,10 +651,10 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "mean 'tiny'?"),
     "a precision that does not exist": (
         GOOD, ("precision=fp16",),
-        "precision ('fp16') must be one of bf16, fp32; did you mean 'bf16'?"),
+        "precision ('fp16') must be one of bf16, fp32, fp8; did you mean 'bf16'?"),
     "a precision from elsewhere": (
         GOOD, ("precision=float32",),
-        "precision ('float32') must be one of bf16, fp32; did you mean 'fp32'?"),
+        "precision ('float32') must be one of bf16, fp32, fp8; did you mean 'fp32'?"),
     "a grid from elsewhere": (
         GOOD, ("method.grid=1.58bit",),
         "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
@@ -678,7 +678,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "(optimizer={name: lion} drops a file's other options)"),
     "an option of no optimizer": (
         GOOD, ("optimizer.qqqqqqq=1",),
-        "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, low_bit_lr_ratio, weight_decay, states, "
+        "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, linear_lr_ratio, weight_decay, states, "
         "betas, eps"),
     "an option of the run in an optimizer": (
         GOOD, ("optimizer={name: lion, steps: 5}",),

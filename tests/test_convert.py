@@ -317,9 +317,8 @@ def test_a_rule_that_nothing_in_the_model_would_have_is_refused():
         learn(model, optimizer, 1)
         states = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
         assert states["0.weight"] != states["2.weight"] == states["0.bias"], "the head has AdamW's"
-    for model in (network(), lb.convert_(network(), lb.methods.Dense())):
-        with pytest.raises(ValueError, match=r"low_bit_lr_ratio is 0\.5, and no weight of the model is on"):
-            lb.Optimizer(model, lb.optim.AdamW(low_bit_lr_ratio=0.5))
+    with pytest.raises(ValueError, match=r"^linear_lr_ratio 0\.5 is of linear layers, .* to Dense\(\) with"):
+        lb.Optimizer(network(), lb.optim.AdamW(linear_lr_ratio=0.5))
 
 
 @pytest.mark.parametrize("rule", [lb.optim.AdamW(lr=5e-2), lb.optim.Muon(lr=5e-2)], ids=str)

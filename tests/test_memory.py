@@ -408,7 +408,7 @@ CASES = [
     {"method": {"name": "trilm", "slices": 2}, "precision": "bf16"},
     {
         "method": {"name": "flip"},
-        "optimizer": {"name": "rmsprop", "low_bit_lr_ratio": 4.0},
+        "optimizer": {"name": "rmsprop", "linear_lr_ratio": 4.0},
         "precision": "bf16",
     },
     {"optimizer": {"name": "muon"}, "method": {"grid": "int8"}},

@@ -1,5 +1,7 @@
 """Muon against `torch.optim.Muon`, and what is AdamW's."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,37 @@ def test_all_but_the_matrices_of_linear_layers_is_adamws(method):
             optimizer.step()
     for name, p in alone.named_parameters():
         assert torch.equal(p, dict(model.named_parameters())[name]), name
+
+
+def are_those_of_the_whole(shapes):
+    """Of each matrix's direction and momentum: whether this worker's part of it is."""
+    import torch.distributed as dist
+
+    from lowbit_dist.zero.whole import Matrix, updated
+
+    world, rank, rule = dist.get_world_size(), dist.get_rank(), Muon()
+    matrices, expected = [], []
+    for seed, shape in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed)
+        whole = [torch.randn(shape, generator=generator) for _ in range(2)]
+        n = math.prod(shape)
+        padded = -(-n // (256 * world)) * 256
+        here = slice(rank * padded, min(n, (rank + 1) * padded))
+        matrices.append(Matrix(rule, shape, padded, [x.view(-1)[here] for x in whole]))
+        expected.append([x.reshape(-1)[here] for x in rule.update(*whole, step=3)])
+    found = updated(matrices, step=3)
+    return [
+        torch.equal(a, b)
+        for parts, of_whole in zip(found, expected, strict=True)
+        for a, b in zip(parts, of_whole, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_of_a_few_matrices_each_worker_sees_one_whole(world, ranks):
+    shapes = [(40, 64), (96, 32), (2, 200)][:world]  # of the last, two of three workers have a part
+    for few in (shapes, shapes[-1:]):
+        assert ranks(world).run(are_those_of_the_whole, few) == [[True] * 2 * len(few)] * world
 
 
 def test_stages_that_cut_matrices_are_refused():

@@ -55,7 +55,7 @@ def test_a_method_and_an_optimizer_of_another_package_are_chosen_by_name_and_wri
     flat = config.flat()
     assert {name: flat[name] for name in flat if name.startswith(("method.", "optimizer."))} == {
         "method.name": "sign", "method.clip": 2.0,
-        "optimizer.name": "momentum", "optimizer.lr": 0.1, "optimizer.low_bit_lr_ratio": 1.0,
+        "optimizer.name": "momentum", "optimizer.lr": 0.1, "optimizer.linear_lr_ratio": 1.0,
         "optimizer.weight_decay": 0.01,
         "optimizer.states": "fp32", "optimizer.momentum": 0.9,
     }  # fmt: skip

@@ -201,7 +201,7 @@ def test_states_that_a_rule_keeps_otherwise_are_refused_before_a_worker_starts(r
     parent = small(run={"name": "parent"}, train={"steps": 4, **EACH}, optimizer=rmsprop)
     ranks(1).run(train, parent)
     child = changed(parent, run={"name": "child", "from": "parent", "with_states": True})
-    check_parent(changed(child, optimizer={"lr": 1e-4, "low_bit_lr_ratio": 0.5, "beta": 0.9}))
+    check_parent(changed(child, optimizer={"lr": 1e-4, "linear_lr_ratio": 0.5, "beta": 0.9}))
     with pytest.raises(ConfigError, match=r"\(optimizer.second_moment: factored -> element\); write"):
         check_parent(changed(child, optimizer={"lr": 1e-4, "second_moment": "element"}))
 

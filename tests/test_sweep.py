@@ -126,9 +126,12 @@ def test_the_study_has_every_method_and_searches_both_rates():
     search = sweeping.load(Path(__file__).parent.parent / "configs" / "sweeps" / "study.yaml")
     assert {child.config.method.name for child in search.children} == {*METHODS}
     assert all(child.config.train.steps * 5 == 1250 for child in search.children)
-    of_flip = [child.config.optimizer for child in search.children if child.label.startswith("flip-lr")]
-    assert len({optimizer.lr for optimizer in of_flip}) == 2
-    assert len({optimizer.low_bit_lr_ratio for optimizer in of_flip}) == 4
+    for label in ("dense", "flip"):
+        chosen = [
+            child.config.optimizer for child in search.children if child.label.startswith(f"{label}-lr")
+        ]
+        assert len({optimizer.lr for optimizer in chosen}) == 2
+        assert len({optimizer.linear_lr_ratio for optimizer in chosen}) == 4
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_rules_granularities_and_widths_give_one_digest_on_any_number_of_workers
 
 
 def test_a_rule_that_sees_the_matrix_gives_one_digest_on_any_number_of_workers(ranks, small):
-    """Each worker sees all of it, slots in 8 bits included, and applies its own part."""
+    """One worker sees all of it, slots in 8 bits included, and each applies its own part."""
     sections = {"optimizer": {"name": "rows"}, "method": {"grid": "int8"}, "model": SMALLER, "train": SIX}
     found = {w: ranks(w).run(train_by_rows, small(run={"name": f"m{w}"}, **sections))[0] for w in (1, 2, 3)}
     assert len({each["digest"] for each in found.values()}) == 1

@@ -280,9 +280,9 @@ CASES = {
     "a method that is not installed": (
         NOTHING, "train run.yaml method.name=sherry",
         ("method.name ('sherry')", "must be one of dqt, flip, bitnet, trilm", "install the package")),
-    "a rate of weights that are on no grid": (
-        NOTHING, "train run.yaml 'method={name: dense}' optimizer.low_bit_lr_ratio=0.5",
-        ("optimizer.low_bit_lr_ratio (0.5)", "left out for method dense", "write optimizer.lr alone")),
+    "8-bit floats on CPUs": (
+        NOTHING, "train run.yaml run.name=new precision=fp8 cluster.gpus_per_worker=0",
+        ("precision (fp8)", "GPUs of compute capability 8.9 or more", "has none; write precision: bf16")),
     "an end of a weight decay that does not end": (
         NOTHING, "train run.yaml schedule.weight_decay_until=0.667",
         ("schedule.weight_decay_until (0.667)", "go with schedule.name two_stage", "leave it out")),
@@ -311,6 +311,9 @@ CASES = {
     "rounding of flip": (
         NOTHING, "train run.yaml 'method={name: flip, rounding_anneal: 0.2}'",
         ("method.rounding_anneal (0.2)", "left out for method flip", "leave it out")),
+    "a hysteresis below the noise of its residual": (
+        NOTHING, "train run.yaml 'method={name: flip, hysteresis: 0.001}'",
+        ("method.hysteresis (0.001)", "0 or at least 0.004", "write method.hysteresis: 0.004, or 0")),
     "released rules of flip": (
         NOTHING, "train run.yaml 'method={name: flip, rules: released}'",
         ("method.rules ('released')", "paper")),

@@ -65,7 +65,8 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
         total += config.optimizer.of(is_linear=name in linear).state_bytes(tuple(p.shape))
         if stored is not None and name in low_bit:
             total += p.numel() // BLOCK * stored.bytes_per_block
-            total += p.numel() if config.method.accumulator else 0
+            if (kept := config.method.accumulator) is not None:
+                total += p.numel() * kept.dtype.itemsize
             total += torch.float16.itemsize * n_scales(config.method, tuple(p.shape))
         else:
             total += torch.float32.itemsize * p.numel()

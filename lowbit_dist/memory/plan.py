@@ -19,8 +19,10 @@ BASELINES: dict[str, dict[str, Any]] = {
     "plan_bitnet": {"method": {"name": "bitnet"}},
     "plan_dense": DENSE | {"optimizer": {"name": "adamw", "states": "fp32"}},
 }
-EACH: dict[str, Any] = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
-EACH |= {"optimizer.low_bit_lr_ratio": 1.0, "train.gradient_release": False}
+EACH: dict[str, Any] = {
+    "zero.residency": "sharded", "zero.stage": None,
+    "train.reproducible": False, "train.gradient_release": False,
+}  # fmt: skip
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:

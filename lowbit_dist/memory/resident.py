@@ -47,7 +47,7 @@ def resident(
     buffers = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model.buffers()}
     sizes["buffers"] = sum(buffers.values()) if only is None else 0
     stage = 3 if config.zero.stage is None else config.zero.stage
-    itemsize = 2 if config.precision == "bf16" else 4
+    itemsize = 4 if config.precision == "fp32" else 2
     # In float32 the weights themselves are updated; behind others stand float32 ones.
     master = 0 if itemsize == 4 else 4
     linear = set(models.linear_weights(model))
@@ -67,7 +67,8 @@ def resident(
         # Packed ZeRO-3's shards are whole blocks, as many on every worker.
         part = n if workers == 1 else -(-n // (BLOCK * workers)) * BLOCK
         if name in low_bit:
-            sizes["optimizer_states"] += min(part, n) if config.method.accumulator else 0
+            if (kept := config.method.accumulator) is not None:
+                sizes["optimizer_states"] += min(part, n) * kept.dtype.itemsize
             sizes["low_bit_weights"] += _code_bytes(config, part // BLOCK, workers)
             grids = {config.method.stored, config.method.sent_grid}
             sizes["scales"] += 4 * len(grids) * models.n_scales(config.method, tuple(p.shape))

@@ -80,6 +80,12 @@ class Method(Section):
         """
         return 0.0
 
+    def threshold(self, step: int, steps: int) -> float | None:
+        """How far from its code a weight with a residual may be in step `step` (from 1) of `steps`, until the
+        code flips: in levels; None: as far as the residual reaches.
+        """
+        return None
+
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         """The layer that takes the place of `layer`, which is called `name` in the model.
 

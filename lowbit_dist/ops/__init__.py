@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import cpu, fused, reference
-from lowbit_dist.ops.reference import Accumulator, Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
+from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
 
 __all__ = [
     "STATES",
@@ -192,7 +192,7 @@ def _host_backend(device: torch.device) -> ModuleType:
 def _tensors(target: Codes | Weights) -> tuple[Tensor, ...]:
     if isinstance(target, Weights):
         return (target.weight,)
-    residual = () if target.residual is None else (target.residual.counts,)
+    residual = () if target.residual is None else (target.residual.values,)
     next_scale = () if target.next_scale is None else (target.next_scale,)
     return (target.codes, target.scale, *residual, *next_scale)
 
@@ -220,8 +220,8 @@ def _check_target(target: Codes | Weights, n: int, name: str) -> None:
     _check_codes(target.codes, target.grid, n)
     _check_scale(target.scale, n, target.first_block, target.scale_every)
     if target.residual is not None:
-        _check_tensor("residual", target.residual.counts, (torch.int8,))
-        _check_count("residual", target.residual.counts, n, n)
+        _check_tensor("residual", target.residual.values, (target.residual.kept.dtype,))
+        _check_count("residual", target.residual.values, n, n)
     if target.next_scale is not None:
         _check_tensor("next_scale", target.next_scale, (torch.float32,))
         if target.next_scale.shape != target.scale.shape or target.residual is not None:

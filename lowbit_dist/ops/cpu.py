@@ -24,8 +24,8 @@ from torch import Tensor
 from lowbit_dist import folders
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.states import STATES, Stored
+from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -79,9 +79,9 @@ class _State(ctypes.Structure):
 
 class _Residual(ctypes.Structure):
     _fields_ = [
-        ("counts", ctypes.c_void_p),
-        *((name, ctypes.c_float) for name in ("reach", "kept", "per_level")),
-        ("resets", ctypes.c_int32),
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("reach", "threshold", "kept", "per_level")),
+        *((name, ctypes.c_int32) for name in ("resets", "is_bf16")),
     ]
 
 
@@ -133,11 +133,13 @@ def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tenso
         _pointer(u),
         ctypes.byref(
             _Residual(
-                counts=_pointer(residual.counts),
+                values=_pointer(residual.values),
                 reach=kept.reach,
-                kept=kept.levels_per_count * (1 - kept.leak),
-                per_level=kept.counts_per_level,
+                threshold=kept.reach if now.threshold is None else now.threshold,
+                kept=kept.levels_per_unit * (1 - kept.leak),
+                per_level=kept.units_per_level,
                 resets=kept.resets,
+                is_bf16=kept.states == "bf16",
             )
         ),
         _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),

@@ -7,7 +7,7 @@ lion     u = sign(m * beta1 + g * rest1)      m = m * beta2 + g * rest2
 
 from typing import Any, NamedTuple
 
-from lowbit_dist.ops.reference import Now
+from lowbit_dist.ops.targets import Now
 
 # Whether each slot of a rule is signed.
 SLOTS: dict[str, tuple[bool, ...]] = {"adamw": (True, False), "lion": (True,)}

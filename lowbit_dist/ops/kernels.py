@@ -50,8 +50,8 @@ from lowbit_dist.ops.device_functions import (
     store_codes,
 )
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
 from lowbit_dist.ops.states import Stored
+from lowbit_dist.ops.targets import Codes, Now, Rule, Weights
 
 # Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks
 # of codes several threads would hold the same element, and one could read what another has overwritten.

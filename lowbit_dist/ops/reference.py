@@ -72,129 +72,20 @@ Letters: N elements, B = N / 256 blocks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
-from lowbit_dist.ops.states import Slot, Stored
+from lowbit_dist.ops.states import Stored
+from lowbit_dist.ops.targets import RESIDUAL_TOP, Accumulator, Codes, Now, Residual, Rule, Weights
 
-RESIDUAL_TOP = 127  # counts of a residual at its reach
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers
 
 # Elements.  On a CPU the temporaries of a chunk stay in a core's cache; on a GPU they are worth a launch.
 _CHUNK = {"cpu": 128 * BLOCK}
 _OTHER_CHUNK = 2**14 * BLOCK
-
-
-class Rule(Protocol):
-    """As much of an optimizer (optim/rule.py) as an op asks for."""
-
-    slots: ClassVar[tuple[Slot, ...]]
-    scope: ClassVar[Literal["element", "row", "matrix", "shard"]]
-    fused: ClassVar[Literal["adamw", "lion"] | None]
-
-    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Now:
-    """The numbers of one optimizer step that are not the rule's."""
-
-    lr: float
-    weight_decay: float  # decoupled (arXiv 1711.05101), in units of lr
-    step: int  # 1 for the first
-    seed: int  # 64 bits
-    grad_scale: float = 1.0
-    # The number of this update, 1 for the first that slots see: the step's own, where none was skipped.
-    update: int = 0
-    nearest: float = 0.0  # how far rounding has gone from chance, 0, to the nearest level, 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.step < 2**32:
-            raise ValueError(f"step is {self.step}; steps count from 1 and stay below 2**32")
-        if not self.update:
-            object.__setattr__(self, "update", self.step)
-        if not 0 <= self.nearest <= 1:
-            raise ValueError(f"nearest is {self.nearest}; it must be from 0 to 1")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
-
-    @property
-    def decay(self) -> float:
-        """What a step takes off a weight for its own size, as a fraction."""
-        return self.lr * self.weight_decay
-
-
-class Accumulator(NamedTuple):
-    """How a code's residual is kept: what its level leaves out of the weight, one int8 for each element."""
-
-    reach: float  # levels: the largest residual, which is 127 counts; beyond it the code flips
-    leak: float  # the share that is forgotten in each step
-    resets: bool  # a flip leaves nothing of it
-
-    @property
-    def levels_per_count(self) -> float:
-        return self.reach / RESIDUAL_TOP
-
-    @property
-    def counts_per_level(self) -> float:
-        return RESIDUAL_TOP / self.reach
-
-    def residual(self, n: int, device: torch.device | str = "cpu") -> Stored:
-        """Of n elements, before the first step."""
-        return Stored(Slot("residual", signed=True), torch.zeros(n, dtype=torch.int8, device=device))
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The residuals of a target's codes."""
-
-    counts: Tensor  # [N] int8, from -127 to 127, changed in place
-    kept: Accumulator
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A target: packed codes, a shard's or a whole tensor's."""
-
-    codes: Tensor  # [B * grid.bytes_per_block] uint8, changed in place
-    scale: Tensor  # [scales of the whole tensor] float32, positive
-    scale_every: int  # element e of the whole tensor has scale[e // scale_every]
-    grid: Grid
-    tensor: int  # the tensor's number in the random counter, below 2**32
-    first_block: int  # place of the first block within the whole tensor
-    residual: Residual | None = None  # None: a step is rounded to whole levels by chance
-    next_scale: Tensor | None = None  # of the codes after a step, in the shape of `scale`; None: the same
-
-    @property
-    def numel(self) -> int:
-        return self.codes.numel() * 8 // self.grid.bits
-
-    def part(self, start: int, stop: int) -> "Codes":
-        """Elements `start` to `stop - 1`, whole blocks, sharing memory."""
-        codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
-        block = self.first_block + start // BLOCK
-        residual = self.residual and Residual(self.residual.counts[start:stop], self.residual.kept)
-        return replace(self, codes=codes, first_block=block, residual=residual)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A target: ordinary weights, any number of them."""
-
-    weight: Tensor  # [N] float32, changed in place
-
-    @property
-    def numel(self) -> int:
-        return self.weight.numel()
-
-    def part(self, start: int, stop: int) -> "Weights":
-        """Elements `start` to `stop - 1`, sharing memory."""
-        return Weights(self.weight[start:stop])
 
 
 def step_(
@@ -288,25 +179,33 @@ def _rescale_codes(target: Codes, next_scale: Tensor, u: Tensor, now: Now) -> Te
 
 
 def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
-    """A step of x = level + residual: the nearest level where x left the reach of the old one, and the rest,
-    rounded by chance to whole counts, its new residual.
+    """A step of x = level + residual: the nearest level where x is beyond the threshold of the old one, and
+    the rest, rounded by chance to what can be stored, its new residual.
     """
-    grid, kept = target.grid, residual.kept
+    grid, kept, stored = target.grid, residual.kept, residual.values.view(-1, PLANE)
     old = unpack(target.codes, grid=grid).float().view(-1, PLANE)
     scale = scale_of_planes(target.scale, target.numel, target.first_block, target.scale_every)
-    x = old + residual.counts.view(-1, PLANE).float() * (kept.levels_per_count * (1 - kept.leak))
+    x = old + stored.float() * (kept.levels_per_unit * (1 - kept.leak))
     x = x * (1 - now.decay) - (torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)
-    new = torch.where((x - old).abs() > kept.reach, x.round(), old).clamp(grid.low, grid.high)
+    threshold = kept.reach if now.threshold is None else now.threshold
+    new = torch.where((x - old).abs() > threshold, x.round(), old).clamp(grid.low, grid.high)
     has_flipped = new != old
-    rest = (x - new).clamp(-kept.reach, kept.reach) * kept.counts_per_level
+    rest = (x - new).clamp(-kept.reach, kept.reach) * kept.units_per_level
     if kept.resets:
         rest = rest.masked_fill(has_flipped, 0.0)
-    whole = rest.floor()
-    threshold = ((rest - whole) * 2.0**32).to(torch.int64)
-    counts = whole + (_words(target, now) < threshold).float()
-    residual.counts.view(-1, PLANE).copy_(counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP))
+    stored.copy_(_storable(rest, _words(target, now), kept))
     target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
     return has_flipped.sum()
+
+
+def _storable(rest: Tensor, words: Tensor, kept: Accumulator) -> Tensor:
+    """Residuals rounded by chance: to whole counts, or to bfloat16, which is the upper half of a float32."""
+    if kept.states == "bf16":
+        bits = rest.view(torch.int32) + (words >> 16).int()
+        return (bits & ~0xFFFF).view(torch.float32)
+    whole = rest.floor()
+    counts = whole + (words < ((rest - whole) * 2.0**32).to(torch.int64)).float()
+    return counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP)
 
 
 def _chance(fraction: Tensor, now: Now) -> Tensor:

@@ -34,10 +34,10 @@ class Rule(Section):
 
     name: str = setting(meaning="The optimizer, whose options stand beside it.")
     lr: LearningRate = setting(1e-3, "The peak of the learning rate; the schedule says how it gets there.")
-    low_bit_lr_ratio: Annotated[float, Field(gt=0, le=100)] = setting(
+    linear_lr_ratio: Annotated[float, Field(gt=0, le=100)] = setting(
         1.0,
-        "The learning rate of weights that the forward pass sees on a grid, latent or stored, as a share of "
-        "optimizer.lr; they often want one several times smaller than the others.",
+        "The learning rate of the linear layers' weights, without the head, and of all that is stored as "
+        "codes, as a share of optimizer.lr; weights on a grid often want one several times smaller.",
         unit="of optimizer.lr",
     )
     weight_decay: Annotated[float, Field(ge=0, le=10)] = setting(
@@ -61,15 +61,15 @@ class Rule(Section):
             cls.fused = None
 
     def rates(
-        self, method: Method, name: str, shape: tuple[int, ...], *, is_low_bit: bool
+        self, method: Method, name: str, shape: tuple[int, ...], *, is_linear: bool
     ) -> tuple[float, float]:
         """Factors on the learning rate and the weight decay of a parameter.
 
-        `is_low_bit`: it is stored as codes, or the weight of a linear layer other than the head.
+        `is_linear`: it is the weight of a linear layer other than the head.
         """
         lr, weight_decay = method.rates(name, shape)
-        on_grid = is_low_bit and method.forward_grid is not None
-        return lr * (self.low_bit_lr_ratio if on_grid else 1.0), weight_decay
+        is_code = method.stored is not None and method.is_low_bit(is_linear)
+        return lr * (self.linear_lr_ratio if is_linear or is_code else 1.0), weight_decay
 
     def of(self, *, is_linear: bool) -> Rule:
         """The rule of a parameter; `is_linear`: it is the weight of a linear layer other than the head."""

@@ -20,6 +20,7 @@ def now(config: RunConfig, step: int, update: int) -> ops.Now:
         seed=config.run.seed,
         update=update,
         nearest=config.method.nearest(step, config.train.steps),
+        threshold=config.method.threshold(step, config.train.steps),
     )
 
 
@@ -37,7 +38,7 @@ def agree(one: RunConfig, other: RunConfig, step: int) -> bool:
 def _changing(config: RunConfig, method: Method, step: int) -> tuple[object, ...]:
     """What a step's place in the run decides."""
     place = step, config.train.steps
-    return rate(config.schedule, *place), method.at(*place), method.nearest(*place)
+    return rate(config.schedule, *place), method.at(*place), method.nearest(*place), method.threshold(*place)
 
 
 def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:

@@ -20,9 +20,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
 
-from lowbit_dist import attention, ops
-from lowbit_dist.config import RunConfig
-from lowbit_dist.linear import values
+from lowbit_dist import attention, float8, ops
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.linear import Linear, decodes, values
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
@@ -58,6 +58,8 @@ class Engine:
         self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
+        if config.precision == "fp8":
+            _multiply_in_fp8(model, self.linear_weights)
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
         self._dtype = dtype = DTYPES[config.precision]
@@ -86,12 +88,11 @@ class Engine:
 
     def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
         """How each parameter is updated."""
-        linear, low_bit = set(self.linear_weights), set(self.low_bit)
-        chosen, method = self.config.optimizer, self.config.method
+        linear, chosen, method = set(self.linear_weights), self.config.optimizer, self.config.method
         return {
             name: Moving(
                 chosen.of(is_linear=name in linear),
-                chosen.rates(method, name, shape, is_low_bit=name in linear | low_bit),
+                chosen.rates(method, name, shape, is_linear=name in linear),
             )
             for name, shape in shapes.items()
         }
@@ -299,7 +300,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "steps_per_print": 10**12,
         "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
     }
-    if config.precision == "bf16":
+    if config.precision != "fp32":
         settings["bf16"] = {"enabled": True}
         # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
         sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
@@ -319,6 +320,18 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     packed = [p for p in parameters if packed_of(p) is not None]
     ordinary = [p for p in parameters if packed_of(p) is None]
     return [{"params": group} for group in (ordinary, packed) if group]
+
+
+def _multiply_in_fp8(model: nn.Module, weights: Sequence[str]) -> None:
+    """Of the layers that have these weights; ConfigError if one multiplies by itself."""
+    for name in weights:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not (isinstance(layer, Linear) and decodes(layer)):
+            raise ConfigError(
+                "precision (fp8) must go with layers that multiply as lowbit_dist.linear.Linear does, not "
+                f"with {type(layer).__name__}, which has {name}; write precision: bf16"
+            )
+        layer.product = float8.product
 
 
 class _Unused(torch.optim.Optimizer):

@@ -4,7 +4,7 @@ update in place.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.zero.shards import Shard, packed_of
+from lowbit_dist.zero.whole import Matrix, updated
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.method = method
         self.clip_norm = config.train.clip_norm
         self.micro_batches = config.micro_batches
+        # Their bits are the same either way; one that is compared with another run's need not rely on it.
+        self.matrices_at_once = 1 if config.train.reproducible else dist.get_world_size()
         self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
         self.shards, self.params, self.moving = [], [], []
         for group, master in zip(self.fp16_groups, self.fp32_partitioned_groups_flat, strict=True):
@@ -233,11 +236,36 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
         if self.flips is None:
             self.flips = self._no_flips()
-        for i, gradient in gradients.items():
+        for i, given in self._given(gradients, grad_scale):
             now = at_rates(self.now, self.moving[i].rates, grad_scale)
-            self.flips[i : i + 1] += self._update_shard(i, gradient, now)
+            self.flips[i : i + 1] += self._update_shard(i, given, now)
             self._refresh(i)
         self.n_updated += len(gradients)
+
+    def _given(self, gradients: Mapping[int, Tensor], grad_scale: float) -> Iterator[tuple[int, Tensor]]:
+        """What each shard is updated by: its gradient, or its part of the direction that follows from it, of
+        a rule that must see rows or the matrix.  Its slots have moved then.
+        """
+        whole = [i for i in gradients if self._sees_whole(i)]
+        yield from ((i, gradient) for i, gradient in gradients.items() if i not in whole)
+        whole.sort(key=lambda i: -self.params[i].ds_numel)  # of a few, the first worker has the largest
+        for start in range(0, len(whole), self.matrices_at_once):
+            few = whole[start : start + self.matrices_at_once]
+            moved = updated([self._matrix(i, gradients[i], grad_scale) for i in few], step=self.now.update)
+            for i, (u, *slots) in zip(few, moved, strict=True):
+                shard = self.shards[i]
+                if shard.numel:
+                    for stored, x in zip(shard.slots, slots, strict=True):
+                        stored.store(0, shard.numel, x)
+                yield i, u
+
+    def _sees_whole(self, i: int) -> bool:
+        return self.moving[i].rule.scope in ("row", "matrix")
+
+    def _matrix(self, i: int, gradient: Tensor, grad_scale: float) -> Matrix:
+        shard, slots = self.shards[i], self.shards[i].slots
+        parts = [gradient.float() * grad_scale, *(stored.load(0, shard.numel) for stored in slots)]
+        return Matrix(self.moving[i].rule, shard.shape, self.params[i].partition_numel(), parts)
 
     def _no_flips(self) -> Tensor:
         return torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
@@ -257,53 +285,28 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norms = (squares.sqrt() / self.micro_batches).tolist()
         return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
-    def _update_shard(self, i: int, gradient: Tensor, now: ops.Now) -> Tensor | int:
+    def _update_shard(self, i: int, given: Tensor, now: ops.Now) -> Tensor | int:
         shard, packed = self.shards[i], packed_of(self.params[i])
         scale = None if packed is None else self.method.rescaled(packed.stored)
-        flips = self._move(i, shard.target(self.tensor_ids[shard.name], scale), gradient, now)
+        flips = self._move(i, shard.target(self.tensor_ids[shard.name], scale), given, now)
         if scale is not None and shard.scale is not None:
             shard.scale.copy_(scale)
         return flips
 
-    def _move(self, i: int, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now) -> Tensor | int:
+    def _move(self, i: int, target: ops.Codes | ops.Weights, given: Tensor, now: ops.Now) -> Tensor | int:
         shard, rule = self.shards[i], self.moving[i].rule
-        if gradient.dtype == torch.float64:
-            gradient = gradient.float()
+        if given.dtype == torch.float64:
+            given = given.float()
         if rule.scope == "shard":
             return rule.step_(
-                target, gradient, shard.slots,
+                target, given, shard.slots,
                 now=now, shape=shard.shape, start=shard.start, over_workers=True,
             )  # fmt: skip
-        if rule.scope != "element":
-            return self._update_whole(i, target, gradient, now)
         if not shard.numel:
             return 0
-        return ops.step_(target, gradient, shard.slots, rule=rule, now=now)
-
-    def _update_whole(
-        self, i: int, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
-    ) -> Tensor | int:
-        """A rule that must see rows or the matrix: every worker has all of it for a moment, and applies its
-        own part of the direction, so the result is that of one worker.
-        """
-
-        param, shard, rule = self.params[i], self.shards[i], self.moving[i].rule
-
-        def gathered(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32
-            n, world = param.partition_numel(), dist.get_world_size()
-            padded = nn.functional.pad(part.float(), (0, n - len(part)))
-            full = padded.new_empty(world * n)
-            dist.all_gather_into_tensor(full, padded)
-            return full[: param.ds_numel].view(param.ds_shape)
-
-        slots = (gathered(stored.load(0, shard.numel)) for stored in shard.slots)
-        u, *moved = rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.update)
-        here = slice(shard.start, shard.start + shard.numel)
-        if not shard.numel:
-            return 0
-        for stored, x in zip(shard.slots, moved, strict=True):
-            stored.store(0, shard.numel, x.reshape(-1)[here])
-        return ops.apply_(target, u.reshape(-1)[here].contiguous(), now=now)
+        if self._sees_whole(i):
+            return ops.apply_(target, given, now=now)
+        return ops.step_(target, given, shard.slots, rule=rule, now=now)
 
 
 def square_sum(gradient: Tensor) -> Tensor:  # [] float64
