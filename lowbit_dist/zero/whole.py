@@ -33,14 +33,14 @@ def updated(matrices: Sequence[Matrix], *, step: int) -> list[list[Tensor]]:
     as many as there are workers; on every worker.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    of_each = [len(m.parts) * m.padded for m in matrices] + [0] * (world - len(matrices))
-    of_mine = [of_each[rank]] * world
+    sizes = [len(m.parts) * m.padded for m in matrices] + [0] * (world - len(matrices))
+    own_sizes = [sizes[rank]] * world
     sent = torch.cat([pad(part, (0, m.padded - len(part))) for m in matrices for part in m.parts])
-    whole = _exchanged(sent, of_each, of_mine)
+    whole = _exchanged(sent, sizes, own_sizes)
     del sent
     if rank < len(matrices):
         whole = _update(matrices[rank], whole, step)
-    moved = _exchanged(whole, of_mine, of_each).split(of_each)
+    moved = _exchanged(whole, own_sizes, sizes).split(sizes)
     return [
         [values[: len(part)] for values, part in zip(flat.view(-1, m.padded), m.parts, strict=True)]
         for m, flat in zip(matrices, moved, strict=False)
