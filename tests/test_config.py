@@ -512,7 +512,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "train ('fast') must be a section of names and values; write train: {steps: 300}"),
     "a section for precision": (
         GOOD + "precision: {name: bf16}", (),
-        "precision ({'name': 'bf16'}) must be one of bf16, fp32; write bf16, for example"),
+        "precision ({'name': 'bf16'}) must be one of bf16, fp32, fp8; write bf16, for example"),
     # ranges
     "not a number": (
         GOOD, ("optimizer.lr=.nan",),
@@ -674,12 +674,12 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "the package that brings it"),
     "an option of another optimizer": (
         GOOD, ("optimizer={name: lion, eps: 1e-8}",),
-        "optimizer: unknown name 'eps' for optimizer lion; it belongs to adamw, rmsprop: leave it out "
-        "(optimizer={name: lion} drops a file's other options)"),
+        "optimizer: unknown name 'eps' for optimizer lion; it belongs to adafactor, adamw, rmsprop: "
+        "leave it out (optimizer={name: lion} drops a file's other options)"),
     "an option of no optimizer": (
         GOOD, ("optimizer.qqqqqqq=1",),
         "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, linear_lr_ratio, weight_decay, states, "
-        "betas, eps"),
+        "betas, eps, eps_before_correction"),
     "an option of the run in an optimizer": (
         GOOD, ("optimizer={name: lion, steps: 5}",),
         "optimizer: unknown name 'steps'; did you mean 'train.steps'?"),
@@ -961,7 +961,7 @@ TEXTS += (
 )  # on the command line every value of theirs is text
 TRUTHS = ("model.tie_embeddings", "method.sub_norms")
 TRUTHS += ("train.activation_checkpointing", "train.reproducible", "run.with_states", "data.document_mask")
-TRUTHS += ("tracking.tensorboard", "train.gradient_release")
+TRUTHS += ("tracking.tensorboard", "train.gradient_release", "optimizer.eps_before_correction")
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -328,7 +328,7 @@ CASES = {
         ("method.sub_norms (false)", "true with activation_bits 2", "write method.sub_norms: true")),
     "an option of another optimizer": (
         NOTHING, "train run.yaml 'optimizer={name: lion, eps: 1e-8}'",
-        ("optimizer:", "'eps'", "belongs to adamw, rmsprop", "leave it out")),
+        ("optimizer:", "'eps'", "belongs to adafactor, adamw, rmsprop", "leave it out")),
     "a pretrained model of a smaller vocabulary": (
         pretrained(vocab_size=400), LLAMA, ("model.pretrained (llama)", "400", "512", "prepare the data")),
     "a pretrained model of shorter sequences": (
