@@ -25,9 +25,8 @@ def start_server() -> None:
     """Start the process that ranks are forked from, with the environment of this moment."""
     # Nothing here starts a thread, which would not be there after the fork.
     _context.set_forkserver_preload(["preloaded"])
-    with patch.dict(
-        os.environ, PYTHONPATH=search_path(Path(__file__).parent)
-    ):  # Python 3.11 forgets sys.path
+    # Python 3.11 forgets sys.path there.
+    with patch.dict(os.environ, PYTHONPATH=search_path(Path(__file__).parent)):
         multiprocessing.forkserver.ensure_running()
 
 

@@ -449,7 +449,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     file = tmp_path / "sweep.yaml"
     start = "sweep: {name: s, at_once: 1}\nbase: base.yaml\nruns:\n"
-    kept = "  first: {}\n  last: {method.grid: int8, train.steps: 40, train.eval_every: 40}\n"
+    kept = "  first: {}\n  last: {method.grid: int8, train.steps: 120, train.eval_every: 120}\n"
     shutil.copytree(corpus, tmp_path / "gone")
     file.write_text(start + "  lost: {data.path: gone}\n" + kept)
 
@@ -475,14 +475,14 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     folder = tmp_path / "runs" / "s"
     stopped = runs.read(folder / "last-seed0")
     assert stopped.state == "stopped"
-    assert 4 <= stopped.step < 40
+    assert 4 <= stopped.step < 120
     before = (folder / "first-seed0" / "summary.json").stat()
 
-    file.write_text(start + kept.replace("40", "80"))  # another number of steps is another run
+    file.write_text(start + kept.replace("120", "160"))  # another number of steps is another run
     wrong = lowbit("sweep", file)
     assert wrong.returncode == 2
     assert "last-seed0" in wrong.stderr
-    assert "train.steps: 40 -> 80" in wrong.stderr
+    assert "train.steps: 120 -> 160" in wrong.stderr
 
     forgotten = (folder / "first-seed0" / ".mlflow_run_id").read_text()  # MLflow was down when it ended
     (folder / "first-seed0" / ".tracked").unlink()
@@ -498,7 +498,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     after = (folder / "first-seed0" / "summary.json").stat()
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino), "it was not run again"
     rows = runs.read(folder / "last-seed0").rows
-    assert [row["step"] for row in rows] == list(range(2, 41, 2))
+    assert [row["step"] for row in rows] == list(range(2, 121, 2))
 
     assert found["mlflow_run_id"] == outcome.mlflow_run_id
     parent = client(store).get_run(found["mlflow_run_id"])
