@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from ranks import Ranks, search_path, start_server
+
+for signum in (signal.SIGINT, signal.SIGHUP):  # ignored behind `nohup` and `&`, which processes would inherit
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, lambda *_: None)
 
 SEQ_LEN = 64
 # Tests of these files, and those that use these fixtures, are of marker `integration`.
