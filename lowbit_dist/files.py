@@ -36,12 +36,14 @@ def keep(file: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(out: Path, *, needs: Callable[[], int | None] = lambda: None) -> Iterator[Path]:
+def atomic_folder(
+    out: Path, *, needs: Callable[[], int | None] = lambda: None, replaces: bool = False
+) -> Iterator[Path]:
     """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone.
 
     Its name does not change, so what a killed process left is cleared by the next one; a lock keeps two
     living ones apart.  `needs` says how many bytes it will take, once that can be guessed, for the report of
-    a full disk.
+    a full disk.  `replaces`: a folder that is not empty may stand at `out`, and is removed in the end.
     """
     draft = out.parent / f".{out.name}.partial"
     taken = ConfigError(f"--out ({out}) is being written by another process; wait for it, or name another")
@@ -67,7 +69,8 @@ def atomic_folder(out: Path, *, needs: Callable[[], int | None] = lambda: None) 
             for where, _, files in os.walk(draft):
                 for name in (*files, "."):
                     sync(Path(where, name))
-            draft.rename(out)  # an empty folder may stand there
+            with _moved_away(out) if replaces else contextlib.nullcontext():
+                draft.rename(out)  # an empty folder may stand there
             sync(out.parent)
         except OSError as error:
             if not is_full(error):
@@ -77,6 +80,23 @@ def atomic_folder(out: Path, *, needs: Callable[[], int | None] = lambda: None) 
             shutil.rmtree(draft, ignore_errors=True)
         if full is not None:
             raise RuntimeError(_full(out, needs())) from full
+
+
+@contextlib.contextmanager
+def _moved_away(out: Path) -> Iterator[None]:
+    """Inside, another folder may take the name of `out`, which is removed then; after an error it is back."""
+    old = out.parent / f".{out.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if not out.exists():
+        yield
+        return
+    out.rename(old)
+    try:
+        yield
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _full(out: Path, needs: int | None) -> str:

@@ -33,7 +33,7 @@ class PackedTensor:
     """
 
     codes: Tensor  # [numel / 256 * grid.bytes_per_block] uint8
-    scale: Tensor  # [numel / scale_every] float32, float16-representable
+    scale: Tensor  # [numel / scale_every] float32; of a stored weight float16-representable
     scale_every: int  # elements that a scale serves: of a group (64, 128, ...), a row, or the whole tensor
     grid: Grid
     shape: tuple[int, ...]
@@ -47,6 +47,14 @@ class PackedTensor:
         check_shape(weight.shape, every)
         levels = ops.quantize(weight.reshape(-1).float(), scale, grid=grid, scale_every=every)
         return cls(ops.pack(levels, grid=grid), scale, every, grid, tuple(weight.shape))
+
+    @classmethod
+    def of_levels(cls, levels: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":
+        """Levels [rows, K] of any type, and scales of any shape, each of as many consecutive elements."""
+        every, scale = levels.numel() // scale.numel(), scale.reshape(-1)
+        check_shape(levels.shape, every)
+        codes = ops.pack(levels.reshape(-1).to(torch.int8), grid=grid)
+        return cls(codes, scale, every, grid, tuple(levels.shape))
 
     @property
     def numel(self) -> int:

@@ -2,7 +2,7 @@
 
     export(lowbit_dist.open("quickstart"), "compressed-tensors", "out/quickstart")
 
-1. `leaving.finished` says what leaves: each weight as levels and scales, or as numbers (`Method.finished`).
+1. `finished.of` says what leaves: each weight as levels and scales, or as numbers (`Method.finished`).
 2. The format refuses what it cannot hold (`check`), or writes it into a folder beside the output (`write`).
 3. The format's own public reader reads the files back (`read_back`), and `proof.prove` compares that with
    the model: every weight bit for bit, the logits of a text, the ids of texts.
@@ -27,6 +27,7 @@ from lowbit_dist.files import atomic_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowbit_dist.export.finished import Finished
     from lowbit_dist.trained import Trained
 
 # Name -> module, imported when it is asked for, so that the command line starts without torch.
@@ -41,9 +42,10 @@ class ReadBack(Protocol):
     """What a format's own public reader makes of its files; nothing of this package interprets them."""
 
     rounds_inputs: bool  # of linear layers, to 8 bits: logits are then alike, not the same
+    has_reciprocals: bool  # of scales, whose values may then be off by one in the last place of a float32
 
     def weight(self, name: str) -> Tensor | None:  # of its shape, float32
-        """A tensor by its name in `finished`; None for one that the kind rounds to narrower floats."""
+        """A tensor by its name in `Finished`; None for one that the kind rounds to narrower floats."""
         ...
 
     def logits(self, ids: Sequence[int]) -> Tensor:  # [len(ids), vocabulary] float32
@@ -56,25 +58,22 @@ class ReadBack(Protocol):
 
 
 class Format(Protocol):
-    """One format: these are the members of its module.
-
-    `model` is what `leaving.finished` gives: of its tensors those of linear layers are packed, or none.
-    """
+    """One format: these are the members of its module."""
 
     SUFFIX: str  # of the one file that it writes, named after the output; "": a folder's files
     KINDS: tuple[str, ...]  # values of --type; none: there is one kind
     READER: tuple[str, ...]  # packages that read it back, beside those that are always there
     USE: str  # Markdown for the model card: how to load `{path}`
 
-    def check(self, model: Trained, kind: str | None) -> str:
+    def check(self, model: Finished, kind: str | None) -> str:
         """The kind to write, which is the model's own for None; ConfigError if the format cannot hold it."""
         ...
 
-    def size(self, model: Trained, kind: str) -> int:
+    def size(self, model: Finished, kind: str) -> int:
         """About how many bytes will be written."""
         ...
 
-    def write(self, model: Trained, path: Path, kind: str) -> None:
+    def write(self, model: Finished, path: Path, kind: str) -> None:
         """Write into an empty folder, or to a file if there is a SUFFIX."""
         ...
 
@@ -92,19 +91,19 @@ def export(
     written; `ProofFailed`, with nothing left, where the files are not the model.  `force`: an earlier export
     in `out` is replaced.
     """
-    from lowbit_dist.export import card, leaving, proof
+    from lowbit_dist.export import card, finished, proof
 
     chosen = _format(format)
     out = Path(out)
     _check_out(out, force)
-    model = leaving.finished(trained)
+    model = finished.of(trained)
     kind = chosen.check(model, _kind(chosen, format, kind))
     needed = chosen.size(model, kind)
     _check_disk(out, needed)
     with atomic_folder(out, needs=lambda: needed, replaces=force) as draft:
         path = draft / f"{out.name.removesuffix(chosen.SUFFIX)}{chosen.SUFFIX}" if chosen.SUFFIX else draft
         chosen.write(model, path, kind)
-        proved = proof.prove(trained, model, lambda: chosen.read_back(path))
+        proved = proof.prove(model, lambda: chosen.read_back(path))
         written = {
             "export": str(out),
             "format": format,
@@ -114,7 +113,7 @@ def export(
             "bytes": sum(file.stat().st_size for file in draft.rglob("*") if file.is_file()),
             "proof": proved.as_mapping(),
         }
-        (draft / card.FILE).write_text(card.text(trained, model, chosen, path.name, written))
+        (draft / card.FILE).write_text(card.text(model, chosen, path.name, written))
     return written
 
 

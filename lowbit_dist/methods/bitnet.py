@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method
+from lowbit_dist.packed import PackedTensor
 from lowbit_dist.section import setting
 
 
@@ -46,6 +47,10 @@ class BitNet(Method):
 
     def levels(self, weight: Tensor) -> Tensor:
         return _rounded(weight)[0].to(torch.int8)
+
+    def finished(self, name: str, weight: PackedTensor | Tensor) -> dict[str, PackedTensor | Tensor]:
+        assert isinstance(weight, Tensor), "the weights of this method are latent"
+        return {name: PackedTensor.of_levels(*_rounded(weight), GRIDS["ternary"])}
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return sub_norm_gain(name, shape)

@@ -181,5 +181,10 @@ class Method(Section):
         return 1.0, 1.0 if len(shape) > 1 else 0.0
 
     def finished(self, name: str, weight: PackedTensor | Tensor) -> dict[str, PackedTensor | Tensor]:
-        """What leaves in an export for a trained weight: tensors by name; by default itself."""
+        """What leaves in an export for the weight of a linear layer: tensors by name; by default itself.
+
+        `weight` is what the layer's view is given, float32 if it is not packed.  What leaves is what the
+        forward pass multiplies with: levels, one scale, or scales of rows or groups rounded to the float16
+        that formats have of these, and a bias if the method has one.
+        """
         return {name: weight}

@@ -16,7 +16,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lowbit_dist import ops
 from lowbit_dist.grid import GRIDS, PLANE, Grid
 from lowbit_dist.linear import IntPerToken, Linear
 from lowbit_dist.methods.method import GROUP, Group, Method
@@ -61,9 +60,7 @@ class Tequila(Method):
         """A ternary weight and the bias that its dead zone was."""
         assert isinstance(weight, Tensor), "the weights of this method are latent"
         levels, alpha = self._view.rounded(weight)
-        grid = GRIDS["ternary"]
-        codes = ops.pack(levels.to(torch.int8).view(-1), grid=grid)
-        ternary = PackedTensor(codes, representable(alpha.view(-1)), self.group, grid, tuple(weight.shape))
+        ternary = PackedTensor.of_levels(levels.view(weight.shape), representable(alpha), GRIDS["ternary"])
         return {name: ternary, f"{name.removesuffix('weight')}bias": self._view.bias(weight, levels)}
 
 
