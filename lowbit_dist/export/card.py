@@ -1,4 +1,4 @@
-"""The model card of an export: what the files are, how to load them, and the proof that they are the model."""
+"""The model card of an export: what its files are, how to load them, and the proof that they are right."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def text(model: Finished, chosen: Format, path: str, written: Mapping[str, Any])
         f"A {model.architecture}{_low_bit(model)}, trained by method `{model.trained.method.label}` and "
         f"exported as `{written['format']}` (`{written['type']}`, {in_bytes(written['bytes'])}).\n",
         f"## Use\n\n{chosen.USE.format(path=path)}{_begins(model)}",
-        f"## Proof\n\nRead back by the format's own public reader before it was published:\n\n{_proof(proof)}",
+        "## Proof\n\nRead back by the format's own public reader before it was published:\n\n"
+        + _proof(proof),
     ]
     origin = _origin(model, written)
     sections += [f"## {title}\n\n{table(rows)}" for title, rows in origin.items() if rows]

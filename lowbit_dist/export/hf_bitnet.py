@@ -1,8 +1,8 @@
 """Ternary weights packed for the layers that transformers calls `bitlinear`, four to a byte.
 
-A layer has `weight` [rows / 4, K] uint8, where byte r has rows r, r + R, r + 2 R and r + 3 R (R = rows / 4) of
-its column in bits 0-1, 2-3, 4-5 and 6-7, each as level + 1, and `weight_scale` [1], the reciprocal of the
-scale.  It rounds its input to 8 bits for each token, as BitNet does, and multiplies levels:
+A layer has `weight` [R, K] uint8, a quarter of its rows: byte r of a column has rows r, r + R, r + 2 R and
+r + 3 R in bits 0-1, 2-3, 4-5 and 6-7, each as level + 1; and `weight_scale` [1], the scale's reciprocal.
+It rounds its input to 8 bits for each token, as BitNet does, and multiplies levels:
 y = (x . L) / (weight_scale * scale of x).
 """
 
