@@ -50,9 +50,13 @@ class PackedTensor:
 
     @classmethod
     def of_levels(cls, levels: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":
-        """Levels [rows, K] of any type, and scales of any shape, each of as many consecutive elements."""
+        """Levels [rows, K] of any type, and scales of any shape, each of as many consecutive elements.
+
+        A scale of 0, whose levels are all 0, is 1 then: readers may divide by it.
+        """
         every, scale = levels.numel() // scale.numel(), scale.reshape(-1)
         check_shape(levels.shape, every)
+        scale = scale.where(scale > 0, torch.ones_like(scale))
         codes = ops.pack(levels.reshape(-1).to(torch.int8), grid=grid)
         return cls(codes, scale, every, grid, tuple(levels.shape))
 

@@ -62,6 +62,7 @@ class Format(Protocol):
 
     SUFFIX: str  # of the one file that it writes, named after the output; "": a folder's files
     KINDS: tuple[str, ...]  # values of --type; none: there is one kind
+    HALF_SCALES: bool  # it has scales of rows and groups as float16, and rounds those that are finer
     READER: tuple[str, ...]  # packages that read it back, beside those that are always there
     USE: str  # Markdown for the model card: how to load `{path}`
 
@@ -97,6 +98,8 @@ def export(
     out = Path(out)
     _check_out(out, force)
     model = finished.of(trained)
+    if chosen.HALF_SCALES:
+        model = model.with_half_scales()
     kind = chosen.check(model, _kind(chosen, format, kind))
     needed = chosen.size(model, kind)
     _check_disk(out, needed)

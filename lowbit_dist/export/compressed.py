@@ -24,6 +24,7 @@ from lowbit_dist.packed import PackedTensor
 
 SUFFIX = ""
 KINDS = ("weights", "weights-and-inputs")  # inputs of these layers are rounded to 8 bits for each token
+HALF_SCALES = False
 READER = ("compressed_tensors", "accelerate")
 USE = """```bash
 vllm serve {path}

@@ -14,7 +14,7 @@ from lowbit_dist import model as models
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import Grid
 from lowbit_dist.linear import IntPerToken, Linear
-from lowbit_dist.packed import PackedTensor
+from lowbit_dist.packed import PackedTensor, representable
 from lowbit_dist.trained import Trained
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Finished:
     input_bits: int | None  # to which the inputs of these are rounded, for each token; None: they are not
     names: list[str]  # of every parameter, sorted; those that the method adds, as biases, too
     tensor: Callable[[str], PackedTensor | Tensor]  # float32 where it is not packed
+    has_half_scales: bool = False  # scales of rows and groups are rounded to float16
 
     @property
     def hf_config(self) -> Any:  # PretrainedConfig
@@ -79,6 +80,19 @@ class Finished:
             return tensor
         levels = tensor.levels().float().view(-1, tensor.scale_every)
         return (levels * tensor.scale[:, None]).view(tensor.shape)
+
+    def with_half_scales(self) -> Finished:
+        """The same with scales of rows and groups rounded to float16, where they are not float16 already, as
+        those of stored weights are.
+        """
+
+        def read(name: str) -> PackedTensor | Tensor:
+            tensor = self.tensor(name)
+            if not isinstance(tensor, PackedTensor) or len(tensor.scale) == 1:
+                return tensor
+            return replace(tensor, scale=representable(tensor.scale))
+
+        return replace(self, tensor=read, has_half_scales=True)
 
     def check_low_bit(self, format: str) -> None:
         """ConfigError unless there are low-bit linear layers."""

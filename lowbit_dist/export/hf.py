@@ -9,6 +9,7 @@ from lowbit_dist.export.finished import Finished
 
 SUFFIX = ""
 KINDS: tuple[str, ...] = ()
+HALF_SCALES = False
 READER: tuple[str, ...] = ()
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -18,6 +18,7 @@ from lowbit_dist.packed import PackedTensor
 
 SUFFIX = ""
 KINDS: tuple[str, ...] = ()
+HALF_SCALES = False
 READER = ("accelerate",)  # transformers asks for it
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # and: pip install accelerate

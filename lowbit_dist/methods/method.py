@@ -184,7 +184,6 @@ class Method(Section):
         """What leaves in an export for the weight of a linear layer: tensors by name; by default itself.
 
         `weight` is what the layer's view is given, float32 if it is not packed.  What leaves is what the
-        forward pass multiplies with: levels, one scale, or scales of rows or groups rounded to the float16
-        that formats have of these, and a bias if the method has one.
+        forward pass multiplies with: levels and scales, of any float32, and a bias if the method has one.
         """
         return {name: weight}

@@ -26,7 +26,7 @@ from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.methods.method import Method
-from lowbit_dist.packed import PackedTensor, representable
+from lowbit_dist.packed import PackedTensor
 from lowbit_dist.section import setting
 
 BINARY = Grid("binary", -1, 1, 2)
@@ -97,8 +97,7 @@ class TBT(Method):
     def finished(self, name: str, weight: PackedTensor | Tensor) -> dict[str, PackedTensor | Tensor]:
         assert isinstance(weight, Tensor), "the weights of this method are latent"
         levels, alpha, _ = self._view.rounded(weight)
-        scale = representable(alpha)
-        return {name: PackedTensor.of_levels(levels, scale, GRIDS["ternary"])}  # binary: two of its levels
+        return {name: PackedTensor.of_levels(levels, alpha, GRIDS["ternary"])}  # binary: two of its levels
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         if name.endswith(".activation.alpha"):

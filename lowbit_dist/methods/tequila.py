@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowbit_dist.grid import GRIDS, PLANE, Grid
 from lowbit_dist.linear import IntPerToken, Linear
 from lowbit_dist.methods.method import GROUP, Group, Method
-from lowbit_dist.packed import PackedTensor, representable
+from lowbit_dist.packed import PackedTensor
 from lowbit_dist.section import setting
 
 
@@ -60,7 +60,7 @@ class Tequila(Method):
         """A ternary weight and the bias that its dead zone was."""
         assert isinstance(weight, Tensor), "the weights of this method are latent"
         levels, alpha = self._view.rounded(weight)
-        ternary = PackedTensor.of_levels(levels.view(weight.shape), representable(alpha), GRIDS["ternary"])
+        ternary = PackedTensor.of_levels(levels.view(weight.shape), alpha, GRIDS["ternary"])
         return {name: ternary, f"{name.removesuffix('weight')}bias": self._view.bias(weight, levels)}
 
 

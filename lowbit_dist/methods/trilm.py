@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods.method import Method
-from lowbit_dist.packed import PackedTensor, representable
+from lowbit_dist.packed import PackedTensor
 from lowbit_dist.section import setting
 
 
@@ -46,7 +46,7 @@ class TriLM(Method):
         assert isinstance(weight, Tensor), "the weights of this method are latent"
         levels, gamma = TernarySlices(self.slices).rounded(weight)
         if self.slices > 1:  # a scale serves at most a row
-            gamma = representable(gamma).repeat_interleave(len(weight) // self.slices)
+            gamma = gamma.repeat_interleave(len(weight) // self.slices)
         return {name: PackedTensor.of_levels(levels.view(weight.shape), gamma, GRIDS["ternary"])}
 
 
