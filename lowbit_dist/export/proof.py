@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,10 +75,11 @@ def prove(model: Finished, read_back: Callable[[], ReadBack]) -> Proof:
     ids = _ids(model)
     ours = {rounds: logits(network, ids) for rounds, network in finished.networks(model)}
     try:
-        reader = read_back()
-        counts = _compare_weights(model, reader)
-        _compare_ids(model, reader)
-        theirs = reader.logits(ids).float()
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of libraries
+            reader = read_back()
+            counts = _compare_weights(model, reader)
+            _compare_ids(model, reader)
+            theirs = reader.logits(ids).float()
     except ProofFailed:
         raise
     except Exception as error:  # whatever a reader raises on a file that is wrong
