@@ -22,6 +22,7 @@ from lowbit_dist import model as models
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.export.finished import Finished, Layout
 from lowbit_dist.export.proof import ProofFailed, logits
+from lowbit_dist.files import os_errors
 from lowbit_dist.linear import INNER_LINEARS, Linear
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.pretrained import CONFIG, INDEX, SINGLE
@@ -144,7 +145,8 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     def flush() -> None:
         nonlocal size
         files.append(list(waiting))
-        save_file(waiting, folder / f".{len(files)}", metadata={"format": "pt"})
+        with os_errors():
+            save_file(waiting, folder / f".{len(files)}", metadata={"format": "pt"})
         waiting.clear()
         size = 0
 
@@ -184,9 +186,7 @@ class Folder:
         *,
         rounds_inputs: bool = False,
         has_reciprocals: bool = False,
-        decoded: Callable[[nn.Module], Tensor | None] = lambda layer: (
-            None
-        ),  # of a quantised layer: its weight
+        decoded: Callable[[nn.Module], Tensor | None] | None = None,  # the weight of a packed layer
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -212,9 +212,12 @@ class Folder:
             name = name.replace(own, theirs)
         owner, _, key = name.rpartition(".")
         layer = self.network.get_submodule(owner)
-        with EAGER():
-            decoded = self._decoded(layer) if key == "weight" else None
-        return getattr(layer, key).detach().float() if decoded is None else decoded
+        if self._decoded is not None and key == "weight":
+            with EAGER():
+                decoded = self._decoded(layer)
+            if decoded is not None:
+                return decoded
+        return getattr(layer, key).detach().float()  # type: ignore[no-any-return]
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         with EAGER():
