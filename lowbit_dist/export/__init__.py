@@ -15,7 +15,7 @@ module with the members of `Format`, and a line of FORMATS.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +82,10 @@ class Format(Protocol):
         """Read what was written, with the public reader; whatever that raises is a proof that failed."""
         ...
 
+    def note(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Of a file with a SUFFIX: put what `export` tells into its metadata, too."""
+        ...
+
 
 def export(
     trained: Trained, format: str, out: str | Path, *, kind: str | None = None, force: bool = False
@@ -116,6 +120,8 @@ def export(
             "bytes": sum(file.stat().st_size for file in draft.rglob("*") if file.is_file()),
             "proof": proved.as_mapping(),
         }
+        if chosen.SUFFIX:
+            chosen.note(path, written)
         (draft / card.FILE).write_text(card.text(model, chosen, path.name, written))
     return written
 

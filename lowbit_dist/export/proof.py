@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 POSITIONS = 64  # of the text whose logits are compared
 MAX_KL = 1e-9  # nats, mean over positions
 MAX_KL_HALF = 1e-5  # the same, of scales rounded to float16
+MAX_KL_NARROWED = 1e-2  # the same, of matrices rounded to bfloat16
 MAX_KL_ROUNDED = 5e-4  # the same, with rounded inputs
 MIN_TOP1 = 0.95  # of positions
 # Of what rounding itself does to our logits: two independent roundings differ by twice that, on average.
@@ -96,6 +97,8 @@ def prove(model: Finished, read_back: Callable[[], ReadBack]) -> Proof:
         texts=len(TEXTS),
     )
     most, least = MAX_KL_HALF if model.has_half_scales else MAX_KL, MIN_TOP1
+    if proof.narrowed:
+        most = MAX_KL_NARROWED
     if reader.rounds_inputs:
         most = max(MAX_KL_ROUNDED, most, NOISE * divergence(ours[False], ours[True]))
         least = min(MIN_TOP1, 1 - NOISE * (1 - agreement(ours[False], ours[True])))
