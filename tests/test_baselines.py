@@ -95,7 +95,7 @@ def test_tequila_follows_its_equations_and_ends_as_a_ternary_layer_with_a_bias(r
     merged = nn.functional.linear(
         x.double(), finished["a.weight"].dequantize(torch.float32).double(), finished["a.bias"].double()
     )
-    torch.testing.assert_close(merged, y, rtol=1e-3, atol=1e-4)  # its scales are float16
+    torch.testing.assert_close(merged, y.double(), **CLOSE)
 
 
 @pytest.mark.parametrize("rules", ["paper", "released"])

@@ -121,6 +121,32 @@ def test_a_folder_that_another_process_finishes_before_its_lock_is_ours_is_left_
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
+def test_a_folder_is_replaced_when_the_new_one_is_whole_and_only_if_that_is_asked_for(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def write(text, **options):
+        with atomic_folder(out, **options) as folder:
+            (folder / text).write_text(text)
+
+    write("first")
+    with pytest.raises(OSError):
+        write("second")
+    write("second", replaces=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
+
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == ".out.partial":
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write("third", replaces=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
+
+
 def test_an_address_answers_or_it_is_said_why_not():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
