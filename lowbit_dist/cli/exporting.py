@@ -12,7 +12,10 @@ from lowbit_dist.cli.arguments import Json, RunOrFolder, at_home, pairs
 def export(
     run: RunOrFolder,
     format: Annotated[
-        str, typer.Option(metavar="FORMAT", help="Write hf, hf-bitnet or compressed-tensors.", show_default=False)
+        str,
+        typer.Option(
+            metavar="FORMAT", help="Write hf, hf-bitnet or compressed-tensors.", show_default=False
+        ),
     ],
     out: Annotated[
         Path,
