@@ -178,7 +178,7 @@ def test_what_leaves_of_a_latent_weight_is_what_the_forward_pass_multiplies_with
 
 
 def inverted(monkeypatch, corpus):
-    monkeypatch.setattr(torch.Tensor, "__rtruediv__", lambda scale, one: scale.clone())
+    monkeypatch.setattr(hf_bitnet, "reciprocal", torch.clone)
 
 
 def doubled(monkeypatch, corpus):
@@ -265,7 +265,7 @@ def forgotten(monkeypatch, corpus):
 
 
 MISTAKES = {
-    "inverted scale": (inverted, "ternary", "hf-bitnet", "q_proj.weight is not the model's|elements differ"),
+    "inverted scale": (inverted, "ternary", "hf-bitnet", "elements differ"),
     "doubled scale": (doubled, "int3", "compressed-tensors", "elements differ"),
     "requantised": (requantised, "ternary in groups", "hf", "elements differ"),
     "permuted heads": (permuted, "ternary", "hf", r"[kq]_proj.weight is not the model's"),

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits as compressed-tensors packs them (`pack-quantized`), for vLLM and transformers.
+"""Codes of up to 8 bits as compressed-tensors packs them (`pack-quantized`), for vLLM and transformers.
 
 A layer has `weight_packed` [N, ceil(K b / 32)] int32, where element i of a row is bits i b to i b + b - 1 of
 the row's bit stream, least significant first and across words, each as level + 2^(b - 1); `weight_scale`
@@ -9,7 +9,6 @@ which this is not.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,17 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 """
 WORD = 32  # bits
 PACKED = "pack-quantized"
-BITS = (2, 3, 4, 8)
+MAX_BITS = 8
 
 
 def check(model: Finished, kind: str | None) -> str:
     model.check_low_bit("compressed-tensors")
     for name, layout in model.layouts.items():
-        if layout.grid.bits not in BITS:
+        grid, half = layout.grid, 2 ** (layout.grid.bits - 1)
+        if grid.bits > MAX_BITS or grid.low < -half or grid.high >= half:
             raise ConfigError(
-                f"--format compressed-tensors packs {', '.join(map(str, BITS))} bits, and {name} has "
-                f"{layout.grid.bits}; write --format hf"
+                f"--format compressed-tensors packs levels of 1 to {MAX_BITS} bits around 0, and {name} has "
+                f"{grid.low:,} to {grid.high:,} in {grid.bits} bits; write --format hf"
             )
     huggingface.check(model, "compressed-tensors")
     return kind or KINDS[model.input_bits is not None]
@@ -79,12 +79,12 @@ def write(model: Finished, path: Path, kind: str) -> None:
 def configuration(model: Finished, *, rounds_inputs: bool) -> dict[str, Any]:
     """What `config.json` says: each way in which layers are packed, and which ones they are."""
     target = huggingface.Target(model, "compressed-tensors")
-    ways: Mapping[tuple[int, int | None], list[str]] = defaultdict(list)
+    ways: defaultdict[tuple[int, int | None], list[str]] = defaultdict(list)
     for name, layout in model.layouts.items():
         ways[layout.grid.bits, layout.group].append(target.name(name).removesuffix(".weight"))
     others = [layer for layer in target.linears() if all(layer not in layers for layers in ways.values())]
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    groups = {}
+    groups: dict[str, Any] = {}
     for k, ((bits, group), layers) in enumerate(ways.items()):
         weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
         grouped = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}

@@ -63,7 +63,7 @@ def write(model: Finished, path: Path, kind: str) -> None:
     def stored(name: str) -> dict[str, Tensor]:
         tensor = model.tensor(name)
         assert isinstance(tensor, PackedTensor), "it has a layout"
-        return {"weight": pack(tensor.levels()), "weight_scale": 1 / tensor.scale}
+        return {"weight": pack(tensor.levels()), "weight_scale": reciprocal(tensor.scale)}
 
     quantization = {
         "quant_method": "bitnet",
@@ -81,6 +81,10 @@ def pack(levels: Tensor) -> Tensor:  # [N, K] int8 of -1, 0 and 1 -> [N / 4, K] 
     for k, quarter in enumerate(quarters):
         packed |= quarter << 2 * k
     return packed
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    return 1 / scale
 
 
 def read_back(path: Path) -> huggingface.Folder:

@@ -114,8 +114,8 @@ def write(
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     marks = {f"{mark}_token_id": getattr(target.config, f"{mark}_token_id") for mark in ("bos", "eos")}
     (folder / "generation_config.json").write_text(json.dumps(marks, indent=2) + "\n")
-    for name, content in model.tokenizer.files.items():
-        (folder / name).write_bytes(content)
+    for name, written in model.tokenizer.files.items():
+        (folder / name).write_bytes(written)
 
 
 def _tensors(
