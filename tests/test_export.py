@@ -30,6 +30,7 @@ MODELS = {
     "ternary": (DQT(), {}, ALL),
     "ternary, SubLN, tied": (DQT(sub_norms=True), {"tie_word_embeddings": True}, ALL),
     "ternary in groups": (DQT(granularity="group", group=64, activation_bits=None), {}, NOT_BITNET),
+    "groups as long as some rows": (DQT(granularity="group", group=256), {}, NOT_BITNET[1:]),
     "ternary forward": (DQT(grid="int8", forward="ternary"), {"precision": "bf16"}, ALL),
     "all tensors": (DQT(tensors="all"), {}, ALL),
     "int2 in rows": (DQT(grid="int2", granularity="row", sub_norms=True), {}, NOT_BITNET),
