@@ -444,7 +444,7 @@ def check_content(content, world, ranks):
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, marks=[pytest.mark.slow] if n % 5 else []) for n in range(len(CASES))],
+    [pytest.param(n, marks=[pytest.mark.slow] if n % 10 else []) for n in range(len(CASES))],
     ids=lambda n: f"{WORLDS[n % 4]}-{CASES[n]}",
 )
 def test_the_plan_is_what_is_measured(number, ranks):
