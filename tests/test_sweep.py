@@ -22,8 +22,6 @@ BASE = "data: {path: data}\nrun: {name: base}\ntrain: {steps: 10}\n"
 SMALL = "sweep: {name: s}\nbase: base.yaml\n"
 # For a process that has joined a Ray: how many fit at once is asked of none.
 ONE_AT_A_TIME = "sweep: {name: s, at_once: 1}\nbase: base.yaml\n"
-    "sweep: {name: s, at_once: 1}\nbase: base.yaml\n"  # asks no Ray, in a process that has joined one
-)
 
 
 @pytest.fixture
