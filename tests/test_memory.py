@@ -237,7 +237,7 @@ def decoded_weights_alive(content):
     }
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("residency", ["sharded", "replicated"])
 def test_at_most_one_blocks_weights_are_decoded_at_any_moment(residency, checkpointing, world, ranks):

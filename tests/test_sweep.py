@@ -281,6 +281,7 @@ def test_a_run_without_a_loss_is_never_the_best(searched):
         searched(SEARCH + other, loss)
 
 
+@pytest.mark.slow  # what is new to it, the stages, is told above without training; children train below
 def test_a_search_and_the_runs_at_its_best_are_one_command(small, ray, lowbit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = {"steps": 8, "batch_tokens": 256, "log_every": 2, "eval_every": 8, "save_every": 8}
