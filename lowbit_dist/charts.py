@@ -177,8 +177,6 @@ def loss_curves(
     runs = [curve for curves in groups.values() for curve in curves]
     factor, unit = _tokens(max((x for curve in runs for x, _ in curve), default=0))
     for group, curves in groups.items():
-        if not curves:
-            continue
         colour, style, _ = _look(colours[group])
         for curve in curves if len(curves) > 1 else ():
             axes.plot(*_scaled(curve, factor), color=colour, ls=style, lw=0.8, alpha=0.45)
@@ -187,45 +185,48 @@ def loss_curves(
         axes.plot(*_scaled(mean, factor), color=colour, ls=style, lw=2.0, marker=alone, label=group)
     axes.set_xlabel(f"tokens ({unit})" if unit else "tokens")
     axes.set_ylabel("training loss (nats per token)")
-    if any(len(curves) > 1 for curves in groups.values()):
-        title += ": thick is the mean, thin is each seed"
+    title += ": thick is the mean, thin is each seed" if len(runs) > len(groups) else ""
     axes.margins(x=0.02)
     return _saved_with_legend(figure, axes, path, title)
 
 
 def loss_against_bytes(
-    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> measure -> mean and spread
+    groups: Mapping[str, Mapping[str, Mapping[str, float | None]]],  # -> bytes, val_loss -> mean and spread
     path: str | Path,
     *,
     colours: Colours,
+    words: str,  # what the bytes are of
     title: str = "Validation loss against memory",
 ) -> Path:
     """Draw a point with its error bars for each group; lower and further left is better."""
     figure, axes = _figure(7.2, 4.2)
-    has_bars = False
     for group, measured in groups.items():
         colour, _, marker = _look(colours[group])
-        x, y = measured["bytes_per_parameter"], measured["val_loss"]
-        has_bars = has_bars or y["spread"] is not None
+        x, y = measured["bytes"], measured["val_loss"]
         axes.errorbar(
             [x["mean"] or 0.0], [y["mean"] or 0.0], xerr=x["spread"] or None, yerr=y["spread"] or None,
             color=colour, marker=marker, markersize=8, markeredgecolor="white", capsize=4, ls="",
             label=f"{group} ({y['n']} seed{'' if y['n'] == 1 else 's'})", clip_on=False,
         )  # fmt: skip
     axes.margins(0.12)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("bytes of all workers per parameter of the whole model, between steps")
+    sizes = [measured["bytes"]["mean"] or 0.0 for measured in groups.values()]
+    if 0 < min(sizes) * WIDE < max(sizes):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(words)
     axes.set_ylabel("validation loss (nats per token)")
+    has_bars = any(measured["val_loss"]["spread"] is not None for measured in groups.values())
     title += ", ± one standard deviation over seeds" if has_bars else ""
     return _saved_with_legend(figure, axes, path, title, grid="both")
 
 
 def layer_heat(rows: Sequence[Mapping[str, Any]], path: str | Path, *, metric: str = "flip_rate") -> Path:
     """Draw a number of every layer over a run, a strip for each; rows are those of `layers.jsonl`."""
-    names = list(
-        dict.fromkeys(name for row in rows for name in row["layers"] if metric in row["layers"][name])
-    )
-    values = [[row["layers"].get(name, {}).get(metric, math.nan) for row in rows] for name in names]
+    layers = [row["layers"] for row in rows]
+    names = list(dict.fromkeys(name for of in layers for name in of if metric in of[name]))
+    values = [[of.get(name, {}).get(metric, math.nan) for of in layers] for name in names]
     figure, axes = _figure(7.2, min(12.0, 1.6 + 0.16 * len(names)))
     edges = [row["step"] for row in rows]
     steps = [*edges, edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 1)]
@@ -259,9 +260,8 @@ def layer_curves(
         axes.set_ylim(bottom=0)
     names = max(([*layers] for layers in groups.values()), key=len)
     every = -(-len(names) // 14)
-    axes.set_xticks(
-        range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right"
-    )
+    labels = [_short(name) for name in names[::every]]
+    axes.set_xticks(range(0, len(names), every), labels, rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylabel(UNITS["flip_rate"])
     return _saved_with_legend(figure, axes, path, title)
@@ -272,9 +272,9 @@ def _short(name: str) -> str:
 
 
 def _look(number: int) -> tuple[str, str, str]:
-    """Colour, line style and marker; the styles change when the colours are used up."""
+    """Colour, line style and marker; styles and markers change when the colours are used up."""
     n = len(PALETTE)
-    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[number % n]
+    return PALETTE[number % n], STYLES[number // n % len(STYLES)], MARKERS[(number + number // n) % n]
 
 
 def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> tuple[list[float], list[float]]:
@@ -295,7 +295,7 @@ def _saved_with_legend(
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.grid(axis=grid, color="#dddddd", lw=0.8)
     handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(len(labels), 100 // (max(map(len, labels), default=0) + 10)))
+    columns = max(1, min(len(labels), 100 // (max(map(len, labels)) + 10)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.22 * rows)
     figure.legend(

@@ -1,4 +1,4 @@
-"""Runs side by side: mean and spread over seeds, as a table and as pictures.
+"""Runs side by side: mean and spread over seeds, as a table, as pictures, and as a page of both.
 
 Runs that differ in nothing but their seed and their name are one group.  A mean is over finished runs only;
 those that are not finished are counted and named beside it.  Everything is read from the runs' folders.
@@ -8,7 +8,8 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,30 @@ from lowbit_dist import charts, runs
 from lowbit_dist.files import atomic_write
 from lowbit_dist.runs import RunFolder
 
-# Measure -> (its words, how its mean is written); the order is that of the table's columns.
+# Measure -> (its words, how its mean is written); the order is that of the table's columns.  Bytes are those
+# of a linear layer's weights, of these with the optimizer's states, and of all that stays, of all parameters.
 MEASURES = {
     "val_loss": ("validation loss", ".4f"),
     "perplexity": ("perplexity", ".2f"),
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "bytes_per_linear_weight": ("bytes/weight", ".3f"),
+    "bytes_per_linear_weight_with_states": ("with states", ".3f"),
     "bytes_per_parameter": ("bytes/parameter", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
     "flip_rate": ("flip rate", ".3%"),
+    "zero_fraction": ("zeros", ".1%"),
+}
+# Picture of the validation loss -> the bytes against which it is, and these in words.
+OF_BYTES = {
+    "loss-against-bytes.png": (
+        "bytes_per_parameter",
+        "bytes of all workers per parameter of the whole model, between steps",
+    ),
+    "loss-against-bytes-of-weights.png": ("bytes_per_linear_weight", "bytes per weight of the linear layers"),
+    "loss-against-bytes-with-states.png": (
+        "bytes_per_linear_weight_with_states",
+        "bytes per weight of the linear layers, with the optimizer's states",
+    ),
 }
 # What does not tell two groups apart: the seed, and where a run keeps its files and sends its numbers.
 ASIDE = ("run.name", "run.seed", "run.dir", "tracking.", "data.tokenizer", "data.cache", "train.keep_")
@@ -65,6 +83,8 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
     return {
         "group": label,
         "method": members[0].config.method.label,
+        "lr": members[0].config.optimizer.lr,
+        "linear_lr": members[0].config.optimizer.lr * members[0].config.optimizer.linear_lr_ratio,
         "finished": len(finished),
         "runs": [
             {
@@ -88,18 +108,23 @@ def measures(run: RunFolder) -> dict[str, float | None]:
     """What a finished run is compared by; None is what it does not have.
 
     Speed is the median of the logged intervals, which a restart in between does not change; bytes are all
-    that stays allocated between steps, over all workers.
+    that stays allocated between steps, over all workers.  Flips are the mean of the log steps, zeros those of
+    the last one.
     """
     summary = run.summary or {}
-    memory = summary.get("memory")
+    memory = summary.get("memory") or {}
     speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second")]
     flips = [row["flip_rate"] for row in run.rows if row.get("flip_rate") is not None]
     return {
         "val_loss": summary.get("val_loss"),
         "perplexity": summary.get("perplexity"),
+        "bits_per_byte": summary.get("bits_per_byte"),
+        "bytes_per_linear_weight": memory.get("bytes_per_linear_weight"),
+        "bytes_per_linear_weight_with_states": memory.get("bytes_per_linear_weight_with_states"),
         "bytes_per_parameter": sum(charts.of_report(memory).values()) if memory else None,
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "flip_rate": statistics.fmean(flips) if flips else None,
+        "zero_fraction": run.last("zero_fraction"),
     }
 
 
@@ -168,17 +193,35 @@ def not_well(comparison: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown(comparison: Mapping[str, Any]) -> str:
-    """The table as a page of text."""
-    heads = ["", "runs", *(words for words, _ in MEASURES.values())]
+def columns(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """Measure -> its words, of those that any group has."""
+    return {
+        name: words
+        for name, (words, _) in MEASURES.items()
+        if any(group[name]["n"] for group in comparison["groups"])
+    }
+
+
+def rates(group: Mapping[str, Any]) -> str:
+    """The peak learning rate, and in brackets that of linear layers' weights where it is another."""
+    lr, linear = group["lr"], group["linear_lr"]
+    return f"{lr:g}" if linear == lr else f"{lr:g} ({linear:g})"
+
+
+def markdown(comparison: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The table, and these pictures beside it, as a page of text."""
+    shown = columns(comparison)
+    heads = ["", "runs", "lr (of linear layers)", *shown.values()]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     rows += [
-        [group["group"], count(group), *(cell(group, name) for name in MEASURES)]
+        [group["group"], count(group), rates(group), *(cell(group, name) for name in shown)]
         for group in comparison["groups"]
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", "Mean ± sample standard deviation over finished runs."]
     lines += [f"* {line}" for line in not_well(comparison)]
+    for name in pictures:
+        lines += ["", f"![{Path(name).stem.replace('-', ' ')}]({name})"]
     return "\n".join(lines) + "\n"
 
 
@@ -186,43 +229,48 @@ def as_csv(comparison: Mapping[str, Any]) -> str:
     """A row for each group, all digits kept."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}{end}" for name in MEASURES for end in ("", "_spread", "_n")]
-    writer.writerow(["group", "method", "runs", "finished", *columns])
+    of_measures = [f"{name}{end}" for name in MEASURES for end in ("", "_spread", "_n")]
+    settings = ("group", "method", "lr", "linear_lr")
+    writer.writerow([*settings, "runs", "finished", *of_measures])
     for group in comparison["groups"]:
         cells = [group[name][part] for name in MEASURES for part in ("mean", "spread", "n")]
-        writer.writerow([group["group"], group["method"], len(group["runs"]), group["finished"], *cells])
+        known = [group[name] for name in settings]
+        writer.writerow([*known, len(group["runs"]), group["finished"], *cells])
     return text.getvalue()
 
 
 def write(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The table as `comparison.md` and `.csv`, and a picture of each kind for which there is a number."""
+    """The page `comparison.md`, its table as `comparison.csv`, and a picture of each kind for which there is
+    a number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in (("comparison.md", markdown(comparison)), ("comparison.csv", as_csv(comparison))):
+    drawings = _drawings(comparison)
+    pages = {"comparison.md": markdown(comparison, list(drawings)), "comparison.csv": as_csv(comparison)}
+    for name, text in pages.items():
         with atomic_write(folder / name) as draft:
             draft.write_text(text)
-        written.append(folder / name)
-    curves = {
-        group["group"]: [run["curve"] for run in group["runs"] if run["curve"]]
-        for group in comparison["groups"]
-    }
-    points = {
-        group["group"]: {name: group[name] for name in ("bytes_per_parameter", "val_loss")}
-        for group in comparison["groups"]
-        if group["val_loss"]["mean"] is not None and group["bytes_per_parameter"]["mean"] is not None
-    }
-    colours = charts.colours(list(curves))
-    if any(curves.values()):
-        with atomic_write(folder / "loss-against-tokens.png") as draft:
-            charts.loss_curves(curves, draft, colours=colours)
-        written.append(folder / "loss-against-tokens.png")
-    flips = {group["group"]: group["layer_flips"] for group in comparison["groups"] if group["layer_flips"]}
-    if flips:
-        with atomic_write(folder / "flips-per-layer.png") as draft:
-            charts.layer_curves(flips, draft, colours=colours)
-        written.append(folder / "flips-per-layer.png")
-    if points:
-        with atomic_write(folder / "loss-against-bytes.png") as draft:
-            charts.loss_against_bytes(points, draft, colours=colours)
-        written.append(folder / "loss-against-bytes.png")
-    return written
+    for name, draw in drawings.items():
+        with atomic_write(folder / name) as draft:
+            draw(draft)
+    return [folder / name for name in (*pages, *drawings)]
+
+
+def _drawings(comparison: Mapping[str, Any]) -> dict[str, Callable[[Path], object]]:
+    """Name -> what draws it into a file, of each picture for which there is a number."""
+    groups = {group["group"]: group for group in comparison["groups"]}
+    colours = charts.colours(list(groups))
+    drawings: dict[str, Callable[[Path], object]] = {}
+    curves = {name: [run["curve"] for run in group["runs"] if run["curve"]] for name, group in groups.items()}
+    if curves := {name: of_runs for name, of_runs in curves.items() if of_runs}:
+        drawings["loss-against-tokens.png"] = partial(charts.loss_curves, curves, colours=colours)
+    if flips := {name: group["layer_flips"] for name, group in groups.items() if group["layer_flips"]}:
+        drawings["flips-per-layer.png"] = partial(charts.layer_curves, flips, colours=colours)
+    for name, (measure, words) in OF_BYTES.items():
+        measured = {
+            label: {"bytes": group[measure], "val_loss": group["val_loss"]}
+            for label, group in groups.items()
+            if group["val_loss"]["n"] and group[measure]["n"]
+        }
+        if measured:
+            drawings[name] = partial(charts.loss_against_bytes, measured, colours=colours, words=words)
+    return drawings

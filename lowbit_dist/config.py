@@ -86,6 +86,20 @@ class Schedule(Section):
     second_lr_ratio: Annotated[float, Field(gt=0, le=1)] = setting(
         0.667, "The second peak of two_stage, as a share of optimizer.lr.", unit="of optimizer.lr"
     )
+    weight_decay_until: Annotated[float, Field(gt=0, le=1)] | None = setting(
+        None,
+        "When the weight decay of two_stage ends: null is at switch_at, as in BitNet; in TriLM it is 0.667.",
+        unit="of train.steps",
+    )
+
+    @model_validator(mode="after")
+    def _weight_decay_ends_in_two_stages(self) -> Self:
+        if self.weight_decay_until is not None and self.name != "two_stage":
+            raise ConfigError(
+                f"schedule.weight_decay_until ({self.weight_decay_until:g}) must go with schedule.name "
+                f"two_stage, not {self.name}, whose weight decay does not end; leave it out"
+            )
+        return self
 
 
 class Zero(Section):
@@ -117,6 +131,12 @@ class Train(Section):
     )
     reproducible: bool = setting(
         False, "Whether the result has the same bits on any number of workers; it needs precision fp32."
+    )
+    gradient_release: bool = setting(
+        False,
+        "Whether weights are updated while the backward pass runs and gradients dropped at once, which saves "
+        "their memory. Gradients are then clipped by the norm of the step before (a run's first ones not at "
+        "all), and of a wrong step the parameters whose gradients come first are updated.",
     )
     log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
     eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")
@@ -153,7 +173,12 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp32"] = setting("bf16", "What the forward and the backward pass compute in.")
+    precision: Literal["bf16", "fp32", "fp8"] = setting(
+        "bf16",
+        "What the forward and the backward pass compute in. fp8 is bf16, but the linear layers except the "
+        "head multiply 8-bit floats while the run trains and validates, on GPUs of compute capability 8.9 "
+        "or more.",
+    )
     zero: Zero = Zero()
     train: Train = Train()
     cluster: Cluster = may_change(Cluster())
@@ -185,24 +210,45 @@ class RunConfig(Section):
                 f"zero.residency ({zero.residency}) must be sharded for method {method.name}: only packed "
                 "codes can be replicated; write zero.stage: 2 to keep whole weights on every worker"
             )
+        if zero.residency != "sharded" and len(method.stages(self.train.steps)) > 1:
+            raise ConfigError(
+                f"zero.residency ({zero.residency}) must be sharded for method {method.label}: what is "
+                "replicated would change with the forward pass; write zero.residency: sharded"
+            )
         if zero.stage in (1, 2) and self.optimizer.states == "int8":
             raise ConfigError(
                 f"optimizer.states (int8) must not be used with zero.stage {zero.stage}: blocks of {BLOCK} "
                 "elements cannot follow DeepSpeed's flat stage-1/2 partitions; write zero.stage: 3 or "
                 "optimizer.states: fp32"
             )
-        if zero.stage in (1, 2) and self.optimizer.scope != "element":
+        of_linear, of_others = (self.optimizer.of(is_linear=is_linear) for is_linear in (True, False))
+        if zero.stage in (1, 2) and (of_linear.scope != "element" or of_linear.slots != of_others.slots):
+            whole = f"sees a whole {of_linear.scope} of a weight at once"
+            why = whole if of_linear.scope in ("row", "matrix") else "must know which weight an element is of"
             raise ConfigError(
                 f"zero.stage ({zero.stage}) must not be used with optimizer {self.optimizer.name}, which "
-                f"sees a whole {self.optimizer.scope} of a weight at once: DeepSpeed's stage-1/2 partitions "
-                "are flat; write zero.stage: 3, or 0"
+                f"{why}: DeepSpeed's stage-1/2 partitions are flat; write zero.stage: 3, or 0"
             )
         passes = self.micro_batches // self.worker_counts()[-1]
-        if zero.stage in (0, 1) and self.precision == "bf16" and passes > 1:
+        if zero.stage in (0, 1) and self.precision != "fp32" and passes > 1:
             raise ConfigError(
-                f"zero.stage ({zero.stage}) must not be used with precision bf16 and {passes:,} "
+                f"zero.stage ({zero.stage}) must not be used with precision {self.precision} and {passes:,} "
                 "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if self.train.gradient_release and zero.stage in (0, 1, 2):
+            raise ConfigError(
+                f"train.gradient_release (true) must not be used with zero.stage {zero.stage}, where "
+                "DeepSpeed keeps all gradients until the step's end; write zero.stage: 3"
+            )
+        if self.train.gradient_release and passes > 1:
+            larger, fewer = self.train.micro_batch * passes, self.train.batch_tokens // passes
+            instead = f"train.micro_batch: {larger} or train.batch_tokens: {fewer}"
+            if not isinstance(self.cluster.workers, int):  # the batch decides on their number
+                instead = f"cluster.workers: {self.micro_batches}"
+            raise ConfigError(
+                f"train.gradient_release (true) must go with one micro-batch a worker and step, not "
+                f"{passes:,}: a gradient is gone before the next one could be added to it; write {instead}"
             )
         if self.run.with_states and self.run.parent is None:
             raise ConfigError(
@@ -278,7 +324,7 @@ class RunConfig(Section):
         """
         if self.train.reproducible:
             return 8
-        return 2 if self.precision == "bf16" and self.micro_batches == world else 4
+        return 2 if self.precision != "fp32" and self.micro_batches == world else 4
 
     @property
     def run_dir(self) -> Path:

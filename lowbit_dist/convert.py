@@ -10,8 +10,10 @@ digest of the distributed engine on one worker.
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,6 +138,11 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name, layer in layers.items():
         if others := [holder for holder in holders[id(layer.weight)] if holder != f"{name}.weight"]:
             raise ValueError(f"layer {name}: its weight is {others[0]} too; keep both out of the conversion")
+    if len(method.stages(100)) > 1 or method.nearest(100, 100) or method.threshold(1, 100) is not None:
+        raise ValueError(
+            f"{method.label} changes within a training, whose length convert_ does not know; train with a "
+            "configuration"
+        )
     if method.stored is not None:
         _check_packable(layers, method)
     before = {name for name, _ in model.named_parameters()}
@@ -149,7 +156,7 @@ def convert_(model: nn.Module, method: Method, *, keep: Collection[str] = ()) ->
     for name in weights if method.stored is not None else ():
         replaced: Any = model.get_submodule(name.removesuffix(".weight"))
         pack_(replaced, method.quantize(replaced.weight.detach().float()), method.seen)
-    model.lowbit_method = method  # type: ignore[assignment]
+    model.lowbit_method, model.linear_weights = method, weights  # type: ignore[assignment]
     return model
 
 
@@ -222,22 +229,43 @@ def _stub(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(1, dtype=dtype, device=device).expand(shape)
 
 
+def _check_applies(rule: Rule, methods: Collection[Method]) -> None:
+    """ValueError if a part of the rule is for what is not there: `methods` are those of converted models."""
+    is_of_linear = rule.of(is_linear=True) != rule.of(is_linear=False)
+    if not methods and (is_of_linear or rule.linear_lr_ratio != 1):
+        what = f"{rule.name} is a rule" if is_of_linear else f"linear_lr_ratio {rule.linear_lr_ratio:g} is"
+        raise ValueError(
+            f"{what} of linear layers, and which are those convert_ says; convert_ the model first, to "
+            "Dense() with keep=[HEAD] for one of full precision"
+        )
+
+
 class Optimizer(torch.optim.Optimizer):
     """A rule (`lowbit_dist.optim`) as a torch optimizer, for models from `convert_` and any other.
 
-    Learning rate and weight decay of its groups are the rule's, times the method's `rates`; schedulers of
+    Learning rate and weight decay of its groups are the rule's, times `Rule.rates`; schedulers of
     torch change `lr` as usual.  The gradient of all parameters is clipped to `clip_norm` (0: not at all),
     and one that is not finite changes nothing.  Rounding is a function of `seed`, the step and the position.
+    ValueError where nothing in the model would have the rule, as Muon, or its rate for linear layers.
     """
 
     def __init__(self, model: nn.Module, rule: Rule, *, seed: int = 0, clip_norm: float = 0.0):
         self.rule, self.seed, self.clip_norm = rule, seed, clip_norm
         # A converted model may be a part of this one, or wrapped: its method's names begin where it begins.
         methods = {n: m.lowbit_method for n, m in model.named_modules() if "lowbit_method" in m.__dict__}
+        _check_applies(rule, methods.values())
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         self.ids: dict[Tensor, int] = {}
+        # A parameter that is not the model's may be added to a group later.
+        self.rules: defaultdict[Tensor, Rule] = defaultdict(partial(rule.of, is_linear=False))
+        self.methods: dict[Tensor, Method] = {}
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             self.ids[p] = i  # random bits depend on it
+            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
+            method: Method = Method(name="none") if owner is None else methods[owner]
+            inner = name if not owner else name[len(owner) + 1 :]
+            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            self.rules[p], self.methods[p] = rule.of(is_linear=is_linear), method
             if not p.requires_grad:
                 continue
             if not isinstance(p, PackedParameter) and (p.dtype != torch.float32 or not p.is_contiguous()):
@@ -246,10 +274,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} is {what}; ordinary parameters must be contiguous float32 (autocast computes "
                     "in bf16)"
                 )
-            owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
-            method: Method = Method(name="none") if owner is None else methods[owner]
-            inner = name if not owner else name[len(owner) + 1 :]
-            rates = method.rates(inner, tuple(p.shape))
+            rates = rule.rates(method, inner, tuple(p.shape), is_linear=is_linear)
             group = {
                 "params": [],
                 "lr": rule.lr * rates[0],
@@ -288,27 +313,48 @@ class Optimizer(torch.optim.Optimizer):
 
     def _move(self, p: Tensor, now: ops.Now) -> None:
         assert p.grad is not None, "parameters without a gradient are left out"
+        scale = None
         if isinstance(p, PackedParameter):
             t = p.packed.tensor
+            scale = self.methods[p].rescaled(t.as_shard())
             target: ops.Codes | ops.Weights = ops.Codes(
-                t.codes, t.scale, t.scale_every, t.grid, tensor=self.ids[p], first_block=0
+                t.codes,
+                t.scale,
+                t.scale_every,
+                t.grid,
+                self.ids[p],
+                first_block=0,
+                residual=self._residual(p),
+                next_scale=scale,
             )
         else:
             target = ops.Weights(p.data.view(-1))
-        state = self._stored(p)
-        if self.rule.scope == "element":
-            ops.step_(target, p.grad.reshape(-1), state, rule=self.rule, now=now)
+        state, rule = self._stored(p), self.rules[p]
+        if rule.scope == "element":
+            ops.step_(target, p.grad.reshape(-1), state, rule=rule, now=now)
+        elif rule.scope == "shard":
+            rule.step_(target, p.grad.reshape(-1), state, now=now, shape=tuple(p.shape))
         else:
-            ops.whole_step_(target, p.grad, state, rule=self.rule, now=now)
+            ops.whole_step_(target, p.grad, state, rule=rule, now=now)
+        if isinstance(target, ops.Codes) and scale is not None:
+            target.scale.copy_(scale)
+
+    def _residual(self, p: Tensor) -> ops.Residual | None:
+        if (kept := self.methods[p].accumulator) is None:
+            return None
+        state = self.state[p]
+        if "residual" not in state:
+            state["residual"] = kept.residual(p.numel(), p.device).values
+        return ops.Residual(state["residual"], kept)
 
     def _stored(self, p: Tensor) -> list[ops.Stored]:
         """The rule's slots of a parameter, which lie in `state` as plain tensors, to be saved."""
         state = self.state[p]
-        for slot in self.rule.slots:
-            if slot.name not in state:
-                fresh = ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device)
-                state |= {slot.name: fresh.values, f"{slot.name}/scale": fresh.scale}
-        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in self.rule.slots]
+        rule = self.rules[p]
+        if any(slot.name not in state for slot in rule.slots):
+            for fresh in rule.initial_state(tuple(p.shape), device=p.device):
+                state |= {fresh.slot.name: fresh.values, f"{fresh.slot.name}/scale": fresh.scale}
+        return [ops.Stored(slot, state[slot.name], state[f"{slot.name}/scale"]) for slot in rule.slots]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torch casts a parameter's state to the parameter's type; slots have types of their own."""
@@ -317,11 +363,12 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, state in exact.items():
             p = params[i]
-            for slot in self.rule.slots:
-                if state[slot.name].dtype != (wanted := ops.dtype_of(slot, self.rule.states)):
+            states = self.rules[p].states
+            for slot in self.rules[p].slots:
+                if state[slot.name].dtype != (wanted := ops.dtype_of(slot, states)):
                     raise ValueError(
-                        f"the state's {slot.name} is {state[slot.name].dtype}; with states "
-                        f"{self.rule.states} it must be {wanted}"
+                        f"the state's {slot.name} is {state[slot.name].dtype}; with states {states} it must "
+                        f"be {wanted}"
                     )
             self.state[p] = {
                 key: None if x is None else x.to(p.device, copy=True) for key, x in state.items()

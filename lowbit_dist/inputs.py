@@ -17,6 +17,7 @@ from lowbit_dist import data, files, model, pretrained, runs
 from lowbit_dist.checkpoint import Checkpoint, Kept, newest, resolve
 from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError, plain
+from lowbit_dist.optim import Rule
 from lowbit_dist.section import Section
 
 # Of a Hugging Face configuration: where it came from, and what the forward pass does not read.
@@ -99,13 +100,19 @@ def check_parent(config: RunConfig, manifest: data.Manifest) -> None:
     opened.check_holds(parts, instead)
     if differences := _not_in_shapes(opened, config, manifest.vocab_size):
         raise ConfigError(f"{named} is another model ({', '.join(differences[:5])}); {instead}")
-    theirs, ours = opened.config.optimizer, config.optimizer
-    if config.run.with_states and (theirs.name, theirs.states) != (ours.name, ours.states):
+    if config.run.with_states and _states(opened.config.optimizer) != _states(config.optimizer):
+        rates = {f"optimizer.{name}" for name in Rule.model_fields.keys() - {"name", "states"}}
+        others = opened.config.differences(config, but=RunConfig.model_fields.keys() - {"optimizer"} | rates)
         raise ConfigError(
-            f"run.with_states (true): {named} has the states of {theirs.name} in {theirs.states}, not of "
-            f"{ours.name} in {ours.states}; write optimizer.name={theirs.name} and "
-            f"optimizer.states={theirs.states}, or run.with_states=false"
+            f"run.with_states (true): {named} has other states of its weights ({', '.join(others[:5])}); "
+            "write the same optimizer, or run.with_states=false"
         )
+
+
+def _states(rule: Rule) -> tuple[Any, ...]:
+    """Whose they are, which, and how they are kept: of linear layers and of all else."""
+    parts = (rule.of(is_linear=is_linear) for is_linear in (True, False))
+    return rule.name, *((part.slots, part.states) for part in parts)
 
 
 def _not_in_shapes(parent: Checkpoint, config: RunConfig, vocab_size: int) -> list[str]:

@@ -53,6 +53,18 @@ def decodes(module: nn.Module) -> bool:
     return isinstance(module, Linear) and type(module).forward is Linear.forward
 
 
+class Product(Protocol):
+    """How a layer multiplies: in its own precision, or in 8-bit floats (float8.py)."""
+
+    def __call__(self, a: Tensor, b: Tensor, *, of_gradient: bool = False) -> Tensor:
+        """a [M, K] . b [N, K]^T, in a's precision; `of_gradient`: a is the gradient of a layer's output."""
+        ...
+
+
+def plain_product(a: Tensor, b: Tensor, *, of_gradient: bool = False) -> Tensor:
+    return a @ b.t()
+
+
 class _Linear(torch.autograd.Function):
     """y = x . F(W)^T + b.  Gradients are those at the view's values, through the view: dx = dy . F(W),
     dW = view.backward(dy^T . x).
@@ -66,39 +78,40 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,  # [N]
         view: View | None,
         dtype: torch.dtype | None,  # of the products, where autocast asks for another than the operands'
+        product: Product,
     ) -> Tensor:
         x = x if dtype is None else x.to(dtype)
         ctx.save_for_backward(x)
         # Not among the saved tensors: activation checkpointing aliases each, values and all, from its second
         # forward pass on, although DeepSpeed releases the weight after it and gathers it again.
-        ctx.weight, ctx.view = weight, view  # type: ignore[attr-defined]
+        ctx.weight, ctx.view, ctx.product = weight, view, product  # type: ignore[attr-defined]
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
         w = values(weight)
         own = None
         if view is not None:
             w, own = view.forward(w)
-        y = x @ w.to(x.dtype).t()
+        y = product(x, w.to(x.dtype))
         for term in (bias, own):
             y = y if term is None else y + term.to(y.dtype)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        (x,), view = ctx.saved_tensors, ctx.view
+        (x,), view, product = ctx.saved_tensors, ctx.view, ctx.product
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
         w = values(ctx.weight)
         viewed, own = (w, None) if view is None else view.forward(w)
         if ctx.needs_input_grad[0]:
-            dx = dy @ viewed.to(dy.dtype)
+            dx = product(dy, viewed.to(dy.dtype).t(), of_gradient=True)
         del viewed
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.needs_input_grad[1]:
-            dweight = dy.t() @ x
+            dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 def linear(
@@ -107,14 +120,15 @@ def linear(
     bias: Tensor | None = None,
     *,
     view: View | None = None,
+    product: Product = plain_product,
 ) -> Tensor:  # [..., N]
     """`x . view(weight)^T + bias`."""
     device, tokens = x.device.type, x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            y = _Linear.apply(tokens, weight, bias, view, torch.get_autocast_dtype(device))
+            y = _Linear.apply(tokens, weight, bias, view, torch.get_autocast_dtype(device), product)
     else:
-        y = _Linear.apply(tokens, weight, bias, view, None)
+        y = _Linear.apply(tokens, weight, bias, view, None, product)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -170,6 +184,7 @@ class Linear(nn.Module):
         self.bias = like.bias
         self.view = view
         self.activation = activation
+        self.product: Product = plain_product
         self.norm: nn.Module | None = None
         if norm_eps is not None:
             self.norm = nn.RMSNorm(
@@ -181,7 +196,7 @@ class Linear(nn.Module):
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
-        return linear(x, self.weight, self.bias, view=self.view)
+        return linear(x, self.weight, self.bias, view=self.view, product=self.product)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

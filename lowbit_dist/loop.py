@@ -20,7 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit_dist import checkpoint, data, guard, inputs, memory, model, pretrained, resuming, runs, statistics
+from lowbit_dist import (
+    checkpoint,
+    data,
+    float8,
+    guard,
+    inputs,
+    memory,
+    model,
+    pretrained,
+    resuming,
+    runs,
+    statistics,
+)
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import RunConfig
 from lowbit_dist.evaluate import n_predicted, n_validation_samples, quality, validation_loss
@@ -48,13 +60,17 @@ def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbe
             now = schedule.now(config, position.step + 1, position.updates + 1)
             limit = guard.norm_limit(position.norms, train.max_grad_ratio)
             logs = _is_due(now.step, train.log_every, train.steps)
-            with worker.sampled(now.step), worker.engine.step(now, limit, norms=logs) as step:
+            previous_norm = position.norms[-1] if position.norms else 0.0
+            before = worker.layers.viewed(now.step) if logs else {}  # gradients may be applied in the passes
+            with (
+                worker.sampled(now.step),
+                worker.engine.step(now, limit, norms=logs, previous_norm=previous_norm) as step,
+            ):
                 loss = worker.passes(step, position)
                 spike = guard.is_spike(loss, position.losses)
                 rolls_back = spike and train.on_spike == "rollback"
                 if rolls_back or not math.isfinite(loss):
                     step.drop()
-                before = worker.layers.viewed() if logs else {}
             _warn(now.step, loss, position, step.done, spike=spike)
 
             if rolls_back and (earlier := worker.roll_back(position)) is not None:
@@ -77,6 +93,8 @@ class _Worker:
 
     def __init__(self, config: RunConfig, begun: Start, heartbeat: Beat):
         self.config, self.begun, self.heartbeat = config, begun, heartbeat
+        if config.precision == "fp8":
+            float8.check(float8.gpus(), f"worker {dist.get_rank()}")
         self.manifest = inputs.agreed(config)
         self.engine = engine = _build(config, self.manifest)
         self.layers = statistics.Layers(engine)
@@ -178,6 +196,7 @@ class _Worker:
                 position,
                 skipped_steps=position.skipped_steps + 1,
                 skipped_in_a_row=position.skipped_in_a_row + 1,
+                flips=position.flips + update.flips,  # of what was released
             )
         return replace(
             position,
@@ -322,14 +341,16 @@ def _warn(step: int, loss: float, before: Position, update: Update, *, spike: bo
     if spike:
         log.warning("step %d: loss spike, %.4f after %.4f", step, loss, before.losses[-1])
     if update.skipped:
-        log.warning("step %d skipped: loss %.4g, gradient norm %.4g", step, loss, update.grad_norm)
+        kept = f"; {n:,} parameters were updated before that was known" if (n := update.n_released) else ""
+        log.warning("step %d skipped: loss %.4g, gradient norm %.4g%s", step, loss, update.grad_norm, kept)
 
 
 def _check_recovers(config: RunConfig, position: Position, loss: float, update: Update, limit: float) -> None:
     if (n := position.skipped_in_a_row) >= config.train.max_skipped:
+        changed = "some weights" if config.train.gradient_release else "no weight"
         raise guard.Diverged(
             f"the loss or the gradient of {n} steps in a row, up to step {position.step}, cannot be used "
-            f"(loss {loss:.4g}, gradient norm {update.grad_norm:.4g}, limit {limit:.4g}); no weight changed "
+            f"(loss {loss:.4g}, gradient norm {update.grad_norm:.4g}, limit {limit:.4g}); {changed} changed "
             "in them; write a smaller optimizer.lr under another run.name, or a larger "
             "train.max_grad_ratio if the gradients are right"
         )

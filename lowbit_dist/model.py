@@ -27,7 +27,8 @@ from lowbit_dist.pretrained import Pretrained
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of a run's precision
+# Of a run's precision; in fp8 are the products of linear layers alone.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 LEFT = 0.02  # of a low-bit model's layers: the share of matrices that may be in full precision
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
@@ -245,18 +246,24 @@ def low_bit_names(model: nn.Module, method: Method) -> list[str]:
 
 def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.Module], bool]) -> list[str]:
     """Put the method's layer in the place of each `nn.Linear`; the weights' names, without the head's.
+    ValueError, before anything is changed, if one does not fit the method's options.
 
     Layers of a class that derives from `nn.Linear` stay: their owners may read their weights themselves.  So
     do the routers of a mixture of experts.
     """
     routers = set(experts.routers(model))
     eps = getattr(getattr(model, "config", None), "rms_norm_eps", 1e-5)
+    replacements = {}
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and layer not in routers:
+            try:
+                replacements[name] = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
     weights = []
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer in routers:
-            continue
+    for name, replacement in replacements.items():
+        layer = model.get_submodule(name)
         parent, _, attribute = name.rpartition(".")
-        replacement = method.linear(layer, name=name, is_head=is_head(layer), norm_eps=eps)
         setattr(model.get_submodule(parent), attribute, replacement.train(layer.training))
         own = [key for key, p in replacement.named_parameters() if p is layer.weight]
         if not own:
@@ -270,9 +277,13 @@ def replace_linears(model: nn.Module, method: Method, *, is_head: Callable[[nn.M
 
 def _replace_linears(model: nn.Module, method: Method) -> None:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    model.linear_weights = replace_linears(  # type: ignore[assignment]
-        model, method, is_head=lambda layer: layer is head
-    )
+    try:
+        weights = replace_linears(model, method, is_head=lambda layer: layer is head)
+    except ValueError as error:
+        raise ConfigError(
+            f"model: method {method.name} does not fit: {error}; write other sizes, or another option"
+        ) from None
+    model.linear_weights = weights  # type: ignore[assignment]
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()  # type: ignore[operator]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_dist import ops
@@ -54,6 +55,10 @@ class PackedTensor:
     def levels(self) -> Tensor:  # `shape` int8
         return ops.unpack(self.codes, grid=self.grid).view(self.shape)
 
+    def as_shard(self) -> "PackedShard":
+        """All of it, which one process has, whatever others have; it shares memory."""
+        return PackedShard(self.codes, self.scale, self.scale_every, self.grid, self.shape, first_block=0)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:  # `shape` float32 or bfloat16
         out = torch.empty(self.numel, dtype=dtype, device=self.codes.device)
         ops.decode(
@@ -72,9 +77,16 @@ class PackedShard:
     grid: Grid
     shape: tuple[int, ...]  # of the whole tensor
     first_block: int
+    over_workers: bool = False  # others have the rest of the blocks, and compute the same of theirs
 
     def levels(self) -> Tensor:  # [256 * blocks] int8
         return ops.unpack(self.codes, grid=self.grid)
+
+    def summed(self, counts: Tensor) -> Tensor:  # of whole numbers: the same on any number of workers
+        """What has been counted in this part, over the whole tensor; changed in place."""
+        if self.over_workers:
+            dist.all_reduce(counts)
+        return counts
 
 
 def check_shape(shape: torch.Size | tuple[int, ...], scale_every: int) -> None:

@@ -29,7 +29,7 @@ def start(config: RunConfig, engine: Engine) -> Position:
         return begin
     parent, with_states = Checkpoint.open(path), config.run.with_states
     parent.load_into(engine.shards, with_states=with_states)
-    engine.refresh()
+    engine.refresh(1)
     log.info("starts from %s", path)
     return replace(begin, updates_before=parent.position.updates) if with_states else begin
 
@@ -42,7 +42,7 @@ def load_newest(config: RunConfig, engine: Engine) -> Position | None:
         return None
     opened = Checkpoint.open(path)
     opened.load_into(engine.shards)
-    engine.refresh()
+    engine.refresh(max(1, opened.position.step))
     return opened.position
 
 

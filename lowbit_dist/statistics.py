@@ -40,20 +40,34 @@ class Layers:
 
     def __init__(self, engine: Engine):
         """`engine` has the run's initial weights, whatever checkpoint it loads afterwards."""
-        method = engine.config.method
-        self.engine, self.grid = engine, method.forward_grid
-        self.are_viewed = self.grid is not None and self.grid != method.stored
-        self.first = self._sample(self.viewed())
+        self.engine = engine
+        self.first: dict[Grid | None, Levels] = {}  # of each grid that the forward pass has in the run
+        for step in (engine.config.train.steps, 1):
+            engine.turn(step)
+            if self.grid not in self.first:
+                self.first[self.grid] = self._sample(self._viewed())
 
-    def viewed(self) -> Levels:
-        """The weights whose levels a view makes; empty where levels are the stored codes."""
+    @property
+    def grid(self) -> Grid | None:
+        return self.engine.method.forward_grid
+
+    @property
+    def are_viewed(self) -> bool:
+        return self.grid is not None and self.grid != self.engine.method.stored
+
+    def viewed(self, step: int) -> Levels:
+        """The weights whose levels a view makes in step `step`; empty where levels are the stored codes."""
+        self.engine.turn(step)
+        return self._viewed()
+
+    def _viewed(self) -> Levels:
         if not self.are_viewed:
             return {}
         levels: Levels = {}
         shards = {shard.name: shard for shard in self.engine.shards}
         for name in self.engine.linear_weights:
             with self.engine.full_weight(name) as weight:
-                whole = self.engine.config.method.levels(weight)
+                whole = self.engine.method.levels(weight)
             if whole is not None:
                 shard = shards.get(name)  # a worker may have none of it
                 start, n = (shard.start, shard.numel) if shard is not None else (0, 0)
@@ -68,7 +82,7 @@ class Layers:
         layers: dict[str, dict[str, float]] = {name: {} for name in names}
         metrics: dict[str, float] = {}
         if self.grid is not None and names:
-            after = self.viewed()
+            after = self._viewed()
             counts, flips = self._counts(names, before, after, update)
             if not (total := counts.sum(0)).sum():
                 return {}, {}
@@ -110,11 +124,11 @@ class Layers:
 
     def _distances(self, names: list[str], after: Levels) -> list[float]:
         """Over all workers, of the sampled elements."""
-        now = self._sample(after)
+        now, first = self._sample(after), self.first[self.grid]
         sums = torch.zeros(len(names), 2, dtype=torch.int64)
         for i, name in enumerate(names):
             if name in now:
-                moved = (now[name].int() - self.first[name].int()).abs()
+                moved = (now[name].int() - first[name].int()).abs()
                 sums[i, 0], sums[i, 1] = moved.sum(), len(moved)
         sums = sums.to(self.engine.device)
         dist.all_reduce(sums)

@@ -73,8 +73,8 @@ _ANSWERS = {
     "offload cpu_offload offload_optimizer offload_param optimizer_offload": (
         "leave it out: nothing is moved off the device; write optimizer.states: int8, or more cluster.workers"
     ),
-    "bf16 fp16 fp32 tf32 dtype torch_dtype compute_dtype param_dtype model_dtype mixed_precision amp "
-    "autocast": "write precision: bf16, or fp32",
+    "bf16 fp16 fp32 fp8 float8 tf32 dtype torch_dtype compute_dtype param_dtype model_dtype "
+    "mixed_precision amp autocast": "write precision: bf16, fp32 or fp8",
     "gradient_checkpointing grad_checkpointing activation_checkpoint checkpoint_activations recompute "
     "use_checkpoint ac": "write train.activation_checkpointing",
     "random_seed manual_seed data_seed rng_seed": "write run.seed",
@@ -152,7 +152,7 @@ _ANSWER_OF = {name: answer for names, answer in _ANSWERS.items() for name in nam
 _VALUES = {
     "float32": "fp32", "float": "fp32", "single": "fp32", "32-true": "fp32", "f32": "fp32",
     "bfloat16": "bf16", "bf16-mixed": "bf16", "bf16-true": "bf16", "fp16": "bf16", "float16": "bf16",
-    "half": "bf16", "f16": "bf16",
+    "half": "bf16", "f16": "bf16", "float8": "fp8", "e4m3": "fp8",
     "1.58bit": "ternary", "b1.58": "ternary", "1.58": "ternary", "trit": "ternary",
     "2bit": "int2", "3bit": "int3", "4bit": "int4", "8bit": "int8", "int8bit": "int8", "i8": "int8",
     "cos": "cosine", "cosine_with_min_lr": "cosine", "cosine_annealing": "cosine",

@@ -1,5 +1,6 @@
 """`lowbit config`: what the models say of themselves, as lists, as a page and as a JSON schema."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from test_outside import package
 
 from lowbit_dist import configfile
 from lowbit_dist.cli import reference
+from lowbit_dist.methods import METHODS
+from lowbit_dist.optim import OPTIMIZERS
 from lowbit_dist.yamlfile import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +45,8 @@ def fields(sections):
 
 def test_every_field_is_there_with_a_meaning_in_a_sentence(sections):
     expected = set()
-    for method in ("dqt", "bitnet", "dense"):
-        for optimizer in ("adamw", "lion"):
+    for method in METHODS:
+        for optimizer in OPTIMIZERS:
             config = configfile.from_dict(
                 GOOD | {"method": {"name": method}, "optimizer": {"name": optimizer}}
             )
@@ -96,8 +99,8 @@ def test_defaults_units_and_what_may_change_are_those_of_the_models(sections):
         "cluster.gpus_per_worker": "auto or number from 0 up",
         "cluster.hang_timeout": "auto or number from 1 up",
         "tracking.mlflow": "text or null",
-        "precision.precision": "bf16 or fp32",
-        "method.name": "dqt, bitnet, dense",
+        "precision.precision": "bf16, fp32 or fp8",
+        "method.name": "dqt, flip, bitnet, trilm, tequila, tbt, dense",
     }.items(),
 )
 def test_types_are_said_in_words(name, words, sections):
@@ -113,7 +116,7 @@ def test_the_schema_takes_what_the_reader_takes(valid):
     for path in (ROOT / "configs").glob("*.yaml"):
         if not path.stem.startswith("sweep-"):
             assert valid(read_yaml(path)), path
-    for method, optimizer in (("dqt", "adamw"), ("bitnet", "lion"), ("dense", "adamw")):
+    for method, optimizer in zip(METHODS, itertools.cycle(OPTIMIZERS), strict=False):
         chosen = {"method": {"name": method}, "optimizer": {"name": optimizer}}
         written = configfile.from_dict(GOOD | chosen).to_dict()
         assert valid(json.loads(json.dumps(written))), method
@@ -161,7 +164,8 @@ def test_methods_and_optimizers_from_outside_are_described_as_ones_own(installed
     (sign,) = json.loads(done.stdout)["sections"]
     assert sign["meaning"].startswith("Sign weights: latent float weights")
     assert [(field["name"], field["default"]) for field in sign["fields"]] == [("clip", 1.0)]
-    (momentum,) = json.loads(lowbit("config", "momentum", "--json").stdout)["sections"]
+    sections = json.loads(lowbit("config", "momentum", "--json").stdout)["sections"]  # Muon has a field of it
+    (momentum,) = (part for part in sections if part["choice"] == "momentum")
     inside = {field["name"]: field for field in momentum["fields"]}
     assert inside["lr"]["default"] == 0.1 and inside["states"]["values"] == "fp32 or bf16"
     assert inside["lr"]["meaning"].startswith("The peak of the learning rate")
@@ -194,11 +198,12 @@ def test_a_part_is_shown_alone(lowbit):
 
     assert shown("zero") == [("zero", None, ["residency", "stage"])]
     assert shown("train.steps") == [("train", None, ["steps"])]
-    assert shown("method.grid") == [("method", "dqt", ["grid"])]
+    assert shown("method.grid") == [("method", name, ["grid"]) for name in ("dqt", "flip")]
     assert shown("grid") == shown("method.grid")
     assert shown("precision") == [("precision", None, ["precision"])]
     assert [part[:2] for part in shown("optimizer")] == [
-        ("optimizer", None), ("optimizer", "adamw"), ("optimizer", "lion"),
+        ("optimizer", None), ("optimizer", "adafactor"), ("optimizer", "adamw"), ("optimizer", "lion"),
+        ("optimizer", "muon"), ("optimizer", "rmsprop"),
     ]  # fmt: skip
     assert [part[0] for part in shown("name")] == ["run", "method", "optimizer", "schedule"]
     text = lowbit("config", "train.batch_tokens").stdout

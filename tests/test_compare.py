@@ -209,28 +209,44 @@ def test_a_perplexity_beyond_a_million_is_written_as_such(make):
 # ------------------------------------------------------------------ what is written
 
 
-def test_the_table_and_the_pictures_are_written(make, lowbit, place):
+def test_the_page_and_the_pictures_are_written(make, lowbit, place):
     for seed in (0, 1):
-        curve = [row(step, loss=6 - step / 10 + seed / 5) for step in (10, 20, 30, 40)]
-        make(f"runs/s/a-seed{seed}", val_loss=4.0 + seed, seed=seed, rows=curve)
+        curve = [
+            row(step, loss=6 - step / 10 + seed / 5, zero_fraction=0.5 - step / 100)
+            for step in (10, 20, 30, 40)
+        ]
+        folder = make(f"runs/s/a-seed{seed}", val_loss=4.0 + seed, seed=seed, rows=curve,
+                      optimizer={"lr": 0.004, "linear_lr_ratio": 0.25})  # fmt: skip
+        summary = json.loads((folder / "summary.json").read_text()) | {"bits_per_byte": 2.0 + seed}
+        summary["memory"] |= {"bytes_per_linear_weight": 0.25, "bytes_per_linear_weight_with_states": 2.25}
+        (folder / "summary.json").write_text(json.dumps(summary))
     make("runs/s/b-seed0", method={"name": "dense"}, rows=[row(10, loss=5.5)])
     done = lowbit("compare", "s", "--json")
     assert done.returncode == 0, done.stderr
     folder = place / "runs" / "s" / "comparison"
-    names = ["comparison.md", "comparison.csv", "loss-against-tokens.png", "loss-against-bytes.png"]
+    names = ["comparison.md", "comparison.csv", "loss-against-tokens.png", "loss-against-bytes.png",
+             "loss-against-bytes-of-weights.png", "loss-against-bytes-with-states.png"]  # fmt: skip
     assert [place / each for each in json.loads(done.stdout)["files"]] == [folder / each for each in names]
     assert (folder / "comparison.md").read_text() == (
-        "|  | runs | validation loss | perplexity | bytes/parameter | tokens/s | flip rate |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| a | 2 | 4.5000 ± 0.7071 | 24.00 ± 11.31 | 1.200 ± 0.000 | - | - |\n"
-        "| b | 0 of 1 | - | - | - | - | - |\n"
+        "|  | runs | lr (of linear layers) | validation loss | perplexity | bits/byte | bytes/weight "
+        "| with states | bytes/parameter | zeros |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| a | 2 | 0.004 (0.001) | 4.5000 ± 0.7071 | 24.00 ± 11.31 | 2.5000 ± 0.7071 | 0.250 ± 0.000 "
+        "| 2.250 ± 0.000 | 1.200 ± 0.000 | 10.0% ± 0.0% |\n"
+        "| b | 0 of 1 | 0.001 | - | - | - | - | - | - | - |\n"
         "\n"
         "Mean ± sample standard deviation over finished runs.\n"
         "* b-seed0: stopped at step 10 of 40\n"
+        "\n![loss against tokens](loss-against-tokens.png)\n"
+        "\n![loss against bytes](loss-against-bytes.png)\n"
+        "\n![loss against bytes of weights](loss-against-bytes-of-weights.png)\n"
+        "\n![loss against bytes with states](loss-against-bytes-with-states.png)\n"
     )
     first, second = csv.DictReader((folder / "comparison.csv").open())
     assert (first["group"], first["val_loss"], first["val_loss_n"]) == ("a", "4.5", "2")
+    assert (first["lr"], first["linear_lr"]) == ("0.004", "0.001")
     assert (second["method"], second["val_loss"], second["finished"]) == ("dense", "", "0")
+    assert (second["lr"], second["linear_lr"]) == ("0.001", "0.001")
     for name in names[2:]:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert [str(run.folder) for run in runs.named(["s"])] == [
@@ -243,7 +259,7 @@ def test_the_table_in_a_terminal_names_what_is_not_finished(make, lowbit, place)
     make("runs/b", seed=1, rows=[row(10)])
     done = lowbit("compare", "a", "b", "--out", place / "out")
     assert done.returncode == 0, done.stderr
-    assert "a 1 of 2 4.0000 16.00 1.200" in " ".join(done.stdout.split())
+    assert "a 1 of 2 0.001 4.0000 16.00 1.200" in " ".join(done.stdout.split())
     assert "b: stopped at step 10 of 40" in done.stdout
     assert (place / "out" / "loss-against-tokens.png").exists()
 
@@ -255,8 +271,8 @@ def test_a_mean_curve_has_the_points_that_all_runs_have():
 
 
 def test_each_of_many_groups_has_a_look_of_its_own():
-    looks = {charts._look(number)[:2] for number in range(28)}
-    assert len(looks) == 28
+    for look in (charts._look, lambda number: charts._look(number)[::2]):  # of curves; of points
+        assert len({look(number) for number in range(28)}) == 28
 
 
 def test_a_folders_runs_are_listed(make, lowbit, place):

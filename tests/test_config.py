@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from lowbit_dist import configfile
 from lowbit_dist.config import PRESETS, ConfigError, Model, RunConfig, Schedule, Train
+from lowbit_dist.methods import METHODS
+from lowbit_dist.optim import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
 GOOD = "data: {path: data/stdlib}\n"
@@ -40,19 +42,24 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "model.layers": None, "model.heads": None, "model.kv_heads": None, "model.pretrained": None,
         "model.max_seq_len": 2048, "model.rope_theta": 10000.0, "model.norm_eps": 1e-5,
         "model.tie_embeddings": False,
-        "method.name": "dqt", "method.grid": "ternary", "method.tensors": "linears",
+        "method.name": "dqt", "method.grid": "ternary", "method.rules": "paper", "method.tensors": "linears",
         "method.scale": "absmean", "method.granularity": "tensor", "method.group": 128,
+        "method.range_factor": None, "method.forward": "stored", "method.forward_from": 0.0,
+        "method.rounding_anneal": None,
         "method.activation_bits": 8, "method.sub_norms": False,
         "data.path": "data/stdlib", "data.seq_len": 256, "data.tokenizer": None, "data.cache": None,
         "data.document_mask": False,
-        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.95],
-        "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
+        "optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.linear_lr_ratio": 1.0,
+        "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8, "optimizer.eps_before_correction": False,
+        "optimizer.weight_decay": 0.01, "optimizer.states": "int8",
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
         "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
+        "schedule.weight_decay_until": None,
         "precision": "bf16",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
-        "train.activation_checkpointing": False, "train.reproducible": False, "train.log_every": 10,
+        "train.activation_checkpointing": False, "train.reproducible": False, "train.gradient_release": False,
+        "train.log_every": 10,
         "train.eval_every": 100, "train.eval_samples": 256, "train.save_every": 100, "train.keep_last": 3,
         "train.keep_every": None, "train.max_skipped": 20, "train.max_grad_ratio": 1000.0,
         "train.on_spike": "warn",
@@ -276,10 +283,15 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
     assert old.differences(load(tmp_path, GOOD, "method.name=bitnet")) == [
         "method.name: dqt -> bitnet",
         "method.grid: ternary -> absent",
+        "method.rules: paper -> absent",
         "method.tensors: linears -> absent",
         "method.scale: absmean -> absent",
         "method.granularity: tensor -> absent",
         "method.group: 128 -> absent",
+        "method.range_factor: null -> absent",
+        "method.forward: stored -> absent",
+        "method.forward_from: 0.0 -> absent",
+        "method.rounding_anneal: null -> absent",
         "method.sub_norms: false -> true",
     ]
     assert load(tmp_path, GOOD, "method.activation_bits=null").differences(
@@ -287,10 +299,15 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
     ) == [
         "method.name: dqt -> dense",
         "method.grid: ternary -> absent",
+        "method.rules: paper -> absent",
         "method.tensors: linears -> absent",
         "method.scale: absmean -> absent",
         "method.granularity: tensor -> absent",
         "method.group: 128 -> absent",
+        "method.range_factor: null -> absent",
+        "method.forward: stored -> absent",
+        "method.forward_from: 0.0 -> absent",
+        "method.rounding_anneal: null -> absent",
         "method.activation_bits: null -> absent",
         "method.sub_norms: false -> absent",
     ]
@@ -301,6 +318,7 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         "optimizer.lr: 0.001 -> 0.0002",
         "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]",
         "optimizer.eps: 1e-08 -> absent",
+        "optimizer.eps_before_correction: false -> absent",
     ]
 
 
@@ -418,8 +436,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a number for a name": (
         GOOD + "train: {5: 6}", (),
         "train: unknown name 5; known names are steps, batch_tokens, micro_batch, clip_norm, "
-        "activation_checkpointing, reproducible, log_every, eval_every, eval_samples, save_every, keep_last, "
-        "keep_every, max_skipped, max_grad_ratio, on_spike"),
+        "activation_checkpointing, reproducible, gradient_release, log_every, eval_every, eval_samples, "
+        "save_every, keep_last, keep_every, max_skipped, max_grad_ratio, on_spike"),
     "nothing for a name": (
         GOOD + "null: 6", (),
         f"unknown name null; known names are {SECTIONS}"),
@@ -494,7 +512,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "train ('fast') must be a section of names and values; write train: {steps: 300}"),
     "a section for precision": (
         GOOD + "precision: {name: bf16}", (),
-        "precision ({'name': 'bf16'}) must be one of bf16, fp32; write bf16, for example"),
+        "precision ({'name': 'bf16'}) must be one of bf16, fp32, fp8; write bf16, for example"),
     # ranges
     "not a number": (
         GOOD, ("optimizer.lr=.nan",),
@@ -587,11 +605,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     # choices
     "a misspelt method": (
         GOOD, ("method.name=dgt",),
-        "method.name ('dgt') must be one of dqt, bitnet, dense; did you mean 'dqt'?"),
+        f"method.name ('dgt') must be one of {', '.join(METHODS)}; did you mean 'dqt'?"),
     "a method that is a list": (
         GOOD + "method: {name: [dqt]}", (),
-        "method.name (['dqt']) must be one of dqt, bitnet, dense; write one of them, or install the package "
-        "that brings it"),
+        f"method.name (['dqt']) must be one of {', '.join(METHODS)}; write one of them, or install the "
+        "package that brings it"),
     "a misspelt grid": (
         GOOD, ("method.grid=ternery",),
         "method.grid ('ternery') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
@@ -612,15 +630,15 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "method: unknown name 'gird'; did you mean 'grid'?"),
     "an option of another method": (
         GOOD + "method: {name: dqt, grid: int8}", ("method.name=dense",),
-        "method: unknown name 'grid' for method dense; it belongs to dqt: leave it out "
+        "method: unknown name 'grid' for method dense; it belongs to dqt, flip: leave it out "
         "(method={name: dense} drops a file's other options)"),
     "an option of a method without options": (
         GOOD, ("method={name: dense, qqqqqqq: 1}",),
         "method: unknown name 'qqqqqqq'; method dense has no options"),
     "an option of no method": (
         GOOD, ("method.qqqqqqq=1",),
-        "method: unknown name 'qqqqqqq'; method dqt has grid, tensors, scale, granularity, group, "
-        "activation_bits, sub_norms"),
+        "method: unknown name 'qqqqqqq'; method dqt has grid, rules, tensors, scale, granularity, "
+        "group, range_factor, forward, forward_from, rounding_anneal, activation_bits, sub_norms"),
     "an option that stands elsewhere": (
         GOOD, ("method.residency=sharded",),
         "method: unknown name 'residency'; did you mean 'zero.residency'?"),
@@ -633,10 +651,10 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "mean 'tiny'?"),
     "a precision that does not exist": (
         GOOD, ("precision=fp16",),
-        "precision ('fp16') must be one of bf16, fp32; did you mean 'bf16'?"),
+        "precision ('fp16') must be one of bf16, fp32, fp8; did you mean 'bf16'?"),
     "a precision from elsewhere": (
         GOOD, ("precision=float32",),
-        "precision ('float32') must be one of bf16, fp32; did you mean 'fp32'?"),
+        "precision ('float32') must be one of bf16, fp32, fp8; did you mean 'fp32'?"),
     "a grid from elsewhere": (
         GOOD, ("method.grid=1.58bit",),
         "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
@@ -645,22 +663,23 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "optimizer.states ('int4') must be one of fp32, bf16, int8; did you mean 'int8'?"),
     "another optimizer": (
         GOOD, ("optimizer.name=adam",),
-        "optimizer.name ('adam') must be one of adamw, lion; did you mean 'adamw'?"),
+        f"optimizer.name ('adam') must be one of {', '.join(OPTIMIZERS)}; did you mean 'adamw'?"),
     "an optimizer like no other": (
         GOOD, ("optimizer.name=zzz",),
-        "optimizer.name ('zzz') must be one of adamw, lion; write one of them, or install the package that "
-        "brings it"),
+        f"optimizer.name ('zzz') must be one of {', '.join(OPTIMIZERS)}; write one of them, or install the "
+        "package that brings it"),
     "a module for an optimizer": (
         GOOD, ("optimizer.name=os:system",),
-        "optimizer.name ('os:system') must be one of adamw, lion; write one of them, or install the package "
-        "that brings it"),
+        f"optimizer.name ('os:system') must be one of {', '.join(OPTIMIZERS)}; write one of them, or install "
+        "the package that brings it"),
     "an option of another optimizer": (
         GOOD, ("optimizer={name: lion, eps: 1e-8}",),
-        "optimizer: unknown name 'eps' for optimizer lion; it belongs to adamw: leave it out "
-        "(optimizer={name: lion} drops a file's other options)"),
+        "optimizer: unknown name 'eps' for optimizer lion; it belongs to adafactor, adamw, rmsprop: "
+        "leave it out (optimizer={name: lion} drops a file's other options)"),
     "an option of no optimizer": (
         GOOD, ("optimizer.qqqqqqq=1",),
-        "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, weight_decay, states, betas, eps"),
+        "optimizer: unknown name 'qqqqqqq'; optimizer adamw has lr, linear_lr_ratio, weight_decay, states, "
+        "betas, eps, eps_before_correction"),
     "an option of the run in an optimizer": (
         GOOD, ("optimizer={name: lion, steps: 5}",),
         "optimizer: unknown name 'steps'; did you mean 'train.steps'?"),
@@ -942,7 +961,7 @@ TEXTS += (
 )  # on the command line every value of theirs is text
 TRUTHS = ("model.tie_embeddings", "method.sub_norms")
 TRUTHS += ("train.activation_checkpointing", "train.reproducible", "run.with_states", "data.document_mask")
-TRUTHS += ("tracking.tensorboard",)
+TRUTHS += ("tracking.tensorboard", "train.gradient_release", "optimizer.eps_before_correction")
 
 
 @pytest.mark.parametrize("wrong", WRONG)

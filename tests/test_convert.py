@@ -308,6 +308,36 @@ def test_states_of_another_precision_are_refused():
         other.load_state_dict(optimizer.state_dict())
 
 
+def test_a_rule_that_nothing_in_the_model_would_have_is_refused():
+    for rule in (lb.optim.Muon(), lb.optim.RMSProp()):
+        with pytest.raises(ValueError, match=rf"^{rule.name} is a rule of linear .* to Dense\(\) with"):
+            lb.Optimizer(network(), rule)
+        model = lb.convert_(network(), lb.methods.Dense(), keep=["2"])
+        optimizer = lb.Optimizer(model, rule)
+        learn(model, optimizer, 1)
+        states = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
+        assert states["0.weight"] != states["2.weight"] == states["0.bias"], "the head has AdamW's"
+    with pytest.raises(ValueError, match=r"^linear_lr_ratio 0\.5 is of linear layers, .* to Dense\(\) with"):
+        lb.Optimizer(network(), lb.optim.AdamW(linear_lr_ratio=0.5))
+
+
+@pytest.mark.parametrize("rule", [lb.optim.AdamW(lr=5e-2), lb.optim.Muon(lr=5e-2)], ids=str)
+def test_what_was_frozen_or_is_not_the_models_may_be_added_later(rule):
+    model, outside = lb.convert_(network(), lb.methods.DQT()), nn.Parameter(torch.zeros(4))
+    model[0].requires_grad_(False)
+    optimizer = lb.Optimizer(model, rule)
+    model[0].requires_grad_(True)
+    added = [*model[0].parameters(), outside]
+    optimizer.add_param_group({"params": added})
+    codes = model[0].weight.packed.tensor.codes.clone()
+    for p in added:
+        p.grad = torch.ones(p.shape)
+    optimizer.step()
+    assert outside.detach().abs().min() > 0 and not torch.equal(model[0].weight.packed.tensor.codes, codes)
+    slots = {slot.name for slot in rule.of(is_linear=True).slots}
+    assert slots <= optimizer.state[model[0].weight].keys()
+
+
 def test_ordinary_parameters_must_be_float32():
     model = lb.convert_(network(), lb.methods.DQT()).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"0\.bias is torch\.bfloat16"):

@@ -281,14 +281,6 @@ def test_decoded_weights_equal_the_reference(device: str, grid: Grid, dtype: tor
         assert_equal(our_out, out, f"weights with a scale for each {scale_every}")
 
 
-@on_each_device
-@every_grid
-def test_code_counts_equal_the_reference(device: str, grid: Grid) -> None:
-    codes = random_codes(grid, 11).codes
-    actual = kernels.code_counts(codes.to(device), grid=grid)
-    assert_equal(actual, reference.code_counts(codes, grid=grid), "counts")
-
-
 def test_an_empty_shard_launches_nothing() -> None:
     grid, empty, rule = GRIDS["ternary"], torch.empty(0), RULES["adamw"]
     target = Codes(torch.empty(0, dtype=torch.uint8), torch.ones(3), 64, grid, 0, 9)
@@ -297,7 +289,6 @@ def test_an_empty_shard_launches_nothing() -> None:
         assert kernels.apply_(each, empty, now=now()).tolist() == [0]
     place: dict[str, Any] = {"grid": grid, "first_block": 9, "scale_every": 64}
     assert kernels.decode(target.codes, torch.ones(3), out=empty, **place) is empty
-    assert kernels.code_counts(target.codes, grid=grid).tolist() == [0, 0, 0]
 
 
 class _PaperGPU:
@@ -326,7 +317,7 @@ def compiled(
     options = getattr(request, "param", {})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", _PaperGPU())
-    for name in ("_step_codes", "_step_weights", "_decode", "_code_counts"):
+    for name in ("_step_codes", "_step_weights", "_decode"):
         kernel = getattr(kernels, name)
 
         def compile_only(*args: Any, grid: Any, warmup: bool, run: Any = kernel.run, **named: Any) -> None:
@@ -409,14 +400,13 @@ def test_weights_compile_for_sm_90_without_fused_multiply_adds(
 
 @needs_compiler
 @every_grid
-def test_decode_and_code_counts_compile_for_sm_90(compiled: list[Any], grid: Grid) -> None:
+def test_decoding_compiles_for_sm_90(compiled: list[Any], grid: Grid) -> None:
     codes = torch.zeros(7 * grid.bytes_per_block, dtype=torch.uint8)
     for dtype, scale_every in ((torch.float32, 2**40), (torch.bfloat16, BLOCK), (torch.bfloat16, 64)):
         out = torch.zeros(7 * BLOCK, dtype=dtype)
         scale = torch.ones((7 * BLOCK - 1) // scale_every + 1)
         kernels.decode(codes, scale, grid=grid, first_block=0, scale_every=scale_every, out=out)
-    kernels.code_counts(codes, grid=grid)
-    assert len(compiled) == 4
+    assert len(compiled) == 3
     for kernel in compiled:
         assert_rounds_each_operation(kernel)
 

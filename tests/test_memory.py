@@ -237,7 +237,7 @@ def decoded_weights_alive(content):
     }
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("residency", ["sharded", "replicated"])
 def test_at_most_one_blocks_weights_are_decoded_at_any_moment(residency, checkpointing, world, ranks):
@@ -405,17 +405,34 @@ CASES = [
     {"optimizer": {"name": "rows", "states": "fp32"}, "method": {"name": "dense"}, "precision": "bf16"},
     {"optimizer": {"name": "matrix", "states": "fp32"}, "zero": {"residency": "replicated"}},
     {"optimizer": {"name": "matrix", "states": "fp32"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}},
+    {"method": {"name": "trilm", "slices": 2}, "precision": "bf16"},
+    {
+        "method": {"name": "flip"},
+        "optimizer": {"name": "rmsprop", "linear_lr_ratio": 4.0},
+        "precision": "bf16",
+    },
+    {"optimizer": {"name": "muon"}, "method": {"grid": "int8"}},
+    {"optimizer": {"name": "muon", "states": "bf16"}, "method": {"name": "bitnet"}, "zero": {"stage": 0}},
+    {"method": {"name": "tequila"}, "train": CHECKPOINTED},
+    {"method": {"name": "tbt", "activation_bits": 2}, "precision": "bf16", "train": CHECKPOINTED},
+    {"method": {"grid": "int8", "forward": "ternary"}, "zero": {"residency": "replicated"}},
+    {"method": {"grid": "int8", "forward": "ternary", "granularity": "group"}, "precision": "bf16"},
+    {"method": {"grid": "int8", "rules": "released"}},
 ]
 WORLDS = (2, 1, 2, 3)  # of one case after another
 
 
 def check_plan(case, world, ranks):
-    from lowbit_dist import memory
-    from lowbit_dist.memory.plan import planned
-
     content = configuration(**case)
     if world == 3:
         content["train"] |= {"batch_tokens": 12 * SEQ_LEN}
+    check_content(content, world, ranks)
+
+
+def check_content(content, world, ranks):
+    from lowbit_dist import memory
+    from lowbit_dist.memory.plan import planned
+
     plan = dict(planned(load(content), VOCAB, world))
     reports = ranks(world).run(measured, content)
     assert all(report["flips"] for report in reports if plan["parameters"]["low_bit"]), "codes must move"
@@ -427,7 +444,7 @@ def check_plan(case, world, ranks):
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, marks=[pytest.mark.slow] if n % 5 else []) for n in range(len(CASES))],
+    [pytest.param(n, marks=[pytest.mark.slow] if n % 10 else []) for n in range(len(CASES))],
     ids=lambda n: f"{WORLDS[n % 4]}-{CASES[n]}",
 )
 def test_the_plan_is_what_is_measured(number, ranks):
@@ -458,6 +475,30 @@ def test_what_is_measured_spans_all_that_decides_memory():
     assert {c.model.layers for c in seen if c.train.activation_checkpointing} == {3, 7}
 
 
+@pytest.mark.parametrize(
+    ("content", "weight", "states"),
+    [
+        ({"method": {"name": "dense"}, "precision": "fp32", "optimizer": {"states": "fp32"}}, 4, 8),
+        ({"method": {"name": "bitnet"}, "optimizer": {"states": "fp32"}}, 6, 8),  # bf16 behind float32
+        ({"method": {"name": "bitnet"}, "optimizer": {"states": "int8"}, "zero": {"stage": 3}}, 6, 2.03125),
+        ({"method": {"name": "dqt", "grid": "ternary"}}, 0.25, 2.03125),
+        ({"method": {"name": "dqt", "grid": "int8", "forward": "ternary"}}, 1.25, 2.03125),
+        ({"method": {"name": "flip"}, "optimizer": {"name": "rmsprop"}}, 0.25, 1 + 1.015625),
+    ],
+)
+def test_bytes_of_a_linear_weight_are_its_own_and_those_of_its_states(content, weight, states):
+    from lowbit_dist.memory.resident import per_linear_weight
+    from lowbit_dist.model import shapes
+
+    config = load(configuration() | {"precision": "bf16"} | content)
+    model = shapes(config, VOCAB)
+    scales = 4 * 7 * config.model.layers / sum(model.get_parameter(n).numel() for n in model.linear_weights)
+    weight += scales * len({config.method.stored, config.method.sent_grid} - {None})
+    sizes = per_linear_weight(config, model, 1)
+    assert sizes["bytes_per_linear_weight"] == pytest.approx(weight, rel=1e-12)
+    assert sizes["bytes_per_linear_weight_with_states"] == pytest.approx(weight + states, rel=1e-12)
+
+
 def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
     from lowbit_dist import memory
 
@@ -471,6 +512,7 @@ def test_a_measurement_is_compared_with_the_plans_of_the_baselines(ranks):
     assert found["saved_vs"].startswith("measured resident bytes of this run against the planned")
     assert found["peak_bytes_per_worker"] == max(each["peak_bytes_per_worker"] for each in reports)
     assert found["peak_rss_bytes"] > found["peak_bytes_per_worker"]
+    assert 0 < found["bytes_per_linear_weight"] < found["bytes_per_linear_weight_with_states"]
     dense = found["plan_dense"]
     for name in list(memory.COMPONENTS)[:6]:
         assert dense["components"][name] == plan["plan_dense"]["components"][name]

@@ -20,6 +20,7 @@ from lowbit_dist import configfile
 from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
 
+OWN = "dqt, flip, bitnet, trilm, tequila, tbt, dense"
 CHOSEN = {"method": {"name": "sign"}, "optimizer": {"name": "momentum", "lr": 0.5}}
 
 
@@ -54,7 +55,8 @@ def test_a_method_and_an_optimizer_of_another_package_are_chosen_by_name_and_wri
     flat = config.flat()
     assert {name: flat[name] for name in flat if name.startswith(("method.", "optimizer."))} == {
         "method.name": "sign", "method.clip": 2.0,
-        "optimizer.name": "momentum", "optimizer.lr": 0.1, "optimizer.weight_decay": 0.01,
+        "optimizer.name": "momentum", "optimizer.lr": 0.1, "optimizer.linear_lr_ratio": 1.0,
+        "optimizer.weight_decay": 0.01,
         "optimizer.states": "fp32", "optimizer.momentum": 0.9,
     }  # fmt: skip
     assert configfile.from_dict(config.to_dict()) == config
@@ -72,14 +74,15 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
         "method: unknown name 'clib'; did you mean 'clip'?"
     )
     assert refused(method={"name": "sign", "grid": "int8"}) == (
-        "method: unknown name 'grid' for method sign; it belongs to dqt: leave it out "
+        "method: unknown name 'grid' for method sign; it belongs to dqt, flip: leave it out "
         "(method={name: sign} drops a file's other options)"
     )
     assert refused(optimizer={"name": "momentum", "betas": [0.9, 0.99]}).startswith(
-        "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion: leave it out"
+        "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion, muon, rmsprop: "
     )
     assert refused(optimizer={"name": "momentum", "qqqqq": 1}) == (
-        "optimizer: unknown name 'qqqqq'; optimizer momentum has lr, weight_decay, states, momentum"
+        "optimizer: unknown name 'qqqqq'; optimizer momentum has lr, linear_lr_ratio, weight_decay, states, "
+        "momentum"
     )
     assert refused(optimizer={"name": "momentum", "states": "int8"}) == (
         "optimizer.states ('int8') must be one of fp32, bf16; write fp32, for example"
@@ -87,12 +90,13 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
 
 
 def test_an_unknown_name_is_answered_with_those_that_are_installed(installed):
-    assert refused(method={"name": "tequila"}) == (
-        "method.name ('tequila') must be one of dqt, bitnet, dense, sign; write one of them, or install the "
-        "package that brings it"
+    assert refused(method={"name": "sherry"}) == (
+        f"method.name ('sherry') must be one of {OWN}, sign; write one of them, or install the package that "
+        "brings it"
     )
     assert refused(optimizer={"name": "momentun"}) == (
-        "optimizer.name ('momentun') must be one of adamw, lion, momentum; did you mean 'momentum'?"
+        "optimizer.name ('momentun') must be one of adafactor, adamw, lion, muon, rmsprop, momentum; did you "
+        "mean 'momentum'?"
     )
 
 
@@ -100,7 +104,7 @@ def test_no_module_is_imported_because_a_configuration_names_it(tmp_path, monkey
     (tmp_path / "stranger.py").write_text("raise SystemExit('stranger code has run')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("stranger", "stranger:Method", "lowbit_dist.methods.dense:Dense"):
-        assert f"method.name ({name!r}) must be one of dqt, bitnet, dense" in refused(method={"name": name})
+        assert f"method.name ({name!r}) must be one of {OWN}" in refused(method={"name": name})
     assert "stranger" not in sys.modules
 
 
@@ -191,7 +195,7 @@ def test_a_mistake_elsewhere_is_answered_although_a_package_claims_a_name(tmp_pa
     package(tmp_path, "lb-claims", METHOD, methods={"dqt": "Thing"})
     monkeypatch.syspath_prepend(tmp_path)
     answer = refused(method={"name": "dense", "grid": "int8"})
-    assert answer.startswith("method: unknown name 'grid' for method dense; it belongs to dqt")
+    assert answer.startswith("method: unknown name 'grid' for method dense; it belongs to dqt, flip")
 
 
 def test_a_package_that_is_found_on_two_paths_claims_its_name_once(installed, tmp_path, monkeypatch):
@@ -357,7 +361,7 @@ def test_it_is_trained_by_two_workers_stopped_resumed_evaluated_and_inspected(
 
 def test_without_the_package_its_runs_are_answered_with_what_is_missing(small, undisturbed, lowbit, tmp_path):
     undisturbed(1, train={**TRAIN, "steps": 1}, **CHOSEN)
-    missing = "must be one of dqt, bitnet, dense; write one of them, or install the package that brings it"
+    missing = f"must be one of {OWN}; write one of them, or install the package that brings it"
     done = lowbit("inspect", tmp_path / "alone-1")
     assert (done.returncode, done.stderr) == (2, f"lowbit: method.name ('sign') {missing}\n")
     file = tmp_path / "run.yaml"

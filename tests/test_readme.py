@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from lowbit_dist import configfile
+from lowbit_dist import configfile, sweep
 from lowbit_dist.cli import _repeated, app, reference
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.sweep import Sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "launch/monitoring/README.md", "docker/README.md", "lowbit_dist/methods/README.md")
@@ -46,7 +45,7 @@ def test_what_readmes_commands_name_is_there(monkeypatch):
     loaded = set()
     for verb, given in map(parsed, commands("README.md")):
         if verb == "sweep":
-            Sweep.load(given["config"])
+            sweep.load(given["config"])
         elif "overrides" in given:
             configfile.load(given["config"], given["overrides"] or [])
         elif verb == "config" and given["name"] is not None:

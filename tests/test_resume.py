@@ -183,7 +183,7 @@ def continued(configuration):
         ({"method": {"activation_bits": None}}, r"is another model \(method.activation_bits: 8 -> null\)"),
         (
             {"run": {"with_states": True}, "optimizer": {"states": "fp32"}},
-            r"run.with_states \(true\): .* adamw in int8, not of adamw in fp32; .* optimizer.states=int8",
+            r"run.with_states \(true\): .* other states .*\(optimizer.states: int8 -> fp32\); write",
         ),
     ],
     ids=str,
@@ -193,6 +193,17 @@ def test_what_a_run_cannot_start_from_is_refused_before_a_worker_starts(sections
     content = changed(small(run={"name": "child", "from": "parent"}), **sections)
     with pytest.raises(ConfigError, match=words):
         checks.check(configfile.from_dict(changed(content, cluster={"workers": 1})))
+
+
+def test_states_that_a_rule_keeps_otherwise_are_refused_before_a_worker_starts(ranks, small):
+    """By rows and columns, of the same name and precision; rates do not matter."""
+    rmsprop = {"name": "rmsprop", "second_moment": "factored"}
+    parent = small(run={"name": "parent"}, train={"steps": 4, **EACH}, optimizer=rmsprop)
+    ranks(1).run(train, parent)
+    child = changed(parent, run={"name": "child", "from": "parent", "with_states": True})
+    check_parent(changed(child, optimizer={"lr": 1e-4, "linear_lr_ratio": 0.5, "beta": 0.9}))
+    with pytest.raises(ConfigError, match=r"\(optimizer.second_moment: factored -> element\); write"):
+        check_parent(changed(child, optimizer={"lr": 1e-4, "second_moment": "element"}))
 
 
 def check_parent(content):

@@ -54,6 +54,13 @@ def test_two_stage_follows_bitnets_published_numbers():
     assert [factor for _, factor in rates.values()] == [1, 1, 1, 0, 0, 0]
 
 
+def test_weight_decay_may_end_later_than_the_first_stage_as_in_trilm():
+    schedule = Schedule(name="two_stage", warmup_steps=0, switch_at=0.5, weight_decay_until=2 / 3)
+    assert [rate(schedule, step, 12)[1] for step in range(1, 13)] == [1.0] * 8 + [0.0] * 4
+    until_switch = schedule.model_copy(update={"weight_decay_until": None})
+    assert all(rate(schedule, s, 12)[0] == rate(until_switch, s, 12)[0] for s in range(1, 13))
+
+
 @pytest.mark.parametrize("name", ("cosine", "linear", "constant"))
 def test_only_two_stage_changes_the_weight_decay(name):
     schedule = Schedule(name=name, warmup_steps=3)

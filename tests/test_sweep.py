@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 
 from lowbit_dist import configfile, inputs, runs
+from lowbit_dist import sweep as sweeping
 from lowbit_dist.config import ConfigError
-from lowbit_dist.sweep import Sweep, running
+from lowbit_dist.methods import METHODS
+from lowbit_dist.sweep import running
 from lowbit_dist.tracking import Parent
 
 BASE = "data: {path: data}\nrun: {name: base}\ntrain: {steps: 10}\n"
 SMALL = "sweep: {name: s}\nbase: base.yaml\n"
+# For a process that has joined a Ray: how many fit at once is asked of none.
+ONE_AT_A_TIME = "sweep: {name: s, at_once: 1}\nbase: base.yaml\n"
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def load(tmp_path):
     def from_text(text, base=BASE):
         (tmp_path / "base.yaml").write_text(base)
         (tmp_path / "sweep.yaml").write_text(text)
-        return Sweep.load(tmp_path / "sweep.yaml")
+        return sweeping.load(tmp_path / "sweep.yaml")
 
     return from_text
 
@@ -96,6 +100,17 @@ def test_each_child_may_start_from_a_run_of_its_own(load):
     ]  # fmt: skip
 
 
+def test_a_label_may_have_seeds_and_a_grid_of_its_own(load):
+    text = "grid: {optimizer.lr: [1.0e-3, 4.0e-3]}\nseeds: [0, 1]\nruns:\n  a: {seeds: [5]}\n"
+    sweep = load(
+        SMALL + text + "  b: {grid: {precision: [fp32]}, train.steps: 4}\n  c: {grid: {}, seeds: [0]}\n"
+    )
+    assert [child.name for child in sweep.children] == [
+        "a-lr-0.001-seed5", "a-lr-0.004-seed5", "b-precision-fp32-seed0", "b-precision-fp32-seed1", "c-seed0",
+    ]  # fmt: skip
+    assert [child.config.train.steps for child in sweep.children] == [10, 10, 4, 4, 10]
+
+
 def test_seeds_alone_repeat_the_base(load):
     assert [child.name for child in load(SMALL + "seeds: [0, 1]\n").children] == ["base-seed0", "base-seed1"]
     assert [child.name for child in load(SMALL).children] == ["base-seed0"]
@@ -103,10 +118,22 @@ def test_seeds_alone_repeat_the_base(load):
 
 def test_the_example_is_a_sweep_of_eight_runs():
     file = Path(__file__).parent.parent / "configs" / "sweep-methods.yaml"
-    children = Sweep.load(file).children
+    children = sweeping.load(file).children
     assert [child.name for child in children] == [
         f"{label}-seed{seed}" for label in ("dense", "bitnet", "dqt-int8", "dqt-ternary") for seed in (0, 1)
     ]
+
+
+def test_the_study_has_every_method_and_searches_both_rates():
+    search = sweeping.load(Path(__file__).parent.parent / "configs" / "sweeps" / "study.yaml")
+    assert {child.config.method.name for child in search.children} == {*METHODS}
+    assert all(child.config.train.steps * 5 == 1250 for child in search.children)
+    for label in ("dense", "flip"):
+        chosen = [
+            child.config.optimizer for child in search.children if child.label.startswith(f"{label}-lr")
+        ]
+        assert len({optimizer.lr for optimizer in chosen}) == 2
+        assert len({optimizer.linear_lr_ratio for optimizer in chosen}) == 4
 
 
 @pytest.mark.parametrize(
@@ -139,6 +166,11 @@ def test_the_example_is_a_sweep_of_eight_runs():
         (SMALL + "grid: {optimizer.lr: [0.1, 0.1]}", "grid has lr-0.1 twice; leave out one"),
         (SMALL + "grid: {run.seed: [0, 1]}", "must not set run: a child's name, seed"),
         (SMALL + "grid: [1]", "grid ([1]) must be fields with lists of values"),
+        (SMALL + "runs: {a: {seeds: 3}}", "runs.a.seeds (3) must be different whole numbers from 0 up"),
+        (SMALL + "runs: {a: {grid: {optimizer.lr: 1}}}", "must give optimizer.lr a list of values"),
+        (SMALL + "search: {train.steps: 2}", "search must go with a grid, whose points it tries; write"),
+        (SMALL + "grid: {optimizer.lr: [0.1]}\nsearch: 3", "search (3) must be overrides; write"),
+        (SMALL + "grid: {optimizer.lr: [0.1]}\nsearch: {train.stpes: 3}", "unknown name 'stpes'"),
         (SMALL + "grid: {method.grid: [ternary, int9]}", "grid-int9: method.grid ('int9') must be one of"),
     ],
 )  # fmt: skip
@@ -149,12 +181,135 @@ def test_a_wrong_sweep_is_answered_in_one_line(text, words, load):
     assert "\n" not in str(caught.value)
 
 
+# ------------------------------------------------------------------ a search
+
+
+SEARCH = SMALL + "seeds: [3, 5]\nsearch: {train.steps: 2}\n"
+RATES = "grid: {optimizer.lr: [1.0e-3, 2.0e-3, 4.0e-3], method.grid: [ternary, int8]}\n"
+
+
+def finish(child, val_loss):
+    """The folder of a child, as training leaves it."""
+    child.config.run_dir.mkdir(parents=True, exist_ok=True)
+    (child.config.run_dir / "config.yaml").write_text(child.config.to_yaml())
+    summary = {"steps": child.config.train.steps, "val_loss": val_loss}
+    (child.config.run_dir / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def searched(load, tmp_path, monkeypatch):
+    """`searched(text, loss)`: the sweeps of a file, of which each run ends at `loss(child)`, if at all."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text, loss):
+        load(text)
+        stages = []
+        for stage in sweeping.stages(tmp_path / "sweep.yaml"):
+            stages.append(stage)
+            for child in stage.children:
+                if (val_loss := loss(child)) is not None:
+                    finish(child, val_loss)
+        return stages
+
+    return run
+
+
+def test_a_search_finds_each_labels_point_and_that_alone_is_trained_with_all_seeds(searched):
+    def loss(child):
+        best = {"a": 2e-3, "b": 4e-4}[child.label[0]]
+        return abs(child.config.optimizer.lr - best) + (child.config.method.grid == "ternary")
+
+    own = "  b: {train.clip_norm: 0, grid: {optimizer.lr: [8.0e-4, 4.0e-4, 2.0e-4]}, seeds: [4]}\n"
+    text = SEARCH + RATES + "runs:\n  a: {}\n" + own + "  c: {grid: {}}\n"
+    search, final = searched(text, lambda child: 9.0 if child.label == "c" else loss(child))
+    assert (search.name, search.folder, final.name) == ("s-search", Path("runs/s-search"), "s")
+    assert [child.name for child in search.children] == [
+        *(f"a-lr-{lr}-grid-{grid}-seed3" for lr in (0.001, 0.002, 0.004) for grid in ("ternary", "int8")),
+        *(f"b-lr-{lr}-seed4" for lr in ("0.0008", "0.0004", "0.0002")),
+    ]
+    assert {child.config.train.steps for child in search.children} == {2}
+    assert [child.name for child in final.children] == [
+        "a-seed3", "a-seed5", "b-seed4", "c-seed3", "c-seed5",
+    ]  # fmt: skip
+    a, _, b, c, _ = (child.config for child in final.children)
+    assert (a.optimizer.lr, a.method.grid, a.train.steps) == (2e-3, "int8", 10)
+    assert (b.optimizer.lr, b.train.clip_norm, c.optimizer.lr) == (4e-4, 0, 1e-3)
+    assert final.remarks == ("a is best at lr-0.002, grid-int8", "b is best at lr-0.0004")
+
+
+def test_a_search_grows_where_its_best_is_an_end_and_finished_runs_are_not_tried_again(searched):
+    best = {"low": 2.5e-4, "high": 1.6e-2}
+    text = SEARCH + RATES.replace(", int8", "") + "runs: {low: {}, high: {train.clip_norm: 0.5}}\n"
+    stages = searched(
+        text, lambda child: abs(child.config.optimizer.lr / best[child.label.partition("-")[0]] - 1)
+    )
+    assert [len(stage.children) for stage in stages] == [6, 8, 10, 12, 4]
+    rates = [child.config.optimizer.lr for child in stages[3].children]
+    assert rates == [1e-3, 2e-3, 4e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+    assert stages[1].remarks == (
+        "low: the best optimizer.lr is an end of its grid, which gets 0.0005, too",
+        "high: the best optimizer.lr is an end of its grid, which gets 0.008, too",
+    )
+    assert [child.config.optimizer.lr for child in stages[-1].children] == [2.5e-4] * 2 + [1.6e-2] * 2
+    again = searched(text, lambda child: None)
+    assert [len(stage.children) for stage in again] == [6, 8, 10, 12, 4], "what is found is in the runs"
+
+
+def test_a_search_that_would_grow_for_ever_ends_and_says_so(searched):
+    stages = searched(SEARCH + RATES, lambda child: 1 / child.config.optimizer.lr)
+    assert [len(stage.children) for stage in stages] == [6, 8, 10, 12, 14, 2]
+    assert stages[-1].remarks == (
+        "it is best at lr-0.064, grid-ternary; that is still an end of the grid: write wider values",
+    )
+
+
+@pytest.mark.parametrize("values", ["[1.0e-3, 4.0e-3]", "[1, 2, 4]", "[0, 0.1, 0.2]"])
+def test_what_has_no_next_value_does_not_grow(values, searched):
+    name = "optimizer.lr" if "e" in values else "train.clip_norm"
+    stages = searched(SEARCH + f"grid: {{{name}: {values}}}\n", lambda child: -child.config.train.clip_norm)
+    assert len(stages) == 2
+
+
+def test_a_run_without_a_loss_is_never_the_best(searched):
+    def loss(child):
+        return {1e-3: None, 2e-3: 3.0, 4e-3: 4.0}[child.config.optimizer.lr]
+
+    grid = "grid: {optimizer.lr: [1.0e-3, 4.0e-3]}\nruns: {a: {}}\n"
+    assert searched(SEARCH + grid, loss)[-1].children[0].config.optimizer.lr == 4e-3
+    other = "grid: {optimizer.lr: [1.0e-3]}\nruns: {b: {}}\n"
+    with pytest.raises(ConfigError, match=r"none of the 1 runs of b's search has a validation loss; `lowbit"):
+        searched(SEARCH + other, loss)
+
+
+@pytest.mark.slow  # what is new to it, the stages, is told above without training; children train below
+def test_a_search_and_the_runs_at_its_best_are_one_command(small, ray, lowbit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = {"steps": 8, "batch_tokens": 256, "log_every": 2, "eval_every": 8, "save_every": 8}
+    content = small(train=train, cluster={"workers": 1}, tracking={"mlflow": None})
+    (tmp_path / "base.yaml").write_text(json.dumps(content))
+    file = tmp_path / "sweep.yaml"
+    grid = "grid: {optimizer.lr: [0.0, 1.0e-2]}\nruns: {a: {}}\n"
+    file.write_text(ONE_AT_A_TIME + "search: {train.steps: 4}\n" + grid)
+    done = lowbit("sweep", file, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert [(child["run"], child["state"]) for child in summary["children"]] == [("a-seed0", "finished")]
+    assert summary["remarks"] == ["a is best at lr-0.01"], "a rate of 0 learns nothing"
+    assert [group["lr"] for group in summary["groups"]] == [0.01]
+    assert "s-search: 2 runs to do, 0 finished" in done.stderr
+    assert (tmp_path / "runs" / "s-search" / "comparison" / "comparison.md").exists()
+    assert [runs.read(tmp_path / "runs" / name).step for name in ("s-search/a-lr-0-seed0", "s/a-seed0")] == [
+        4,
+        8,
+    ]
+
+
 def test_no_child_starts_if_one_cannot(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(json.dumps(small(cluster={"workers": 1})))
     (tmp_path / "sweep.yaml").write_text(SMALL + "runs: {a: {}, b: {data.path: absent}}")
     with pytest.raises(ConfigError, match=r"b-seed0: data.path \(absent\) does not exist"):
-        running.run(Sweep.load(tmp_path / "sweep.yaml"), Told())
+        running.run(sweeping.load(tmp_path / "sweep.yaml"), Told())
     assert not (tmp_path / "runs" / "s").exists(), "nothing is left behind"
 
 
@@ -167,7 +322,7 @@ def test_children_start_from_runs_beside_their_sweep(ranks, small, tmp_path, mon
     (tmp_path / "base.yaml").write_text(json.dumps(small(run={"name": "base", "from": "parent"})))
     text = SMALL + "runs: {last: {}, middle: {run.from: parent@2, run.with_states: true}}\n"
     (tmp_path / "sweep.yaml").write_text(text)
-    last, middle = (child.config for child in Sweep.load(tmp_path / "sweep.yaml").children)
+    last, middle = (child.config for child in sweeping.load(tmp_path / "sweep.yaml").children)
     assert (inputs.parent(last).name, last.run.with_states) == ("step-4", False)
     assert (inputs.parent(middle).name, middle.run.with_states) == ("step-2", True)
 
@@ -281,7 +436,7 @@ def test_a_sweep_runs_once_at_a_time(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(json.dumps(small(cluster={"workers": 1})))
     (tmp_path / "sweep.yaml").write_text(SMALL)
-    sweep = Sweep.load(tmp_path / "sweep.yaml")
+    sweep = sweeping.load(tmp_path / "sweep.yaml")
     sweep.folder.mkdir(parents=True)
     with running._alone(sweep), pytest.raises(ConfigError, match=r"sweep.name \(s\) is being run by another"):
         running.run(sweep, Told())
@@ -313,7 +468,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     told = Interrupting()
-    outcome = running.run(Sweep.load(file), told)
+    outcome = running.run(sweeping.load(file), told)
     assert told.begun == ["lost-seed0", "first-seed0", "last-seed0"]
     assert outcome.signum == signal.SIGTERM
     assert outcome.states == {"lost-seed0": "failed", "first-seed0": "finished", "last-seed0": "stopped"}
@@ -355,7 +510,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "| first | 1 |" in parent.data.tags["mlflow.note.content"]
     assert {each.path for each in client(store).list_artifacts(parent.info.run_id)} == {
         "sweep.yaml", "comparison.md", "comparison.csv", "loss-against-tokens.png", "loss-against-bytes.png",
-        "flips-per-layer.png",
+        "loss-against-bytes-of-weights.png", "loss-against-bytes-with-states.png", "flips-per-layer.png",
     }  # fmt: skip
     children = client(store).search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"

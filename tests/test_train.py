@@ -145,13 +145,18 @@ WIDTH_896 = {"hidden_size": 896, "intermediate_size": 1792, "heads": 14, "kv_hea
 @pytest.mark.parametrize(
     "sections",
     [
-        {"method": {"granularity": "group", "group": 64}, "model": SMALLER},
         {"model": WIDTH_576},
         *slow(
+            ({"method": {"granularity": "group", "group": 64}, "model": SMALLER},),
             ({"optimizer": {"name": "lion", "lr": 3e-4, "states": "int8"}, "model": SMALLER},),
             ({"optimizer": {"name": "lion", "states": "bf16"}, "model": SMALLER,
               "method": {"grid": "int8"}},),
             ({"optimizer": {"name": "lion", "states": "fp32"}, "model": SMALLER,
+              "method": {"name": "bitnet"}},),
+            ({"optimizer": {"name": "muon"}, "method": {"grid": "int8"}, "model": SMALLER},),
+            ({"optimizer": {"name": "muon", "states": "bf16"}, "model": SMALLER,
+              "method": {"grid": "int8", "forward": "ternary"}},),
+            ({"optimizer": {"name": "muon", "states": "fp32"}, "model": SMALLER,
               "method": {"name": "bitnet"}},),
             ({"method": {"granularity": "group", "grid": "int4"}, "model": SMALLER},),
             ({"model": WIDTH_896, "method": {"granularity": "row"}},),
@@ -170,7 +175,7 @@ def test_rules_granularities_and_widths_give_one_digest_on_any_number_of_workers
 
 
 def test_a_rule_that_sees_the_matrix_gives_one_digest_on_any_number_of_workers(ranks, small):
-    """Each worker sees all of it, slots in 8 bits included, and applies its own part."""
+    """One worker sees all of it, slots in 8 bits included, and each applies its own part."""
     sections = {"optimizer": {"name": "rows"}, "method": {"grid": "int8"}, "model": SMALLER, "train": SIX}
     found = {w: ranks(w).run(train_by_rows, small(run={"name": f"m{w}"}, **sections))[0] for w in (1, 2, 3)}
     assert len({each["digest"] for each in found.values()}) == 1

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import lowbit_dist
 from lowbit_dist.grid import BLOCK, GRIDS
+from lowbit_dist.methods import DQT
 from lowbit_dist.packed import PackedTensor
 
 PACKAGE = Path(lowbit_dist.__file__).parent
@@ -120,7 +121,7 @@ def test_the_drawing_of_a_packed_shard_is_true():
                     torch.device("cpu"),
                     replicated=False,
                     in_layer=True,
-                    send=None,
+                    method=DQT(),
                 )
             )
         finally:

@@ -207,7 +207,7 @@ CASES = {
         NOTHING, "train run.yaml train.seq_len=5", ("train:", "'seq_len'", "'data.seq_len'")),
     "an option of another method": (
         NOTHING, "train run.yaml method.name=dense method.grid=int8",
-        ("method:", "'grid'", "belongs to dqt", "leave it out")),
+        ("method:", "'grid'", "belongs to dqt, flip", "leave it out")),
     "no data path": (
         instead("run.yaml", b"train: {steps: 5}\n"), "train run.yaml",
         ("data.path is required", "write data:")),
@@ -278,11 +278,57 @@ CASES = {
         NOTHING, "train run.yaml run.name=new 'method={granularity: group, group: 192}'",
         ("model: model.layers.0.mlp.down_proj.weight [256, 512]", "a group of 192", "write sizes")),
     "a method that is not installed": (
-        NOTHING, "train run.yaml method.name=tequila",
-        ("method.name ('tequila')", "must be one of dqt, bitnet, dense", "install the package")),
+        NOTHING, "train run.yaml method.name=sherry",
+        ("method.name ('sherry')", "must be one of dqt, flip, bitnet, trilm", "install the package")),
+    "8-bit floats on CPUs": (
+        NOTHING, "train run.yaml run.name=new precision=fp8 cluster.gpus_per_worker=0",
+        ("precision (fp8)", "GPUs of compute capability 8.9 or more", "has none; write precision: bf16")),
+    "an end of a weight decay that does not end": (
+        NOTHING, "train run.yaml schedule.weight_decay_until=0.667",
+        ("schedule.weight_decay_until (0.667)", "go with schedule.name two_stage", "leave it out")),
+    "a ternary forward pass of ternary codes": (
+        NOTHING, "train run.yaml 'method={grid: ternary, forward: ternary}'",
+        ("method.forward (ternary)", "coarser than method.grid ternary", "write method.grid: int8")),
+    "norms in a ternary forward pass": (
+        NOTHING, "train run.yaml 'method={grid: int8, tensors: all, forward: ternary}'",
+        ("method.forward (ternary)", "go with method.tensors linears", "write method.tensors: linears")),
+    "a ternary forward pass that begins without being asked for": (
+        NOTHING, "train run.yaml 'method={grid: int8, forward_from: 0.5}'",
+        ("method.forward_from (0.5)", "go with method.forward ternary", "write method.forward: ternary")),
+    "a forward pass that never changes": (
+        NOTHING, "train run.yaml 'method={grid: int8, forward: ternary, forward_from: 1.0}'",
+        ("method.forward_from (1.0)", "less than 1")),
+    "replicated codes that change in the run": (
+        NOTHING,
+        "train run.yaml zero.residency=replicated 'method={grid: int8, forward: ternary, forward_from: 0.5}'",
+        ("zero.residency (replicated)", "must be sharded", "write zero.residency: sharded")),
+    "a scale that the released rules do not know": (
+        NOTHING, "train run.yaml 'method={rules: released, granularity: row}'",
+        ("method.granularity (row)", "must be tensor under method.rules released", "method.rules: paper")),
+    "a ternary forward pass under released rules": (
+        NOTHING, "train run.yaml 'method={rules: released, grid: int8, forward: ternary}'",
+        ("method.forward (ternary)", "must be stored under method.rules released", "method.rules: paper")),
+    "rounding of flip": (
+        NOTHING, "train run.yaml 'method={name: flip, rounding_anneal: 0.2}'",
+        ("method.rounding_anneal (0.2)", "left out for method flip", "leave it out")),
+    "a hysteresis below the noise of its residual": (
+        NOTHING, "train run.yaml 'method={name: flip, hysteresis: 0.001}'",
+        ("method.hysteresis (0.001)", "0 or at least 0.004", "write method.hysteresis: 0.004, or 0")),
+    "released rules of flip": (
+        NOTHING, "train run.yaml 'method={name: flip, rules: released}'",
+        ("method.rules ('released')", "paper")),
+    "slices that do not divide the rows": (
+        NOTHING, "train run.yaml run.name=new 'method={name: trilm, slices: 5}'",
+        ("model: method trilm", "layer model.layers.0.", "5 slices do not divide", "write other sizes")),
+    "a group of Tequila that does not divide a row": (
+        NOTHING, "train run.yaml run.name=new 'method={name: tequila, group: 448}'",
+        ("model: method tequila", "a group of 448 does not divide a row of", "write other sizes")),
+    "a learned scale of inputs that are not normalised": (
+        NOTHING, "train run.yaml 'method={name: tbt, activation_bits: 2, sub_norms: false}'",
+        ("method.sub_norms (false)", "true with activation_bits 2", "write method.sub_norms: true")),
     "an option of another optimizer": (
         NOTHING, "train run.yaml 'optimizer={name: lion, eps: 1e-8}'",
-        ("optimizer:", "'eps'", "belongs to adamw", "leave it out")),
+        ("optimizer:", "'eps'", "belongs to adafactor, adamw, rmsprop", "leave it out")),
     "a pretrained model of a smaller vocabulary": (
         pretrained(vocab_size=400), LLAMA, ("model.pretrained (llama)", "400", "512", "prepare the data")),
     "a pretrained model of shorter sequences": (

@@ -102,11 +102,15 @@ class Checkpoint:
         return PackedTensor(codes, scale, numel // len(scale), grid, shape)
 
     def scale(self, name: str) -> Tensor:
+        return self.whole(name, "scale").float()
+
+    def whole(self, name: str, key: str) -> Tensor:
+        """What one worker has written for all of a tensor."""
         for file in self.manifest["files"]:
             with safe_open(self.path / file, "pt") as opened:
-                if f"{name}/scale" in opened.keys():  # noqa: SIM118  (not a mapping)
-                    return opened.get_tensor(f"{name}/scale").float()
-        raise ConfigError(f"{self.path} has no scale of {name}")
+                if f"{name}/{key}" in opened.keys():  # noqa: SIM118  (not a mapping)
+                    return opened.get_tensor(f"{name}/{key}")
+        raise ConfigError(f"{self.path} has no {key} of {name}")
 
     def slice(self, name: str, key: str, start: int, numel: int) -> Tensor:
         """What stands for elements [start, start + numel) of a tensor under `key`, from whichever files
@@ -137,19 +141,19 @@ class Checkpoint:
         for shard in shards:
             if shard.scale is not None:  # of the whole tensor, on workers that hold none of it too
                 shard.scale.copy_(self.scale(shard.name))
-            if not shard.numel:
-                continue
             where = (shard.start, shard.numel)
-            if shard.codes is not None:
+            if shard.numel and shard.codes is not None:
                 shard.codes.copy_(self.slice(shard.name, "codes", *where))
                 shard.level_counts()  # refuses codes that stand for no level
-            else:
+            elif shard.numel:
                 assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
                 shard.weight.copy_(self.slice(shard.name, "weight", *where))
             for stored in shard.state if with_states else ():
                 keys = slot_keys(stored.slot.name, self.manifest["format"])
                 for key, values in zip(keys, (stored.values, stored.scale), strict=True):
-                    if values is not None:
+                    if values is not None and stored.slot.per != "element":
+                        values.copy_(self.whole(shard.name, key))
+                    elif values is not None and shard.numel:
                         values.copy_(self.slice(shard.name, key, *where))
 
     def check_fits(self, shards: Sequence[Shard], instead: str = "choose another run.name") -> None:

@@ -8,7 +8,7 @@ import torch
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import in_bytes
 from lowbit_dist.grid import BLOCK
-from lowbit_dist.model import low_bit_names, n_scales, shapes
+from lowbit_dist.model import linear_weights, low_bit_names, n_scales, shapes
 
 # Names, shapes and offsets, measured on written checkpoints: of a parameter in each worker's file and in the
 # manifest, and of the configuration and the hashes.
@@ -59,11 +59,14 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Bytes of one checkpoint of the run, all workers' files together."""
     model = shapes(config, vocab_size)
     low_bit, workers = set(low_bit_names(model, config.method)), config.workers
+    linear = set(linear_weights(model))
     stored, total = config.method.stored, 0
     for name, p in model.named_parameters():
-        total += config.optimizer.state_bytes(p.numel())
+        total += config.optimizer.of(is_linear=name in linear).state_bytes(tuple(p.shape))
         if stored is not None and name in low_bit:
             total += p.numel() // BLOCK * stored.bytes_per_block
+            if (kept := config.method.accumulator) is not None:
+                total += p.numel() * kept.dtype.itemsize
             total += torch.float16.itemsize * n_scales(config.method, tuple(p.shape))
         else:
             total += torch.float32.itemsize * p.numel()

@@ -42,6 +42,8 @@ class WorkerFile:
             holds[shard.name] = [shard.start, shard.numel]
             stored = {"codes": shard.codes} if shard.codes is not None else {"weight": shard.weight}
             for slot_state in shard.state:
+                if rank and slot_state.slot.per != "element":
+                    continue  # every worker has all of it
                 values, scale = slot_keys(slot_state.slot.name)
                 stored |= {values: slot_state.values, scale: slot_state.scale}
             for key, value in stored.items():

@@ -41,15 +41,18 @@ def sweep(
     """Train a grid of runs, several at once, and compare them; the same command resumes after a stop.
 
     The file names a base configuration, seeds, and what sets runs apart, as configs/sweep-methods.yaml does.
+    With a search, as in configs/sweeps/study.yaml, each run's best point of the grid is found first.
 
     Example: lowbit sweep configs/sweep-methods.yaml
     """
     with console.answering(as_json, "loading") as answer:
         from lowbit_dist import sweep as sweeping
 
-        loaded = sweeping.Sweep.load(config)
-        with _following(loaded, answer.waiting) as told:
-            outcome = sweeping.run(loaded, told)
+        for loaded in sweeping.stages(config):
+            with _following(loaded, answer.waiting) as told:
+                outcome = sweeping.run(loaded, told)
+            if outcome.signum is not None:
+                break
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:
@@ -63,6 +66,7 @@ def _outcome(loaded: "Sweep", outcome: "SweepResult") -> dict[str, Any]:
     return {
         "sweep": loaded.name,
         "folder": str(loaded.folder),
+        "remarks": list(loaded.remarks),
         "mlflow_run_id": outcome.mlflow_run_id,
         "children": [
             {
@@ -285,10 +289,11 @@ def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
 
     from lowbit_dist import compare as comparing
 
-    table = _table("group", "runs", *(words for words, _ in comparing.MEASURES.values()))
+    shown = comparing.columns(comparison)
+    table = _table("group", "runs", "lr", *shown.values())
     for group in comparison["groups"]:
-        cells = (comparing.cell(group, name) for name in comparing.MEASURES)
-        table.add_row(escape(group["group"]), comparing.count(group), *cells)
+        cells = (comparing.cell(group, name) for name in shown)
+        table.add_row(escape(group["group"]), comparing.count(group), comparing.rates(group), *cells)
     terminal.print(table)
     terminal.print("Mean ± sample standard deviation over finished runs.", style="dim")
     for line in comparing.not_well(comparison):

@@ -23,6 +23,10 @@ def check(config: RunConfig) -> None:
         check_ray_head(address)
     else:
         n = check_workers(config, cpus=processors(), gpus=_local_gpus(), place="this machine")
+        if config.precision == "fp8":
+            from lowbit_dist import float8
+
+            float8.check(float8.gpus(), "this machine")
     check_run(config)
     _check_prepared(config)
     from lowbit_dist import data
@@ -84,6 +88,10 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             f"{place} has {have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; "
             f"write {' or '.join(ways)}"
         )
+    if config.precision == "fp8" and not gpus_per_worker(config, gpus):
+        from lowbit_dist import float8
+
+        float8.check([], "a worker" if gpus else place)
     return next(
         m
         for m in config.worker_counts()
@@ -190,7 +198,7 @@ def _check_same(config: RunConfig, earlier: RunConfig, what: str, step: int) -> 
             f"train.steps ({config.train.steps:,}) and schedule.name ({config.schedule.name}) give the "
             f"{step:,} steps that {what} has behind it other rates than they had "
             f"({', '.join(differences[:3])}); write the earlier values, or another run.name: only a constant "
-            "rate, and the decay of wsd before it begins, can go on longer"
+            "rate, and the decay of wsd before it begins, can go on longer, if the method has not changed yet"
         )
     if differences:
         more = f" and {len(differences) - 5} more" if differences[5:] else ""

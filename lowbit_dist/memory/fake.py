@@ -107,6 +107,8 @@ class _gather:
 class _Shapes:
     """A backend of `ops` whose results have the right shapes; what it would write stays unwritten."""
 
+    TAKES_RESIDUALS = True  # as the CPU's
+
     def step_(self, *_: Any, **__: Any) -> Tensor:
         return torch.empty(1, dtype=torch.int64)
 
@@ -120,3 +122,6 @@ class _Shapes:
 
     def unpack(self, codes: Tensor, *, grid: Grid) -> Tensor:
         return torch.empty(codes.numel() * 8 // grid.bits, dtype=torch.int8)
+
+    def code_counts(self, codes: Tensor, *, grid: Grid) -> Tensor:
+        return torch.empty(grid.n_levels, dtype=torch.int64)

@@ -118,10 +118,19 @@ def _remedies(config: RunConfig, budget: MemoryBudget, part: str) -> Iterator[Ch
     for _, choices in ladders:
         yield from choices
     for _, choices in ladders:
-        together |= choices[-1]
-        yield dict(together)
+        if _is_right(config, together | choices[-1]):  # else it would spoil what follows, too
+            together |= choices[-1]
+            yield dict(together)
     for before in ({}, together):
         yield from (before | model for model in _smaller_models(config))
+
+
+def _is_right(config: RunConfig, changes: Changes) -> bool:
+    try:
+        configfile.changed(config, changes)
+    except ConfigError:
+        return False
+    return True
 
 
 def _ladders(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, list[Changes]]]:
@@ -139,7 +148,9 @@ def _ladders(config: RunConfig, budget: MemoryBudget) -> Iterator[tuple[str, lis
     numbers = range(n + 1, budget.most_workers + 1) or range(0 if budget.on_gpu else n - 1, 0, -1)
     yield "process activations", [{"cluster.workers": other} for other in numbers]
     stageless = {} if stage is None else {"zero.stage": None}
-    yield "other_weights", [{"method.name": "dqt", **stageless}] * (config.method.stored is None)
+    # With the other options of the method, or where dqt has not all of them, without.
+    stored: list[Changes] = [{"method.name": "dqt", **stageless}, {"method": {"name": "dqt"}, **stageless}]
+    yield "other_weights", stored * (config.method.stored is None)
 
 
 def _smaller_models(config: RunConfig) -> Iterator[Changes]:

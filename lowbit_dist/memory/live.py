@@ -34,7 +34,7 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
     shards = engine.shards
     resident = {
         "low_bit_weights": bytes_of([*engine.resident_codes(), *(shard.codes for shard in shards)]),
-        "scales": bytes_of(shard.scale for shard in shards),
+        "scales": bytes_of([*engine.sent_scales(), *(shard.scale for shard in shards)]),
         "other_weights": bytes_of([*(shard.weight for shard in shards), *engine.forward_weights()]),
         "gradients": bytes_of(engine.gradients()),
         "optimizer_states": bytes_of(t for shard in shards for slot in shard.state for t in slot.tensors),

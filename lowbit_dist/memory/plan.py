@@ -8,7 +8,7 @@ from lowbit_dist import configfile
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import first_line
 from lowbit_dist.memory.report import Peak, largest, report
-from lowbit_dist.memory.resident import parameters, resident
+from lowbit_dist.memory.resident import parameters, per_linear_weight, resident
 from lowbit_dist.memory.simulation import simulate_step
 from lowbit_dist.model import shapes
 
@@ -19,7 +19,10 @@ BASELINES: dict[str, dict[str, Any]] = {
     "plan_bitnet": {"method": {"name": "bitnet"}},
     "plan_dense": DENSE | {"optimizer": {"name": "adamw", "states": "fp32"}},
 }
-EACH = {"zero.residency": "sharded", "zero.stage": None, "train.reproducible": False}
+EACH: dict[str, Any] = {
+    "zero.residency": "sharded", "zero.stage": None,
+    "train.reproducible": False, "train.gradient_release": False,
+}  # fmt: skip
 
 
 def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def plan(config: RunConfig, vocab_size: int, workers: int | None = None) -> dict
 def compare(config: RunConfig, vocab_size: int, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The largest worker of `measured` (one report a worker), against the plans of the baselines."""
     own = largest(measured) | {"states": config.optimizer.states}
+    own |= per_linear_weight(config, shapes(config, vocab_size), own["workers"])
     return _against("measured", own, baselines(config, vocab_size, own["workers"]))
 
 
@@ -71,8 +75,14 @@ def _against(known: str, own: dict[str, Any], plans: dict[str, dict[str, Any]]) 
 @lru_cache(maxsize=64)
 def planned(config: RunConfig, vocab_size: int, workers: int, *, with_step: bool = True) -> dict[str, Any]:
     """Bytes per worker of one run, without its baselines; `with_step`: and what lives only inside a step,
-    which takes a simulated one to know.
+    which takes a simulated one to know.  Of a method that changes in training, when it takes the most.
     """
+    stages = config.method.stages(config.train.steps)
+    if len(stages) > 1:
+        configs = [config.model_copy(update={"method": method}) for method in stages]
+        plans = (planned(stage, vocab_size, workers, with_step=with_step) for stage in configs)
+        key = "peak_bytes_per_worker" if with_step else "resident_bytes_per_worker"
+        return max(plans, key=lambda plan: plan[key])
     model = shapes(config, vocab_size)
     peak = _peak(config, vocab_size, workers) if with_step else None
     at_rest = resident(config, model, workers)

@@ -39,27 +39,36 @@ remains.  One step flips few codes (the flip rate), but in the direction of the 
 saturates: a ternary 1 that should grow stays.  The rounding is `ops.apply_`, and its random bits are a
 function of seed, step, tensor and position (ops/reference.py).
 
-The stored grid is the forward grid.  The paper's released code re-derives the scale at each step from the
-largest weight (which can only shrink it); here the scale of the initialisation is stored and stays.
+The stored grid is the forward grid, unless `forward` is another, and the scale of the first weights stays.
+The authors' released code (`rules: released`) derives it anew in each step, from the largest weight W of the
+tensor, and rounds the moved weight in levels of that:
+
+    scale'  =  max(W) / high            the highest level where a weight has it: then scale' is scale
+    level'  =  clamp((W (1 - lr * weight_decay) - lr * u) / scale') rounded by chance
+
+So its grid can shrink, once every weight has left the highest level, and never grow.  (The authors decay the
+moved weight: that is another step by lr * weight_decay of it.)
 """
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lowbit_dist.errors import ConfigError, nearest_multiple
-from lowbit_dist.grid import GRIDS, PLANE, Grid
+from lowbit_dist import ops
+from lowbit_dist.errors import ConfigError, plain
+from lowbit_dist.grid import BLOCK, GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
-from lowbit_dist.methods.method import Method
-from lowbit_dist.packed import PackedTensor, representable
+from lowbit_dist.methods.method import GROUP, Group, Method
+from lowbit_dist.packed import PackedShard, PackedTensor, representable
 from lowbit_dist.section import setting
 
 # Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
 # weights (QuEST, arXiv 2502.05003, released code).
 RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int8": 3.885}
-GROUP = 128  # of every published ternary model with group scales, and of GPTQ
 
 
 class DQT(Method):
@@ -67,10 +76,15 @@ class DQT(Method):
     grid: Literal["ternary", "int2", "int3", "int4", "int8"] = setting(
         "ternary", "The levels that a weight may have; the code of each is all that is kept of it."
     )
+    rules: Literal["paper", "released"] = setting(
+        "paper",
+        "Whether the scale of the first weights stays, or is derived in each step from the largest weight, "
+        "as in the authors' code, which trains all tensors so, with optimizer.eps_before_correction.",
+    )
     tensors: Literal["linears", "all"] = setting(
         "linears",
         "Which weights are codes: those of the linear layers but the head, or embeddings, head and the gains "
-        "of norms, too, as in the paper's released code.",
+        "of norms, too, which is the default under released rules.",
     )
     scale: Literal["absmean", "absmax", "rms"] = setting(
         "absmean",
@@ -80,10 +94,31 @@ class DQT(Method):
     granularity: Literal["tensor", "row", "group"] = setting(
         "tensor", "What has a scale of its own: the whole tensor, each row, or each group of a row."
     )
-    group: Annotated[int, Field(ge=PLANE, le=2**20)] = setting(
+    group: Group = setting(
         GROUP,
         f"How many consecutive weights of a row share a scale; a multiple of {PLANE}, for granularity group.",
         unit="weights",
+    )
+    range_factor: Annotated[float, Field(gt=0, le=64)] | None = setting(
+        None,
+        "How many times as wide as `scale` says the grid is; null is 1, and 3 for absmean where the forward "
+        "pass has another grid, so that few codes are at the ends.",
+    )
+    forward: Literal["stored", "ternary"] = setting(
+        "stored",
+        "What the forward pass multiplies with: the codes as they are stored, or ternary ones, made of them "
+        "after each update, which are what gathers move; their scale is the mean magnitude at that moment.",
+    )
+    forward_from: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0,
+        "When the forward pass begins to see ternary codes; until then it sees the stored ones.",
+        unit="of train.steps",
+    )
+    rounding_anneal: Annotated[float, Field(gt=0, le=1)] | None = setting(
+        None,
+        "The last part of the run, in which rounding goes from chance to the nearest level, in a line; null "
+        "leaves it to chance. Its updates are slower: no fused kernel knows them.",
+        unit="of train.steps",
     )
     activation_bits: Literal[8] | None = setting(
         8, "Inputs of low-bit layers are rounded to so many bits for each token; null does not.", unit="bits"
@@ -94,13 +129,14 @@ class DQT(Method):
         "has none.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _released_rules_are_of_all_tensors(cls, given: Any) -> Any:
+        is_released = isinstance(given, Mapping) and given.get("rules") == "released"
+        return {"tensors": "all", **given} if is_released else given
+
     @model_validator(mode="after")
     def _group_fits(self) -> Self:
-        if self.group % PLANE:
-            raise ConfigError(
-                f"method.group ({self.group}) must be a multiple of {PLANE}; the nearest is "
-                f"{nearest_multiple(self.group, PLANE)}"
-            )
         if self.group != GROUP and self.granularity != "group":
             raise ConfigError(
                 f"method.group ({self.group}) must go with granularity group, not {self.granularity}; write "
@@ -108,13 +144,58 @@ class DQT(Method):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        if self.rules == "paper":
+            return self
+        only = {"scale": "absmean", "granularity": "tensor", "range_factor": None, "forward": "stored"}
+        for field, value in only.items():
+            if (chosen := getattr(self, field)) != value:
+                raise ConfigError(
+                    f"method.{field} ({plain(chosen)}) must be {plain(value)} under method.rules released, "
+                    f"which know no other; write method.{field}: {plain(value)}, or method.rules: paper"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _forward_is_coarser(self) -> Self:
+        if self.forward == "stored":
+            if self.forward_from:
+                raise ConfigError(
+                    f"method.forward_from ({self.forward_from:g}) must go with method.forward ternary, which "
+                    "begins then; write method.forward: ternary, or leave it out"
+                )
+            return self
+        if self.grid == self.forward:
+            raise ConfigError(
+                f"method.forward ({self.forward}) must be coarser than method.grid {self.grid}; write "
+                "method.grid: int8, or leave it out"
+            )
+        if self.tensors == "all":
+            raise ConfigError(
+                f"method.forward ({self.forward}) must go with method.tensors linears: norms cannot be "
+                "ternary; write method.tensors: linears"
+            )
+        return self
+
     @property
     def label(self) -> str:
-        return f"{self.name} {self.grid}"
+        rules = "" if self.rules == "paper" else f" {self.rules}"
+        coarser = "" if self.forward == "stored" else f", {self.forward} forward"
+        begins = f" from {self.forward_from:g}" if self.forward_from else ""
+        return f"{self.name}{rules} {self.grid}{coarser}{begins}"
 
     @property
     def stored(self) -> Grid:
         return GRIDS[self.grid]
+
+    @property
+    def forward_grid(self) -> Grid:
+        return self.sent_grid
+
+    @property
+    def sent_grid(self) -> Grid:
+        return self.stored if self.forward == "stored" else GRIDS[self.forward]
 
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
@@ -132,16 +213,68 @@ class DQT(Method):
     def is_low_bit(self, is_linear: bool) -> bool:
         return self.tensors == "all" or is_linear
 
+    @property
+    def _factor(self) -> float:
+        is_finer = self.forward != "stored" and self.scale == "absmean"
+        return self.range_factor or (3.0 if is_finer else 1.0)
+
+    def at(self, step: int, steps: int) -> Self:
+        if not self.forward_from:
+            return self
+        seen = self.forward if step > self.forward_from * steps else "stored"
+        # The range is that of the first weights.
+        return self.model_copy(update={"forward": seen, "forward_from": 0.0, "range_factor": self._factor})
+
+    def nearest(self, step: int, steps: int) -> float:
+        length = steps * (self.rounding_anneal or 0.0)
+        return max(0.0, 1 - (steps - step) / length) if length else 0.0
+
     def quantize(self, weight: Tensor) -> PackedTensor:
-        return self.through(weight, self.stored)
+        return PackedTensor.quantize(weight, self._scale(weight, self.stored, self._factor), self.stored)
+
+    def rescaled(self, shard: PackedShard) -> Tensor | None:
+        """Of released rules: with the largest weight of the whole tensor at the highest level.
+
+        A tensor without a positive weight, for which the authors' code divides by 0 or turns all signs, keeps
+        its scale.
+        """
+        if self.rules == "paper":
+            return None
+        counts = shard.summed(ops.code_counts(shard.codes, grid=shard.grid))
+        if counts[-1].item():
+            return None
+        positive = counts[1 - shard.grid.low :].nonzero()
+        if not len(positive):
+            return None
+        highest = 1 + int(positive[-1])
+        return representable((shard.scale.double() * highest / shard.grid.high).float())
+
+    def sent(self, shard: PackedShard) -> PackedShard:
+        """Ternary by mean magnitude, as BitNet makes them of latent weights: round(level / mean|level|) of
+        the levels that share a scale.  The means are of the whole tensor's levels, summed as integers over
+        workers, so they are the same on any number of them.
+        """
+        planes = shard.levels().view(-1, PLANE)
+        first = shard.first_block * (BLOCK // PLANE)
+        at = torch.arange(first, first + len(planes), device=planes.device) // (shard.scale_every // PLANE)
+        sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
+        shard.summed(sums.index_add_(0, at, planes.short().abs().sum(1)))
+        mean = (sums / shard.scale_every).float().clamp_(min=torch.finfo(torch.float32).tiny)
+        ternary = (planes / mean[at, None]).round_().clamp_(-1, 1).to(torch.int8)
+        scale = representable(shard.scale * mean)
+        codes = ops.pack(ternary.view(-1), grid=self.sent_grid)
+        return replace(shard, codes=codes, scale=scale, grid=self.sent_grid)
+
+    def levels(self, weight: Tensor) -> Tensor | None:
+        return None if self.forward == "stored" else weight.sign().to(torch.int8)
 
     def through(self, weight: Tensor, grid: Grid) -> PackedTensor:
-        return PackedTensor.quantize(weight, self._scale(weight, grid), grid)
+        return PackedTensor.quantize(weight, self._scale(weight, grid, 1.0), grid)
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return sub_norm_gain(name, shape)
 
-    def _scale(self, weight: Tensor, grid: Grid) -> Tensor:  # [1], [rows] or [groups] float32
+    def _scale(self, weight: Tensor, grid: Grid, factor: float) -> Tensor:  # [1], [rows] or [groups] float32
         """The size of one level.  absmean is the released code's formula, mean|W| / Qp, over a tensor, a row
         or a group.
         """
@@ -155,4 +288,4 @@ class DQT(Method):
             scale = parts.abs().amax(1) / grid.high
         else:
             scale = parts.square().mean(1).sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
-        return representable(scale.to(torch.float32))
+        return representable((scale * factor).to(torch.float32))

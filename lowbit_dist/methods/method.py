@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Self
 
-from lowbit_dist.section import Section, setting
+from pydantic import AfterValidator, Field
+
+from lowbit_dist.errors import nearest_multiple
+from lowbit_dist.grid import PLANE
+from lowbit_dist.section import Section, broken_rule, setting
 
 if TYPE_CHECKING:  # a configuration is read without torch
     from torch import Tensor, nn
 
     from lowbit_dist.grid import Grid
+    from lowbit_dist.ops import Accumulator
     from lowbit_dist.packed import PackedShard, PackedTensor
+
+GROUP = 128  # of every published ternary model with group scales, and of GPTQ
+
+
+def _whole_planes(group: int) -> int:
+    if group % PLANE:
+        raise broken_rule(f"must be a multiple of {PLANE}; the nearest is {nearest_multiple(group, PLANE)}")
+    return group
+
+
+# Consecutive weights of a row that share a scale, where an option says how many.
+Group = Annotated[int, Field(ge=PLANE, le=2**20), AfterValidator(_whole_planes)]
 
 
 class Method(Section):
@@ -44,10 +61,36 @@ class Method(Section):
         """
         return self.stored
 
+    def at(self, step: int, steps: int) -> Self:
+        """The method as it is in step `step` (from 1) of `steps`: this one, unless what it sends of weights
+        changes, once, in training.
+
+        What it says of layers and of first weights stays.
+        """
+        return self
+
+    def stages(self, steps: int) -> list[Self]:
+        """What the method is at first, and what it is at last, if that is another."""
+        first, last = self.at(1, steps), self.at(steps, steps)
+        return [first] if first == last else [first, last]
+
+    def nearest(self, step: int, steps: int) -> float:
+        """How far the rounding of stored weights has gone, in step `step` (from 1) of `steps`, from chance,
+        0, to the nearest level, 1.
+        """
+        return 0.0
+
+    def threshold(self, step: int, steps: int) -> float | None:
+        """How far from its code a weight with a residual may be in step `step` (from 1) of `steps`, until the
+        code flips: in levels; None: as far as the residual reaches.
+        """
+        return None
+
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         """The layer that takes the place of `layer`, which is called `name` in the model.
 
-        `is_head`: it gives the logits; `norm_eps`: of the model's own RMSNorms.
+        `is_head`: it gives the logits; `norm_eps`: of the model's own RMSNorms.  ValueError if an option
+        does not fit the layer's shape.
         """
         from lowbit_dist.linear import Linear
 
@@ -91,6 +134,19 @@ class Method(Section):
         return None
 
     @property
+    def accumulator(self) -> Accumulator | None:
+        """What an update keeps of a stored weight beside its code; None: nothing, it is rounded by chance."""
+        return None
+
+    def rescaled(self, shard: PackedShard) -> Tensor | None:
+        """The scale that a stored weight gets in an update, of what the weight is before it: float32, in the
+        shape of `shard.scale`; None: it stays.
+
+        Asked in each update as `sent` is after it: on every worker, parameter by parameter in one order.
+        """
+        return None
+
+    @property
     def sent_grid(self) -> Grid | None:
         """The grid of the codes that a gather moves: `stored`, or a coarser one, which `sent` then makes."""
         return self.stored
@@ -99,8 +155,8 @@ class Method(Section):
         """What a gather moves in the place of a worker's shard: the same elements on `sent_grid`.
 
         Asked if `sent_grid` is not `stored`, at the start and after each update, on every worker and
-        parameter by parameter in one order: it may use collectives.  Where there is no process group, as in
-        evaluation, the shard is the whole tensor.
+        parameter by parameter in one order: it may use collectives, as `shard.summed`, if the shard is
+        `over_workers`.  Of a whole tensor, as in evaluation, one process asks alone.
         """
         raise TypeError(f"method {self.name} does not say what it sends")
 
@@ -108,11 +164,9 @@ class Method(Section):
         """A stored weight as its layer is given it: on `sent_grid`."""
         if self.sent_grid == self.stored:
             return tensor
-        from lowbit_dist.packed import PackedShard, PackedTensor
+        from lowbit_dist.packed import PackedTensor
 
-        t = self.sent(
-            PackedShard(tensor.codes, tensor.scale, tensor.scale_every, tensor.grid, tensor.shape, 0)
-        )
+        t = self.sent(tensor.as_shard())
         return PackedTensor(t.codes, t.scale, t.scale_every, t.grid, t.shape)
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import cpu, fused, reference
-from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
 from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
+from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
 
 __all__ = [
     "STATES",
+    "Accumulator",
     "Codes",
     "Now",
+    "Residual",
     "Rule",
     "Slot",
     "Stored",
@@ -57,8 +59,8 @@ def step_(
     _check_tensor("grad", grad, _FLOATS)
     _check_state(state, rule, grad.numel())
     _check_one_device(*_tensors(target), grad, *(tensor for slot in state for tensor in slot.tensors))
-    backend = _backend(grad.device)
-    if rule.fused is not None:
+    backend = _updating(target, now, grad.device)
+    if rule.fused is not None and not _is_special(target, now):
         return backend.step_(target, grad, state, rule=rule, now=now)
     flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     for start, stop in reference.chunks(grad.numel(), grad.device):
@@ -96,7 +98,7 @@ def apply_(
     _check_target(target, u.numel(), "u")
     _check_tensor("u", u, (torch.float32,))
     _check_one_device(*_tensors(target), u)
-    return _backend(u.device).apply_(target, u, now=now)
+    return _updating(target, now, u.device).apply_(target, u, now=now)
 
 
 def decode(
@@ -164,13 +166,35 @@ def _backend(device: torch.device) -> ModuleType:
     return _host_backend(device)
 
 
+def _updating(target: Codes | Weights, now: Now, device: torch.device) -> ModuleType:
+    """Codes with residuals have no Triton kernel; those that get another scale, or are rounded by less than
+    chance, which few steps of a run do, none at all: they are updated in plain torch.
+    """
+    backend = _backend(device)
+    if not _is_special(target, now):
+        return backend
+    has_residual = isinstance(target, Codes) and target.residual is not None
+    return backend if has_residual and getattr(backend, "TAKES_RESIDUALS", False) else reference
+
+
+def _is_special(target: Codes | Weights, now: Now) -> bool:
+    """Whether no fused kernel knows the update."""
+    return isinstance(target, Codes) and (
+        target.residual is not None or target.next_scale is not None or now.nearest > 0
+    )
+
+
 def _host_backend(device: torch.device) -> ModuleType:
     """For ops without a Triton kernel: on a GPU they are rare enough for plain torch, and exact there too."""
     return cpu if device.type == "cpu" and cpu.available() else reference
 
 
 def _tensors(target: Codes | Weights) -> tuple[Tensor, ...]:
-    return (target.weight,) if isinstance(target, Weights) else (target.codes, target.scale)
+    if isinstance(target, Weights):
+        return (target.weight,)
+    residual = () if target.residual is None else (target.residual.values,)
+    next_scale = () if target.next_scale is None else (target.next_scale,)
+    return (target.codes, target.scale, *residual, *next_scale)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -195,6 +219,16 @@ def _check_target(target: Codes | Weights, n: int, name: str) -> None:
         return
     _check_codes(target.codes, target.grid, n)
     _check_scale(target.scale, n, target.first_block, target.scale_every)
+    if target.residual is not None:
+        _check_tensor("residual", target.residual.values, (target.residual.kept.dtype,))
+        _check_count("residual", target.residual.values, n, n)
+    if target.next_scale is not None:
+        _check_tensor("next_scale", target.next_scale, (torch.float32,))
+        if target.next_scale.shape != target.scale.shape or target.residual is not None:
+            raise ValueError(
+                f"next_scale has {target.next_scale.numel()} elements; it must have {target.scale.numel()}, "
+                "as scale has, and stand beside no residual"
+            )
     if not 0 <= target.tensor < 2**32:
         raise ValueError(f"tensor is {target.tensor}; it must be from 0 to 2**32 - 1")
 

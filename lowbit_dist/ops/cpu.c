@@ -491,6 +491,90 @@ int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state
     return flips;
 }
 
+/* How codes keep their residuals; see `Accumulator` in targets.py. */
+typedef struct {
+    void *values; /* of the shard: int8 counts, or levels in bfloat16 */
+    float reach, threshold; /* levels */
+    float kept, per_level; /* levels that a value of 1 is still worth; the value of a level */
+    int32_t resets, is_bf16;
+} Residual;
+
+INLINE float residual_of(const void *values, int j, int is_bf16) {
+    return is_bf16 ? from_bf16(((const uint16_t *)values)[j]) : (float)((const int8_t *)values)[j];
+}
+
+/* Rounded by chance: to a whole count, or to bfloat16, which is the upper half of a float. */
+INLINE void store_residual(void *values, int j, float rest, uint32_t word, int is_bf16) {
+    if (is_bf16) {
+        ((uint16_t *)values)[j] = (uint16_t)((bits_of(rest) + (word >> 16)) >> 16);
+        return;
+    }
+    float whole = floorf(rest);
+    /* A fraction just below 1 is 1 in float32, which no word reaches. */
+    uint64_t threshold = (uint64_t)((rest - whole) * 0x1p32f);
+    int32_t count = (int32_t)whole + (word < threshold);
+    count = count < -127 ? -127 : count;
+    ((int8_t *)values)[j] = (int8_t)(count > 127 ? 127 : count);
+}
+
+/* Moves level + residual by -lr u: the level changes where the sum is beyond its threshold. */
+INLINE int64_t accumulate_block(uint8_t *packed, void *restrict values, const float *restrict u,
+                                const float *of_plane, const Residual *kept, const Shard *shard, const Step *step,
+                                uint64_t q, int is_bf16) {
+    Work work;
+    const Step now = *step;
+    const Residual by = *kept;
+    const int32_t low = shard->low, high = shard->high;
+    uint32_t words[4][SPAN] __attribute__((aligned(64)));
+    unpack_block(packed, work.level, shard->bits, low);
+    for (int start = 0; start < COUNTERS; start += SPAN) {
+        draw(words, q + (uint64_t)start, &now);
+        for (int i = 0; i < 4; i++) {
+            const uint32_t *restrict word = words[i];
+            const float levels_per_unit = now.lr / of_plane[i];
+            for (int k = 0; k < SPAN; k++) {
+                int j = start + COUNTERS * i + k;
+                float level = (float)work.level[j];
+                float x = level + residual_of(values, j, is_bf16) * by.kept;
+                x = x * now.keep - levels_per_unit * u[j];
+                float next = fabsf(x - level) > by.threshold ? rintf(x) : level;
+                next = next < (float)low ? (float)low : next;
+                next = next > (float)high ? (float)high : next;
+                float rest = x - next;
+                rest = rest < -by.reach ? -by.reach : rest;
+                rest = rest > by.reach ? by.reach : rest;
+                rest = rest * by.per_level;
+                rest = by.resets && next != level ? 0.0f : rest;
+                store_residual(values, j, rest, word[k], is_bf16);
+                work.next[j] = (int32_t)next;
+            }
+        }
+    }
+    uint8_t fresh[BLOCK];
+    pack_block(fresh, work.next, shard->bits, low);
+    const int64_t flips = count_changes(packed, fresh, &work, shard->bits);
+    memcpy(packed, fresh, (size_t)(BLOCK * shard->bits / 8));
+    return flips;
+}
+
+int64_t lowbit_accumulate(uint8_t *codes, const float *scale, const float *u, const Residual *kept,
+                          const Shard *shard, const Step *now) {
+    int64_t flips = 0;
+#pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
+    if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        const int64_t place = shard->first_block + block, at = block * BLOCK;
+        const uint64_t q = (uint64_t)place * COUNTERS;
+        uint8_t *packed = codes + at * shard->bits / 8;
+        char *values = (char *)kept->values + at * (kept->is_bf16 ? 2 : 1);
+        float of_plane[4];
+        scales_of_block(of_plane, scale, shard, place);
+        flips += kept->is_bf16 ? accumulate_block(packed, values, u + at, of_plane, kept, shard, now, q, 1)
+                               : accumulate_block(packed, values, u + at, of_plane, kept, shard, now, q, 0);
+    }
+    return flips;
+}
+
 /* Copies `n` elements that may not be there. */
 INLINE void copy(void *to, const void *from, size_t n, size_t width) {
     if (to && from) memcpy(to, from, n * width);

@@ -24,11 +24,12 @@ from torch import Tensor
 from lowbit_dist import folders
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
 from lowbit_dist.ops.states import STATES, Stored
+from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
+TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `ops.Codes`
 
 # Contraction would round fewer times than the reference does. Errno and traps stand in the way of vector
 # code. Blocks are copied through buffers of another type.
@@ -77,6 +78,14 @@ class _State(ctypes.Structure):
     ]
 
 
+class _Residual(ctypes.Structure):
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("reach", "threshold", "kept", "per_level")),
+        *((name, ctypes.c_int32) for name in ("resets", "is_bf16")),
+    ]
+
+
 def available() -> bool:
     """Whether the compiled ops can be used; the first call compiles, and warns once if that fails."""
     return _library() is not None
@@ -88,6 +97,8 @@ def step_(target: Codes | Weights, grad: Tensor, state: list[Stored], *, rule: R
 
 
 def apply_(target: Codes | Weights, u: Tensor, *, now: Now) -> Tensor:
+    if isinstance(target, Codes) and target.residual is not None:
+        return _accumulate(target, target.residual, u, now)
     return _step(target, _state([], u), NO_FACTORS, RULES.index(None), now)
 
 
@@ -112,6 +123,29 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
             _numbers(numbers, now, tensor=target.tensor),
             code,
         )
+    return torch.tensor([flips], dtype=torch.int64)
+
+
+def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
+    kept = residual.kept
+    flips = _loaded().lowbit_accumulate(
+        _pointer(target.codes),
+        _pointer(target.scale),
+        _pointer(u),
+        ctypes.byref(
+            _Residual(
+                values=_pointer(residual.values),
+                reach=kept.reach,
+                threshold=kept.reach if now.threshold is None else now.threshold,
+                kept=kept.levels_per_unit * (1 - kept.leak),
+                per_level=kept.units_per_level,
+                resets=kept.resets,
+                is_bf16=kept.states == "bf16",
+            )
+        ),
+        _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),
+        _numbers(NO_FACTORS, now, tensor=target.tensor),
+    )
     return torch.tensor([flips], dtype=torch.int64)
 
 
@@ -215,7 +249,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         _warn(f"{compiler} could not build them ({error})")
         return None
-    library.lowbit_step_codes.restype = ctypes.c_int64
+    for name in ("step_codes", "accumulate"):
+        getattr(library, f"lowbit_{name}").restype = ctypes.c_int64
     for name in ("step_weights", "decode", "pack", "unpack", "code_counts"):
         getattr(library, f"lowbit_{name}").restype = None
     return library

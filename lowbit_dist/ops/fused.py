@@ -7,7 +7,7 @@ lion     u = sign(m * beta1 + g * rest1)      m = m * beta2 + g * rest2
 
 from typing import Any, NamedTuple
 
-from lowbit_dist.ops.reference import Now
+from lowbit_dist.ops.targets import Now
 
 # Whether each slot of a rule is signed.
 SLOTS: dict[str, tuple[bool, ...]] = {"adamw": (True, False), "lion": (True,)}
@@ -34,7 +34,7 @@ def factors(rule: Any, now: Now) -> Factors:
     plain = now.grad_scale, beta1, 1 - beta1, beta2, 1 - beta2
     if rule.fused == "lion":
         return Factors(*plain)
-    return Factors(*plain, 1 / (1 - beta1**now.update), 1 / (1 - beta2**now.update), rule.eps)
+    return Factors(*plain, 1 / (1 - beta1**now.update), 1 / (1 - beta2**now.update), rule.eps_at(now.update))
 
 
 # With a direction that is given none of them is used.

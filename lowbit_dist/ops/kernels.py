@@ -50,8 +50,8 @@ from lowbit_dist.ops.device_functions import (
     store_codes,
 )
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
-from lowbit_dist.ops.reference import Codes, Now, Rule, Weights
 from lowbit_dist.ops.states import Stored
+from lowbit_dist.ops.targets import Codes, Now, Rule, Weights
 
 # Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks
 # of codes several threads would hold the same element, and one could read what another has overwritten.
@@ -208,23 +208,6 @@ def _decode(
         store(out_ptr + at, scale * (codes[i] + LOW).to(tl.float32), mask)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def _code_counts(
-    codes_ptr, counts_ptr, n_blocks, N_LEVELS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    mask = (block < n_blocks)[:, None]
-    j = tl.arange(0, 64)[None, :]
-    codes = load_codes(codes_ptr, block, j, mask, BITS)
-    live = tl.reshape(mask & (j >= 0), [BLOCKS * 64])
-    N_BINS: tl.constexpr = 2**BITS
-    counts = tl.zeros([N_BINS], tl.int32)
-    for i in tl.static_range(4):
-        counts += tl.histogram(tl.reshape(codes[i], [BLOCKS * 64]), N_BINS, mask=live)
-    level = tl.arange(0, N_BINS)
-    tl.atomic_add(counts_ptr + level, counts.to(tl.int64), mask=level < N_LEVELS, sem="relaxed")
-
-
 def step_(
     target: Codes | Weights,
     grad: Tensor,  # [N] float32 or bfloat16
@@ -299,21 +282,6 @@ def decode(
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int64
-    """How often each code occurs, without unpacking the codes into memory."""
-    n_blocks = codes.numel() // grid.bytes_per_block
-    counts = torch.zeros(grid.n_levels, dtype=torch.int64, device=codes.device)
-    if n_blocks == 0:
-        return counts
-    with _on(codes.device):
-        _code_counts[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
-            codes, counts, n_blocks,
-            N_LEVELS=grid.n_levels, BITS=grid.bits, BLOCKS=CODE_BLOCKS,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return counts
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -59,6 +59,11 @@ shares a byte, a scale or a call.  Ordinary weights move by
 
     w = w * (1 - lr * weight_decay) - u * lr
 
+Where rounding is on its way from chance to the nearest level, at `nearest` of 0 to 1, the fraction a - n is
+replaced by
+
+    clamp((a - n - nearest / 2) / (1 - nearest), 0, 1)        nearest 0.5: 0.25 -> 0, 0.6 -> 0.7, 0.8 -> 1
+
 All arithmetic is float32 in exactly this order, one rounding per operation, no fused multiply-add; constants
 such as lr * weight_decay are computed in double and then rounded.  So the backends agree bit for bit, and
 are tested against this file by equality.  `rng.py` says which word is whose, `states.py` how slots are kept,
@@ -67,94 +72,20 @@ Letters: N elements, B = N / 256 blocks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
-from lowbit_dist.ops.states import Slot, Stored
+from lowbit_dist.ops.states import Stored
+from lowbit_dist.ops.targets import RESIDUAL_TOP, Accumulator, Codes, Now, Residual, Rule, Weights
 
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers
 
 # Elements.  On a CPU the temporaries of a chunk stay in a core's cache; on a GPU they are worth a launch.
 _CHUNK = {"cpu": 128 * BLOCK}
 _OTHER_CHUNK = 2**14 * BLOCK
-
-
-class Rule(Protocol):
-    """As much of an optimizer (optim/rule.py) as an op asks for."""
-
-    slots: ClassVar[tuple[Slot, ...]]
-    scope: ClassVar[Literal["element", "row", "matrix"]]
-    fused: ClassVar[Literal["adamw", "lion"] | None]
-
-    def update(self, g: Tensor, *slots: Tensor, step: int) -> tuple[Tensor, ...]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Now:
-    """The numbers of one optimizer step that are not the rule's."""
-
-    lr: float
-    weight_decay: float  # decoupled (arXiv 1711.05101), in units of lr
-    step: int  # 1 for the first
-    seed: int  # 64 bits
-    grad_scale: float = 1.0
-    # The number of this update, 1 for the first that slots see: the step's own, where none was skipped.
-    update: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.step < 2**32:
-            raise ValueError(f"step is {self.step}; steps count from 1 and stay below 2**32")
-        if not self.update:
-            object.__setattr__(self, "update", self.step)
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
-
-    @property
-    def decay(self) -> float:
-        """What a step takes off a weight for its own size, as a fraction."""
-        return self.lr * self.weight_decay
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A target: packed codes, a shard's or a whole tensor's."""
-
-    codes: Tensor  # [B * grid.bytes_per_block] uint8, changed in place
-    scale: Tensor  # [scales of the whole tensor] float32, positive
-    scale_every: int  # element e of the whole tensor has scale[e // scale_every]
-    grid: Grid
-    tensor: int  # the tensor's number in the random counter, below 2**32
-    first_block: int  # place of the first block within the whole tensor
-
-    @property
-    def numel(self) -> int:
-        return self.codes.numel() * 8 // self.grid.bits
-
-    def part(self, start: int, stop: int) -> "Codes":
-        """Elements `start` to `stop - 1`, whole blocks, sharing memory."""
-        codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
-        block = self.first_block + start // BLOCK
-        return Codes(codes, self.scale, self.scale_every, self.grid, self.tensor, block)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A target: ordinary weights, any number of them."""
-
-    weight: Tensor  # [N] float32, changed in place
-
-    @property
-    def numel(self) -> int:
-        return self.weight.numel()
-
-    def part(self, start: int, stop: int) -> "Weights":
-        """Elements `start` to `stop - 1`, sharing memory."""
-        return Weights(self.weight[start:stop])
 
 
 def step_(
@@ -208,8 +139,12 @@ def apply_(
         part, of_part = target.part(start, stop), u[start:stop]
         if isinstance(part, Weights):
             part.weight.copy_(part.weight * (1 - now.decay) - of_part * now.lr)
-        else:
+        elif part.next_scale is not None:
+            flips += _rescale_codes(part, part.next_scale, of_part, now)
+        elif part.residual is None:
             flips += _round_codes(part, of_part, now)
+        else:
+            flips += _accumulate(part, part.residual, of_part, now)
     return flips
 
 
@@ -220,19 +155,77 @@ def _round_codes(target: Codes, u: Tensor, now: Now) -> Tensor:
     d = -((torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)) - old.float() * now.decay
     a = d.abs().clamp(max=LARGEST_STEP)
     whole = a.floor()
-    threshold = ((a - whole) * 2.0**32).to(torch.int64)
-    words = rng.block_words(
+    threshold = (_chance(a - whole, now) * 2.0**32).to(torch.int64)
+    moved = whole.int() + (_words(target, now) < threshold).int()
+    new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return (new != old).sum()
+
+
+def _rescale_codes(target: Codes, next_scale: Tensor, u: Tensor, now: Now) -> Tensor:
+    """The moved weight in levels of another scale, where hardly any is whole, rounded by chance; in double,
+    for a float32 would lose small steps beside a level.
+    """
+    grid, n, place = target.grid, target.numel, (target.first_block, target.scale_every)
+    old = unpack(target.codes, grid=grid).int().view(-1, PLANE)
+    before, after = (scale_of_planes(scale, n, *place).double() for scale in (target.scale, next_scale))
+    x = (old.double() * before * (1 - now.decay) - u.view(-1, PLANE).double() * now.lr) / after
+    x = x.clamp(grid.low, grid.high)
+    whole = x.floor()
+    threshold = (_chance(x - whole, now) * 2.0**32).to(torch.int64)
+    new = whole.int() + (_words(target, now) < threshold).int()
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return (new != old).sum()
+
+
+def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
+    """A step of x = level + residual: the nearest level where x is beyond the threshold of the old one, and
+    the rest, rounded by chance to what can be stored, its new residual.
+    """
+    grid, kept, stored = target.grid, residual.kept, residual.values.view(-1, PLANE)
+    old = unpack(target.codes, grid=grid).float().view(-1, PLANE)
+    scale = scale_of_planes(target.scale, target.numel, target.first_block, target.scale_every)
+    x = old + stored.float() * (kept.levels_per_unit * (1 - kept.leak))
+    x = x * (1 - now.decay) - (torch.full_like(scale, now.lr) / scale) * u.view(-1, PLANE)
+    threshold = kept.reach if now.threshold is None else now.threshold
+    new = torch.where((x - old).abs() > threshold, x.round(), old).clamp(grid.low, grid.high)
+    has_flipped = new != old
+    rest = (x - new).clamp(-kept.reach, kept.reach) * kept.units_per_level
+    if kept.resets:
+        rest = rest.masked_fill(has_flipped, 0.0)
+    stored.copy_(_storable(rest, _words(target, now), kept))
+    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
+    return has_flipped.sum()
+
+
+def _storable(rest: Tensor, words: Tensor, kept: Accumulator) -> Tensor:
+    """Residuals rounded by chance: to whole counts, or to bfloat16, which is the upper half of a float32."""
+    if kept.states == "bf16":
+        bits = rest.view(torch.int32) + (words >> 16).int()
+        return (bits & ~0xFFFF).view(torch.float32)
+    whole = rest.floor()
+    counts = whole + (words < ((rest - whole) * 2.0**32).to(torch.int64)).float()
+    return counts.clamp(-RESIDUAL_TOP, RESIDUAL_TOP)
+
+
+def _chance(fraction: Tensor, now: Now) -> Tensor:
+    """How often a fraction of a level becomes a whole one."""
+    if not now.nearest:
+        return fraction
+    # A float32 beside 1/2 differs from it by 2^-25 at least: at the end of the way all but 1/2 is certain.
+    return ((fraction - now.nearest / 2) * (1 / max(1 - now.nearest, 2.0**-25))).clamp(0, 1)
+
+
+def _words(target: Codes, now: Now) -> Tensor:  # [planes, PLANE]
+    """The step's random word of each element."""
+    return rng.block_words(
         now.seed,
         step=now.step,
         tensor=target.tensor,
         first_block=target.first_block,
-        n_blocks=n // BLOCK,
-        device=u.device,
-    )
-    moved = whole.int() + (words.view(-1, PLANE) < threshold).int()
-    new = (old + torch.where(d < 0, -moved, moved)).clamp(grid.low, grid.high)
-    target.codes.copy_(pack(new.to(torch.int8).view(-1), grid=grid))
-    return (new != old).sum()
+        n_blocks=target.numel // BLOCK,
+        device=target.codes.device,
+    ).view(-1, PLANE)
 
 
 def decode(

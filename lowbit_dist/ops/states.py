@@ -1,4 +1,5 @@
-"""The state that a rule has of each element (its slots), and how it is kept: float32, bfloat16, or 8 bits.
+"""The state that a rule has of each element (its slots), or of each row and column, and how it is kept:
+float32, bfloat16, or 8 bits.
 
 8 bits are power companding, with a scale for each block of 256 elements:
 
@@ -13,6 +14,7 @@ bfloat16 is rounded to nearest even.  Letters: N elements, B = ceil(N / 256) blo
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -32,10 +34,21 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Slot(NamedTuple):
-    """A number of a rule's state, one for each element; one that is not signed is never below 0."""
+    """A number of a rule's state, one for each element, or for each row or column of a matrix; one that is
+    not signed is never below 0.
+    """
 
     name: str
     signed: bool
+    per: Literal["element", "row", "column"] = "element"
+
+    def length(self, shape: tuple[int, ...], numel: int) -> int:
+        """How many there are on a worker that has `numel` elements of a tensor: those of rows and columns are
+        the whole tensor's, on every worker.
+        """
+        if self.per == "element":
+            return numel
+        return (1, *shape)[-1] if self.per == "column" else prod(shape[:-1])
 
 
 @dataclass

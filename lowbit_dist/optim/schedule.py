@@ -4,6 +4,7 @@ import math
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig, Schedule
+from lowbit_dist.methods.method import Method
 
 SAMPLED = 10_000  # steps that are compared of a long run; a schedule has few bends
 
@@ -18,20 +19,26 @@ def now(config: RunConfig, step: int, update: int) -> ops.Now:
         step=step,
         seed=config.run.seed,
         update=update,
+        nearest=config.method.nearest(step, config.train.steps),
+        threshold=config.method.threshold(step, config.train.steps),
     )
 
 
 def agree(one: RunConfig, other: RunConfig, step: int) -> bool:
-    """Whether two runs have the same rates in their first `step` steps, so that one can be resumed as the
-    other.
+    """Whether two runs of one method have the same rates, and see weights alike, in their first `step`
+    steps, so that one can be resumed as the other.
     """
     if step > min(one.train.steps, other.train.steps):
         return False
     every = max(1, step // SAMPLED)
     steps = [*range(1, step, every), *([step] if step else [])]
-    return all(
-        rate(one.schedule, s, one.train.steps) == rate(other.schedule, s, other.train.steps) for s in steps
-    )
+    return all(_changing(one, one.method, s) == _changing(other, one.method, s) for s in steps)
+
+
+def _changing(config: RunConfig, method: Method, step: int) -> tuple[object, ...]:
+    """What a step's place in the run decides."""
+    place = step, config.train.steps
+    return rate(config.schedule, *place), method.at(*place), method.nearest(*place), method.threshold(*place)
 
 
 def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:
@@ -42,8 +49,11 @@ def rate(schedule: Schedule, step: int, steps: int) -> tuple[float, float]:
     if not 1 <= step <= steps:
         raise ValueError(f"step {step} is not one of the steps 1 to {steps}")
     peak, weight_decay = 1.0, 1.0
-    if schedule.name == "two_stage" and step > schedule.switch_at * steps:
-        peak, weight_decay = schedule.second_lr_ratio, 0.0
+    if schedule.name == "two_stage":
+        if step > schedule.switch_at * steps:
+            peak = schedule.second_lr_ratio
+        if step > (schedule.weight_decay_until or schedule.switch_at) * steps:
+            weight_decay = 0.0
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps, weight_decay
     if schedule.name == "wsd":

@@ -2,8 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from lowbit_dist.config import FilePath, RunConfig, RunName, Section
 from lowbit_dist.errors import ConfigError, format_error, nearest, show
 from lowbit_dist.yamlfile import read_yaml, written
 
+OWN = ("seeds", "grid")  # what a label may have in the place of the sweep's
 EXAMPLE = "write sweep: {name: methods}, base: quickstart.yaml, seeds: [0, 1], for example"
 
 
@@ -50,6 +51,14 @@ def _labelled(value: Any) -> Any:
     return {str(label): item for label, item in (value or {}).items()}
 
 
+def _label(value: Any) -> Any:
+    """Its seeds and its grid stand between its overrides."""
+    own = {name: value[name] for name in OWN if name in value} if isinstance(value, Mapping) else {}
+    if own:
+        value = {name: item for name, item in value.items() if name not in own}
+    return {"overrides": _overrides(value), **own}
+
+
 def _grid(value: Any) -> Any:
     if value is not None and not isinstance(value, Mapping):
         raise _rule("must be fields with lists of values; write {optimizer.lr: [0.001, 0.004]}, for example")
@@ -79,17 +88,70 @@ class Options(Section):
     at_once: Annotated[Literal["auto"] | int, BeforeValidator(_at_once)] = "auto"  # children at the same time
 
 
+Overrides = Annotated[tuple[str, ...], BeforeValidator(_overrides)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_seeds)]
+Grid = Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_grid)]
+
+
+class Label(Section):
+    """What sets the runs of a label apart."""
+
+    overrides: tuple[str, ...] = ()
+    seeds: Seeds | None = None  # None: the sweep's, as of the grid
+    grid: Grid | None = None
+
+
 class Definition(Section):
     """What the file says."""
 
     sweep: Options
     base: FilePath  # a run's configuration, beside the sweep's file
-    set: Annotated[tuple[str, ...], BeforeValidator(_overrides)] = ()
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds)] = (0,)
-    runs: Annotated[
-        dict[RunName, Annotated[tuple[str, ...], BeforeValidator(_overrides)]], BeforeValidator(_labelled)
-    ] = Field(default_factory=dict)
-    grid: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_grid)] = Field(default_factory=dict)
+    set: Overrides = ()
+    seeds: Seeds = (0,)
+    runs: Annotated[dict[RunName, Annotated[Label, BeforeValidator(_label)]], BeforeValidator(_labelled)] = (
+        Field(default_factory=dict)
+    )
+    grid: Grid = Field(default_factory=dict)
+    search: Overrides | None = None  # of the runs that find each label's best point of its grid
+
+    def variants(self) -> "list[Variant]":
+        """One for each label, or one without."""
+        if not self.runs:
+            return [Variant(None, (), self.seeds, self.grid)]
+        return [
+            Variant(
+                name,
+                label.overrides,
+                self.seeds if label.seeds is None else label.seeds,
+                self.grid if label.grid is None else label.grid,
+            )
+            for name, label in self.runs.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A label, what sets it apart, and the seeds and the grid of its runs."""
+
+    label: str | None
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    grid: Mapping[str, tuple[Any, ...]]
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the grid's values; one without any, of no grid."""
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+    def at(self, point: Mapping[str, Any]) -> "Variant":
+        """The same at one point of the grid alone."""
+        settings = (_override(name, value) for name, value in point.items())
+        return replace(self, overrides=(*self.overrides, *settings), grid={})
+
+    def named(self, point: Mapping[str, Any], base: Path) -> str:
+        """What runs are called at a point."""
+        parts = [] if self.label is None else [self.label]
+        return "-".join([*parts, *in_words(point)]) or base.stem
 
 
 @dataclass(frozen=True)
@@ -98,6 +160,7 @@ class Child:
 
     label: str
     config: RunConfig
+    point: Mapping[str, Any] = field(default_factory=dict)  # of the grid
 
     @property
     def name(self) -> str:
@@ -115,6 +178,7 @@ class Sweep:
     file: Path
     options: Options
     children: tuple[Child, ...]
+    remarks: tuple[str, ...] = ()  # what to say before it is run, a line each
 
     @property
     def name(self) -> str:
@@ -124,19 +188,64 @@ class Sweep:
     def folder(self) -> Path:
         return self.options.dir / self.options.name
 
+
+@dataclass(frozen=True)
+class SweepFile:
+    """A sweep's file, from which its children are made."""
+
+    file: Path
+    definition: Definition
+    base: Path
+
     @classmethod
-    def load(cls, file: Path) -> "Sweep":
-        """ConfigError for whatever is wrong with the file, or with any of the children."""
+    def read(cls, file: Path) -> "SweepFile":
+        """ConfigError for whatever is wrong with the file itself."""
         definition = _read(file)
         base = file.parent / definition.base
         if not base.is_file():
             raise ConfigError(
                 f"base ({definition.base}) does not exist beside {file}; write the path of a configuration"
             )
-        folder = definition.sweep.dir / definition.sweep.name
-        children = tuple(_children(definition, base, folder))
-        _check_different(children)
-        return cls(file, definition.sweep, children)
+        variants = definition.variants()
+        if definition.search is not None and not any(variant.grid for variant in variants):
+            raise ConfigError(
+                f"search must go with a grid, whose points it tries; write grid: {{optimizer.lr: [0.001, "
+                f"0.002, 0.004]}} into {file}, or leave search out"
+            )
+        return cls(file, definition, base)
+
+    def sweep(
+        self,
+        variants: Iterable[Variant],
+        *,
+        suffix: str = "",
+        overrides: tuple[str, ...] = (),
+        remarks: tuple[str, ...] = (),
+    ) -> Sweep:
+        """A sweep of these variants; ConfigError for whatever is wrong with any of its children.
+
+        suffix: of the sweep's name; overrides: of every child, over what else is said of it
+        """
+        options = self.definition.sweep
+        options = options.model_copy(update={"name": options.name + suffix})
+        children = tuple(self._children(variants, options.dir / options.name, overrides))
+        return Sweep(self.file, options, children, remarks)
+
+    def _children(
+        self, variants: Iterable[Variant], folder: Path, overrides: tuple[str, ...]
+    ) -> Iterator[Child]:
+        from lowbit_dist import configfile
+
+        for variant, point in ((one, point) for one in variants for point in one.points()):
+            label = variant.named(point, self.base)
+            for seed in variant.seeds:
+                own = {"run.name": f"{label}-seed{seed}", "run.seed": seed, "run.dir": str(folder)}
+                settings = (_override(*setting) for setting in own.items())
+                everything = (*self.definition.set, *variant.at(point).overrides, *overrides, *settings)
+                try:
+                    yield Child(label, configfile.load(self.base, everything), point)
+                except ConfigError as error:
+                    raise ConfigError(f"{label}: {error}") from None
 
 
 def _read(file: Path) -> Definition:
@@ -165,34 +274,12 @@ def _read(file: Path) -> Definition:
         raise ConfigError(format_error(Definition, {**first, "loc": ()}, tuple(place))) from None
 
 
-def _children(definition: Definition, base: Path, folder: Path) -> Iterator[Child]:
-    from lowbit_dist import configfile
-
-    for label, overrides in _variants(definition, base):
-        for seed in definition.seeds:
-            own = {"run.name": f"{label}-seed{seed}", "run.seed": seed, "run.dir": str(folder)}
-            everything = (*definition.set, *overrides, *(_override(*setting) for setting in own.items()))
-            try:
-                yield Child(label, configfile.load(base, everything))
-            except ConfigError as error:
-                raise ConfigError(f"{label}: {error}") from None
-
-
-def _variants(definition: Definition, base: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Labels and what sets them apart: each of the `runs` at each point of the `grid`."""
-    short = {name: name.rpartition(".")[2] for name in definition.grid}
+def in_words(point: Mapping[str, Any]) -> list[str]:
+    """The values of a point, each behind the last part of its field's name where that tells them apart."""
+    short = {name: name.rpartition(".")[2] for name in point}
     if len(set(short.values())) < len(short):
         short = {name: name.replace(".", "-") for name in short}
-    labelled: list[tuple[str | None, tuple[str, ...]]] = [*definition.runs.items()] or [(None, ())]
-    for label, overrides in labelled:
-        for values in itertools.product(*definition.grid.values()):
-            point = dict(zip(definition.grid, values, strict=True))
-            words = [f"{short[name]}-{_word(value)}" for name, value in point.items()]
-            parts = ([] if label is None else [label]) + words
-            yield (
-                "-".join(parts) or base.stem,
-                (*overrides, *(_override(name, value) for name, value in point.items())),
-            )
+    return [f"{short[name]}-{_word(value)}" for name, value in point.items()]
 
 
 def _word(value: Any) -> str:
@@ -203,7 +290,7 @@ def _word(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-") or "x"
 
 
-def _check_different(children: Sequence[Child]) -> None:
+def check_different(children: Sequence[Child]) -> None:
     """ConfigError if two labels mean one run: its seeds would be counted twice."""
     labels: dict[str, str] = {}
     names: set[str] = set()

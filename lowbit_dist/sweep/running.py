@@ -180,6 +180,8 @@ def _train_all(
     waiting = [child for child in sweep.children if states[child.name] == "waiting"]
     running: list[_Running] = []
     n_done = len(sweep.children) - len(waiting)
+    for remark in sweep.remarks:
+        progress.say(remark)
     progress.say(
         f"{sweep.name}: {len(waiting)} runs to do, {n_done} finished, at most {n} at once, in {sweep.folder}"
     )

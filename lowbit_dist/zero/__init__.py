@@ -8,6 +8,8 @@ DeepSpeed's hooks gather, release, bucket and accumulate; overridden is only wha
 * `stage3.PackedZero3` (DeepSpeed's stage-3 optimizer) keeps no full-precision partition of low-bit
   parameters,
   sums gradients instead of averaging them, and updates every shard in place with `lowbit_dist.ops`.
+  Under `train.gradient_release` it does so bucket by bucket, within the backward pass.
+* `whole` makes matrices whole on one worker each, for rules that must see them so.
 * `standard` runs latent-weight methods on DeepSpeed's own stages 0 to 2 (on stage 3 they share the classes
   above).
 * `contract` names the private methods that this depends on, and checks them when a run starts.

@@ -20,14 +20,14 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
 
-from lowbit_dist import attention, ops
-from lowbit_dist.config import RunConfig
-from lowbit_dist.linear import values
+from lowbit_dist import attention, float8, ops
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.linear import Linear, decodes, values
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
-from lowbit_dist.zero.stage3 import PackedZero3, Update
+from lowbit_dist.zero.stage3 import Moving, PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 
 SUMS = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}  # of gradients, by bytes
@@ -46,7 +46,7 @@ class Engine:
     ):
         check_deepspeed()
         _init_comm()
-        self.config = config
+        self.config, self.method = config, config.method.at(1, config.train.steps)
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.device = _device()
         self.micro_batches = config.micro_batches
@@ -54,21 +54,29 @@ class Engine:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        self.numels = {name: p.numel() for name, p in model.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before they are partitioned
+        self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
+        if config.precision == "fp8":
+            _multiply_in_fp8(model, self.linear_weights)
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
         self._dtype = dtype = DTYPES[config.precision]
         self._marks = marks
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
-            self._partitioner.adopt(model, initial, config.method, set(low_bit))
+            self._partitioner.adopt(model, initial, self.method, set(low_bit))
         else:
             materialize(model, initial, self.device, dtype)
         groups = _parameter_groups(model)
-        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage)
-        stage3_class = partial(PackedZero3, accumulation=SUMS[config.gradient_bytes(self.world)])
+        moving = self._moving(shapes)
+        optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, moving)
+        stage3_class = partial(
+            PackedZero3,
+            accumulation=SUMS[config.gradient_bytes(self.world)],
+            releases=config.train.gradient_release,
+        )
         self._engine = _DeepSpeedEngine(model, optimizer, settings, stage3_class)
         self.module: nn.Module = self._engine.module
         self._standard: StandardZero | None = None
@@ -76,17 +84,37 @@ class Engine:
             self._standard = StandardZero(self._engine, optimizer, stage)
             self.shards = self._standard.shards
         else:
-            self.shards = self._engine.optimizer.make_shards(config, sorted(self.numels))
+            self.shards = self._engine.optimizer.make_shards(config, self.method, sorted(self.numels), moving)
+
+    def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
+        """How each parameter is updated."""
+        linear, chosen, method = set(self.linear_weights), self.config.optimizer, self.config.method
+        return {
+            name: Moving(
+                chosen.of(is_linear=name in linear),
+                chosen.rates(method, name, shape, is_linear=name in linear),
+            )
+            for name, shape in shapes.items()
+        }
 
     @contextmanager
-    def step(self, now: ops.Now, limit: float = math.inf, *, norms: bool = False) -> Iterator["Step"]:
+    def step(
+        self, now: ops.Now, limit: float = math.inf, *, norms: bool = False, previous_norm: float = 0.0
+    ) -> Iterator["Step"]:
         """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped
         to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
         the gradient is lost.  An exception inside leaves everything as it is.  With `norms`, the update tells
         the gradient's norm of each parameter, too.
+
+        Under `train.gradient_release` the passes update: parameters whose gradients come before one that is
+        not finite or lifts the norm above `limit`, before the step is dropped or before an exception, stay
+        updated (`Update.n_released`).  Clipped is as a gradient of `previous_norm` would be; 0: not at all.
         """
+        self.turn(now.step)
+        if self._standard is None:
+            self._engine.optimizer.begin(now, limit, norms=norms, previous_norm=previous_norm)
         step = Step(self)
         yield step
         step.done = self._update(now, -1.0 if step.is_dropped else limit, norms)  # no norm is below 0
@@ -95,7 +123,7 @@ class Engine:
         if self._standard is not None:
             return self._standard.step(now, limit, norms=norms)
         optimizer = self._engine.optimizer
-        optimizer.now, optimizer.limit, optimizer.wants_norms = now, limit, norms
+        optimizer.limit = limit
         self._engine.step()
         update: Update = optimizer.last_update
         return update
@@ -130,9 +158,19 @@ class Engine:
             self._engine.optimizer._partition_all_parameters()  # what was gathered ahead for a backward pass
         return loss.detach()
 
-    def refresh(self) -> None:
-        """Make the forward pass see shards that were changed from outside (by loading); on every worker."""
-        (self._engine.optimizer if self._standard is None else self._standard).refresh()
+    def turn(self, step: int) -> None:
+        """Make the forward pass see what the method shows it in step `step`; on every worker."""
+        if self.config.method.at(step, self.config.train.steps) != self.method:
+            self.refresh(step)
+
+    def refresh(self, step: int) -> None:
+        """The same of shards that were changed from outside (by loading)."""
+        self.method = self.config.method.at(step, self.config.train.steps)
+        if self._standard is not None:
+            self._standard.refresh()
+            return
+        self._engine.optimizer.method = self.method
+        self._engine.optimizer.refresh()
 
     @contextmanager
     def full_weight(self, name: str) -> Iterator[Tensor]:
@@ -163,6 +201,11 @@ class Engine:
         """The packed bytes that this worker keeps between steps."""
         packed = filter(None, map(packed_of, self.module.parameters()))
         return [codes for weights in packed for codes in weights.resident]
+
+    def sent_scales(self) -> list[Tensor]:
+        """Those of the codes that gathers move; where these are the stored ones, the shards' own."""
+        packed = filter(None, map(packed_of, self.module.parameters()))
+        return [weights.sent.scale for weights in packed]
 
     def gathered(self) -> Iterator[Tensor]:
         """What the parameters hold now: values, or the codes that a layer decodes."""
@@ -201,7 +244,7 @@ class Step:
         return self.engine._backward(tokens, labels, weight)
 
     def drop(self) -> None:
-        """Leave this step's update out."""
+        """Leave this step's update out; what `train.gradient_release` has updated stays so."""
         self.is_dropped = True
 
 
@@ -257,7 +300,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "steps_per_print": 10**12,
         "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
     }
-    if config.precision == "bf16":
+    if config.precision != "fp32":
         settings["bf16"] = {"enabled": True}
         # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
         sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
@@ -277,6 +320,18 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     packed = [p for p in parameters if packed_of(p) is not None]
     ordinary = [p for p in parameters if packed_of(p) is None]
     return [{"params": group} for group in (ordinary, packed) if group]
+
+
+def _multiply_in_fp8(model: nn.Module, weights: Sequence[str]) -> None:
+    """Of the layers that have these weights; ConfigError if one multiplies by itself."""
+    for name in weights:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not (isinstance(layer, Linear) and decodes(layer)):
+            raise ConfigError(
+                "precision (fp8) must go with layers that multiply as lowbit_dist.linear.Linear does, not "
+                f"with {type(layer).__name__}, which has {name}; write precision: bf16"
+            )
+        layer.product = float8.product
 
 
 class _Unused(torch.optim.Optimizer):

@@ -73,15 +73,23 @@ class Shard:
     shape: tuple[int, ...]
     start: int  # a multiple of 256
     numel: int  # without padding; 0 on a worker that holds none of this tensor
-    state: list[ops.Stored]  # the optimizer's slots, each of `numel` elements
+    state: list[ops.Stored]  # the optimizer's slots: of `numel` elements, or of the tensor's rows or columns
     grid: Grid | None = None
     codes: Tensor | None = None  # [numel / 256 * bytes_per_block] uint8
     scale: Tensor | None = None  # [numel of the tensor / scale_every] float32
     scale_every: int = 0
     weight: Tensor | None = None  # [numel] float32
+    accumulator: ops.Accumulator | None = None  # the last of `state` is then the codes' residual
 
-    def target(self, tensor: int) -> ops.Codes | ops.Weights:
-        """What an update changes; `tensor` is the parameter's number in the random counter."""
+    @property
+    def slots(self) -> list[ops.Stored]:
+        """The state that is the rule's."""
+        return self.state if self.accumulator is None else self.state[:-1]
+
+    def target(self, tensor: int, next_scale: Tensor | None = None) -> ops.Codes | ops.Weights:
+        """What an update changes; `tensor` is the parameter's number in the random counter, `next_scale` what
+        the codes' scale will be if it changes, too.
+        """
         if self.codes is None:
             assert self.weight is not None, f"{self.name} has neither codes nor a weight"
             return ops.Weights(self.weight)
@@ -95,6 +103,8 @@ class Shard:
             self.grid,
             tensor=tensor,
             first_block=self.start // BLOCK,
+            residual=self.accumulator and ops.Residual(self.state[-1].values, self.accumulator),
+            next_scale=next_scale,
         )
 
     def level_counts(self) -> Tensor:  # [grid.n_levels] int64, on the device
@@ -122,13 +132,13 @@ class Packed:
         dtype: torch.dtype,  # in which its layer multiplies
         device: torch.device,
         *,
+        method: Method,  # which says what a gather moves
         replicated: bool,
         in_layer: bool,  # its layer decodes it; else it is decoded when it is gathered
-        send: Callable[[PackedShard], PackedShard] | None,  # `Method.sent`; None: a gather moves the shard
     ):
         world, rank = dist.get_world_size(), dist.get_rank()
         grid, self.numel = whole.grid, padded // world
-        self.in_layer, self.send = in_layer, send
+        self.in_layer = in_layer
         self.stub = torch.zeros(
             1, dtype=dtype, device=device
         )  # of a gathered weight, in the place of its values
@@ -142,8 +152,8 @@ class Packed:
         self.replica: Tensor | None = None  # replicated: what every worker sends, in order
         self.complete = False  # replicated: `replica` is of this step
         self.whole: Tensor | None = None  # what every worker sent, from the parameter's gather to its release
-        if send is not None:
-            self.refresh()
+        if method.sent_grid != method.stored:
+            self.refresh(method)
             self.replica = self.wire.new_zeros(world * self.wire.numel()) if replicated else None
         elif replicated:
             self.replica, self.complete = codes.to(device), True
@@ -154,13 +164,14 @@ class Packed:
         first = rank * self.numel // BLOCK
         n_blocks = max(0, min(self.numel // BLOCK, whole.numel // BLOCK - first))
         codes, scale = self.own[: n_blocks * whole.grid.bytes_per_block], whole.scale.to(self.own.device)
-        return PackedShard(codes, scale, whole.scale_every, whole.grid, whole.shape, first)
+        return PackedShard(codes, scale, whole.scale_every, whole.grid, whole.shape, first, over_workers=True)
 
-    def refresh(self) -> None:
+    def refresh(self, method: Method) -> None:
         """Let the next gather move what the codes have become; on every worker."""
         self.complete = False
-        if self.send is not None:
-            self.sent = self.send(self.stored)
+        self.sent, self.wire = self.stored, self.own
+        if method.sent_grid != method.stored:
+            self.sent = method.sent(self.stored)
             size = self.numel // BLOCK * self.sent.grid.bytes_per_block
             self.wire = nn.functional.pad(self.sent.codes, (0, size - self.sent.codes.numel()))
 
@@ -204,7 +215,6 @@ class Partitioner(Init):
         """Give each parameter its initial value and cut it into shards, one parameter at a time; those that
         `low_bit` names are packed.
         """
-        send = None if method.sent_grid == method.stored else method.sent
         for name, shape, modules in owners(model):
             value = initial(name, shape)
             parameter = nn.Parameter(value.to(self.local_device, self.compute_dtype))
@@ -212,7 +222,7 @@ class Partitioner(Init):
             parameter.lowbit_name = name  # type: ignore[attr-defined]
             if name in low_bit:
                 in_layer = all(decodes(module) for module, _ in modules)
-                self._pack(parameter, method.quantize(value), in_layer, send)
+                self._pack(parameter, method.quantize(value), in_layer, method)
             else:
                 parameter.partition()  # type: ignore[attr-defined]
             for module, key in modules:
@@ -229,7 +239,7 @@ class Partitioner(Init):
         parameter: nn.Parameter,
         whole: PackedTensor,
         in_layer: bool,
-        send: Callable[[PackedShard], PackedShard] | None,
+        method: Method,
     ) -> None:
         aligned = self._aligned_size(parameter)
         packed = Packed(
@@ -237,9 +247,9 @@ class Partitioner(Init):
             aligned,
             self.compute_dtype,
             self.local_device,
+            method=method,
             replicated=self.replicated,
             in_layer=in_layer,
-            send=send,
         )
         shard: Any = packed.own
         shard.ds_numel = packed.numel

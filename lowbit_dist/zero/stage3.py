@@ -3,9 +3,10 @@ update in place.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
+from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.zero.shards import Shard, packed_of
+from lowbit_dist.zero.whole import Matrix, updated
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,38 @@ class Update:
 
     grad_norm: float  # before clipping, of the mean gradient; infinite or NaN if that is not finite
     flips: int  # codes that changed
-    skipped: bool  # the norm was not finite or above the limit: nothing was changed
+    skipped: bool  # the norm was not finite or above the limit: nothing was changed, but for `n_released`
     flips_of: Mapping[str, int] = field(default_factory=dict)  # the same of each low-bit parameter, by name
     norms_of: Mapping[str, float] = field(default_factory=dict)  # of each parameter's mean gradient, if asked
+    n_released: int = 0  # parameters that a skipped step had updated before that was known
+
+
+class Moving(NamedTuple):
+    """How a parameter is updated: by which rule, and its factors on learning rate and weight decay."""
+
+    rule: Rule
+    rates: tuple[float, float]
 
 
 class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
-    """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters."""
+    """DeepSpeed's stage-3 optimizer without full-precision partitions for low-bit parameters.
+
+    With `releases`, a bucket's parameters are updated when it is reduced, within the backward pass, and its
+    gradients dropped.  The rest of the pass does not read them: autograd hands over a gradient once all uses
+    of its parameter, several of a tied one, have given theirs, and a block under activation checkpointing is
+    computed anew before it gives the first.
+    """
 
     now: ops.Now  # set before each step
     limit: float  # set before each step: a larger gradient norm leaves the step out
     wants_norms: bool  # set before each step: of each parameter's gradient
     last_update: Update
+    method: Method  # the run's, as it is now
     shards: list[Shard]
     params: list[Any]  # the parameters of `shards`
 
-    def __init__(self, *args: Any, accumulation: torch.dtype, **kwargs: Any):
+    def __init__(self, *args: Any, accumulation: torch.dtype, releases: bool, **kwargs: Any):
+        self.releases = releases
         kwargs["gradient_accumulation_dtype"] = accumulation
         super().__init__(*args, **kwargs)
         # DeepSpeed keeps what its prefetcher will want again: when a forward pass ends, that is more than one
@@ -76,33 +95,53 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         for group in self.optimizer.param_groups:
             group["params"] = []
 
+    def _setup_for_real_optimizer(self) -> None:
+        if not self.releases:
+            super()._setup_for_real_optimizer()
+            return
+        self._create_fp32_partitions()
+        # In the place of the buffer in which DeepSpeed keeps the gradients of all parameters.
+        nothing = torch.empty(0, dtype=self.gradient_accumulation_dtype, device=self.device)
+        parts: defaultdict[int, Tensor] = defaultdict(lambda: nothing)
+        self.grad_partitions_flat_buffer = nothing
+        self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = parts
+
     def initialize_optimizer_states(self) -> None:
         """Moments belong to `shards`; DeepSpeed would make gradients of full precision here."""
 
-    def make_shards(self, config: RunConfig, names: Sequence[str]) -> list[Shard]:
-        """Every parameter's shard on this worker, in DeepSpeed's order."""
-        self.rule = config.optimizer
+    def make_shards(
+        self, config: RunConfig, method: Method, names: Sequence[str], moving: Mapping[str, Moving]
+    ) -> list[Shard]:
+        """Every parameter's shard on this worker, in DeepSpeed's order; `method` is the first step's."""
+        self.method = method
         self.clip_norm = config.train.clip_norm
         self.micro_batches = config.micro_batches
+        # Their bits are the same either way; one that is compared with another run's need not rely on it.
+        self.matrices_at_once = 1 if config.train.reproducible else dist.get_world_size()
         self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
-        self.shards, self.params, self.rates = [], [], []
+        self.shards, self.params, self.moving = [], [], []
         for group, master in zip(self.fp16_groups, self.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for p in group:
                 self.params.append(p)
-                self.shards.append(_shard(p, master, offset, self.rule))
-                self.rates.append(config.method.rates(p.lowbit_name, tuple(p.ds_shape)))
+                self.moving.append(moving[p.lowbit_name])
+                self.shards.append(_shard(p, master, offset, self.moving[-1].rule, method.accumulator))
                 offset += p.partition_numel()
+        self.places = {p.ds_id: i for i, p in enumerate(self.params)}
         return self.shards
 
     def refresh(self) -> None:
         """Make the forward pass see what `shards` now hold."""
-        for param, shard in zip(self.params, self.shards, strict=True):
-            if (packed := packed_of(param)) is not None:
-                packed.refresh()
-            elif param.ds_tensor.dtype != torch.float32:
-                assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
-                param.ds_tensor[: shard.numel].copy_(shard.weight)
+        for i in range(len(self.shards)):
+            self._refresh(i)
+
+    def _refresh(self, i: int) -> None:
+        param, shard = self.params[i], self.shards[i]
+        if (packed := packed_of(param)) is not None:
+            packed.refresh(self.method)
+        elif param.ds_tensor.dtype != torch.float32:
+            assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
+            param.ds_tensor[: shard.numel].copy_(shard.weight)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype
@@ -138,72 +177,136 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         partitions = [g for i in range(len(self.fp16_groups)) for g in self.averaged_gradients[i]]
         return [g[: shard.numel] for g, shard in zip(partitions, self.shards, strict=True)]
 
+    def begin(self, now: ops.Now, limit: float, *, norms: bool, previous_norm: float) -> None:
+        """Before the passes of a step: the numbers that its gradients are applied with.  Released ones are
+        clipped by `previous_norm`, that of the last step that was applied.
+        """
+        self.now, self.limit, self.wants_norms, self.previous_norm = now, limit, norms, previous_norm
+        self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
+        self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
+        self.flips: Tensor | None = None  # of each shard, from the first update on
+        self.n_updated = 0  # shards
+
+    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> list[Tensor]:
+        """A bucket is reduced: its gradients join the sums, or are applied and dropped."""
+        if not self.releases:
+            kept: list[Tensor] = super().partition_grads(params_to_release, grad_partitions)
+            return kept
+        places = [self.places[p.ds_id] for p in params_to_release]
+        self._apply({i: g[: self.shards[i].numel] for i, g in zip(places, grad_partitions, strict=True)})
+        for p in params_to_release:
+            if p.grad.is_cuda:  # made by the pass's stream, read by that of the reduction
+                p.grad.record_stream(torch.cuda.current_stream())
+            p.grad = None
+        return []
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clip, then update every shard in place; a gradient that is not finite or too large changes
-        nothing.
+        nothing.  What was released is updated already.
         """
         self._pre_step()
         self._partition_all_parameters()
-        gradients = self._gradients()
-        norm = global_norm(gradients).item() / self.micro_batches
-        self.overflow = not (math.isfinite(norm) and norm <= self.limit)
+        if not self.releases:
+            self._apply(dict(enumerate(self._gradients())))
+        norm = self._norm
+        self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
-        flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
-        if not self.overflow:
-            grad_scale = clip_factor(norm, self.clip_norm) / self.micro_batches
-            for i, gradient in enumerate(gradients):
-                flips[i : i + 1] += self._update_shard(
-                    i, gradient, at_rates(self.now, self.rates[i], grad_scale)
-                )
-            self.refresh()
+        flips = self._no_flips() if self.flips is None else self.flips
         dist.all_reduce(flips)
-        norms_of = self._norms_of(gradients) if self.wants_norms else {}
+        norms_of = self._norms_of() if self.wants_norms else {}
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
+        self.squares, self.flips = {}, None
         of_shards = zip(self.shards, flips.tolist(), strict=True)
         flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
-        self.last_update = Update(norm, sum(flips_of.values()), self.overflow, flips_of, norms_of)
+        n_released = self.n_updated if self.overflow else 0
+        self.last_update = Update(
+            norm, sum(flips_of.values()), self.overflow, flips_of, norms_of, n_released=n_released
+        )
 
-    def _norms_of(self, gradients: list[Tensor]) -> dict[str, float]:
-        squares = torch.stack([square_sum(gradient) for gradient in gradients])
+    def _apply(self, gradients: Mapping[int, Tensor]) -> None:
+        """Update shards with their summed gradients, unless what is known of the step's norm forbids it."""
+        self.norms.append(global_norm(list(gradients.values())).item() / self.micro_batches)
+        if self.wants_norms:
+            self.squares |= {i: square_sum(gradient) for i, gradient in gradients.items()}
+        if not self._is_fit(self._norm):
+            return
+        clipped_by = self.previous_norm if self.releases else self._norm
+        grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
+        if self.flips is None:
+            self.flips = self._no_flips()
+        for i, given in self._given(gradients, grad_scale):
+            now = at_rates(self.now, self.moving[i].rates, grad_scale)
+            self.flips[i : i + 1] += self._update_shard(i, given, now)
+            self._refresh(i)
+        self.n_updated += len(gradients)
+
+    def _given(self, gradients: Mapping[int, Tensor], grad_scale: float) -> Iterator[tuple[int, Tensor]]:
+        """What each shard is updated by: its gradient, or its part of the direction that follows from it, of
+        a rule that must see rows or the matrix.  Its slots have moved then.
+        """
+        whole = [i for i in gradients if self._sees_whole(i)]
+        yield from ((i, gradient) for i, gradient in gradients.items() if i not in whole)
+        whole.sort(key=lambda i: -self.params[i].ds_numel)  # of a few, the first worker has the largest
+        for start in range(0, len(whole), self.matrices_at_once):
+            few = whole[start : start + self.matrices_at_once]
+            moved = updated([self._matrix(i, gradients[i], grad_scale) for i in few], step=self.now.update)
+            for i, (u, *slots) in zip(few, moved, strict=True):
+                shard = self.shards[i]
+                if shard.numel:
+                    for stored, x in zip(shard.slots, slots, strict=True):
+                        stored.store(0, shard.numel, x)
+                yield i, u
+
+    def _sees_whole(self, i: int) -> bool:
+        return self.moving[i].rule.scope in ("row", "matrix")
+
+    def _matrix(self, i: int, gradient: Tensor, grad_scale: float) -> Matrix:
+        shard, slots = self.shards[i], self.shards[i].slots
+        parts = [gradient.float() * grad_scale, *(stored.load(0, shard.numel) for stored in slots)]
+        return Matrix(self.moving[i].rule, shard.shape, self.params[i].partition_numel(), parts)
+
+    def _no_flips(self) -> Tensor:
+        return torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
+
+    @property
+    def _norm(self) -> float:
+        """Of the gradients that were seen: of one bucket its own, of several that of their norms."""
+        return math.hypot(*self.norms)
+
+    def _is_fit(self, norm: float) -> bool:
+        return math.isfinite(norm) and norm <= self.limit
+
+    def _norms_of(self) -> dict[str, float]:
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = torch.stack([self.squares.get(i, none) for i in range(len(self.shards))])
         dist.all_reduce(squares)
         norms = (squares.sqrt() / self.micro_batches).tolist()
         return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
-    def _update_shard(self, i: int, gradient: Tensor, now: ops.Now) -> Tensor | int:
-        shard = self.shards[i]
-        if gradient.dtype == torch.float64:
-            gradient = gradient.float()
-        target = shard.target(self.tensor_ids[shard.name])
-        if self.rule.scope != "element":
-            return self._update_whole(self.params[i], shard, target, gradient, now)
+    def _update_shard(self, i: int, given: Tensor, now: ops.Now) -> Tensor | int:
+        shard, packed = self.shards[i], packed_of(self.params[i])
+        scale = None if packed is None else self.method.rescaled(packed.stored)
+        flips = self._move(i, shard.target(self.tensor_ids[shard.name], scale), given, now)
+        if scale is not None and shard.scale is not None:
+            shard.scale.copy_(scale)
+        return flips
+
+    def _move(self, i: int, target: ops.Codes | ops.Weights, given: Tensor, now: ops.Now) -> Tensor | int:
+        shard, rule = self.shards[i], self.moving[i].rule
+        if given.dtype == torch.float64:
+            given = given.float()
+        if rule.scope == "shard":
+            return rule.step_(
+                target, given, shard.slots,
+                now=now, shape=shard.shape, start=shard.start, over_workers=True,
+            )  # fmt: skip
         if not shard.numel:
             return 0
-        return ops.step_(target, gradient, shard.state, rule=self.rule, now=now)
-
-    def _update_whole(
-        self, param: Any, shard: Shard, target: ops.Codes | ops.Weights, gradient: Tensor, now: ops.Now
-    ) -> Tensor | int:
-        """A rule that must see rows or the matrix: every worker has all of it for a moment, and applies its
-        own part of the direction, so the result is that of one worker.
-        """
-
-        def gathered(part: Tensor) -> Tensor:  # [numel] -> shape of the parameter, float32
-            n, world = param.partition_numel(), dist.get_world_size()
-            padded = nn.functional.pad(part.float(), (0, n - len(part)))
-            full = padded.new_empty(world * n)
-            dist.all_gather_into_tensor(full, padded)
-            return full[: param.ds_numel].view(param.ds_shape)
-
-        slots = (gathered(stored.load(0, shard.numel)) for stored in shard.state)
-        u, *moved = self.rule.update(gathered(gradient) * now.grad_scale, *slots, step=now.update)
-        here = slice(shard.start, shard.start + shard.numel)
-        if not shard.numel:
-            return 0
-        for stored, x in zip(shard.state, moved, strict=True):
-            stored.store(0, shard.numel, x.reshape(-1)[here])
-        return ops.apply_(target, u.reshape(-1)[here].contiguous(), now=now)
+        if self._sees_whole(i):
+            return ops.apply_(target, given, now=now)
+        return ops.step_(target, given, shard.slots, rule=rule, now=now)
 
 
 def square_sum(gradient: Tensor) -> Tensor:  # [] float64
@@ -214,18 +317,21 @@ def _own_parameters(module: nn.Module, step: int) -> set[int]:
     return {p.ds_id for p in module.parameters(recurse=False)}  # type: ignore[attr-defined]
 
 
-def _shard(param: Any, master: Tensor, offset: int, rule: Rule) -> Shard:
+def _shard(param: Any, master: Tensor, offset: int, rule: Rule, accumulator: ops.Accumulator | None) -> Shard:
     n = param.partition_numel()
     start = n * dist.get_rank()
     numel = max(0, min(n, param.ds_numel - start))
     name, shape = param.lowbit_name, tuple(param.ds_shape)
-    state = [ops.Stored.zeros(slot, numel, rule.states, param.ds_tensor.device) for slot in rule.slots]
+    state = rule.initial_state(shape, numel, device=param.ds_tensor.device)
     if (held := packed_of(param)) is None:
         return Shard(name, shape, start, numel, state, weight=master.detach()[offset : offset + numel])
     packed = held.stored
+    if accumulator is not None:
+        state.append(accumulator.residual(numel, param.ds_tensor.device))
     return Shard(
         name, shape, start, numel, state,
         grid=packed.grid, codes=packed.codes, scale=packed.scale, scale_every=packed.scale_every,
+        accumulator=accumulator,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's own ZeRO stages 0 to 2, for methods with latent weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.optim.clipping import clip_factor, global_norm
+from lowbit_dist.optim.rule import Rule
 from lowbit_dist.zero.shards import Initial, Shard, owners
-from lowbit_dist.zero.stage3 import Update, at_rates, square_sum
+from lowbit_dist.zero.stage3 import Moving, Update, at_rates, square_sum
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
 LEFT_OUT = Update(math.inf, flips=0, skipped=True)
@@ -29,11 +30,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     wants_norms = False  # set before each step
     last_update = LEFT_OUT  # set by each step
 
-    def __init__(self, groups: list[dict[str, Any]], config: RunConfig, stage: int):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        config: RunConfig,
+        stage: int,
+        moving: Mapping[str, Moving],  # of each parameter
+    ):
         super().__init__(groups, {"lr": config.optimizer.lr})
-        self.rule, self.method = config.optimizer, config.method
+        self.moving = moving
         # Tensor -> the runs of its elements that belong to one parameter each, and the parameter.
-        self.parts: dict[Tensor, list[tuple[slice, str, tuple[float, float]]]] = {}
+        self.parts: dict[Tensor, list[tuple[slice, str]]] = {}
         self.square_sums: dict[str, Tensor] = {}  # of the gradients' parts that are here, if wanted
         self.clip_norm = config.train.clip_norm
         self.copies = 1 if stage else dist.get_world_size()  # stage 0: every worker has every gradient
@@ -47,36 +54,38 @@ class RuleOptimizer(torch.optim.Optimizer):
         apply = math.isfinite(norm) and norm <= self.limit
         if apply:
             for p in params:
-                for here, _, rates in self.parts[p]:
-                    self._move(p, here, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
+                for here, name in self.parts[p]:
+                    rule, rates = self.moving[name]
+                    self._move(p, here, rule, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
         if self.wants_norms:
             self.square_sums = {
-                name: square_sum(p.grad.view(-1)[here]) for p in params for here, name, _ in self.parts[p]
+                name: square_sum(p.grad.view(-1)[here]) for p in params for here, name in self.parts[p]
             }
         self.last_update = Update(norm, flips=0, skipped=not apply)
 
-    def _move(self, p: Tensor, here: slice, now: ops.Now) -> None:
+    def _move(self, p: Tensor, here: slice, rule: Rule, now: ops.Now) -> None:
         assert p.grad is not None, "parameters without a gradient are left out"
         target = ops.Weights(p.data.view(-1)[here])
-        if self.rule.scope == "element":
+        if rule.scope == "element":
             grad = p.grad.view(-1)[here].float()
-            ops.step_(target, grad, part_of(self.stored(p), here), rule=self.rule, now=now)
+            ops.step_(target, grad, part_of(self.stored(p, rule), here), rule=rule, now=now)
             return
         # Under stage 0, the only one of these that such a rule may have, a tensor is whole, with its shape.
-        ops.whole_step_(target, p.grad, self.stored(p), rule=self.rule, now=now)
+        if rule.scope == "shard":
+            rule.step_(target, p.grad.view(-1), self.stored(p, rule), now=now, shape=tuple(p.shape))
+        else:
+            ops.whole_step_(target, p.grad, self.stored(p, rule), rule=rule, now=now)
 
-    def take(self, p: Tensor, here: slice, name: str, shape: tuple[int, ...]) -> list[ops.Stored]:
+    def take(self, p: Tensor, here: slice, name: str) -> list[ops.Stored]:
         """Know the elements `here` of p as those of a parameter; the rule's state of them."""
-        self.parts.setdefault(p, []).append((here, name, self.method.rates(name, shape)))
-        return part_of(self.stored(p), here)
+        self.parts.setdefault(p, []).append((here, name))
+        return part_of(self.stored(p, self.moving[name].rule), here)
 
-    def stored(self, p: Tensor) -> list[ops.Stored]:
-        """The rule's state of a tensor; zeros before its first step."""
+    def stored(self, p: Tensor, rule: Rule) -> list[ops.Stored]:
+        """The state of a tensor, all of whose parts have one rule; zeros before its first step."""
         state = self.state[p]
         if "slots" not in state:
-            state["slots"] = [
-                ops.Stored.zeros(slot, p.numel(), self.rule.states, p.device) for slot in self.rule.slots
-            ]
+            state["slots"] = rule.initial_state(tuple(p.shape), device=p.device)
         slots: list[ops.Stored] = state["slots"]
         return slots
 
@@ -123,7 +132,7 @@ class StandardZero:
             ]
         for p, weight in pairs:
             name, shape, whole = p.lowbit_name, tuple(p.shape), slice(0, p.numel())
-            state = self.optimizer.take(p if self.zero is self.optimizer else weight, whole, name, shape)
+            state = self.optimizer.take(p if self.zero is self.optimizer else weight, whole, name)
             yield Shard(name, shape, 0, p.numel(), state, weight=weight.detach().view(-1))
 
     def _flat_shards(self) -> Iterator[Shard]:
@@ -142,7 +151,7 @@ class StandardZero:
                 numel = max(0, min(p.numel(), first + master.numel() - offset) - start)
                 here = slice(offset + start - first, offset + start - first + numel) if numel else slice(0, 0)
                 name, shape = p.lowbit_name, tuple(p.shape)
-                state = self.optimizer.take(master, here, name, shape)
+                state = self.optimizer.take(master, here, name)
                 yield Shard(name, shape, start, numel, state, weight=master.detach()[here])
 
     def refresh(self) -> None:
