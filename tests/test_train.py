@@ -7,13 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from cases import slow
 
 GRIDS = ("ternary", "int2", "int3", "int4", "int8")
-
-
-def slow(*cases):
-    """Cases like the others beside them."""
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def train(configuration, stop_at=None):
