@@ -52,9 +52,13 @@ class PackedTensor:
     def of_levels(cls, levels: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":
         """Levels [rows, K] of any type, and scales of any shape, each of as many consecutive elements.
 
-        A scale of 0, whose levels are all 0, is 1 then: readers may divide by it.
+        One of several rows, but not of all, stands for each of them.  A scale of 0, whose levels are all 0,
+        is 1 then: readers may divide by it.
         """
-        every, scale = levels.numel() // scale.numel(), scale.reshape(-1)
+        scale = scale.reshape(-1)
+        if 1 < len(scale) < len(levels):
+            scale = scale.repeat_interleave(len(levels) // len(scale))
+        every = levels.numel() // len(scale)
         check_shape(levels.shape, every)
         scale = scale.where(scale > 0, torch.ones_like(scale))
         codes = ops.pack(levels.reshape(-1).to(torch.int8), grid=grid)
