@@ -6,6 +6,7 @@ import json
 import random
 import unicodedata
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hf_tokenizers
@@ -72,12 +73,17 @@ def trained(words):
         tensors = {}
         for name, parameter in built.named_parameters():
             shape = tuple(parameter.shape)
+            is_linear = name.split(".")[-2] in LINEARS
             if len(shape) == 1:
                 tensors[name] = normal(shape, 1.0, 0.2)
-            elif name.split(".")[-2] in LINEARS and grid is not None:
+            elif is_linear and grid is not None:
                 tensors[name] = packed(shape, grid, scale_of, generator)
-            else:
-                tensors[name] = normal(shape, std=0.05)
+            elif is_linear:
+                tensors[name] = normal(shape, std=0.5 * shape[1] ** -0.5)
+            elif "embed" in name:  # which the layers add to
+                tensors[name] = normal(shape, std=0.1 if tied else 1)
+            else:  # so that some tokens are likelier than others
+                tensors[name] = 0.05 * normal(shape) * (0.6 * normal((shape[0], 1))).exp()
         for name in [name for name in tensors if name.endswith(("o_proj.weight", "down_proj.weight"))]:
             if getattr(method, "sub_norms", False):
                 tensors[name.replace("weight", "norm.weight")] = normal((tensors[name].shape[1],), 1.0, 0.2)
@@ -97,12 +103,13 @@ def trained(words):
 
 
 def packed(shape, grid, scale_of, generator):
-    """Random levels of which each occurs, and scales by which a row's product is of size 1."""
+    """Random levels, of which each occurs, and scales that make products half as large as inputs."""
     rows, length = shape
     of = GRIDS[grid]
     every = {"tensor": rows * length, "row": length}.get(scale_of, scale_of)
-    levels = torch.randint(of.low, of.high + 1, shape, generator=generator)
-    size = 1 / (levels.float().std() * length**0.5)
+    normal = torch.empty(shape).normal_(generator=generator)
+    levels = (normal * of.n_levels / 4).round().clamp(of.low, of.high)
+    size = 0.5 / (levels.std() * length**0.5)
     scale = size * torch.empty(rows * length // every).uniform_(0.5, 2, generator=generator)
     exact = representable(scale)
     return PackedTensor.quantize(levels * exact.repeat_interleave(every).view(shape), exact, of)
@@ -195,26 +202,31 @@ def test_blocks_are_the_bytes_of_the_package_where_it_rounds_nothing(kind):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("scale_of", ["tensor", "row"])
 def test_every_weight_of_a_file_is_level_times_scale(kind, scale_of, trained, tmp_path):
-    if kind in ("F16", "BF16") and scale_of == "row":
-        scale_of = "tensor"  # products with more than a power of two are no float16
+    if kind == "BF16" and scale_of == "row":
+        pytest.skip("scales are no bfloat16, and several have no other place")
     model = trained(GRID[kind], scale_of=scale_of)
     read = written(model, tmp_path / "a.gguf", kind)
-    if kind != "Q2_0":
-        stored = independent(tmp_path / "a.gguf")
-        for name in model.names:
-            assert np.array_equal(stored(name), numbers(model, name).numpy()), name
-    assert not differing(model, read)
-    assert all(read.weight(name) is not None for name in model.names)
+    stored = independent(tmp_path / "a.gguf")
+    rounded = ["lm_head.weight", "model.embed_tokens.weight"] if kind in ("F16", "BF16") else []
+    assert [name for name in model.names if read.weight(name) is None] == rounded
+    for name in set(model.names) - set(rounded):
+        assert np.array_equal(stored(name), numbers(model, name).numpy()), name
+        assert torch.equal(read.weight(name), numbers(model, name)), name
 
 
 def independent(path):
     """`f(name)`: a tensor by the public package and llama.cpp's own converter's order of rows, undone."""
-    tensors = {of.name: of for of in gguf.GGUFReader(path).tensors}
+    tensors = {of.name: of for of in gguf_file._reader(path).tensors}  # the package's own, told of Q2_0
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SIZES["num_hidden_layers"])
 
     def value(name):
         of = tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))]
-        values = gguf.quants.dequantize(of.data, of.tensor_type).copy()
+        decode = (
+            of_q2_0
+            if of.tensor_type == TYPES["Q2_0"].id
+            else partial(gguf.quants.dequantize, qtype=of.tensor_type)
+        )
+        values = decode(of.data).copy()
         if (scale := f"{of.name.removesuffix('weight')}scale") in tensors:
             values = values * tensors[scale].data
         heads = {"q_proj": 8, "k_proj": 4}.get(name.split(".")[-2])
@@ -354,7 +366,6 @@ def requantised(model):
             return tensor
         values = tensor.dequantize(torch.float32).numpy()
         again = gguf.quants.dequantize(gguf.quants.quantize(values, q4_0), q4_0)
-        # Levels of 64 to a scale can say nothing of 32 to a block: what is read is compared, not how.
         return PackedTensor.quantize(torch.from_numpy(again), tensor.scale, tensor.grid)
 
     return replace(model, read=read)
@@ -374,17 +385,24 @@ def test_reading_back_and_llama_cpp_show_heads_in_the_wrong_order(llama, trained
 
 
 REFUSED = {
-    "levels": ({"grid": "int4"}, "Q3_K", "its levels are -8 to 7, those of a block -4 to 3; write --type Q4_0"),
-    "groups": ({"scale_of": 128}, "TQ2_0", "a scale for 128 weights, a block one for 256; write --type Q2_0"),
+    "levels": (
+        {"grid": "int4"}, "Q3_K", "its levels are -8 to 7, those of a block -4 to 3; write --type Q4_0, Q8_0"
+    ),
+    "groups": (
+        {"scale_of": 128}, "TQ2_0", "a scale for 128 weights, a block one for 256; write --type Q2_0, Q4_0"
+    ),
     "rows": (
         {"hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 5, "num_key_value_heads": 5},
-        "TQ1_0",
-        "its rows of 320 are no whole blocks of 256; write --type Q2_0",
+        "TQ1_0", "its rows of 640 are no whole blocks of 256; write --type Q2_0, Q4_0, Q8_0",
     ),
-    "products": ({"grid": "int8", "scale_of": "row"}, "F16", "or their products with its levels; write --type Q8_0"),
-    "no low bits": ({"grid": None, "method": Dense()}, "Q8_0", "is in full precision; write --type F16 or F32"),
+    "products": (
+        {"grid": "int8", "scale_of": "row"}, "F16", "or their products with its levels; write --type Q8_0 or"
+    ),
+    "no low bits": (
+        {"grid": None, "method": Dense()}, "Q8_0", "is in full precision; write --type F16 or F32, or give"
+    ),
     "untied sub-norms": (
-        {"method": DQT(sub_norms=True)}, "TQ2_0", "has its embedding as its head; train with model.tie_embeddings"
+        {"method": DQT(sub_norms=True)}, "TQ2_0", "its embedding as its head; train with model.tie_embeddings"
     ),
     "activation": ({"hidden_act": "gelu"}, "F32", "its activation is gelu"),
     "long positions": (
@@ -479,12 +497,19 @@ def of_json(folder, change=lambda content: None, **config):
 
 
 def with_prefix(content):
-    spaces = content["normalizer"]
-    content["normalizer"] = {
-        "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, *spaces["normalizers"]]
-    } if spaces["type"] == "Sequence" else {
-        "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]
-    }  # fmt: skip
+    """As Llama 2 has it; the same without a prefix is a meta space that is never put before a text."""
+    assert content["normalizer"] is None and content["pre_tokenizer"]["prepend_scheme"] == "never"
+    prefix = {"type": "Prepend", "prepend": "▁"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [prefix, spelled(" ")]}
+    content["pre_tokenizer"] = None
+
+
+def without_prefix(content):
+    content["normalizer"], content["pre_tokenizer"] = spelled(" "), None
+
+
+def spelled(space):
+    return {"type": "Replace", "pattern": {"String": space}, "content": "▁"}
 
 
 def ignoring_merges(content):
@@ -504,6 +529,7 @@ def tokenizers(words, tmp_path_factory):
         "sentencepiece": lambda: tokenizer.load(words),
         "dummy prefix": lambda: Tokenizer(changed(words, add_dummy_prefix=True)),
         "scores": lambda: of_json(words, **plain),
+        "scores, replaced": lambda: of_json(words, without_prefix, **plain),
         "scores, prefix": lambda: of_json(words, with_prefix, **plain),
         "llama-bpe": lambda: of_json(folder("llama3"), ignoring_merges),
         "dbrx": lambda: of_json(folder("llama3")),
@@ -525,6 +551,7 @@ TOKENIZERS = (
     "sentencepiece",
     "dummy prefix",
     "scores",
+    "scores, replaced",
     "scores, prefix",
     "llama-bpe",
     "dbrx",
@@ -555,7 +582,8 @@ def test_reading_back_shows_a_dummy_prefix(trained, tokenizers, tmp_path):
 
 UNREADABLE = {
     "sentencepiece that strips": (
-        lambda words, _: Tokenizer(changed(words, remove_extra_whitespaces=True)), "changes characters or spaces"
+        lambda words, _: Tokenizer(changed(words, remove_extra_whitespaces=True)),
+        "changes characters or spaces",
     ),
     "unigram": (lambda _, kinds: tokenizer.load(kinds("unigram")), "is a Unigram model"),
     "merges out of order": (lambda _, kinds: tokenizer.load(kinds("llama2")), "does not merge"),
@@ -564,7 +592,7 @@ UNREADABLE = {
             kinds("llama3"),
             lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="\\w+"),
         ),
-        "cuts words as \\w\\+",
+        "cuts words as \\w+",
     ),
 }  # fmt: skip
 
@@ -573,8 +601,9 @@ UNREADABLE = {
 def test_tokenizers_that_llama_cpp_reads_differently_are_refused(case, words, tmp_path):
     make, why = UNREADABLE[case]
     own = make(words, lambda kind: hf_tokenizers.write(tmp_path / kind, kind))
-    with pytest.raises(ConfigError, match=why):
+    with pytest.raises(ConfigError) as refused:
         gguf_tokenizer.metadata(own, 512)
+    assert why in str(refused.value)
 
 
 def test_tokens_fit_the_models_rows(words):
@@ -583,4 +612,14 @@ def test_tokens_fit_the_models_rows(words):
     assert wide["tokenizer.ggml.tokens"][511:513] == [wide["tokenizer.ggml.tokens"][511], "[PAD512]"]
     assert wide["tokenizer.ggml.token_type"][512] == gguf_tokenizer.UNUSED
     assert len(narrow["tokenizer.ggml.tokens"]) == len(narrow["tokenizer.ggml.scores"]) == 500
-    assert wide["tokenizer.ggml.bos_token_id"] == 1 and wide["tokenizer.ggml.add_bos_token"]
+
+
+MARKS = {"sentencepiece": (1, 2, True), "qwen": (0, 0, False), "smollm": (0, 0, True), "dbrx": (0, 1, True)}
+
+
+@pytest.mark.parametrize("kind", MARKS)
+def test_marks_are_the_models_own(kind, tokenizers):
+    entries = gguf_tokenizer.metadata(tokenizers(kind), 512)
+    names = ("bos_token_id", "eos_token_id", "add_bos_token")
+    assert tuple(entries[f"tokenizer.ggml.{name}"] for name in names) == MARKS[kind]
+    assert not entries["tokenizer.ggml.add_eos_token"]

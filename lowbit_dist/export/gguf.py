@@ -3,8 +3,8 @@
 Levels go into ggml's blocks as they are (`ggml`), and scales beside them where float16 holds them.  One that
 it does not hold, of a whole tensor, is the tensor `NAME.scale` instead, by which llama.cpp multiplies the
 product; versions from before 2026 do not know it.  Embeddings and a head in full precision are of the
-narrowest floats that have them exactly, gains of norms in float32.  Only where a model without low bits is
-asked for in narrower floats than it has (F16, BF16) is anything rounded.
+narrowest floats that have them exactly, gains of norms in float32.  Only types F16 and BF16 round: matrices
+in full precision, as it is asked for.
 
 Models with norms before `o_proj` and `down_proj` are of architecture `bitnet`, others of `llama`.
 """
@@ -34,20 +34,21 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 KINDS = tuple(TYPES)
+HALF_SCALES = True  # but for one of a whole tensor
 READER = ("gguf",)
 USE = """\
 ```
 llama-cli -m {path} -p "Once upon a time"
 ```
 
-llama.cpp computes TQ1_0 and TQ2_0 fast on CPUs, Q2_0 on NVIDIA GPUs, the others everywhere."""
+llama.cpp computes TQ1_0 and TQ2_0 fast on CPUs, Q2_0 on NVIDIA GPUs, the others everywhere.
+"""
 
 # In this order a model's own type is looked for: the first that holds it exactly, and is fast on CPUs.
 OWN = ("TQ2_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q8_0", "BF16", "F16", "F32")
 NOTES = "lowbit.export"  # the metadata's entry for what is known after the file is written
 NOTES_BYTES = 4096
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
 SUB_NORMS = ("o_proj.norm.weight", "down_proj.norm.weight")
 
 
@@ -194,10 +195,7 @@ def _contents(model: Finished, kind: str) -> tuple[list[Entry], list[str]]:
         entries.append(Entry(stored, of, tuple(tensor.shape), partial(_read, model, name, packing)))
         if isinstance(tensor, PackedTensor):
             if not _holds_scales(tensor, of):
-                scale = tensor.scale.numpy()
-                entries.append(
-                    Entry(gguf_names.scale_of(stored), TYPES["F32"], (1,), lambda scale=scale: scale)
-                )
+                entries.append(Entry(gguf_names.scale_of(stored), TYPES["F32"], (1,), tensor.scale.numpy))
         elif not _is_exact(tensor, of):
             rounded.append(stored)
     factors = _rope_factors(config)
@@ -213,8 +211,9 @@ def _type(name: str, tensor: PackedTensor | Tensor, kind: str) -> Type:
         return TYPES["F32"]
     if isinstance(tensor, PackedTensor):
         if why := _why_not(name, tensor, of):
-            others = " or ".join(other for other in KINDS if not _why_not(name, tensor, TYPES[other]))
-            raise ConfigError(f"--type ({kind}) cannot hold {name}: {why}; write --type {others}")
+            *others, last = [other for other in KINDS if not _why_not(name, tensor, TYPES[other])]
+            instead = f"{', '.join(others)} or {last}" if others else last
+            raise ConfigError(f"--type ({kind}) cannot hold {name}: {why}; write --type {instead}")
         return of
     if of.levels is None:
         if tensor.abs().max() > torch.finfo(FLOATS[of.name]).max:

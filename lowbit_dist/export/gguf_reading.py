@@ -55,7 +55,7 @@ class ReadBack:
             raise KeyError(f"the file has no {name} ({stored})")
         values = torch.from_numpy(self.contents.values(stored).astype(np.float32))
         if (scale := gguf_names.scale_of(stored)) in self.contents.tensors:
-            values *= torch.from_numpy(self.contents.values(scale))
+            values *= float(self.contents.values(scale)[0])
         heads = gguf_names.heads_of(
             name, self._settings["num_attention_heads"], self._settings["num_key_value_heads"]
         )
@@ -95,11 +95,13 @@ class ReadBack:
             )
         weights = {}
         for name, parameter in network.named_parameters():
+            if name == "lm_head.weight" and settings["tie_word_embeddings"]:
+                continue
             ours = name.replace("attn_sub_norm", "o_proj.norm").replace("ffn_sub_norm", "down_proj.norm")
             is_absent = name.endswith(".bias") and gguf_names.in_gguf(ours) not in held
             weights[name] = torch.zeros(parameter.shape) if is_absent else self._weight(ours)
         network.load_state_dict(weights, strict=False, assign=True)
         network.tie_weights()
         if "rope_freqs.weight" in held:
-            network.model.rotary_emb.inv_freq /= torch.from_numpy(self.contents.values("rope_freqs.weight"))
+            network.model.rotary_emb.inv_freq /= torch.tensor(self.contents.values("rope_freqs.weight"))
         return network.eval()

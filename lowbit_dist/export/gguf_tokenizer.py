@@ -57,10 +57,13 @@ def metadata(tokenizer: TextTokenizer, rows: int) -> dict[str, Any]:
     own["token_type"] = np.array(_filled(own["token_type"], rows, lambda _: UNUSED), np.int32)
     if "scores" in own:
         own["scores"] = np.array(_filled(own["scores"], rows, lambda _: 0.0), np.float32)
-    for which, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        if token is not None and token < rows:
-            own[f"{which}_token_id"] = token
-    own["add_bos_token"] = "bos_token_id" in own  # as it stands before each document of the training data
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    if begin is None and end is None:
+        raise _refused("has no token that ends a text")
+    # One that is not said would be token 11, and end a text.
+    own["bos_token_id"] = end if begin is None else begin
+    own["eos_token_id"] = begin if end is None else end
+    own["add_bos_token"] = begin is not None  # as before each document of the training data
     own["add_eos_token"] = False
     entries = {f"{PREFIX}{name}": value for name, value in own.items()}
     template = _chat_template(tokenizer.files)
