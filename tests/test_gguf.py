@@ -516,6 +516,21 @@ def ignoring_merges(content):
     content["model"]["ignore_merges"] = True
 
 
+def of_words_alone(content):
+    """As GPT-2 has it."""
+    content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
+
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern):
+    return lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=pattern)
+
+
 @pytest.fixture(scope="module")
 def tokenizers(words, tmp_path_factory):
     """`tokenizers(kind)`: one of each kind that llama.cpp has."""
@@ -533,7 +548,9 @@ def tokenizers(words, tmp_path_factory):
         "scores, prefix": lambda: of_json(words, with_prefix, **plain),
         "llama-bpe": lambda: of_json(folder("llama3"), ignoring_merges),
         "dbrx": lambda: of_json(folder("llama3")),
-        "qwen": lambda: of_json(folder("qwen")),
+        "nfc": lambda: of_json(folder("qwen")),
+        "qwen2": lambda: of_json(folder("qwen"), split_by(QWEN2)),
+        "gpt-2": lambda: of_json(folder("smollm"), of_words_alone),
         "smollm": lambda: of_json(folder("smollm")),
     }
     return lambda kind: made[kind]()
@@ -548,16 +565,9 @@ def changed(words, **settings):
 
 
 TOKENIZERS = (
-    "sentencepiece",
-    "dummy prefix",
-    "scores",
-    "scores, replaced",
-    "scores, prefix",
-    "llama-bpe",
-    "dbrx",
-    "qwen",
-    "smollm",
-)
+    "sentencepiece", "dummy prefix", "scores", "scores, replaced", "scores, prefix", "llama-bpe", "dbrx",
+    "nfc", "qwen2", "gpt-2", "smollm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -587,13 +597,7 @@ UNREADABLE = {
     ),
     "unigram": (lambda _, kinds: tokenizer.load(kinds("unigram")), "is a Unigram model"),
     "merges out of order": (lambda _, kinds: tokenizer.load(kinds("llama2")), "does not merge"),
-    "words": (
-        lambda _, kinds: of_json(
-            kinds("llama3"),
-            lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="\\w+"),
-        ),
-        "cuts words as \\w+",
-    ),
+    "words": (lambda _, kinds: of_json(kinds("llama3"), split_by("\\w+")), "cuts words as \\w+"),
 }  # fmt: skip
 
 
@@ -614,7 +618,7 @@ def test_tokens_fit_the_models_rows(words):
     assert len(narrow["tokenizer.ggml.tokens"]) == len(narrow["tokenizer.ggml.scores"]) == 500
 
 
-MARKS = {"sentencepiece": (1, 2, True), "qwen": (0, 0, False), "smollm": (0, 0, True), "dbrx": (0, 1, True)}
+MARKS = {"sentencepiece": (1, 2, True), "nfc": (0, 0, False), "smollm": (0, 0, True), "dbrx": (0, 1, True)}
 
 
 @pytest.mark.parametrize("kind", MARKS)

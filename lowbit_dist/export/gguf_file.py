@@ -110,9 +110,6 @@ class Contents:
         self.metadata: dict[str, Any] = {name: of.contents() for name, of in reader.fields.items()}
         self.tensors: dict[str, Any] = {of.name: of for of in reader.tensors}  # gguf.ReaderTensor
 
-    def type(self, name: str) -> str:
-        return str(self.tensors[name].tensor_type.name)
-
     def values(self, name: str) -> NDArray[np.float32]:
         import gguf
 

@@ -60,6 +60,10 @@ def metadata(tokenizer: TextTokenizer, rows: int) -> dict[str, Any]:
     begin, end = tokenizer.bos_id, tokenizer.eos_id
     if begin is None and end is None:
         raise _refused("has no token that ends a text")
+    if max(begin or 0, end or 0) >= rows:
+        raise _refused("marks a text with a token that has no embedding")
+    if len(set(own["tokens"])) < rows:
+        raise _refused("has the same token twice")
     # One that is not said would be token 11, and end a text.
     own["bos_token_id"] = end if begin is None else begin
     own["eos_token_id"] = begin if end is None else end
