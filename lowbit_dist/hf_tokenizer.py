@@ -49,6 +49,12 @@ class FastTokenizer:
         self.bos_id: int | None = bos_id if bos is None and "bos_token" not in config else bos
         self.eos_id: int | None = eos_id if eos is None and "eos_token" not in config else eos
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that it does, in the words of `tokenizer.json`."""
+        content: dict[str, Any] = json.loads(self._fast.backend_tokenizer.to_str())
+        return content
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the marks of its beginning and end."""
         ids: list[int] = self._fast.encode(text, add_special_tokens=False, verbose=False)

@@ -40,7 +40,8 @@ HOMES = {
     "wandb": {"tracking"},
     "tensorboard": {"tracking"},
     "streaming": {"data"},
-    "sentencepiece": {"tokenizer"},
+    "sentencepiece": {"tokenizer", "export"},  # export: what a file says of its pieces
+    "gguf": {"export"},
     "triton": {"ops"},
     "typer": {"cli"},
     "matplotlib": {"charts"},
