@@ -14,7 +14,7 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            metavar="FORMAT", help="Write hf, hf-bitnet or compressed-tensors.", show_default=False
+            metavar="FORMAT", help="Write hf, hf-bitnet, compressed-tensors or gguf.", show_default=False
         ),
     ],
     out: Annotated[
@@ -35,7 +35,7 @@ def export(
 
     The exit code is 1, and nothing is left, if what is read back differs from the model.
 
-    Example: lowbit export quickstart --format compressed-tensors --out exports/quickstart
+    Example: lowbit export quickstart --format gguf --out exports/quickstart
     """
     with console.answering(as_json, "exporting") as answer:
         from lowbit_dist import trained

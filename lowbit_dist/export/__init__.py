@@ -15,7 +15,7 @@ module with the members of `Format`, and a line of FORMATS.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ FORMATS = {
     "hf": "lowbit_dist.export.hf",
     "hf-bitnet": "lowbit_dist.export.hf_bitnet",
     "compressed-tensors": "lowbit_dist.export.compressed",
+    "gguf": "lowbit_dist.export.gguf",
 }
 
 
@@ -64,7 +65,7 @@ class Format(Protocol):
     KINDS: tuple[str, ...]  # values of --type; none: there is one kind
     HALF_SCALES: bool  # it has scales of rows and groups as float16, and rounds those that are finer
     READER: tuple[str, ...]  # packages that read it back, beside those that are always there
-    USE: str  # Markdown for the model card: how to load `{path}`
+    USE: str  # Markdown for the model card: how to load `{path}`, a folder or a file
 
     def check(self, model: Finished, kind: str | None) -> str:
         """The kind to write, which is the model's own for None; ConfigError if the format cannot hold it."""
@@ -82,15 +83,15 @@ class Format(Protocol):
         """Read what was written, with the public reader; whatever that raises is a proof that failed."""
         ...
 
-    def note(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Of a file with a SUFFIX: put what `export` tells into its metadata, too."""
+    def note(self, path: Path, card: str) -> None:
+        """Of a file with a SUFFIX: put the model card into its metadata, too."""
         ...
 
 
 def export(
     trained: Trained, format: str, out: str | Path, *, kind: str | None = None, force: bool = False
 ) -> dict[str, Any]:
-    """Write `trained` into the folder `out`: its proof, as numbers.
+    """Write `trained` into the folder `out`, which has its model card, too: the proof, as numbers.
 
     ConfigError, before anything is written, where the format cannot hold the model or `out` cannot be
     written; `ProofFailed`, with nothing left, where the files are not the model.  `force`: an earlier export
@@ -100,7 +101,7 @@ def export(
 
     chosen = _format(format)
     out = Path(out)
-    _check_out(out, force)
+    _check_out(out, chosen.SUFFIX, force)
     model = finished.of(trained)
     if chosen.HALF_SCALES:
         model = model.with_half_scales()
@@ -108,7 +109,7 @@ def export(
     needed = chosen.size(model, kind)
     _check_disk(out, needed)
     with atomic_folder(out, needs=lambda: needed, replaces=force) as draft:
-        path = draft / f"{out.name.removesuffix(chosen.SUFFIX)}{chosen.SUFFIX}" if chosen.SUFFIX else draft
+        path = draft / f"{out.name}{chosen.SUFFIX}" if chosen.SUFFIX else draft
         chosen.write(model, path, kind)
         proved = proof.prove(model, lambda: chosen.read_back(path))
         written = {
@@ -120,9 +121,10 @@ def export(
             "bytes": sum(file.stat().st_size for file in draft.rglob("*") if file.is_file()),
             "proof": proved.as_mapping(),
         }
+        text = card.text(model, chosen, written)
+        (draft / card.FILE).write_text(text)
         if chosen.SUFFIX:
-            chosen.note(path, written)
-        (draft / card.FILE).write_text(card.text(model, chosen, path.name, written))
+            chosen.note(path, text)
     return written
 
 
@@ -152,9 +154,14 @@ def _kind(chosen: Format, format: str, kind: str | None) -> str | None:
     raise ConfigError(f"--type ({show(kind)}) must be one of {', '.join(chosen.KINDS)}; {advice}")
 
 
-def _check_out(out: Path, force: bool) -> None:
+def _check_out(out: Path, suffix: str, force: bool) -> None:
     from lowbit_dist.export import card
 
+    if suffix and out.suffix == suffix:
+        raise ConfigError(
+            f"--out ({out}) must be a folder, for {out.name} and its model card; write --out "
+            f"{out.with_suffix('')}"
+        )
     if out.is_file():
         raise ConfigError(f"--out ({out}) is a file; write the name of a folder")
     if not out.is_dir() or not any(out.iterdir()):

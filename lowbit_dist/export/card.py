@@ -28,15 +28,15 @@ def is_export(folder: Path) -> bool:
     return f"- {TAG}\n" in f"{head}\n"
 
 
-def text(model: Finished, chosen: Format, path: str, written: Mapping[str, Any]) -> str:
+def text(model: Finished, chosen: Format, written: Mapping[str, Any]) -> str:
     """Markdown; `written`: what the export has told."""
-    proof = written["proof"]
+    proof, name = written["proof"], Path(written["export"]).name
     sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {TAG}\n- low-bit\n---\n",
-        f"# {Path(written['export']).name}\n",
+        f"# {name}\n",
         f"A {model.architecture}{_low_bit(model)}, trained by method `{model.trained.method.label}` and "
         f"exported as `{written['format']}` (`{written['type']}`, {in_bytes(written['bytes'])}).\n",
-        f"## Use\n\n{chosen.USE.format(path=path)}{_begins(model)}",
+        f"## Use\n\n{chosen.USE.format(path=f"{name}{chosen.SUFFIX}")}{_begins(model)}",
         "## Proof\n\nRead back by the format's own public reader before it was published:\n\n"
         + _proof(proof),
     ]

@@ -11,8 +11,7 @@ Models with norms before `o_proj` and `down_proj` are of architecture `bitnet`, 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,8 +45,8 @@ llama.cpp computes TQ1_0 and TQ2_0 fast on CPUs, Q2_0 on NVIDIA GPUs, the others
 
 # In this order a model's own type is looked for: the first that holds it exactly, and is fast on CPUs.
 OWN = ("TQ2_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q8_0", "BF16", "F16", "F32")
-NOTES = "lowbit.export"  # the metadata's entry for what is known after the file is written
-NOTES_BYTES = 4096
+CARD = "lowbit.card"  # the metadata's entry for the model card, which is written after the file is proved
+CARD_BYTES = 8192
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SUB_NORMS = ("o_proj.norm.weight", "down_proj.norm.weight")
 
@@ -83,9 +82,9 @@ def write(model: Finished, path: Path, kind: str) -> None:
     gguf_file.write(path, {**_metadata(model, kind, path.stem), ROUNDED: rounded}, entries)
 
 
-def note(path: Path, facts: Mapping[str, Any]) -> None:
-    """Put what is known of a written file, its proof above all, into its metadata, as JSON."""
-    gguf_file.fill_in(path, NOTES, json.dumps(facts))
+def note(path: Path, card: str) -> None:
+    """Put the model card into the metadata of a written file."""
+    gguf_file.fill_in(path, CARD, card)
 
 
 def read_back(path: Path) -> ReadBack:
@@ -176,7 +175,7 @@ def _metadata(model: Finished, kind: str, name: str) -> dict[str, Any]:
         "general.quantization_version": 2,
         **{f"{architecture}.{key}": value for key, value in own.items()},
         **_tokenizer(model),
-        NOTES: " " * NOTES_BYTES,
+        CARD: " " * CARD_BYTES,
     }
 
 
