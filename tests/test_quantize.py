@@ -1,13 +1,12 @@
 """Post-training quantisation: the methods against what they are derived from, and models that it gives."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import hf_folders
 import numpy as np
@@ -20,7 +19,7 @@ from lowbit_dist.checkpoint import Checkpoint
 from lowbit_dist.config import ConfigError
 from lowbit_dist.convert import PackedLinear
 from lowbit_dist.grid import GRIDS
-from lowbit_dist.methods import DQT, Dense
+from lowbit_dist.methods import Dense
 from lowbit_dist.model import of_hf_config
 from lowbit_dist.packed import PackedTensor
 from lowbit_dist.quantize import GPTQ, PTQTP, RTN, Calibration, quantize
@@ -242,8 +241,8 @@ def dense(few_steps):
     """A dense model of ours that has learned something."""
     summary = few_steps(
         method={"name": "dense"},
-        train={"steps": 150, "batch_tokens": 1024, "micro_batch": 8, "save_every": 150},
-        optimizer={"name": "adamw", "lr": 5e-3},
+        train={"steps": 600, "batch_tokens": 1024, "micro_batch": 16, "save_every": 600},
+        optimizer={"name": "adamw", "lr": 3e-3},
     )
     return lowbit_dist.open(summary["checkpoint"])
 
@@ -265,22 +264,299 @@ def calibration(corpus, samples=64, **options):
 
 
 def test_calibrated_weights_are_worth_more_than_rounded_ones(dense, corpus, tmp_path):
-    def loss(name, by):
-        given = calibration(corpus) if by.needs_calibration else None
-        done = quantize(dense, by, tmp_path / name, calibration=given)
-        assert done["bits_per_weight"] == pytest.approx(
-            by.method.stored.bits * by.summed_planes + 16 / 128 * by.summed_planes
-        )
-        return lowbit_dist.open(tmp_path / name).evaluate(str(corpus), n_samples=20)["loss"]
+    def perplexity(by):
+        out = tmp_path / "-".join(map(str, by.model_dump().values()))
+        done = quantize(dense, by, out, calibration=calibration(corpus) if by.needs_calibration else None)
+        stored = by.method.stored.bits + 16 / 128  # a scale for each group
+        assert done["bits_per_weight"] == pytest.approx(by.summed_planes * stored)
+        return lowbit_dist.open(out).evaluate(str(corpus), n_samples=64)["perplexity"]
 
-    plain = dense.evaluate(str(corpus), n_samples=20)["loss"]
-    losses = {
-        f"{kind.__name__}{bits}": loss(f"{kind.__name__}{bits}", kind(bits=bits))
-        for kind in (RTN, GPTQ)
-        for bits in (3, 4)
-    }
-    losses |= {f"planes{k}": loss(f"planes{k}", PTQTP(planes=k)) for k in (1, 2)}
-    print(plain, losses)
-    assert losses["RTN3"] > losses["GPTQ3"] > plain
-    assert losses["RTN4"] >= losses["GPTQ4"]
-    assert losses["planes1"] > losses["planes2"] > plain - 0.01
+    plain = dense.evaluate(str(corpus), n_samples=64)["perplexity"]
+    rtn3, rtn4, gptq3, gptq4 = (perplexity(kind(bits=bits)) for kind in (RTN, GPTQ) for bits in (3, 4))
+    assert rtn3 > gptq3 > plain and rtn4 >= gptq4
+    one, two = (perplexity(PTQTP(planes=planes)) for planes in (1, 2))
+    assert one > two
+
+
+@pytest.mark.parametrize("by", [RTN(bits=6), GPTQ(bits=3), PTQTP(), PTQTP(planes=3, tied=True)], ids=repr)
+def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, tmp_path):
+    out = tmp_path / "out"
+    quantize(dense, by, out, calibration=calibration(corpus) if by.needs_calibration else None)
+    trained, checkpoint = lowbit_dist.open(out), Checkpoint.open(out)
+    assert checkpoint.verify() == [] and trained.method.stored == by.method.stored
+    assert trained.tokenizer.sha256 == dense.tokenizer.sha256
+    for name in dense.names:
+        tensor = trained.tensor(name)
+        assert isinstance(tensor, PackedTensor) == ("proj" in name), name
+        if not isinstance(tensor, PackedTensor):
+            assert torch.equal(tensor, dense.tensor(name)), name
+    up = trained.tensor("model.layers.0.mlp.up_proj.weight")
+    if not by.needs_calibration:
+        expected = by.layer(dense.tensor("model.layers.0.mlp.up_proj.weight"), None)
+        assert equal(up, expected) and up.planes == expected.planes
+    packed = trained.network(packed=True)
+    assert sum(isinstance(layer, PackedLinear) for layer in packed.modules()) == 14
+    assert torch.equal(logits(packed, trained), logits(trained.network(), trained))
+    restored = trained.network(packed=True)
+    restored.load_state_dict(packed.state_dict())
+    assert len(trained.generate("def ", max_new_tokens=3, temperature=0)["text"]) > 0
+    done = lowbit("inspect", out, "--verify", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == checkpoint.digest()
+    moved = out.rename(tmp_path / "elsewhere")
+    assert lowbit_dist.open(moved).evaluate(str(corpus), n_samples=2)["samples"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"], "nothing is left beside it"
+
+
+FAMILIES = [
+    "llama",
+    "tied",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "mixtral",
+    "falcon",
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_a_walk_ends_where_the_models_own_forward_pass_ends(name, hf_folder):
+    source = lowbit_dist.open(hf_folder(name))
+    tokens = torch.randint(0, 512, (6, 32), generator=torch.Generator().manual_seed(0))
+    network = source.network()
+    inputs = {}
+    for layer_name, layer in network.named_modules():
+        if layer_name.endswith(("q_proj", "query_key_value")):
+            layer.register_forward_pre_hook(
+                lambda _, x, layer_name=layer_name: inputs.update({layer_name: x[0]})
+            )
+    last, ended = [], blocks(network, network.linear_weights)[-1]
+    network.get_submodule(ended).register_forward_hook(lambda _, x, out: last.append(out))
+    network.base_model(input_ids=tokens)
+    built = of_hf_config(source.hf_config, Dense(), torch.float32)
+    parts = blocks(built, built.linear_weights)
+    walk = Walk(source, built, parts, tokens.split(2))
+    for block in parts:
+        linears = [name for name in built.linear_weights if name.startswith(f"{block}.")]
+        grams = walk.grams(block, linears)
+        for linear, gram in grams.items():
+            if (x := inputs.get(linear.removesuffix(".weight"))) is not None:
+                x = x.reshape(-1, x.shape[-1])
+                assert gram.n_tokens == 192
+                assert torch.allclose(gram.total, x.t() @ x, rtol=1e-4, atol=1e-3 * gram.total.abs().max())
+        walk.advance(block, {})
+        assert all(p.device.type == "meta" for p in built.get_submodule(block).parameters())
+    out = last[0] if isinstance(last[0], torch.Tensor) else last[0][0]
+    assert torch.allclose(torch.cat(walk._hidden), out, rtol=1e-4, atol=1e-4 * out.abs().max())
+
+
+def test_layers_that_are_given_the_same_share_a_gram(hf_folder):
+    source = lowbit_dist.open(hf_folder("llama"))
+    built = of_hf_config(source.hf_config, Dense(), torch.float32)
+    parts = blocks(built, built.linear_weights)
+    walk = Walk(source, built, parts, [torch.zeros(2, 8, dtype=torch.int64)])
+    grams = walk.grams(parts[0], [name for name in built.linear_weights if ".0." in name])
+    assert len(grams) == 7 and len({id(gram) for gram in grams.values()}) == 4
+    assert {gram.n_tokens for gram in grams.values()} == {16}
+
+
+@pytest.mark.parametrize("name", ["tied", "qwen2", "mixtral"])
+def test_a_hugging_face_folder_takes_the_same_path(name, hf_folder, corpus, lowbit, tmp_path, caplog):
+    folder, out = hf_folder(name), tmp_path / "out"
+    arguments = "quantize", folder, "--method", "gptq", "--bits", 4, "--data", corpus, "--samples", 32
+    done = lowbit(*arguments, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["grid"] == "int4" and 0 < answer["relative_error"] < 0.5
+    assert answer["weights"] < answer["parameters"] and answer["bits_per_weight"] == 4.125
+    source, trained = lowbit_dist.open(folder), lowbit_dist.open(out)
+    shutil.rmtree(folder)  # which is no longer needed
+    assert trained.names == source.names
+    low_bit = [name for name in trained.names if isinstance(trained.tensor(name), PackedTensor)]
+    assert len(low_bit) == answer["layers"] and not any(
+        "embed" in name or "gate.weight" in name for name in low_bit
+    )
+    assert trained.evaluate(str(corpus), n_samples=2)["forward"] == "int4"
+    assert lowbit("quantize", out, "--method", "rtn", "--out", tmp_path / "twice").returncode == 2
+
+
+def test_an_expert_that_few_tokens_came_to_is_rounded_and_named(hf_folder, corpus, tmp_path, caplog):
+    source = lowbit_dist.open(hf_folder("mixtral"))
+    quantize(source, GPTQ(), tmp_path / "out", calibration=calibration(corpus, samples=8))
+    warned = {record.args[0] for record in caplog.records if "rounded to nearest" in record.message}
+    assert warned and all(".experts." in name for name in warned)
+    trained = lowbit_dist.open(tmp_path / "out")
+    name = min(warned)
+    assert equal(trained.tensor(name), RTN().layer(source.tensor(name), None))
+
+
+def test_a_run_starts_from_a_result(dense, corpus, few_steps, tmp_path):
+    out = tmp_path / "out"
+    quantize(dense, GPTQ(bits=4), out, calibration=calibration(corpus))
+    method = {
+        "name": "dqt", "grid": "int4", "scale": "absmax", "granularity": "group", "activation_bits": None
+    }  # fmt: skip
+    summary = few_steps(method=method, run={"name": "begun", "from": str(out)}, optimizer={"lr": 1e-4})
+    quantised = lowbit_dist.open(out)
+    begun = lowbit_dist.open(summary["checkpoint"])
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(begun.tensor(name).scale, quantised.tensor(name).scale)
+    differing = begun.tensor(name).levels() != quantised.tensor(name).levels()
+    assert 0 < differing.float().mean() < 0.1
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("by", [GPTQ(bits=3), PTQTP()], ids=["gptq", "ptqtp"])
+@pytest.mark.parametrize("after", [1, 9, 14])
+def test_killed_and_taken_up_the_result_is_the_same_to_the_byte(
+    by, after, dense, corpus, tmp_path, monkeypatch
+):
+    """After the first, the ninth and the last layer of two blocks of seven."""
+    given = calibration(corpus, samples=16) if by.needs_calibration else None
+    quantize(dense, by, tmp_path / "straight", calibration=given)
+    kind, layers = type(by), []
+    layer = kind.layer
+
+    def dying(self, *arguments):
+        if len(layers) == after:
+            raise Killed
+        layers.append(1)
+        return layer(self, *arguments)
+
+    out, draft = tmp_path / "out", tmp_path / ".out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "layer", dying)
+        if after == 14:  # while the checkpoint is put together
+            patch.setattr("lowbit_dist.quantize.folder.sums_text", lambda sums: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            quantize(dense, by, out, calibration=given)
+    assert not out.exists() and draft.is_dir(), "no half result, and what was done"
+    finished = sorted(path.name for path in draft.glob("shard-*"))
+    assert len(finished) == 1 + after // 7
+    before = {name: (draft / name).stat().st_mtime_ns for name in finished}
+    quantize(dense, by, out, calibration=given)
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == before, "none was made again"
+    straight, resumed = content(tmp_path / "straight"), content(out)
+    assert straight == resumed and not draft.exists()
+
+
+def test_what_was_begun_otherwise_is_not_taken_up(dense, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("lowbit_dist.quantize.folder.finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            quantize(dense, RTN(bits=8), out)
+    done = quantize(dense, RTN(bits=3), out)
+    assert done["grid"] == "int3" and "is removed" in caplog.text
+    quantize(dense, RTN(bits=3), tmp_path / "alone")
+    assert content(out) == content(tmp_path / "alone")
+
+
+def test_a_killed_process_leaves_no_half_file(hf_folder, tmp_path):
+    folder, out = hf_folder("llama", num_hidden_layers=8, intermediate_size=4096), tmp_path / "out"
+    command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "ptqtp", "--planes", "3"]
+    process = subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True)
+    draft = tmp_path / ".out.partial"
+    while process.poll() is None and not (draft / "shard-00002.safetensors").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and len(list(draft.glob("shard-*"))) < 9, "it was killed in the middle"
+    done = subprocess.run([*command, "--out", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Checkpoint.open(out).verify() == [] and not draft.exists()
+    straight = [*command, "--out", tmp_path / "straight"]
+    subprocess.run(straight, check=True, capture_output=True)
+    assert content(out) == content(tmp_path / "straight")
+
+
+def test_only_a_result_is_replaced_and_only_if_that_is_meant(hf_folder, lowbit, tmp_path):
+    folder, out = hf_folder("llama"), tmp_path / "out"
+    command = "quantize", folder, "--method", "rtn", "--out"
+    assert lowbit(*command, out).returncode == 0
+    again = lowbit(*command, out)
+    assert again.returncode == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
+    done = lowbit(*command, out, "--force", "--bits", 8, "--json")
+    assert done.returncode == 0 and lowbit_dist.open(out).method.grid == "int8", done.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    for other in (tmp_path / "mine", folder, folder / "inside", tmp_path, tmp_path / "mine" / "letter"):
+        refused = lowbit(*command, other, "--force")
+        assert refused.returncode == 2 and "--out" in refused.stderr, (other, refused.stderr)
+    assert (tmp_path / "mine" / "letter").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "mine", "out"]
+
+
+WRONG = {
+    "no such method": (["--method", "gptk"], "--method (gptk) must be one of rtn, gptq, ptqtp; did you mean 'gptq'?"),
+    "bits that no grid has": (["--method", "rtn", "--bits", "5"], "--bits (5) must be one of 2, 3, 4, 6, 8"),
+    "an option of another method": (
+        ["--method", "gptq", "--planes", "2", "--data", "DATA"], "--planes (2) is an option of ptqtp, not of gptq"),
+    "planes": (["--method", "ptqtp", "--planes", "4"], "--planes (4) must be one of 1, 2, 3"),
+    "damping": (["--method", "gptq", "--damping", "0", "--data", "DATA"], "--damping (0.0) must be more than 0"),
+    "a group that is no plane": (["--method", "rtn", "--group", "100"], "--group (100) must be a multiple of 64"),
+    "a group that does not divide": (["--method", "rtn", "--group", "192"], "cannot be packed: a group of 192 does not divide a row of 256; write --group 64"),
+    "no data": (["--method", "gptq"], "write --data, a folder made by `lowbit data prepare`"),
+    "data that is not looked at": (["--method", "rtn", "--data", "DATA"], "looks at weights alone"),
+    "samples of nothing": (["--method", "gptq", "--samples", "3"], "--samples and --seed are of --data"),
+    "data that is none": (["--method", "gptq", "--data", "."], "--data (.) has no manifest.json"),
+    "more samples than there are": (
+        ["--method", "gptq", "--data", "DATA", "--samples", "9999999"], "--samples (9,999,999) must be from 1 to"),
+    "too few tokens": (
+        ["--method", "gptq", "--data", "DATA", "--samples", "7"],
+        "448 calibration tokens, fewer than the 512 inputs of the model's widest layer"),
+    "another tokenizer": (
+        ["--method", "gptq", "--data", "DATA"], "was prepared with another tokenizer"),
+    "no linear layers": (["--method", "rtn"], "has no linear layers to quantise: those of GPT2LMHeadModel"),
+    "weights that are no numbers": (
+        ["--method", "gptq", "--data", "DATA"], "model.layers.1.self_attn.q_proj.weight of", "stays singular"),
+    "a folder of nobody's": (["--method", "rtn"], "neither a run"),
+    "a full disk": (["--method", "rtn"], "--out (OUT) needs", "free space there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_and_leaves_nothing(case, hf_folder, corpus, lowbit, tmp_path, monkeypatch):
+    folder = hf_folder("gpt2" if case == "no linear layers" else "llama")
+    if case == "another tokenizer":
+        (folder / "tokenizer.model").unlink()
+    if case == "weights that are no numbers":
+        norm = "model.layers.1.input_layernorm.weight"
+        hf_folders.rewrite(folder, lambda weights: weights.update({norm: weights[norm] * torch.inf}))
+    if case == "a folder of nobody's":
+        (folder / "config.json").unlink()
+    if case == "a full disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    arguments, *words = WRONG[case]
+    out = tmp_path / "out"
+    arguments = [str(corpus) if word == "DATA" else word for word in arguments]
+    done = lowbit("quantize", folder, *arguments, "--out", out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    for each in words:
+        assert each.replace("OUT", str(out)) in done.stderr, done.stderr
+    left = {path.name for path in tmp_path.iterdir()} - {folder.name}
+    assert left <= ({".out.partial"} if case == "weights that are no numbers" else set())
+
+
+def test_low_bit_weights_are_refused(few_steps, tmp_path):
+    source = lowbit_dist.open(few_steps(method={"name": "dqt"})["checkpoint"])
+    with pytest.raises(ConfigError, match="has low-bit weights already"):
+        quantize(source, RTN(), tmp_path / "out")
+
+
+def test_micro_batches_are_of_one_size():
+    assert [tuple(batch.shape) for batch in micro_batches(torch.zeros(9, 512))] == [(3, 512)] * 3
+    assert [tuple(batch.shape) for batch in micro_batches(torch.zeros(3, 4096))] == [(1, 4096)] * 3
+    assert [tuple(batch.shape) for batch in micro_batches(torch.zeros(7, 1024))] == [(1, 1024)] * 7
