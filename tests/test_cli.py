@@ -18,7 +18,7 @@ from lowbit_dist import __main__ as entry
 
 VERBS = (
     "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "ui", "eval",
-    "generate", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update", "config",
+    "generate", "quantize", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update", "config",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
 

@@ -20,43 +20,53 @@ def quantize(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Write this folder.", show_default=False, callback=at_home)
     ],
-    bits: Annotated[int | None, _option("--bits", "2, 3, 4, 6 or 8 bits a weight; 4 if not given.")] = None,
+    bits: Annotated[
+        int | None, _option("--bits", "For rtn and gptq: 2, 3, 4, 6 or 8 bits a weight; 4 if not given.")
+    ] = None,
     granularity: Annotated[
         str | None,
-        _option("--granularity", "What has a scale of its own; a group if not given.", "group|row"),
+        _option("--granularity", "For rtn and gptq: what has a scale; a group if not given.", "group|row"),
     ] = None,
-    group: Annotated[int | None, _option("--group", "Weights of a group; 128 if not given.")] = None,
+    group: Annotated[
+        int | None, _option("--group", "So many weights of a row are a group; 128 if not given.")
+    ] = None,
     planes: Annotated[
-        int | None, _option("--planes", "ptqtp: 1, 2 or 3 ternary planes; 2 if not given.")
+        int | None, _option("--planes", "For ptqtp: 1, 2 or 3 ternary planes; 2 if not given.")
     ] = None,
     tied: Annotated[
         bool | None,
         typer.Option(
-            "--tied", help="ptqtp: scales of planes are 9 : 3 : 1: evenly spaced levels.", show_default=False
+            "--tied",
+            help="For ptqtp: scales of planes are 9 : 3 : 1, so levels evenly spaced.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="gptq: calibrate on prepared data.", show_default=False, callback=at_home
+            metavar="DIR",
+            help="For gptq: calibrate on this prepared data.",
+            show_default=False,
+            callback=at_home,
         ),
     ] = None,
     samples: Annotated[
-        int | None, _option("--samples", "gptq: so many samples of it; 512, or all, if not given.")
+        int | None, _option("--samples", "For gptq: so many samples of it; 512, or all, if not given.")
     ] = None,
-    seed: Annotated[int | None, _option("--seed", "gptq: decides which samples; 0 if not given.")] = None,
+    seed: Annotated[int | None, _option("--seed", "For gptq: decides which samples; 0 if not given.")] = None,
     damping: Annotated[
-        float | None, _option("--damping", "gptq: added to the Hessian, of its mean diagonal; 0.01.", "X")
+        float | None,
+        _option("--damping", "For gptq: so much of its mean diagonal is added to the Hessian; 0.01.", "X"),
     ] = None,
     act_order: Annotated[
         bool | None,
         typer.Option(
             "--act-order/--no-act-order",
-            help="gptq: whether columns of large inputs come first; they do if not given.",
+            help="For gptq: whether columns of large inputs come first; they do if not given.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Quantise a trained model's linear layers after its training, block by block.

@@ -107,9 +107,9 @@ class Walk:
     @torch.inference_mode()
     def _first_hidden(self, blocks: list[str], batches: Iterable[Tensor]) -> list[Tensor]:
         """What the first block is given, of each micro-batch; fills `_beside`."""
-        inside = tuple(f"{block}." for block in blocks)
-        outer = [name for name in self.source.names if not name.startswith(inside)]
-        first = blocks[0]
+        base, first, inside = self.model.base_model, blocks[0], tuple(f"{block}." for block in blocks)
+        prefix = "" if base is self.model else f"{self.model.base_model_prefix}."  # without the head
+        outer = [n for n in self.source.names if n.startswith(prefix) and not n.startswith(inside)]
         self._load([*outer, *self._names(first)], {})
         hidden: list[Tensor] = []
         forms: list[Any] = []  # how blocks answer: with hidden states, or with more beside them
@@ -126,7 +126,7 @@ class Walk:
         for name, module in modules.items():
             module.forward = partial(stand_in, name, module.forward)
         for tokens in batches:
-            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+            base(input_ids=tokens.to(self.device), use_cache=False)
         for module in modules.values():
             del module.forward
         self._free([*outer, *self._names(first)])

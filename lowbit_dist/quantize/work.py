@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import resource
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -86,7 +87,11 @@ def quantize(
     size = folder.size_of(manifest)
     with atomic_folder(work.out, needs=lambda: size, is_resumed=True, is_replaced=force) as draft:
         folder.take_up(draft, work.identity(manifest, tokens))
-        error = work.write(draft, manifest, tokens, bar)
+        try:
+            error = work.write(draft, manifest, tokens, bar)
+        except ConfigError:  # which the next one would meet again
+            shutil.rmtree(draft)
+            raise
         folder.finish(draft, manifest, source)
     low_bit = {name: t for name, t in manifest["tensors"].items() if t["grid"] is not None}
     n_weights, n_all = (sum(prod(t["shape"]) for t in ts.values()) for ts in (low_bit, manifest["tensors"]))
