@@ -6,8 +6,8 @@
     trained.generate("def main():")["text"]
 
 Evaluation, sampling, post-training quantisation and exports work on this alone.  One that is quantised
-after training is `dataclasses.replace` of another, with a method and a `read` of its own.  Opening and
-loading execute nothing of what is read: JSON, safetensors and tokenizers are data.
+after training (lowbit_dist/quantize) is a checkpoint, too.  Opening and loading execute nothing of what is
+read: JSON, safetensors and tokenizers are data.
 """
 
 from __future__ import annotations
