@@ -5,8 +5,8 @@
 The authors have published no code.  This follows their algorithm 1: all planes begin as sign(w); then in turn
 the scales are solved for, a = (S S^T + ridge)^-1 S w with S = [T_1, T_2], and each element takes the nearest
 of all combinations of trits.  Neither makes the error larger, so it falls until a group stops.  The planes
-begin equal, and S S^T singular: the ridge is what makes the first solution possible, and of combinations that
-are equally near the sparser one is taken, then the one of the later plane, by which planes part.
+begin equal, and S S^T singular: the ridge is what makes the first solution possible, and of combinations
+of trits with one sum the sparser is taken, then that of the later plane, by which planes part.
 
 `tied`: scales of planes are 9 : 3 : 1, so that the levels of a group are evenly spaced (two planes: -4 to 4)
 and the weight is a tensor of whole numbers, which exports know.
@@ -148,16 +148,12 @@ def _scales(w: Tensor, trits: Tensor) -> Tensor:  # [planes, P] float32
 
 
 def _nearest(w: Tensor, scale: Tensor) -> Tensor:  # [planes, P, G] float32
-    """The trits whose sum is nearest to each weight, the first of equally near ones of `_combinations`."""
-    least = torch.full_like(w, torch.inf)
-    number = torch.zeros(w.shape, dtype=torch.int64, device=w.device)
+    """The trits whose sum is nearest to each weight, of equal sums the first of `_combinations`."""
     combinations = torch.tensor(_combinations(len(scale)), dtype=torch.float32, device=w.device)
-    for i, trits in enumerate(combinations):
-        distance = (w - (trits[:, None] * scale).sum(0)[:, None]).abs()
-        is_nearer = distance < least
-        least = torch.where(is_nearer, distance, least)
-        number[is_nearer] = i
-    return combinations[number].movedim(-1, 0)
+    sums, order = (combinations @ scale).t().sort(dim=1, stable=True)
+    place = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, w)  # between two: the nearer one
+    first = torch.searchsorted(sums, sums)
+    return combinations[order.gather(1, first.gather(1, place))].movedim(-1, 0)
 
 
 def _combinations(planes: int) -> list[tuple[int, ...]]:
