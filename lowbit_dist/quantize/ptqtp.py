@@ -150,7 +150,7 @@ def _scales(w: Tensor, trits: Tensor) -> Tensor:  # [planes, P] float32
 def _nearest(w: Tensor, scale: Tensor) -> Tensor:  # [planes, P, G] float32
     """The trits whose sum is nearest to each weight, of equal sums the first of `_combinations`."""
     combinations = torch.tensor(_combinations(len(scale)), dtype=torch.float32, device=w.device)
-    sums, order = (combinations @ scale).t().sort(dim=1, stable=True)
+    sums, order = (scale.t() @ combinations.t()).sort(dim=1, stable=True)
     place = torch.searchsorted((sums[:, 1:] + sums[:, :-1]) / 2, w)  # between two: the nearer one
     first = torch.searchsorted(sums, sums)
     return combinations[order.gather(1, first.gather(1, place))].movedim(-1, 0)

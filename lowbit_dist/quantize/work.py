@@ -30,7 +30,7 @@ from lowbit_dist.quantize import folder
 from lowbit_dist.quantize.calibration import Calibration, micro_batches
 from lowbit_dist.quantize.gptq import GPTQ
 from lowbit_dist.quantize.ptqtp import PTQTP
-from lowbit_dist.quantize.quantizer import Quantizer
+from lowbit_dist.quantize.quantizer import Gram, Quantizer
 from lowbit_dist.quantize.rtn import RTN
 from lowbit_dist.quantize.walk import Walk, blocks, device
 from lowbit_dist.trained import Trained
@@ -261,16 +261,16 @@ class _Work:
                 for name in names:
                     weight = self.source.tensor(name)
                     assert isinstance(weight, Tensor), "the source is of full precision"
+                    value: PackedTensor | Tensor = weight
                     if is_there:
-                        tensors[name] = done.tensor(name)
+                        value = done.tensor(name)
                     elif name in linears:
-                        tensors[name] = self._layer(name, weight, grams.get(name))
-                    else:
-                        tensors[name] = weight
-                    if name in linears:
-                        difference = tensors[name].dequantize(torch.float32).cpu() - weight
+                        value = self._layer(name, weight, grams.get(name))
+                    if isinstance(value, PackedTensor):
+                        difference = value.dequantize(torch.float32).cpu() - weight
                         error += difference.double().square().sum().item()
                         total += weight.double().square().sum().item()
+                    tensors[name] = value
                     advance(4 * weight.numel())
                 if not is_there:
                     folder.write(draft, file, tensors)
@@ -278,7 +278,7 @@ class _Work:
                     walk.advance(block, tensors)
         return (error / total) ** 0.5 if total else 0.0
 
-    def _layer(self, name: str, weight: Tensor, gram: Any) -> PackedTensor:
+    def _layer(self, name: str, weight: Tensor, gram: Gram | None) -> PackedTensor:
         if self.by.needs_calibration and (gram is None or not gram.is_enough):
             log.warning(
                 "%s is rounded to nearest: of the calibration tokens %s came to it, fewer than its %s inputs",
