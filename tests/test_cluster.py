@@ -494,12 +494,12 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
         if "does not run" in text and not found:
             found.append(time.monotonic())
 
-    config = configuration(run("harmed", cluster={"hang_timeout": 30}, train={"eval_every": 2}))
+    config = configuration(run("harmed", cluster={"hang_timeout": 12}, train={"eval_every": 2}))
     told = Told(harm)
     told.say = lambda text: (told.said.append(text), note(text))
     summary = cluster.launch(config, progress=told)
     (pid, began), (noticed,) = stopped[0], found
-    assert 30 - 2 * heartbeat.EVERY <= noticed - began <= 30 + 30
+    assert 12 - 2 * heartbeat.EVERY <= noticed - began <= 12 + 30
     assert killed, "the case must kill a worker"
     assert told.attempts == 3
     assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said

@@ -237,7 +237,7 @@ def decoded_weights_alive(content):
     }
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("residency", ["sharded", "replicated"])
 def test_at_most_one_blocks_weights_are_decoded_at_any_moment(residency, checkpointing, world, ranks):
@@ -444,7 +444,7 @@ def check_content(content, world, ranks):
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, marks=[pytest.mark.slow] if n % 5 else []) for n in range(len(CASES))],
+    [pytest.param(n, marks=[pytest.mark.slow] if n % 10 else []) for n in range(len(CASES))],
     ids=lambda n: f"{WORLDS[n % 4]}-{CASES[n]}",
 )
 def test_the_plan_is_what_is_measured(number, ranks):

@@ -145,9 +145,9 @@ WIDTH_896 = {"hidden_size": 896, "intermediate_size": 1792, "heads": 14, "kv_hea
 @pytest.mark.parametrize(
     "sections",
     [
-        {"method": {"granularity": "group", "group": 64}, "model": SMALLER},
         {"model": WIDTH_576},
         *slow(
+            ({"method": {"granularity": "group", "group": 64}, "model": SMALLER},),
             ({"optimizer": {"name": "lion", "lr": 3e-4, "states": "int8"}, "model": SMALLER},),
             ({"optimizer": {"name": "lion", "states": "bf16"}, "model": SMALLER,
               "method": {"grid": "int8"}},),
