@@ -40,15 +40,15 @@ def atomic_folder(
     out: Path,
     *,
     needs: Callable[[], int | None] = lambda: None,
-    is_resumed: bool = False,
-    is_replaced: bool = False,
+    replaces: bool = False,
+    resumes: bool = False,
 ) -> Iterator[Path]:
     """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone.
 
     Its name does not change, so what a killed process left is cleared by the next one; a lock keeps two
     living ones apart.  `needs` says how many bytes it will take, once that can be guessed, for the report of
-    a full disk.  `is_resumed`: what an error or a killed process left is there again for the next one.
-    `is_replaced`: a folder that has the name is removed in the end.
+    a full disk.  `replaces`: a folder that is not empty may stand at `out`, and is removed in the end.
+    `resumes`: what an error or a killed process left is there again for the next one.
     """
     draft = out.parent / f".{out.name}.partial"
     taken = ConfigError(f"--out ({out}) is being written by another process; wait for it, or name another")
@@ -59,14 +59,14 @@ def atomic_folder(
             descriptor = stack.enter_context(locked(draft, timeout=0, complaint=taken))
         except OSError as error:
             if is_full(error):
-                raise RuntimeError(_full(out, needs(), is_resumed)) from error
+                raise RuntimeError(_full(out, needs(), resumes)) from error
             raise ConfigError(
                 f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
             ) from None
         # Another process may have renamed or removed the folder before it gave up the lock.
         if not (draft.exists() and os.path.samestat(os.fstat(descriptor), draft.stat())):
             raise taken
-        if not is_resumed:
+        if not resumes:
             clear(draft)
         full: OSError | None = None
         try:
@@ -74,22 +74,35 @@ def atomic_folder(
             for where, _, files in os.walk(draft):
                 for name in (*files, "."):
                     sync(Path(where, name))
-            stale = out.with_name(f".{out.name}.replaced")
-            if is_replaced and out.exists():
-                shutil.rmtree(stale, ignore_errors=True)
-                out.rename(stale)
-            draft.rename(out)  # an empty folder may stand there
+            with _moved_away(out) if replaces else contextlib.nullcontext():
+                draft.rename(out)  # an empty folder may stand there
             sync(out.parent)
-            shutil.rmtree(stale, ignore_errors=True)
         except OSError as error:
             if not is_full(error):
                 raise
             full = error
         finally:
-            if not is_resumed:
+            if not resumes:
                 shutil.rmtree(draft, ignore_errors=True)
         if full is not None:
-            raise RuntimeError(_full(out, needs(), is_resumed)) from full
+            raise RuntimeError(_full(out, needs(), resumes)) from full
+
+
+@contextlib.contextmanager
+def _moved_away(out: Path) -> Iterator[None]:
+    """Inside, another folder may take the name of `out`, which is removed then; after an error it is back."""
+    old = out.parent / f".{out.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if not out.exists():
+        yield
+        return
+    out.rename(old)
+    try:
+        yield
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:
@@ -98,7 +111,7 @@ def clear(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def _full(out: Path, needs: int | None, is_resumed: bool) -> str:
+def _full(out: Path, needs: int | None, resumes: bool) -> str:
     """What to do about a full disk, once what was written is removed, or kept."""
     size = "more space than there is"
     with contextlib.suppress(OSError):
@@ -107,7 +120,7 @@ def _full(out: Path, needs: int | None, is_resumed: bool) -> str:
             size = f"about {needs / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
     return (
         f"the disk of {out.parent} is full, and what was written of {out} is "
-        f"{'kept' if is_resumed else 'removed'}: it needs {size}; free space there, or write another --out, "
+        f"{'kept' if resumes else 'removed'}: it needs {size}; free space there, or write another --out, "
         "and start again"
     )
 

@@ -85,7 +85,7 @@ def quantize(
     manifest = work.manifest(calibration)
     folder.check_disk(work.out, manifest)
     size = folder.size_of(manifest)
-    with atomic_folder(work.out, needs=lambda: size, is_resumed=True, is_replaced=force) as draft:
+    with atomic_folder(work.out, needs=lambda: size, resumes=True, replaces=force) as draft:
         folder.take_up(draft, work.identity(manifest, tokens))
         try:
             error = work.write(draft, manifest, tokens, bar)
