@@ -14,16 +14,7 @@ from typer.core import TyperGroup
 
 from lowbit_dist import folders
 from lowbit_dist.cli import (
-    benches,
-    comparing,
-    complaints,
-    console,
-    jobs,
-    progress,
-    quantizing,
-    reference,
-    ui,
-    watching,
+    benches, comparing, complaints, console, jobs, progress, quantizing, reference, ui, watching
 )  # fmt: skip
 from lowbit_dist.cli.arguments import (
     Config,
