@@ -13,9 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import (
-    benches, comparing, complaints, console, jobs, progress, quantizing, reference, ui, watching
-)  # fmt: skip
+from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, ui, watching
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
@@ -33,6 +31,7 @@ from lowbit_dist.cli.arguments import (
     pairs,
     vocabulary,
 )  # fmt: skip
+from lowbit_dist.cli.quantizing import quantize
 from lowbit_dist.config import ConfigError
 
 # In the order of the work, which is that of the help.
@@ -72,7 +71,7 @@ app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
 app.command()(ui.ui)
 app.command()(reference.config)
-app.command()(quantizing.quantize)
+app.command()(quantize)
 bench_app.command("update")(benches.update)
 
 
