@@ -1,4 +1,4 @@
-"""Cases of a test by name, of which a few stand for all until `launch/test.sh all`."""
+"""Cases of a test, of which a few stand for all until `launch/test.sh all`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,3 +17,8 @@ def standing(cases: Mapping[str, Any], *first: str) -> Sequence[Any]:
         )
         for name, case in cases.items()
     ]
+
+
+def slow(*cases: Sequence[Any]) -> Sequence[Any]:
+    """Cases like the others beside them."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]

@@ -601,6 +601,7 @@ def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers
     assert told.attempts == 2
 
 
+@pytest.mark.slow  # kills and FAILED runs are in other tests, too; what is new is a limit of 0
 def test_no_failure_is_retried_when_none_is_allowed_and_mlflow_says_failed(run, ray, tmp_path):
     def kill(row):
         if row["step"] == 2:

@@ -160,7 +160,7 @@ def weights_in_full_precision(found, world):
     ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("residency", ["sharded", "replicated"])
 @pytest.mark.parametrize("grid", ["ternary", *OTHER_GRIDS])
 def test_low_bit_weights_take_their_bits_and_have_no_master_copy(grid, residency, world, ranks):
@@ -627,7 +627,8 @@ def test_what_is_at_rest_is_planned_without_deepspeed():
 
 
 @pytest.mark.parametrize(
-    ("preset", "workers", "n_parameters", "n_bytes"), [("70b", 64, 69e9, 4.33), ("7b", 8, 6.74e9, 4.51)]
+    ("preset", "workers", "n_parameters", "n_bytes"),
+    [("70b", 64, 69e9, 4.33), pytest.param("7b", 8, 6.74e9, 4.51, marks=pytest.mark.slow)],
 )
 def test_billions_of_parameters_are_planned_in_seconds(preset, workers, n_parameters, n_bytes):
     from lowbit_dist import memory
