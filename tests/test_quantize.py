@@ -451,6 +451,35 @@ def test_killed_and_taken_up_the_result_is_the_same_to_the_byte(
     assert straight == resumed and not draft.exists()
 
 
+@pytest.mark.integration
+def test_layers_spread_over_rays_workers_give_the_same_bytes(dense, corpus, tmp_path):
+    given = calibration(corpus, samples=16)
+    quantize(dense, GPTQ(bits=3), tmp_path / "alone", calibration=given)
+    quantize(dense, GPTQ(bits=3), tmp_path / "spread", calibration=given, workers=2)
+    assert content(tmp_path / "alone") == content(tmp_path / "spread")
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_mistake_that_a_worker_meets_is_told_as_one_that_is_met_here(hf_folder, corpus, tmp_path):
+    source, out = lowbit_dist.open(broken(hf_folder("llama"))), tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj\.weight of .* stays singular"):
+        quantize(source, GPTQ(), out, calibration=calibration(corpus), workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_block_and_not_of_the_model(hf_folder, corpus, tmp_path):
+    peaks = []
+    for n_layers in (2, 26):  # of 13.6 MB
+        folder = hf_folder("llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=n_layers)
+        command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "gptq"]
+        command += ["--data", corpus, "--samples", "32", "--out", tmp_path / "out", "--force", "--json"]
+        done = subprocess.run(command, check=True, capture_output=True)
+        peaks.append(json.loads(done.stdout)["peak_bytes"])
+    assert peaks[1] - peaks[0] < 60e6, "24 more blocks have 327 MB"
+
+
 def test_what_was_begun_otherwise_is_not_taken_up(dense, tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -522,6 +551,7 @@ WRONG = {
         "cannot be packed: a group of 192 does not divide a row of 256",
         "write --group 64",
     ),
+    "no workers": (["--method", "rtn", "--workers", "0"], "--workers (0) must be at least 1"),
     "no data": (["--method", "gptq"], "write --data, a folder made by `lowbit data prepare`"),
     "data that is not looked at": (["--method", "rtn", "--data", "DATA"], "looks at weights alone"),
     "samples of nothing": (["--method", "gptq", "--samples", "3"], "--samples and --seed are of --data"),
@@ -546,14 +576,20 @@ WRONG = {
 }
 
 
+def broken(folder):
+    """A layer of its last block is given what is no number."""
+    norm = "model.layers.1.input_layernorm.weight"
+    hf_folders.rewrite(folder, lambda weights: weights.update({norm: weights[norm] * torch.inf}))
+    return folder
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_input_is_one_line_and_leaves_nothing(case, hf_folder, corpus, lowbit, tmp_path, monkeypatch):
     folder = hf_folder("gpt2" if case == "no linear layers" else "llama")
     if case == "another tokenizer":
         (folder / "tokenizer.model").unlink()
     if case == "weights that are no numbers":
-        norm = "model.layers.1.input_layernorm.weight"
-        hf_folders.rewrite(folder, lambda weights: weights.update({norm: weights[norm] * torch.inf}))
+        broken(folder)
     if case == "a folder of nobody's":
         (folder / "config.json").unlink()
     if case == "a full disk":
@@ -567,6 +603,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, hf_folder, corpus, lowbi
     for part in words:
         assert part.replace("OUT", str(out)) in said[0]
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_checkpoint_that_fails_its_hashes_is_refused(dense, lowbit, tmp_path):
+    folder = shutil.copytree(dense.path, tmp_path / "copy")
+    (shard,) = folder.glob("shard-*")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    done = lowbit("quantize", folder, "--method", "rtn", "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert shard.name in done.stderr and [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_low_bit_weights_are_refused(few_steps, tmp_path):

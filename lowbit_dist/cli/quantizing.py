@@ -66,6 +66,12 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        _option(
+            "--workers", "Spread the layers of a block over so many workers of Ray, here or at RAY_ADDRESS."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -88,8 +94,9 @@ def quantize(
         if data is not None:
             calibration = quantize.Calibration(path=data, samples=samples, seed=seed or 0)
         done = quantize.quantize(
-            trained.open(run), by, out, calibration=calibration, force=force, bar=answer.waiting.bar
-        )
+            trained.open(run), by, out, calibration=calibration, workers=workers, force=force,
+            bar=answer.waiting.bar,
+        )  # fmt: skip
         planes_of = f", the sum of {done['planes']} planes" if done["planes"] > 1 else ""
         rows = {
             "quantized": done["quantized"],

@@ -7,9 +7,11 @@ import json
 import logging
 import resource
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import starmap
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from torch import Tensor
 from lowbit_dist import configfile, model, pretrained
 from lowbit_dist.checkpoint import MANIFEST, SUMS, Checkpoint
 from lowbit_dist.checkpoint.layout import FORMAT, sha256
+from lowbit_dist.cluster import tasks
 from lowbit_dist.config import RunConfig
+from lowbit_dist.data.tokenizing import check_ray
 from lowbit_dist.errors import ConfigError, format_error, nearest, show
 from lowbit_dist.files import atomic_folder
 from lowbit_dist.grid import PLANE
@@ -41,6 +45,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {"rtn": RTN, "gptq": GPTQ, "ptqtp": PTQ
 DENSE_BITS = {"bf16": 16, "fp32": 32}  # of what is not quantised, in the model's own precision
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Layers = Callable[[Iterable[tuple[Any, ...]]], Iterator[PackedTensor]]  # of the arguments of `_quantised`
 
 
 def quantizer(name: str, options: Mapping[str, Any]) -> Quantizer:
@@ -71,15 +76,21 @@ def quantize(
     out: str | Path,
     *,
     calibration: Calibration | None = None,
+    workers: int | None = None,
     force: bool = False,
     bar: Bar = lambda n_bytes: nullcontext(lambda n_bytes: None),
 ) -> dict[str, Any]:
     """Write `source` with quantised linear layers to the folder `out`; what it has become, in numbers.
 
-    `force`: what an earlier call wrote there is replaced.  `bar` is told how many bytes of float32 weights
-    there are, and how many more are done.  ConfigError before any work on whatever cannot be.
+    `workers`: the layers of a block are spread over so many of Ray's.  `force`: what an earlier call wrote
+    there is replaced.  `bar` is told how many bytes of float32 weights there are, and how many more are done.
+    ConfigError before any work on whatever cannot be.
     """
     work = _Work.of(source, by, Path(out))
+    if workers is not None:
+        if workers < 1:
+            raise ConfigError(f"--workers ({workers}) must be at least 1; write 1, or leave it out")
+        check_ray()
     folder.check_out(source, work.out, force)
     tokens = work.tokens(calibration)
     manifest = work.manifest(calibration)
@@ -88,7 +99,8 @@ def quantize(
     with atomic_folder(work.out, needs=lambda: size, resumes=True, replaces=force) as draft:
         folder.take_up(draft, work.identity(manifest, tokens))
         try:
-            error = work.write(draft, manifest, tokens, bar)
+            with work.layers(workers) as layers:
+                error = work.write(draft, manifest, tokens, layers, bar)
         except ConfigError:  # which the next one would meet again
             shutil.rmtree(draft)
             raise
@@ -242,8 +254,21 @@ class _Work:
         content = {"manifest": manifest, "weights": weights, "tokens": calibrated}
         return json.dumps(content | {"torch": torch.__version__, "on": device()}, sort_keys=True)
 
+    @contextmanager
+    def layers(self, workers: int | None) -> Iterator[Layers]:
+        """Inside, what is given quantises layers, one after the other, or spread over Ray's workers."""
+        if workers is None:
+            yield partial(starmap, _quantised)
+            return
+        shapes = [self.model.get_parameter(name).shape for name in self.linears]
+        largest = max(4 * (2 * n_rows * n_columns + n_columns**2) for n_rows, n_columns in shapes)
+        with tasks.spread(
+            _quantised, workers, on_gpu=device() == "cuda", item_bytes=largest, say=log.info
+        ) as layers:
+            yield layers
+
     def write(
-        self, draft: Path, manifest: dict[str, Any], tokens: Tensor | None, bar: Bar
+        self, draft: Path, manifest: dict[str, Any], tokens: Tensor | None, layers: Layers, bar: Bar
     ) -> float:  # the relative error of the quantised weights
         """Every file that is not there yet, one block after the other."""
         walk = None
@@ -254,44 +279,49 @@ class _Work:
         blocks = [None, *self.blocks]
         with bar(sum(4 * prod(t["shape"]) for t in manifest["tensors"].values())) as advance:
             for (file, names), block in zip(self.files.items(), blocks, strict=True):
-                is_there = (draft / file).exists()
+                # In float32 at first; of linear layers the quantised weights take the place.
+                tensors: dict[str, Any] = {name: self.source.tensor(name) for name in names}
                 wanted = [name for name in names if name in linears]
-                grams = walk.grams(block, wanted) if walk and block and not is_there else {}
-                tensors: dict[str, PackedTensor | Tensor] = {}
-                for name in names:
-                    weight = self.source.tensor(name)
-                    assert isinstance(weight, Tensor), "the source is of full precision"
-                    value: PackedTensor | Tensor = weight
-                    if is_there:
-                        value = done.tensor(name)
-                    elif name in linears:
-                        value = self._layer(name, weight, grams.get(name))
-                    if isinstance(value, PackedTensor):
-                        difference = value.dequantize(torch.float32).cpu() - weight
-                        error += difference.double().square().sum().item()
-                        total += weight.double().square().sum().item()
-                    tensors[name] = value
+                is_there = (draft / file).exists()
+                if is_there:
+                    quantised = map(done.tensor, wanted)
+                else:
+                    grams = walk.grams(block, wanted) if walk and block else {}
+                    quantised = layers(self._items({name: tensors[name] for name in wanted}, grams))
+                for name, packed in zip(wanted, quantised, strict=True):
+                    weight, tensors[name] = tensors[name], packed
+                    error += (packed.dequantize(torch.float32) - weight).double().square().sum().item()
+                    total += weight.double().square().sum().item()
                     advance(4 * weight.numel())
+                advance(sum(4 * tensors[name].numel() for name in names if name not in linears))
                 if not is_there:
                     folder.write(draft, file, tensors)
                 if walk and block and block != self.blocks[-1]:
                     walk.advance(block, tensors)
         return (error / total) ** 0.5 if total else 0.0
 
-    def _layer(self, name: str, weight: Tensor, gram: Gram | None) -> PackedTensor:
-        if self.by.needs_calibration and (gram is None or not gram.is_enough):
-            log.warning(
-                "%s is rounded to nearest: of the calibration tokens %s came to it, fewer than its %s inputs",
-                name, 0 if gram is None else gram.n_tokens, weight.shape[1],
-            )  # fmt: skip
-            gram = None
-        try:
-            return self.by.layer(weight.to(device()), gram)
-        except ValueError as error:
-            raise ConfigError(
-                f"{name} of {self.source.path} cannot be quantised: {error}; write --method rtn, or "
-                "another model"
-            ) from None
+    def _items(self, weights: Mapping[str, Tensor], grams: Mapping[str, Gram]) -> Iterator[tuple[Any, ...]]:
+        """The arguments of `_quantised` for each layer."""
+        for name, weight in weights.items():
+            gram = grams.get(name)
+            if self.by.needs_calibration and (gram is None or not gram.is_enough):
+                log.warning(
+                    "%s is rounded to nearest: of the calibration tokens %s came to it, fewer than its %s "
+                    "inputs", name, 0 if gram is None else gram.n_tokens, weight.shape[1],
+                )  # fmt: skip
+                gram = None
+            yield self.by, f"{name} of {self.source.path}", weight, gram, device()
+
+
+def _quantised(by: Quantizer, named: str, weight: Tensor, gram: Gram | None, device: str) -> PackedTensor:
+    """A layer's weight, on the CPU; ConfigError if it cannot be quantised."""
+    try:
+        packed = by.layer(weight.to(device), gram)
+    except ValueError as error:
+        raise ConfigError(
+            f"{named} cannot be quantised: {error}; write --method rtn, or another model"
+        ) from None
+    return replace(packed, codes=packed.codes.cpu(), scale=packed.scale.cpu())
 
 
 def _flag(option: str) -> str:
