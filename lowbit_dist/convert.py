@@ -103,7 +103,7 @@ class PackedLinear(Linear):
                 f"{prefix}weight has codes {list(codes.shape)} and scales {list(scale.shape)}; this layer "
                 f"has {list(t.codes.shape)} and {list(t.scale.shape)}: it was converted by another method"
             )
-        elif int(ops.code_counts(codes.to(t.codes.device), grid=t.grid).sum()) != t.numel:
+        elif int(ops.code_counts(codes.to(t.codes.device), grid=t.grid).sum()) != t.planes * t.numel:
             errors.append(f"{keys[0]} has codes that the grid {t.grid.name} of this layer has not")
         else:
             with torch.no_grad():

@@ -37,13 +37,18 @@ def keep(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(
-    out: Path, *, needs: Callable[[], int | None] = lambda: None, replaces: bool = False
+    out: Path,
+    *,
+    needs: Callable[[], int | None] = lambda: None,
+    replaces: bool = False,
+    resumes: bool = False,
 ) -> Iterator[Path]:
     """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone.
 
     Its name does not change, so what a killed process left is cleared by the next one; a lock keeps two
     living ones apart.  `needs` says how many bytes it will take, once that can be guessed, for the report of
     a full disk.  `replaces`: a folder that is not empty may stand at `out`, and is removed in the end.
+    `resumes`: what an error or a killed process left is there again for the next one.
     """
     draft = out.parent / f".{out.name}.partial"
     taken = ConfigError(f"--out ({out}) is being written by another process; wait for it, or name another")
@@ -54,15 +59,15 @@ def atomic_folder(
             descriptor = stack.enter_context(locked(draft, timeout=0, complaint=taken))
         except OSError as error:
             if is_full(error):
-                raise RuntimeError(_full(out, needs())) from error
+                raise RuntimeError(_full(out, needs(), resumes)) from error
             raise ConfigError(
                 f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
             ) from None
         # Another process may have renamed or removed the folder before it gave up the lock.
         if not (draft.exists() and os.path.samestat(os.fstat(descriptor), draft.stat())):
             raise taken
-        for left in draft.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not resumes:
+            clear(draft)
         full: OSError | None = None
         try:
             yield draft
@@ -77,9 +82,10 @@ def atomic_folder(
                 raise
             full = error
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            if not resumes:
+                shutil.rmtree(draft, ignore_errors=True)
         if full is not None:
-            raise RuntimeError(_full(out, needs())) from full
+            raise RuntimeError(_full(out, needs(), resumes)) from full
 
 
 @contextlib.contextmanager
@@ -99,16 +105,23 @@ def _moved_away(out: Path) -> Iterator[None]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _full(out: Path, needs: int | None) -> str:
-    """What to do about a full disk, once what was written is removed."""
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder."""
+    for left in folder.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _full(out: Path, needs: int | None, resumes: bool) -> str:
+    """What to do about a full disk, once what was written is removed, or kept."""
     size = "more space than there is"
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(out.parent).free
         if needs is not None:
             size = f"about {needs / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
     return (
-        f"the disk of {out.parent} is full, and what was written of {out} is removed: it needs {size}; "
-        "free space there, or write another --out, and start again"
+        f"the disk of {out.parent} is full, and what was written of {out} is "
+        f"{'kept' if resumes else 'removed'}: it needs {size}; free space there, or write another --out, "
+        "and start again"
     )
 
 

@@ -7,6 +7,7 @@ Codes are packed in blocks of `BLOCK` consecutive elements of the unsharded, row
 * 3 bits: the low two bits of all elements as above, then 32 bytes: bit i of byte j is the high bit of
   element j + 32 i.
 * 4 bits: byte j (of 128) holds element j in its low and element j + 128 in its high nibble.
+* 6 bits: the low four bits of all elements as with 4 bits, then their high two as with 2.
 * 8 bits: byte j holds element j.
 
 Neighbouring bytes hold neighbouring elements, so that unpacking is a shift and a mask over whole vectors.
@@ -50,6 +51,7 @@ GRIDS: dict[str, Grid] = {
         Grid("int2", -2, 1, 2),
         Grid("int3", -4, 3, 3),
         Grid("int4", -8, 7, 4),
+        Grid("int6", -32, 31, 6),
         Grid("int8", -128, 127, 8),
     )
 }

@@ -128,7 +128,7 @@ _ANSWERS = {
     "lora lora_r lora_alpha peft adapter": "leave it out: every weight is trained, none has an adapter",
     # the method
     "bits n_bits wbits w_bits weight_bits quant_bits num_bits quantization quantization_config quant_config "
-    "quantize load_in_4bit load_in_8bit": "write method.grid: ternary, int2, int3, int4 or int8",
+    "quantize load_in_4bit load_in_8bit": "write method.grid: ternary, int2, int3, int4, int6 or int8",
     "quant_method quant_type algorithm": "write method.name",
     "act_bits a_bits abits input_bits": "write method.activation_bits",
     "group_size groupsize q_group_size": "write method.group, with method.granularity: group",

@@ -6,8 +6,8 @@
     trained.generate("def main():")["text"]
 
 Evaluation, sampling, post-training quantisation and exports work on this alone.  One that is quantised
-after training is `dataclasses.replace` of another, with a method and a `read` of its own.  Opening and
-loading execute nothing of what is read: JSON, safetensors and tokenizers are data.
+after training (lowbit_dist/quantize) is a checkpoint, too.  Opening and loading execute nothing of what is
+read: JSON, safetensors and tokenizers are data.
 """
 
 from __future__ import annotations
@@ -260,11 +260,12 @@ def _unfitting(trained: Trained, what: str) -> ConfigError:
 
 
 def _run_tokenizer(checkpoint: Checkpoint) -> TextTokenizer:
-    """The tokenizer of the checkpoint's model: the copy in its run's folder, or its data's."""
-    expected = checkpoint.manifest["tokenizer_sha256"]
-    copied = checkpoint.path.resolve().parent.parent / "tokenizer"
-    path = copied if copied.is_dir() else Path(checkpoint.config.data.path) / "tokenizer"
-    loaded = tokenizer.load(path, sha256=expected)
+    """The tokenizer of the checkpoint's model: the copy in its folder or its run's, or its data's."""
+    expected, path = checkpoint.manifest["tokenizer_sha256"], checkpoint.path.resolve()
+    copies = [folder / "tokenizer" for folder in (path, path.parent.parent)]
+    path = next(filter(Path.is_dir, copies), Path(checkpoint.config.data.path) / "tokenizer")
+    marks = {} if (known := checkpoint.manifest.get("marks")) is None else dict(known)
+    loaded = tokenizer.load(path, sha256=expected, **marks)
     if loaded.sha256 != expected:
         raise ConfigError(
             f"{path} is not the tokenizer of {checkpoint.path}: its hash is {loaded.sha256[:12]}, "

@@ -612,10 +612,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "package that brings it"),
     "a misspelt grid": (
         GOOD, ("method.grid=ternery",),
-        "method.grid ('ternery') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
+        "method.grid ('ternery') must be one of ternary, int2, int3, int4, int6, int8; did you mean "
+        "'ternary'?"),
     "a grid that is a number": (
         GOOD, ("method.grid=8",),
-        "method.grid (8) must be one of ternary, int2, int3, int4, int8; write ternary, for example"),
+        "method.grid (8) must be one of ternary, int2, int3, int4, int6, int8; write ternary, for example"),
     "activation bits that do not exist": (
         GOOD, ("method.activation_bits=4",),
         "method.activation_bits (4) must be one of 8, null; write 8, for example"),
@@ -657,7 +658,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "precision ('float32') must be one of bf16, fp32, fp8; did you mean 'fp32'?"),
     "a grid from elsewhere": (
         GOOD, ("method.grid=1.58bit",),
-        "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int8; did you mean 'ternary'?"),
+        "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int6, int8; did you mean "
+        "'ternary'?"),
     "states that do not exist": (
         GOOD, ("optimizer.states=int4",),
         "optimizer.states ('int4') must be one of fp32, bf16, int8; did you mean 'int8'?"),

@@ -16,6 +16,7 @@ def test_grids_have_the_levels_and_sizes_of_their_names():
         "int2": (-2, 1, 2, 4, 64),
         "int3": (-4, 3, 3, 8, 96),
         "int4": (-8, 7, 4, 16, 128),
+        "int6": (-32, 31, 6, 64, 192),
         "int8": (-128, 127, 8, 256, 256),
     }
 

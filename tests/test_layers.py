@@ -29,7 +29,7 @@ FLOOR = {
     "memory": 4, "checkpoint": 4, "runs": 4, "tracking": 4, "convert": 4,
     "inputs": 5, "resuming": 5, "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5,
     "doctor": 5,
-    "cluster": 6, "compare": 6, "sweep": 6, "export": 6,
+    "cluster": 6, "compare": 6, "sweep": 6, "quantize": 6, "export": 6,
     "cli": 7, "__main__": 7,
     "__init__": 8,  # the Python API: nothing in the package imports from it
 }  # fmt: skip

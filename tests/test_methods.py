@@ -11,7 +11,14 @@ from lowbit_dist.methods import DQT, BitNet, Dense
 from lowbit_dist.methods.dqt import RMS_RANGE
 from lowbit_dist.packed import PackedTensor
 
-GRIDS = {"ternary": (-1, 1), "int2": (-2, 1), "int3": (-4, 3), "int4": (-8, 7), "int8": (-128, 127)}
+GRIDS = {
+    "ternary": (-1, 1),
+    "int2": (-2, 1),
+    "int3": (-4, 3),
+    "int4": (-8, 7),
+    "int6": (-32, 31),
+    "int8": (-128, 127),
+}
 
 
 def case(n=5, out=7, inputs=256, seed=0):

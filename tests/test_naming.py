@@ -117,10 +117,11 @@ def test_without_any_run_the_answer_says_so(tmp_path, monkeypatch):
     assert refused(naming.find_runs, "small").endswith("there are none yet")
 
 
-@pytest.mark.parametrize("verb", ["watch", "compare", "inspect", "eval", "generate"])
+@pytest.mark.parametrize("verb", ["watch", "compare", "inspect", "eval", "generate", "quantize"])
 def test_every_verb_gives_the_same_answer(verb, place, lowbit):
-    more = {"eval": ["--data", "x"], "generate": ["--prompt", "x"]}.get(verb, [])
-    done = lowbit(verb, "smal", *more)
+    more = {"eval": ["--data", "x"], "generate": ["--prompt", "x"]}
+    more |= {"quantize": ["--method", "rtn", "--out", "x"]}
+    done = lowbit(verb, "smal", *more.get(verb, []))
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("lowbit: 'smal' is neither a run (in runs/), a run's folder")

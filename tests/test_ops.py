@@ -57,8 +57,10 @@ def test_each_element_has_the_bits_that_the_layout_names(grid):
         of_block = codes[block * grid.bytes_per_block :].tolist()
         if grid.bits == 8:
             code = of_block[j]
-        elif grid.bits == 4:
+        elif grid.bits in (4, 6):
             code = of_block[j % 128] >> 4 * (j // 128) & 15
+            if grid.bits == 6:
+                code |= (of_block[128 + j % 64] >> 2 * (j // 64) & 3) << 4
         else:
             code = of_block[j % 64] >> 2 * (j // 64) & 3
             if grid.bits == 3:

@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step-N` of
   optimizer's slots `NAME/slots/SLOT` (8-bit ones with `NAME/slots/SLOT/scale`).  Worker 0 adds `NAME/scale`
   (float16).
 * `manifest.json`: the run's configuration and position, every tensor's shape, grid and `scale_every`, and
-  which elements each file holds.
+  which elements each file holds; of a weight that is a sum the number of its `planes`, too.
 * `SHA256SUMS`: of each of these files, as `sha256sum --check` reads it.
 
 Everything is addressed by element of the unsharded tensor, so any number of workers can read it.  Each

@@ -64,9 +64,10 @@ def check_parts(manifest: dict[str, Any]) -> None:
     for name, tensor in manifest["tensors"].items():
         if not _are_counts(tensor["shape"]) or tensor["grid"] not in (None, *GRIDS):
             raise ValueError(f"the shape or grid of {show(name)} is none")
-        every = tensor.get("scale_every", 1)
-        if not _are_counts([every]) or not every:
-            raise ValueError(f"the scale_every of {show(name)} is none")
+        for key in ("scale_every", "planes"):
+            number = tensor.get(key, 1)
+            if not _are_counts([number]) or not number:
+                raise ValueError(f"the {key} of {show(name)} is none")
     if not _are_counts([manifest[key] for key in ("step", "samples", "tokens", "vocab_size")]):
         raise ValueError("step, samples, tokens and vocab_size must be whole numbers")
     if not all(

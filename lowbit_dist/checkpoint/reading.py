@@ -44,6 +44,7 @@ class Kept(NamedTuple):
     shape: list[int]
     grid: str | None = None  # of a low-bit one
     scale_every: int | None = None  # elements of a low-bit one that share a scale
+    planes: int = 1  # of which a low-bit one is the sum
 
 
 class Checkpoint:
@@ -98,8 +99,9 @@ class Checkpoint:
         numel = int(torch.Size(shape).numel())
         if grid is None:
             return self.slice(name, "weight", 0, numel).view(shape)
-        codes, scale = self.slice(name, "codes", 0, numel), self.scale(name)
-        return PackedTensor(codes, scale, numel // len(scale), grid, shape)
+        planes = self.manifest["tensors"][name].get("planes", 1)
+        codes, scale = self.slice(name, "codes", 0, planes * numel), self.scale(name)
+        return PackedTensor(codes, scale, planes * numel // len(scale), grid, shape, planes)
 
     def scale(self, name: str) -> Tensor:
         return self.whole(name, "scale").float()
@@ -167,8 +169,11 @@ class Checkpoint:
 
         instead: what to do then
         """
-        mine = {name: (kept.shape, kept.grid) for name, kept in expected.items()}
-        theirs = {name: (t["shape"], t["grid"]) for name, t in self.manifest["tensors"].items()}
+        mine = {name: _words(kept) for name, kept in expected.items()}
+        theirs = {
+            name: _words(Kept(t["shape"], t["grid"], planes=t.get("planes", 1)))
+            for name, t in self.manifest["tensors"].items()
+        }
         every = {name: t.get("scale_every") for name, t in self.manifest["tensors"].items()}
         for name, kept in expected.items():
             if kept.grid and every.get(name) not in (None, kept.scale_every):  # format 1 does not say
@@ -232,6 +237,11 @@ class Checkpoint:
             return problems + [
                 f"{file} {answer}" for file, answer in zip(files, answers, strict=True) if answer
             ]
+
+
+def _words(kept: Kept) -> tuple[Any, ...]:
+    """Shape and grid, and of how many planes a weight is the sum, if it is one."""
+    return (kept.shape, kept.grid) if kept.planes == 1 else (kept.shape, kept.grid, f"{kept.planes} planes")
 
 
 def _damage(path: Path, expected: str) -> str | None:

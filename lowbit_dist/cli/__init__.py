@@ -42,12 +42,13 @@ from lowbit_dist.cli.arguments import (
     pairs,
     vocabulary,
 )  # fmt: skip
+from lowbit_dist.cli.quantizing import quantize
 from lowbit_dist.config import ConfigError
 
 # In the order of the work, which is that of the help.
 VERBS = (
     "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "ui", "eval", "generate",
-    "export", "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
+    "quantize", "export", "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
 )  # fmt: skip
 
 
@@ -82,6 +83,7 @@ app.command()(watching.watch)
 app.command()(ui.ui)
 app.command()(exporting.export)
 app.command()(reference.config)
+app.command()(quantize)
 bench_app.command("update")(benches.update)
 
 

@@ -13,7 +13,7 @@ from lowbit_dist import folders
 from lowbit_dist.machine import processors
 from lowbit_dist.network import ray_address
 
-OBJECT_STORE = 128 << 20  # bytes; tensors never travel through Ray's object store
+OBJECT_STORE = 128 << 20  # bytes; no tensor of training travels through Ray's object store
 
 # Read by Ray in this process and handed on to its controller and workers.  What the user has set stays.
 RAY_SETTINGS = {
@@ -45,10 +45,13 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def ray_session(launcher: int, say: Callable[[str], None]) -> Iterator[None]:
+def ray_session(
+    launcher: int, say: Callable[[str], None], *, object_store: int = OBJECT_STORE
+) -> Iterator[None]:
     """Ray on this machine, for this machine alone and gone afterwards, or the cluster at RAY_ADDRESS.
 
-    `launcher`: the process whose number is in the name of the session's folder.
+    `launcher`: the process whose number is in the name of the session's folder.  `object_store`: bytes that
+    may travel at a time, of a Ray that is started here.
     """
     address = ray_address()
     for name, value in (RAY_SETTINGS | ({} if address else LOOPBACK | AWAIT_HEAD | PRIORITY)).items():
@@ -71,7 +74,7 @@ def ray_session(launcher: int, say: Callable[[str], None]) -> Iterator[None]:
                 num_cpus=processors(),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
-                object_store_memory=OBJECT_STORE,
+                object_store_memory=object_store,
                 _temp_dir=str(folder),
                 **quiet,
             )

@@ -30,17 +30,19 @@ def is_export(folder: Path) -> bool:
 
 def text(model: Finished, chosen: Format, written: Mapping[str, Any]) -> str:
     """Markdown; `written`: what the export has told."""
-    proof, name = written["proof"], Path(written["export"]).name
+    path, name = model.trained.path, Path(written["export"]).name
+    checkpoint = Checkpoint.open(path) if (path / MANIFEST).exists() else None
+    use = chosen.USE.format(path=f"{name}{chosen.SUFFIX}")
     sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {TAG}\n- low-bit\n---\n",
         f"# {name}\n",
-        f"A {model.architecture}{_low_bit(model)}, trained by method `{model.trained.method.label}` and "
-        f"exported as `{written['format']}` (`{written['type']}`, {in_bytes(written['bytes'])}).\n",
-        f"## Use\n\n{chosen.USE.format(path=f"{name}{chosen.SUFFIX}")}{_begins(model)}",
+        f"A {model.architecture}{_low_bit(model)}{_made(model, checkpoint)}, exported as "
+        f"`{written['format']}` (`{written['type']}`, {in_bytes(written['bytes'])}).\n",
+        f"## Use\n\n{use}{_begins(model)}",
         "## Proof\n\nRead back by the format's own public reader before it was published:\n\n"
-        + _proof(proof),
+        + _proof(written["proof"]),
     ]
-    origin = _origin(model, written)
+    origin = _origin(model, checkpoint)
     sections += [f"## {title}\n\n{table(rows)}" for title, rows in origin.items() if rows]
     return "\n".join(sections)
 
@@ -54,6 +56,14 @@ def table(rows: Mapping[str, Any]) -> str:
 def _low_bit(model: Finished) -> str:
     grids = sorted({layout.grid.name for layout in model.layouts.values()})
     return f" with {' and '.join(grids)} weights in its linear layers" if grids else ""
+
+
+def _made(model: Finished, checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return ""
+    if quantized := checkpoint.manifest.get("quantized"):
+        return f", quantised after its training by `{quantized['name']}`"
+    return f", trained by method `{model.trained.method.label}`"
 
 
 def _begins(model: Finished) -> str:
@@ -81,19 +91,20 @@ def _proof(proof: Mapping[str, Any]) -> str:
     return table(rows)
 
 
-def _origin(model: Finished, written: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _origin(model: Finished, checkpoint: Checkpoint | None) -> dict[str, dict[str, Any]]:
     """Title -> rows: of a run its metrics, its memory and what it was made from."""
     path = model.trained.path
     made_from: dict[str, Any] = {"checkpoint": f"`{path.name}`", "tokenizer": f"`{model.tokenizer.sha256}`"}
-    if not (path / MANIFEST).exists():
+    if checkpoint is None:
         return {"Made from": made_from}
-    checkpoint = Checkpoint.open(path)
+    made_from["weights"] = f"`{checkpoint.digest()}`"
+    if quantized := checkpoint.manifest.get("quantized"):
+        return {"Made from": made_from | {"quantised": f"`{quantized['source']}`"}}
     folder = path.resolve().parent.parent
     summary = runs.content(folder / runs.SUMMARY)
     made_from |= {
         "run": f"`{checkpoint.config.run.name}`, step {checkpoint.step:,}",
         "data": f"`{runs.content(folder / runs.INPUTS).get('data')}`",
-        "weights": f"`{checkpoint.digest()}`",
     }
     if summary.get("steps") != checkpoint.step:  # of another checkpoint, or there is none
         return {"Made from": made_from}

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lowbit_dist import model as models
@@ -27,6 +28,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     grid: Grid
     scale_every: int
+    planes: int  # of which it is the sum
 
     @property
     def group(self) -> int | None:
@@ -68,7 +70,7 @@ class Finished:
         """Of each linear layer's weight that is low-bit."""
         tensors = ((name, self.tensor(name)) for name in self.linears)
         return {
-            name: Layout(tensor.shape, tensor.grid, tensor.scale_every)
+            name: Layout(tensor.shape, tensor.grid, tensor.scale_every, tensor.planes)
             for name, tensor in tensors
             if isinstance(tensor, PackedTensor)
         }
@@ -76,10 +78,7 @@ class Finished:
     def numbers(self, name: str) -> Tensor:  # of its shape, float32
         """level x scale, element by element, or what the tensor is."""
         tensor = self.tensor(name)
-        if not isinstance(tensor, PackedTensor):
-            return tensor
-        levels = tensor.levels().float().view(-1, tensor.scale_every)
-        return (levels * tensor.scale[:, None]).view(tensor.shape)
+        return tensor.dequantize(torch.float32) if isinstance(tensor, PackedTensor) else tensor
 
     def with_half_scales(self) -> Finished:
         """The same with scales of rows and groups rounded to float16, where they are not float16 already, as
@@ -95,7 +94,7 @@ class Finished:
         return replace(self, tensor=read, has_half_scales=True)
 
     def check_low_bit(self, format: str) -> None:
-        """ConfigError unless there are low-bit linear layers."""
+        """ConfigError unless there are low-bit linear layers, each of one plane."""
         if not self.linears:
             raise ConfigError(
                 f"{self.trained.path} has no linear layers (nn.Linear), of which --format {format} is; write "
@@ -106,6 +105,12 @@ class Finished:
                 f"{self.trained.path} is not low-bit (method {self.trained.method.name}), as --format "
                 f"{format} is; quantise it first, with lowbit quantize, or write --format hf"
             )
+        for name, layout in self.layouts.items():
+            if layout.planes > 1:
+                raise ConfigError(
+                    f"--format {format} holds no sums, as {name} is of {layout.planes} planes; quantise with "
+                    "lowbit quantize --tied, whose planes are one grid, or write --format hf"
+                )
 
 
 def of(trained: Trained) -> Finished:

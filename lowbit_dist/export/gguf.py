@@ -60,6 +60,12 @@ def check(model: Finished, kind: str | None) -> str:
     if kind is not None:
         _contents(model, kind)
         return kind
+    for name in model.names:
+        if isinstance(tensor := model.tensor(name), PackedTensor) and tensor.planes > 1:
+            raise _refused(
+                f"{name} is the sum of {tensor.planes} planes, and a block holds one",
+                "quantise with `lowbit quantize --tied`, whose planes are one grid, or write --type F32",
+            )
     for own in OWN:
         try:
             _, rounded = _contents(model, own)
@@ -230,6 +236,8 @@ def _why_not(name: str, tensor: PackedTensor, of: Type) -> str | None:
     """Why a type cannot hold a low-bit matrix exactly; None if it can."""
     length, grid = tensor.shape[-1], tensor.grid
     if of.levels is not None:
+        if tensor.planes > 1:
+            return f"it is the sum of {tensor.planes} planes, and a block holds one"
         low, high = of.levels
         if grid.low < low or grid.high > high:
             return f"its levels are {grid.low} to {grid.high}, those of a block {low} to {high}"

@@ -32,9 +32,10 @@ POSITIONS = 64  # of the text whose logits are compared
 MAX_KL = 1e-9  # nats, mean over positions
 MAX_KL_HALF = 1e-5  # the same, of scales rounded to float16
 MAX_KL_NARROWED = 1e-2  # the same, of matrices rounded to bfloat16
-MAX_KL_ROUNDED = 5e-4  # the same, with rounded inputs
+MAX_KL_ROUNDED = 5e-4  # the same, with inputs rounded to 8 bits
 MIN_TOP1 = 0.95  # of positions
-# Of what rounding itself does to our logits: two independent roundings differ by twice that, on average.
+# So much of what rounding inputs does to our own logits is allowed where it is more than that, as in models
+# with large outliers: two roundings that are independent differ by twice that, on average.
 NOISE = 4
 TEXTS = (
     "import os\n\n\ndef main(path: str) -> list[int]:\n    # What is there?\n    names = os.listdir(path)\n"

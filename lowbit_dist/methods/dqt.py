@@ -68,12 +68,12 @@ from lowbit_dist.section import setting
 
 # Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
 # weights (QuEST, arXiv 2502.05003, released code).
-RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int8": 3.885}
+RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int6": 3.277, "int8": 3.885}
 
 
 class DQT(Method):
     name: Literal["dqt"] = "dqt"
-    grid: Literal["ternary", "int2", "int3", "int4", "int8"] = setting(
+    grid: Literal["ternary", "int2", "int3", "int4", "int6", "int8"] = setting(
         "ternary", "The levels that a weight may have; the code of each is all that is kept of it."
     )
     rules: Literal["paper", "released"] = setting(

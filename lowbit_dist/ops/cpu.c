@@ -167,11 +167,14 @@ INLINE void draw(uint32_t (*restrict word)[SPAN], uint64_t q, const Step *now) {
 static void unpack_block(const uint8_t *restrict codes, int32_t *restrict level, int bits, int low) {
     if (bits == 8) {
         for (int j = 0; j < 256; j++) level[j] = codes[j] + low;
-    } else if (bits == 4) {
+    } else if (bits == 4 || bits == 6) {
         for (int j = 0; j < 128; j++) {
             level[j] = (codes[j] & 15) + low;
             level[j + 128] = (codes[j] >> 4) + low;
         }
+        if (bits == 6)
+            for (int j = 0; j < 64; j++)
+                for (int i = 0; i < 4; i++) level[j + 64 * i] += ((codes[128 + j] >> (2 * i)) & 3) << 4;
     } else {
         for (int j = 0; j < 64; j++) {
             level[j] = (codes[j] & 3) + low;
@@ -188,8 +191,14 @@ static void unpack_block(const uint8_t *restrict codes, int32_t *restrict level,
 static void pack_block(uint8_t *restrict codes, const int32_t *restrict level, int bits, int low) {
     if (bits == 8) {
         for (int j = 0; j < 256; j++) codes[j] = (uint8_t)(level[j] - low);
-    } else if (bits == 4) {
-        for (int j = 0; j < 128; j++) codes[j] = (uint8_t)((level[j] - low) | (level[j + 128] - low) << 4);
+    } else if (bits == 4 || bits == 6) {
+        for (int j = 0; j < 128; j++)
+            codes[j] = (uint8_t)(((level[j] - low) & 15) | ((level[j + 128] - low) & 15) << 4);
+        if (bits == 6)
+            for (int j = 0; j < 64; j++)
+                codes[128 + j] =
+                    (uint8_t)((level[j] - low) >> 4 | (level[j + 64] - low) >> 4 << 2 |
+                              (level[j + 128] - low) >> 4 << 4 | (level[j + 192] - low) >> 4 << 6);
     } else {
         for (int j = 0; j < 64; j++)
             codes[j] = (uint8_t)(((level[j] - low) & 3) | ((level[j + 64] - low) & 3) << 2 |
@@ -203,12 +212,12 @@ static void pack_block(uint8_t *restrict codes, const int32_t *restrict level, i
     }
 }
 
-/* How many codes differ: the bits of each code's difference are folded onto its lowest, which are counted. Bit planes
- * (3 bits) do not keep a code's bits together, so levels are compared there. */
+/* How many codes differ: the bits of each code's difference are folded onto its lowest, which are counted. Planes (3
+ * and 6 bits) do not keep a code's bits together, so levels are compared there. */
 static int64_t count_changes(const uint8_t *restrict old, const uint8_t *restrict new, const Work *restrict work,
                              int bits) {
     int64_t changes = 0;
-    if (bits == 3) {
+    if (bits == 3 || bits == 6) {
         for (int j = 0; j < BLOCK; j++) changes += work->level[j] != work->next[j];
         return changes;
     }

@@ -74,6 +74,16 @@ def load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
         even = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
         odd = tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32)
         return even & 15, odd & 15, even >> 4, odd >> 4
+    elif BITS == 6:
+        even = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
+        odd = tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32)
+        high = tl.load(byte_ptr + 128 + j, mask=mask, other=0).to(tl.int32)
+        return (
+            (even & 15) | ((high & 3) << 4),
+            (odd & 15) | ((high & 12) << 2),
+            (even >> 4) | (high & 48),
+            (odd >> 4) | ((high >> 2) & 48),
+        )
     else:
         return (
             tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32),
@@ -99,6 +109,11 @@ def store_codes(codes_ptr, block, j, mask, c0, c1, c2, c3, BITS: tl.constexpr, B
     elif BITS == 4:
         tl.store(byte_ptr + j, (c0 | (c2 << 4)).to(tl.uint8), mask=mask)
         tl.store(byte_ptr + 64 + j, (c1 | (c3 << 4)).to(tl.uint8), mask=mask)
+    elif BITS == 6:
+        tl.store(byte_ptr + j, ((c0 & 15) | ((c2 & 15) << 4)).to(tl.uint8), mask=mask)
+        tl.store(byte_ptr + 64 + j, ((c1 & 15) | ((c3 & 15) << 4)).to(tl.uint8), mask=mask)
+        high = (c0 >> 4) | ((c1 >> 4) << 2) | ((c2 >> 4) << 4) | ((c3 >> 4) << 6)
+        tl.store(byte_ptr + 128 + j, high.to(tl.uint8), mask=mask)
     else:
         tl.store(byte_ptr + j, c0.to(tl.uint8), mask=mask)
         tl.store(byte_ptr + 64 + j, c1.to(tl.uint8), mask=mask)

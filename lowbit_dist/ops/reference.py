@@ -251,10 +251,10 @@ def pack(levels: Tensor, *, grid: Grid) -> Tensor:
     if grid.bits == 8:
         return codes
     if grid.bits == 4:
-        half = codes.view(-1, 2, BLOCK // 2)
-        return (half[:, 0] | (half[:, 1] << 4)).view(-1)
-    quarter = (codes & 3).view(-1, 4, BLOCK // 4)
-    low = quarter[:, 0] | (quarter[:, 1] << 2) | (quarter[:, 2] << 4) | (quarter[:, 3] << 6)
+        return _nibbles(codes).view(-1)
+    if grid.bits == 6:
+        return torch.cat([_nibbles(codes & 15), _pairs(codes >> 4)], dim=1).view(-1)
+    low = _pairs(codes & 3)
     if grid.bits == 2:
         return low.view(-1)
     eighth = (codes >> 2).view(-1, 8, BLOCK // 8)
@@ -264,13 +264,25 @@ def pack(levels: Tensor, *, grid: Grid) -> Tensor:
     return torch.cat([low, high], dim=1).view(-1)
 
 
+def _nibbles(codes: Tensor) -> Tensor:  # [N] of 4 bits -> [B, 128]
+    half = codes.view(-1, 2, BLOCK // 2)
+    return half[:, 0] | (half[:, 1] << 4)
+
+
+def _pairs(codes: Tensor) -> Tensor:  # [N] of 2 bits -> [B, 64]
+    quarter = codes.view(-1, 4, BLOCK // 4)
+    return quarter[:, 0] | (quarter[:, 1] << 2) | (quarter[:, 2] << 4) | (quarter[:, 3] << 6)
+
+
 def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     """The levels of packed codes: [N] int8, the inverse of `pack`."""
     blocks = codes.view(-1, grid.bytes_per_block)
     if grid.bits == 8:
         plain = blocks
-    elif grid.bits == 4:
-        plain = torch.cat([blocks & 15, blocks >> 4], dim=1)
+    elif grid.bits in (4, 6):
+        plain = torch.cat([blocks[:, :128] & 15, blocks[:, :128] >> 4], dim=1)
+        if grid.bits == 6:
+            plain |= torch.cat([((blocks[:, 128:] >> shift) & 3) << 4 for shift in (0, 2, 4, 6)], dim=1)
     else:
         plain = torch.cat([(blocks[:, :64] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
         if grid.bits == 3:
