@@ -1,14 +1,15 @@
 """Exports: what other software reads in the files is the model, and what is not is never published."""
 
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
 
 import hf_tokenizers
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,23 +18,41 @@ from safetensors import safe_open
 
 from lowbit_dist import model, tokenizer
 from lowbit_dist.config import ConfigError
-from lowbit_dist.export import FORMATS, compressed, export, finished, hf, hf_bitnet, huggingface, proof
+from lowbit_dist.export import (
+    FORMATS,
+    compressed,
+    export,
+    finished,
+    ggml,
+    gguf_names,
+    gguf_tokenizer,
+    hf,
+    hf_bitnet,
+    huggingface,
+    proof,
+)
 from lowbit_dist.methods import DQT, TBT, BitNet, Dense, Tequila, TriLM
 from lowbit_dist.packed import PackedTensor
+from lowbit_dist.quantize.ptqtp import PTQTP
 from lowbit_dist.trained import of_folder
 
-ALL = ("hf", "hf-bitnet", "compressed-tensors")
-NOT_BITNET = ("hf", "compressed-tensors")
+ALL = ("hf", "hf-bitnet", "compressed-tensors", "gguf")
+NOT_BITNET = ("hf", "compressed-tensors", "gguf")
+FOLDERS = NOT_BITNET[:2]
 
 # Name -> the method, what of the model is changed, and the formats that hold it.
 MODELS = {
     "ternary": (DQT(), {}, ALL),
     "ternary, SubLN, tied": (DQT(sub_norms=True), {"tie_word_embeddings": True}, ALL),
     "ternary in groups": (DQT(granularity="group", group=64, activation_bits=None), {}, NOT_BITNET),
-    "groups as long as some rows": (DQT(granularity="group", group=256), {}, NOT_BITNET[1:]),
+    "groups as long as some rows": (
+        DQT(granularity="group", group=256),
+        {},
+        NOT_BITNET[1:],
+    ),  # a row of 256 is a group
     "ternary forward": (DQT(grid="int8", forward="ternary"), {"precision": "bf16"}, ALL),
     "all tensors": (DQT(tensors="all"), {}, ALL),
-    "int2 in rows": (DQT(grid="int2", granularity="row", sub_norms=True), {}, NOT_BITNET),
+    "int2 in rows": (DQT(grid="int2", granularity="row", sub_norms=True), {}, FOLDERS),
     "int3 in groups": (DQT(grid="int3", granularity="group"), {}, NOT_BITNET),
     "int3": (DQT(grid="int3", activation_bits=None), {}, NOT_BITNET),
     "int4, tied": (DQT(grid="int4"), {"tie_word_embeddings": True}, NOT_BITNET),
@@ -44,7 +63,7 @@ MODELS = {
     "trilm in slices": (TriLM(slices=2), {}, NOT_BITNET),
     "tequila": (Tequila(reactivation=0.5), {}, NOT_BITNET),
     "tbt, binary": (TBT(weights="binary"), {}, NOT_BITNET),
-    "dense": (Dense(), {}, ("hf",)),
+    "dense": (Dense(), {}, ("hf", "gguf")),
 }
 BITS = {"ternary": 2, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
 
@@ -109,6 +128,9 @@ def test_what_stock_software_reads_is_the_model(name, format, trained, tmp_path)
     if not proved["rounds_inputs"]:
         assert proved["kl"] < 1e-10 and proved["top1"] == 1
     assert n_low_bit == (0 if name == "dense" else 14)
+    if format == "gguf":
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "out.gguf"]
+        return
     if format != "hf":
         assert_size(leaving, out)
     sub_norms = getattr(source.method, "sub_norms", False)
@@ -265,6 +287,32 @@ def forgotten(monkeypatch, corpus):
     )
 
 
+def doubled_blocks(monkeypatch, corpus):
+    right = ggml.Type.pack
+    monkeypatch.setattr(ggml.Type, "pack", lambda self, levels, d: right(self, levels, 2 * d))
+
+
+def requantised_blocks(monkeypatch, corpus):
+    """As converters make them of numbers, with a scale of each block's largest."""
+    from gguf import GGMLQuantizationType, quants
+
+    def pack(self, levels, d):
+        numbers = levels * d.astype(np.float32).repeat(self.elements, 1)
+        return quants.quantize(numbers, GGMLQuantizationType[self.name])
+
+    monkeypatch.setattr(ggml.Type, "pack", pack)
+
+
+def not_permuted(monkeypatch, corpus):
+    monkeypatch.setattr(gguf_names, "interleaved", lambda rows, n_heads: rows)
+
+
+def with_space_prefix(monkeypatch, corpus):
+    right = gguf_tokenizer.metadata
+    prefix = {"tokenizer.ggml.add_space_prefix": True}
+    monkeypatch.setattr(gguf_tokenizer, "metadata", lambda *a: right(*a) | prefix)
+
+
 MISTAKES = {
     "inverted scale": (inverted, "ternary", "hf-bitnet", "elements differ"),
     "doubled scale": (doubled, "int3", "compressed-tensors", "elements differ"),
@@ -277,6 +325,10 @@ MISTAKES = {
         "cannot be read back",
     ),
     "dummy prefix": (with_dummy_prefix, "ternary", "hf", "other ids"),
+    "doubled scale of blocks": (doubled_blocks, "ternary in groups", "gguf", "elements differ"),
+    "requantised blocks": (requantised_blocks, "int4, tied", "gguf", "elements differ"),
+    "heads not permuted": (not_permuted, "int3", "gguf", r"[kq]_proj.weight is not the model's"),
+    "space before a text": (with_space_prefix, "int3", "gguf", "other ids"),
     "a bias left out": (without_bias, "tequila", "hf", "logits of 64 positions"),
     "half a file": (truncated, "ternary", "hf", "cannot be read back"),
     "norms left out": (forgotten, "ternary", "hf", "missing keys"),
@@ -302,11 +354,21 @@ REFUSED = {
     "no such format": ("ternary", {}, "ggfu", {}, "--format ('ggfu') must be one of"),
     "no such type": ("ternary", {}, "compressed-tensors", {"kind": "weight"}, "did you mean 'weights'"),
     "no types": ("ternary", {}, "hf", {"kind": "F16"}, "--type ('F16') must be left out"),
+    "no such type of GGUF": ("ternary", {}, "gguf", {"kind": "Q2_1"}, "did you mean"),
     "not ternary": ("int4, tied", {}, "hf-bitnet", {}, "the grid int4; write --format compressed-tensors"),
     "several scales": ("ternary in groups", {}, "hf-bitnet", {}, "one for each 64 weights"),
     "rows that are no multiple": (
         "ternary", {"num_attention_heads": 2, "head_dim": 127, "num_key_value_heads": 1}, "hf-bitnet", {},
         "packs four rows into one, and model.layers.0.self_attn.q_proj.weight has 254"),
+    "rows that are no whole blocks": (
+        "ternary", {"hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 5,
+                    "num_key_value_heads": 5},
+        "gguf", {"kind": "TQ1_0"}, "its rows of 640 are no whole blocks of 256; write --type Q2_0, Q4_0"),
+    "norms and a head": ("int2 in rows", {}, "gguf", {}, "train with model.tie_embeddings: true"),
+    "groups shorter than a block": (
+        "ternary in groups", {}, "gguf", {"kind": "TQ2_0"}, "a scale for 64 weights, a block one for 256"),
+    "levels that a block has not": (
+        "int8 in rows", {}, "gguf", {"kind": "Q4_0"}, "levels are -128 to 127, those of a block -8 to 7"),
     "not low-bit": ("dense", {}, "compressed-tensors", {}, "quantise it first, with lowbit quantize"),
     "norms of another architecture": (
         "ternary, SubLN, tied", {"config": transformers.Qwen2Config}, "hf", {},
@@ -342,6 +404,45 @@ def test_a_model_without_linear_layers_is_plain_or_nothing(tmp_path, corpus):
         export(source, "compressed-tensors", tmp_path / "out")
     proved = export(source, "hf", tmp_path / "out")["proof"]
     assert proved["positions"] == 48 and proved["kl"] < 1e-10
+
+
+@pytest.fixture
+def planes(trained):
+    """`planes(2, tied=False)`: a model of random weights, quantised after its training."""
+
+    def made(n, tied):
+        source, by = trained("dense"), PTQTP(planes=n, tied=tied)
+        linears = finished.of(source).linears
+
+        def read(name):
+            return by.layer(source.read(name), None) if name in linears else source.read(name)
+
+        return replace(source, method=by.method, read=read)
+
+    return made
+
+
+def test_a_sum_of_planes_leaves_as_numbers(planes, tmp_path):
+    source = planes(2, tied=False)
+    proved = export(source, "hf", tmp_path / "hf")["proof"]
+    assert proved["weights"] == len(source.names) and proved["kl"] < 1e-10
+    for format, words in {
+        "compressed-tensors": r"is of 2 planes; quantise with lowbit quantize --tied",
+        "gguf": r"sum of 2 planes.*--tied.*--type F32",
+    }.items():
+        needs(format)
+        with pytest.raises(ConfigError, match=words):
+            export(source, format, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("n", "kind"), [(2, "Q4_0"), (3, "Q8_0")])
+def test_planes_whose_scales_are_tied_leave_as_one_grid(n, kind, planes, tmp_path):
+    source = planes(n, tied=True)
+    for format in ("compressed-tensors", "gguf"):
+        needs(format)
+        written = export(source, format, tmp_path / format)
+        assert written["type"] == {"gguf": kind}.get(format, "weights")
+        assert written["proof"]["weights"] == len(source.names) and written["proof"]["kl"] < 1e-9
 
 
 def test_a_reader_that_is_not_installed_is_named(trained, tmp_path, monkeypatch):
@@ -402,58 +503,6 @@ def test_a_huggingface_tokenizer_goes_with_its_model(kind, trained, tmp_path):
     )
 
 
-# Of another major version, installed with its own dependencies into a folder of its own:
-# pip install --target DIR --no-deps transformers==5.24.0 "huggingface_hub>=1.31" "tokenizers>=0.23.1"
-ELSEWHERE = os.environ.get("LOWBIT_TEST_TRANSFORMERS", "")
-READ_ELSEWHERE = """
-import json, sys, torch, transformers
-torch.compiler.set_stance("force_eager")
-given = json.load(open(sys.argv[1]))
-answers = {"version": transformers.__version__}
-for name, folder in given["folders"].items():
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([given["ids"]])).logits[0]
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in given["texts"]]
-    missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    answers[name] = {"logits": logits.tolist(), "ids": ids, "missing": missing}
-json.dump(answers, open(sys.argv[2], "w"))
-"""
-
-
-@pytest.mark.skipif(
-    not ELSEWHERE, reason="LOWBIT_TEST_TRANSFORMERS names no folder with another transformers"
-)
-def test_another_version_of_transformers_reads_the_same(trained, tmp_path):
-    folders, ours, rounds, noise = {}, {}, {}, {}
-    for name, format in (
-        ("ternary, SubLN, tied", "hf"), ("ternary, SubLN, tied", "hf-bitnet"), ("ternary", "hf-bitnet"),
-        ("int3", "compressed-tensors"), ("int2 in rows", "compressed-tensors"), ("tequila", "hf"),
-    ):  # fmt: skip
-        needs(format)
-        source, key = trained(name), f"{name} {format}"
-        folders[key] = str(tmp_path / key)
-        rounds[key] = export(source, format, folders[key])["proof"]["rounds_inputs"]
-        leaving = finished.of(source)
-        ids = proof._ids(leaving)
-        both = {is_rounded: proof.logits(net, ids) for is_rounded, net in finished.networks(leaving)}
-        ours[key], noise[key] = both[rounds[key]], proof.divergence(both[False], both[True])
-    given = {"folders": folders, "ids": ids, "texts": proof.TEXTS}
-    (tmp_path / "given").write_text(json.dumps(given))
-    path = os.pathsep.join([ELSEWHERE, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", READ_ELSEWHERE, tmp_path / "given", tmp_path / "answers"]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
-    answers = json.loads((tmp_path / "answers").read_text())
-    assert answers.pop("version") != transformers.__version__
-    for key, answer in answers.items():
-        assert answer["ids"] == [source.tokenizer.encode(text) for text in proof.TEXTS], key
-        assert not answer["missing"], key
-        most = proof.NOISE * noise[key] if rounds[key] else proof.MAX_KL
-        assert proof.divergence(ours[key], torch.tensor(answer["logits"])) <= most, key
-
-
 # ------------------------------------------------------------------ the command line
 
 
@@ -469,6 +518,7 @@ def test_the_command_line_exports_a_run(few_steps, lowbit, tmp_path, monkeypatch
     card = (out / "README.md").read_text()
     for part in (summary["digest"], f"{summary['val_loss']:.4f}", "step 4", "Memory in training", "saved"):
         assert part in card
+    assert 'from_pretrained("out")' in card
     again = lowbit(*command)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--force" in again.stderr
     done = lowbit(*command, "--force")
@@ -477,6 +527,52 @@ def test_the_command_line_exports_a_run(few_steps, lowbit, tmp_path, monkeypatch
     failed = lowbit(*command[:-1], tmp_path / "other")
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
     assert "cannot be read back" in failed.stderr and not (tmp_path / "other").exists()
+
+
+def test_a_gguf_file_has_its_model_card_within(few_steps, lowbit, tmp_path):
+    needs("gguf")
+    from lowbit_dist.export.gguf_file import Contents
+
+    command = ("export", few_steps()["checkpoint"], "--format", "gguf", "--out")
+    refused = lowbit(*command, tmp_path / "model.gguf")
+    assert refused.returncode == 2 and "must be a folder" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    done = lowbit(*command, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "-m model.gguf" in card and few_steps()["digest"] in card
+    contents = Contents(tmp_path / "model" / "model.gguf")
+    assert contents.metadata["lowbit.card"].rstrip(" ") == card
+
+
+KILLED = """
+import os, signal, sys
+from lowbit_dist import export, trained
+from lowbit_dist.export import proof
+proof.prove = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+export.export(trained.open(sys.argv[1]), "hf", sys.argv[2])
+"""
+
+
+def test_what_a_killed_export_has_written_is_no_export(few_steps, lowbit, tmp_path):
+    checkpoint, out = few_steps()["checkpoint"], tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, checkpoint, out], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert list((tmp_path / ".out.partial").iterdir()), "it must have been killed in the middle"
+    done = lowbit("export", checkpoint, "--format", "hf", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_model_or_damaged_is_refused_in_one_line(few_steps, lowbit, tmp_path):
+    checkpoint = shutil.copytree(few_steps()["checkpoint"], tmp_path / "step-4")
+    shard = next(checkpoint.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
     (tmp_path / "no-model").mkdir()
-    neither = lowbit("export", tmp_path / "no-model", "--format", "hf", "--out", tmp_path / "other")
-    assert neither.returncode == 2 and "nor a Hugging Face model's" in neither.stderr
+    for path, words in ((checkpoint, "is damaged"), (tmp_path / "no-model", "nor a Hugging Face model's")):
+        done = lowbit("export", path, "--format", "hf", "--out", tmp_path / "out")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()

@@ -277,7 +277,7 @@ def test_a_file_is_no_larger_than_its_types_bits(kind, trained, tmp_path):
     exact = sum(low_bit) * bits.get(kind, 8.5) / 8 + sum(4 * of.numel() for of in others)
     vocabulary = sum(len(json.dumps(of)) + 16 for of in tokens(model))  # and a length, a score, a kind
     size = (tmp_path / "a.gguf").stat().st_size
-    assert exact < size <= 1.01 * exact + vocabulary + exporting.NOTES_BYTES
+    assert exact < size <= 1.01 * exact + vocabulary + exporting.CARD_BYTES
     assert size <= exporting.size(model, kind) <= 1.1 * size
 
 
@@ -471,16 +471,16 @@ def test_a_ternary_layer_with_the_bias_of_its_dead_zone(trained, tmp_path):
     assert finished[bias].abs().max() > 0 and torch.equal(read.weight(bias), finished[bias])
 
 
-def test_notes_are_put_into_a_written_file(trained, tmp_path):
+def test_a_model_card_is_put_into_a_written_file(trained, tmp_path):
     model, path = trained(), tmp_path / "a.gguf"
     read = written(model, path, "TQ2_0")
     before = path.stat().st_size
-    exporting.note(path, {"kl": 1e-9, "text": "naïve"})
+    exporting.note(path, "# naïve\n")
     contents = gguf_file.Contents(path)
-    assert json.loads(contents.metadata["lowbit.export"]) == {"kl": 1e-9, "text": "naïve"}
+    assert contents.metadata["lowbit.card"].rstrip(" ") == "# naïve\n"
     assert path.stat().st_size == before and not differing(model, read)
-    with pytest.raises(ValueError, match="has room for 4,096 bytes"):
-        exporting.note(path, {"text": "x" * 5000})
+    with pytest.raises(ValueError, match="has room for 8,192 bytes"):
+        exporting.note(path, "x" * 9000)
 
 
 def of_json(folder, change=lambda content: None, **config):

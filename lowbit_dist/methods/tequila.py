@@ -12,7 +12,6 @@ The authors start from a pretrained model and train without weight decay at a co
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
