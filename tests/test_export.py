@@ -45,11 +45,7 @@ MODELS = {
     "ternary": (DQT(), {}, ALL),
     "ternary, SubLN, tied": (DQT(sub_norms=True), {"tie_word_embeddings": True}, ALL),
     "ternary in groups": (DQT(granularity="group", group=64, activation_bits=None), {}, NOT_BITNET),
-    "groups as long as some rows": (
-        DQT(granularity="group", group=256),
-        {},
-        NOT_BITNET[1:],
-    ),  # a row of 256 is a group
+    "groups as long as some rows": (DQT(granularity="group", group=256), {}, NOT_BITNET[1:]),
     "ternary forward": (DQT(grid="int8", forward="ternary"), {"precision": "bf16"}, ALL),
     "all tensors": (DQT(tensors="all"), {}, ALL),
     "int2 in rows": (DQT(grid="int2", granularity="row", sub_norms=True), {}, FOLDERS),
@@ -57,12 +53,12 @@ MODELS = {
     "int3": (DQT(grid="int3", activation_bits=None), {}, NOT_BITNET),
     "int4, tied": (DQT(grid="int4"), {"tie_word_embeddings": True}, NOT_BITNET),
     "int8 in rows": (DQT(grid="int8", granularity="row"), {"precision": "bf16"}, NOT_BITNET),
-    "bitnet": (BitNet(), {"precision": "bf16"}, ALL),
+    "bitnet": (BitNet(), {"precision": "bf16"}, ALL[:3]),
     "bitnet without SubLN": (BitNet(sub_norms=False), {}, ALL),
     "trilm": (TriLM(), {}, ALL),
     "trilm in slices": (TriLM(slices=2), {}, NOT_BITNET),
     "tequila": (Tequila(reactivation=0.5), {}, NOT_BITNET),
-    "tbt, binary": (TBT(weights="binary"), {}, NOT_BITNET),
+    "tbt, binary": (TBT(weights="binary"), {}, FOLDERS),
     "dense": (Dense(), {}, ("hf", "gguf")),
 }
 BITS = {"ternary": 2, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
@@ -126,7 +122,8 @@ def test_what_stock_software_reads_is_the_model(name, format, trained, tmp_path)
         assert proved["rounds_inputs"] == (written["type"] == "weights-and-inputs")
     assert proved["positions"] == 64 and proved["texts"] == len(proof.TEXTS)
     if not proved["rounds_inputs"]:
-        assert proved["kl"] < 1e-10 and proved["top1"] == 1
+        halved = format == "gguf" and isinstance(source.method, TriLM | Tequila)  # their scales
+        assert proved["kl"] < (1e-5 if halved else 1e-10) and proved["top1"] == 1
     assert n_low_bit == (0 if name == "dense" else 14)
     if format == "gguf":
         assert sorted(path.name for path in out.iterdir()) == ["README.md", "out.gguf"]
