@@ -61,7 +61,6 @@ MODELS = {
     "tbt, binary": (TBT(weights="binary"), {}, FOLDERS),
     "dense": (Dense(), {}, ("hf", "gguf")),
 }
-BITS = {"ternary": 2, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
 
 
 @pytest.fixture(scope="module")

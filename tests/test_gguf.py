@@ -29,7 +29,7 @@ from lowbit_dist.trained import Samples, Trained
 gguf = pytest.importorskip("gguf", reason="gguf is not installed; it is of the extra `export`")
 
 from lowbit_dist.export import gguf as exporting  # noqa: E402  # after it is known to be there
-from lowbit_dist.export import gguf_file, gguf_tokenizer  # noqa: E402
+from lowbit_dist.export import gguf_file, gguf_tokenizer, proof  # noqa: E402
 from lowbit_dist.export.ggml import TYPES  # noqa: E402
 
 SIZES = {
@@ -140,8 +140,8 @@ def differing(model, read):
 
 def compared(ours, theirs):
     """Mean KL in nats, and the share of positions with the same likeliest token."""
-    p, q = (torch.as_tensor(of).double().log_softmax(-1) for of in (ours, theirs))
-    return (p.exp() * (p - q)).sum(-1).mean().item(), (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    theirs = torch.as_tensor(theirs)
+    return proof.divergence(ours, theirs), proof.agreement(ours, theirs)
 
 
 def ids_of(model, n=64):
@@ -150,8 +150,7 @@ def ids_of(model, n=64):
 
 
 def logits(model, ids):
-    with torch.inference_mode():
-        return model.network()(input_ids=torch.tensor([ids])).logits[0]
+    return proof.logits(model.network(), ids)
 
 
 def test_types_are_those_of_the_public_package():

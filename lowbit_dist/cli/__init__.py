@@ -13,18 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import (
-    benches,
-    comparing,
-    complaints,
-    console,
-    exporting,
-    jobs,
-    progress,
-    reference,
-    ui,
-    watching,
-)
+from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, ui, watching
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
@@ -42,6 +31,7 @@ from lowbit_dist.cli.arguments import (
     pairs,
     vocabulary,
 )  # fmt: skip
+from lowbit_dist.cli.exporting import export
 from lowbit_dist.cli.quantizing import quantize
 from lowbit_dist.config import ConfigError
 
@@ -81,9 +71,9 @@ app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
 app.command()(ui.ui)
-app.command()(exporting.export)
 app.command()(reference.config)
 app.command()(quantize)
+app.command()(export)
 bench_app.command("update")(benches.update)
 
 

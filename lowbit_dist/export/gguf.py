@@ -25,7 +25,7 @@ from lowbit_dist.errors import ConfigError
 from lowbit_dist.export import gguf_file, gguf_names, gguf_tokenizer
 from lowbit_dist.export.ggml import TYPES, Type
 from lowbit_dist.export.gguf_file import Entry
-from lowbit_dist.export.gguf_reading import ROUNDED, ReadBack
+from lowbit_dist.export.gguf_reading import ROUNDED, File
 from lowbit_dist.packed import PackedTensor
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ def note(path: Path, card: str) -> None:
     gguf_file.fill_in(path, CARD, card)
 
 
-def read_back(path: Path) -> ReadBack:
+def read_back(path: Path) -> File:
     """The file as the public `gguf` package reads it, and transformers computes it."""
-    return ReadBack(path)
+    return File(path)
 
 
 def _refused(what: str, instead: str = "write --format hf") -> ConfigError:

@@ -29,8 +29,8 @@ SETTINGS = {  # of transformers' configurations, by GGUF's keys
 }
 
 
-class ReadBack:
-    """What a file holds; nothing is taken from the model that it was written from."""
+class File:
+    """What a GGUF file holds; nothing is taken from the model that it was written from."""
 
     rounds_inputs = False  # transformers does not, llama.cpp does
     has_reciprocals = False
