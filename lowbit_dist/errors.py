@@ -149,8 +149,9 @@ def nearest(word: Any, known: Any, cutoff: float = 0.6) -> str | None:
         return None
     if (here := synonyms.value(word)) in known:
         return here
-    matches = difflib.get_close_matches(word.lower(), known, 1, cutoff)
-    return matches[0] if matches else None
+    in_lower_case = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), in_lower_case, 1, cutoff)
+    return in_lower_case[matches[0]] if matches else None
 
 
 def nearest_multiple(value: int, unit: int) -> int:
