@@ -16,6 +16,7 @@ import transformers
 from lowbit_dist import trained
 from lowbit_dist.export import FORMATS, export, finished, proof
 from lowbit_dist.export.finished import Finished
+from lowbit_dist.linear import IntPerToken
 
 TIED = {"tie_embeddings": True}
 BOTH = ("weights", "weights-and-inputs")  # of compressed-tensors
@@ -109,12 +110,12 @@ class Exported(NamedTuple):
 
     @property
     def as_trained(self):
-        return self.plain if self.model.input_bits is None else self.rounded
+        return self.plain if self.model.rounding is None else self.rounded
 
 
 @pytest.fixture(scope="module")
 def exported(few_steps, tmp_path_factory):
-    """`exported("int3", "gguf", "Q3_K")`: a run of 30 steps, and what was written of it."""
+    """`exported("int3", "gguf", "Q3_K")`: a run of 20 steps, and what was written of it."""
     made = {}
 
     def of(name, format, kind):
@@ -122,12 +123,12 @@ def exported(few_steps, tmp_path_factory):
             pytest.importorskip(package, reason=f"{format} is read back with {package}")
         if name not in made:
             sections = RUNS[name][0]
-            summary = few_steps(train={"steps": 30, "batch_tokens": 1024, "micro_batch": 8}, **sections)
+            summary = few_steps(train={"steps": 20, "batch_tokens": 512, "micro_batch": 8}, **sections)
             source = trained.open(summary["checkpoint"])
             model = finished.of(source)
             ids = proof._ids(model)
-            plain, rounded = (proof.logits(network, ids) for _, network in finished.networks(model))
-            made[name] = source, model, ids, plain, rounded
+            ours = finished.Network(model)
+            made[name] = source, model, ids, ours.logits(ids, None), ours.logits(ids, IntPerToken())
         source, *others = made[name]
         out = tmp_path_factory.mktemp("exports") / "out"
         return Exported(*others, out, export(source, format, out, kind=kind)["proof"])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cases import slow, standing
 from sentencepiece import sentencepiece_model_pb2
 from test_hf_tokenizer import strings
 
@@ -28,8 +29,8 @@ from lowbit_dist.trained import Samples, Trained
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed; it is of the extra `export`")
 
+from lowbit_dist.export import finished, gguf_file, gguf_tokenizer, proof  # noqa: E402
 from lowbit_dist.export import gguf as exporting  # noqa: E402  # after it is known to be there
-from lowbit_dist.export import gguf_file, gguf_tokenizer, proof  # noqa: E402
 from lowbit_dist.export.ggml import TYPES  # noqa: E402
 
 SIZES = {
@@ -102,6 +103,11 @@ def trained(words):
     return made
 
 
+def named(names, *first):
+    """`first` of them in every pass, the others as slow ones."""
+    return standing({name: name for name in names}, *first)
+
+
 def packed(shape, grid, scale_of, generator):
     """Random levels, of which each occurs, and scales that make products half as large as inputs."""
     rows, length = shape
@@ -150,7 +156,7 @@ def ids_of(model, n=64):
 
 
 def logits(model, ids):
-    return proof.logits(model.network(), ids)
+    return finished.logits(model.network(), ids)
 
 
 def test_types_are_those_of_the_public_package():
@@ -199,7 +205,7 @@ def test_blocks_are_the_bytes_of_the_package_where_it_rounds_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("scale_of", ["tensor", "row"])
+@pytest.mark.parametrize("scale_of", ["row", *slow(("tensor",))])
 def test_every_weight_of_a_file_is_level_times_scale(kind, scale_of, trained, tmp_path):
     if kind == "BF16" and scale_of == "row":
         pytest.skip("scales are no bfloat16, and several have no other place")
@@ -247,7 +253,7 @@ def test_groups_have_scales_of_their_own(grid, group, kind, trained, tmp_path):
     assert not differing(model, written(model, tmp_path / "a.gguf", kind))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "F32"])
+@pytest.mark.parametrize("kind", named([kind for kind in TYPES if kind != "F32"], "TQ2_0", "Q3_K", "F16"))
 def test_a_scale_that_is_no_float16_stands_apart(kind, trained, tmp_path):
     model = with_scales(trained(GRID[kind]), lambda scale: scale * (1 + 2**-15))
     path = tmp_path / "a.gguf"
@@ -299,20 +305,20 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", named(SHAPES, "llama", "sub-norms"))
 def test_llama_cpp_gives_our_logits_in_float32(shape, llama, trained, tmp_path):
     model = trained(**SHAPES[shape])
     read, ids = written(model, tmp_path / "a.gguf", "F32"), ids_of(model)
     ours = logits(model, ids)
     theirs = llamacpp.run(llama, tmp_path / "a.gguf", ids=ids)["logits"]
-    assert ours.std(0).mean() > 0.3, "the case must have logits that differ"
+    assert ours.std(0).mean() > 0.2, "the case must have logits that differ"
     assert compared(ours, theirs)[0] <= 1e-9
     assert compared(ours, read.logits(ids))[0] <= 1e-9
     half_cache = llamacpp.run(llama, tmp_path / "a.gguf", ids=ids, f16=True)["logits"]
     assert compared(ours, half_cache)[0] > compared(ours, theirs)[0], "the case must tell such differences"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "F32"])
+@pytest.mark.parametrize("kind", named([kind for kind in TYPES if kind != "F32"], "TQ2_0", "Q3_K", "Q4_0"))
 def test_llama_cpp_gives_our_logits_to_rounded_inputs(kind, llama, trained, tmp_path):
     model = with_scales(trained(GRID[kind]), lambda scale: scale * (1 + 2**-15))
     written(model, tmp_path / "a.gguf", kind)
@@ -322,7 +328,7 @@ def test_llama_cpp_gives_our_logits_to_rounded_inputs(kind, llama, trained, tmp_
     assert kl <= 5e-4 and top1 >= 0.95, (kl, top1)
 
 
-@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "Q2_0"])
+@pytest.mark.parametrize("kind", ["TQ2_0", *slow(("TQ1_0",), ("Q2_0",))])
 def test_llama_cpp_runs_sub_norms_and_low_bit_embeddings(kind, llama, trained, tmp_path):
     model = trained(**SHAPES["sub-norms"])
     embedding = packed((512, 256), "ternary", "row", torch.Generator().manual_seed(1))
@@ -460,14 +466,14 @@ def test_a_ternary_layer_with_the_bias_of_its_dead_zone(trained, tmp_path):
     method = Tequila(group=256, reactivation=0.05)
     latent = trained(None, method=method)
     linears = [name for name in latent.names if name.split(".")[-2] in LINEARS]
-    finished = {name: latent.tensor(name) for name in latent.names if name not in linears}
+    left = {name: latent.tensor(name) for name in latent.names if name not in linears}
     for name in linears:
-        finished |= method.finished(name, latent.tensor(name))
-    model = replace(latent, names=sorted(finished), read=finished.__getitem__)
+        left |= method.finished(name, latent.tensor(name))
+    model = with_scales(replace(latent, names=sorted(left), read=left.__getitem__), representable)
     read = written(model, tmp_path / "a.gguf", "TQ2_0")
     assert not differing(model, read)
     bias = "model.layers.0.self_attn.q_proj.bias"
-    assert finished[bias].abs().max() > 0 and torch.equal(read.weight(bias), finished[bias])
+    assert left[bias].abs().max() > 0 and torch.equal(read.weight(bias), left[bias])
 
 
 def test_a_model_card_is_put_into_a_written_file(trained, tmp_path):
@@ -569,7 +575,7 @@ TOKENIZERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", named(TOKENIZERS, "sentencepiece", "llama-bpe", "nfc"))
 def test_the_same_text_has_the_same_ids(kind, llama, tokenizers, trained, tmp_path):
     own = tokenizers(kind)
     model = replace(trained(), open_tokenizer=lambda: own)

@@ -25,7 +25,7 @@ from lowbit_dist.errors import ConfigError, in_bytes, nearest, show
 from lowbit_dist.files import atomic_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lowbit_dist.export.finished import Finished
     from lowbit_dist.trained import Trained
@@ -42,7 +42,9 @@ FORMATS = {
 class ReadBack(Protocol):
     """What a format's own public reader makes of its files; nothing of this package interprets them."""
 
-    rounds_inputs: bool  # of linear layers, to 8 bits: logits are then alike, not the same
+    rounding: (
+        nn.Module | None
+    )  # what the kind does to the inputs [..., K] of linear layers before it multiplies
     has_reciprocals: bool  # of scales, whose values may then be off by one in the last place of a float32
 
     def weight(self, name: str) -> Tensor | None:  # of its shape, float32

@@ -51,7 +51,7 @@ def check(model: Finished, kind: str | None) -> str:
                 f"{grid.low:,} to {grid.high:,} in {grid.bits} bits; write --format hf"
             )
     huggingface.check(model, "compressed-tensors")
-    return kind or KINDS[model.input_bits is not None]
+    return kind or KINDS[model.rounding is not None]
 
 
 def size(model: Finished, kind: str) -> int:
@@ -115,9 +115,21 @@ def _words(row: int, bits: int) -> int:
     return -(-row * bits // WORD)
 
 
+class RoundTokens(nn.Module):
+    """What the library does to the inputs x [..., K] of layers, which is not quite what `IntPerToken` does:
+    xq = clip(round(x / s), -128, 127) s, with s = max|x| / 127.5 of each token.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127.5
+        scale = scale.where(scale > 0, torch.full_like(scale, torch.finfo(x.dtype).eps))
+        return (x / scale).clamp_(-128, 127).round_() * scale
+
+
 def read_back(path: Path) -> huggingface.Folder:
     folder = huggingface.Folder(path)
-    folder.rounds_inputs = any(_rounds_inputs(layer) for layer in folder.network.modules())
+    if any(_rounds_inputs(layer) for layer in folder.network.modules()):
+        folder.rounding = RoundTokens()
     folder.logits([0])  # the library unpacks a model's weights when it first multiplies with them
     return folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -52,7 +52,7 @@ class Finished:
     precision: Literal["bf16", "fp32"]  # in which it was trained to be computed
     architecture: str  # of transformers' classes
     linears: tuple[str, ...]  # weights of the linear layers but the head
-    input_bits: int | None  # to which the inputs of these are rounded, for each token; None: they are not
+    rounding: nn.Module | None  # through which the inputs [..., K] of these go; None: they stay as they are
     names: list[str]  # of every parameter, sorted; those that the method adds, as biases, too
     tensor: Callable[[str], PackedTensor | Tensor]  # float32 where it is not packed
     has_half_scales: bool = False  # scales of rows and groups are rounded to float16
@@ -152,13 +152,13 @@ def of(trained: Trained) -> Finished:
         precision=trained.precision,
         architecture=type(built).__name__,
         linears=linears,
-        input_bits=_input_bits(trained, built, linears),
+        rounding=_rounding(trained, built, linears),
         names=sorted({*trained.names, *owners}),
         tensor=read,
     )
 
 
-def _input_bits(trained: Trained, built: nn.Module, linears: tuple[str, ...]) -> int | None:
+def _rounding(trained: Trained, built: nn.Module, linears: tuple[str, ...]) -> IntPerToken | None:
     """ConfigError if inputs are quantised in a way that no format has."""
     activations = [getattr(built.get_submodule(_layer(name)[:-1]), "activation", None) for name in linears]
     others = [a for a in activations if a is not None and not (isinstance(a, IntPerToken) and a.bits == 8)]
@@ -168,7 +168,7 @@ def _input_bits(trained: Trained, built: nn.Module, linears: tuple[str, ...]) ->
             f"{trained.path} quantises the inputs of linear layers as no format does: {how}; train with "
             "method.activation_bits: 8 or null"
         )
-    return 8 if activations and activations[0] is not None else None
+    return activations[0] if activations else None  # type: ignore[return-value]
 
 
 def _layer(name: str) -> str:
@@ -176,19 +176,30 @@ def _layer(name: str) -> str:
     return name[: name.rfind(".") + 1]
 
 
-def networks(model: Finished) -> Iterator[tuple[bool, nn.Module]]:
-    """Our own forward pass in float32, by the method's layers: with the inputs of linear ones as they are,
-    and then the same with them rounded to 8 bits.
+class Network:
+    """Our own forward pass in float32, by the method's layers.
 
     Not by the tensors that leave: so a method that finishes a weight wrongly is found out, too.
     """
-    built = model.trained.network(packed=True)
-    layers = [built.get_submodule(_layer(name)[:-1]) for name in model.linears]
-    for rounds_inputs in (False, True):
-        for layer in layers:
-            if isinstance(layer, Linear):
-                layer.activation = IntPerToken() if rounds_inputs else None
-        yield rounds_inputs, built
+
+    def __init__(self, model: Finished):
+        self._built = model.trained.network(packed=True)
+        layers = (self._built.get_submodule(_layer(name)[:-1]) for name in model.linears)
+        self._linears = [layer for layer in layers if isinstance(layer, Linear)]
+
+    def logits(self, ids: Sequence[int], rounding: nn.Module | None) -> Tensor:
+        """[len(ids), vocabulary] float32, with inputs [..., K] of linear layers put through `rounding`."""
+        for layer in self._linears:
+            layer.activation = rounding
+        return logits(self._built, ids)
+
+
+def logits(network: Any, ids: Sequence[int]) -> Tensor:  # [len(ids), vocabulary] float32
+    """What a causal language model of transformers makes of one text."""
+    device = next(network.parameters()).device
+    with torch.inference_mode():
+        out: Tensor = network(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu()
+        return out
 
 
 def rows_of_scales(tensor: PackedTensor) -> Tensor:  # [rows, scales of a row] float32

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit_dist.export import gguf_names, gguf_tokenizer
+from lowbit_dist.export import finished, gguf_names, gguf_tokenizer
 from lowbit_dist.export.gguf_file import Contents
 
 ROUNDED = "lowbit.rounded"  # the metadata's entry that lists tensors which their type rounded
@@ -32,7 +32,7 @@ SETTINGS = {  # of transformers' configurations, by GGUF's keys
 class File:
     """What a GGUF file holds; nothing is taken from the model that it was written from."""
 
-    rounds_inputs = False  # transformers does not, llama.cpp does
+    rounding = None  # transformers does not round inputs, llama.cpp does
     has_reciprocals = False
 
     def __init__(self, path: Path):
@@ -69,9 +69,7 @@ class File:
 
     def logits(self, ids: Sequence[int]) -> Tensor:  # [len(ids), vocabulary] float32
         """Of each position of one text."""
-        with torch.inference_mode():
-            logits: Tensor = self._network(input_ids=torch.tensor([list(ids)])).logits[0]
-            return logits
+        return finished.logits(self._network, ids)
 
     @cached_property
     def _network(self) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.export import huggingface
 from lowbit_dist.export.finished import Finished
+from lowbit_dist.linear import IntPerToken
 from lowbit_dist.packed import PackedTensor
 
 SUFFIX = ""
@@ -95,4 +96,4 @@ def read_back(path: Path) -> huggingface.Folder:
             return None
         return unpack_weights(layer.weight, torch.float32) / layer.weight_scale
 
-    return huggingface.Folder(path, rounds_inputs=True, has_reciprocals=True, decoded=decoded)
+    return huggingface.Folder(path, rounding=IntPerToken(), has_reciprocals=True, decoded=decoded)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lowbit_dist import model as models
 from lowbit_dist.errors import ConfigError
-from lowbit_dist.export.finished import Finished, Layout
-from lowbit_dist.export.proof import ProofFailed, logits
+from lowbit_dist.export.finished import Finished, Layout, logits
+from lowbit_dist.export.proof import ProofFailed
 from lowbit_dist.files import os_errors
 from lowbit_dist.linear import INNER_LINEARS, Linear
 from lowbit_dist.methods.dense import Dense
@@ -184,13 +184,13 @@ class Folder:
         self,
         folder: Path,
         *,
-        rounds_inputs: bool = False,
+        rounding: nn.Module | None = None,
         has_reciprocals: bool = False,
         decoded: Callable[[nn.Module], Tensor | None] | None = None,  # the weight of a packed layer
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.rounds_inputs, self.has_reciprocals, self._decoded = rounds_inputs, has_reciprocals, decoded
+        self.rounding, self.has_reciprocals, self._decoded = rounding, has_reciprocals, decoded
         self.network, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -221,7 +221,7 @@ class Folder:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         with EAGER():
-            return logits(self.network, list(ids))
+            return logits(self.network, ids)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
