@@ -413,12 +413,9 @@ def planes(trained):
 
     def made(n, tied):
         source, by = trained("dense"), PTQTP(planes=n, tied=tied)
-        linears = finished.of(source).linears
-
-        def read(name):
-            return by.layer(source.read(name), None) if name in linears else source.read(name)
-
-        return replace(source, method=by.method, read=read)
+        tensors = {name: source.read(name) for name in source.names}
+        tensors |= {name: by.layer(tensors[name], None) for name in finished.of(source).linears}
+        return replace(source, method=by.method, read=tensors.__getitem__)
 
     return made
 
@@ -499,7 +496,7 @@ def test_a_huggingface_tokenizer_goes_with_its_model(kind, trained, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == words.eos_id != 2
     assert config["bos_token_id"] == (1 if words.bos_id is None else words.bos_id)
-    assert f"begin with the token {words.bos_id}." in (tmp_path / "out" / "README.md").read_text() or (
+    assert f"begins with the token {words.bos_id}," in (tmp_path / "out" / "README.md").read_text() or (
         words.bos_id is None
     )
 
