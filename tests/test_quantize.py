@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import hf_folders
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from test_trained import logits
 
 import lowbit_dist
@@ -168,11 +169,11 @@ def best_of_gaussian(planes):
 
 def test_planes_part_and_the_error_falls_round_by_round():
     """Toward what the best scales of one and of two planes cost on normally distributed weights."""
-    w = random(64, 4096)
+    w = random(32, 2048)
     reached = {}
     for planes in (1, 2, 3):
         costs = []
-        for rounds in range(1, 31):
+        for rounds in (1, 2, 3, 4, 6, 9, 14, 20, 30):
             scale, trits = fit(w, planes, rounds)
             costs.append(squared_error(w, scale, trits.float()) / w.square().sum(1))
         assert all((after <= before * (1 + 1e-3)).all() for before, after in pairwise(costs))
@@ -277,7 +278,9 @@ def test_calibrated_weights_are_worth_more_than_rounded_ones(dense, corpus, tmp_
     assert one > two
 
 
-@pytest.mark.parametrize("by", [RTN(bits=6), GPTQ(bits=3), PTQTP(), PTQTP(planes=3, tied=True)], ids=repr)
+@pytest.mark.parametrize(
+    "by", [GPTQ(bits=3), PTQTP(), *slow((RTN(bits=6),), (PTQTP(planes=3, tied=True),))], ids=repr
+)
 def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, tmp_path):
     out = tmp_path / "out"
     quantize(dense, by, out, calibration=calibration(corpus) if by.needs_calibration else None)
@@ -307,22 +310,11 @@ def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, t
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"], "nothing is left beside it"
 
 
-FAMILIES = [
-    "llama",
-    "tied",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "phi",
-    "gpt_neox",
-    "opt",
-    "bloom",
-    "mixtral",
-    "falcon",
-]
+FAMILIES = ["gemma3", "falcon", "mixtral"]
+MORE_FAMILIES = ["llama", "tied", "qwen3", "gemma2", "phi", "gpt_neox", "opt", "bloom"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *slow(*zip(MORE_FAMILIES))])
 @torch.inference_mode()
 def test_a_walk_ends_where_the_models_own_forward_pass_ends(name, hf_folder):
     source = lowbit_dist.open(hf_folder(name))
@@ -364,7 +356,7 @@ def test_layers_that_are_given_the_same_share_a_gram(hf_folder):
     assert {gram.n_tokens for gram in grams.values()} == {16}
 
 
-@pytest.mark.parametrize("name", ["tied", "qwen2", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2", *slow(("tied",), ("mixtral",))])
 def test_a_hugging_face_folder_takes_the_same_path(name, hf_folder, corpus, lowbit, tmp_path):
     folder, out = hf_folder(name), tmp_path / "out"
     arguments = "quantize", folder, "--method", "gptq", "--bits", 4, "--data", corpus, "--samples", 32
@@ -417,8 +409,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("by", [GPTQ(bits=3), PTQTP()], ids=["gptq", "ptqtp"])
-@pytest.mark.parametrize("after", [1, 9, 14])
+@pytest.mark.parametrize(
+    "by, after",
+    [
+        (GPTQ(bits=3), 9),
+        (PTQTP(), 14),
+        *slow(*product((GPTQ(bits=3),), (1, 14)), *product((PTQTP(),), (1, 9))),
+    ],
+)
 def test_killed_and_taken_up_the_result_is_the_same_to_the_byte(
     by, after, dense, corpus, tmp_path, monkeypatch
 ):
@@ -501,12 +499,13 @@ def test_a_killed_process_leaves_no_half_file(hf_folder, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not out.exists() and len(list(draft.glob("shard-*"))) < 9, "it was killed in the middle"
-    done = subprocess.run([*command, "--out", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert not out.exists() and 2 <= len(list(draft.glob("shard-*"))) < 9, "it was killed in the middle"
+    source, by = lowbit_dist.open(folder), PTQTP(planes=3)
+    first = (draft / "shard-00001.safetensors").stat().st_mtime_ns
+    quantize(source, by, out)
     assert Checkpoint.open(out).verify() == [] and not draft.exists()
-    straight = [*command, "--out", tmp_path / "straight"]
-    subprocess.run(straight, check=True, capture_output=True)
+    assert (out / "shard-00001.safetensors").stat().st_mtime_ns == first, "it was taken up"
+    quantize(source, by, tmp_path / "straight")
     assert content(out) == content(tmp_path / "straight")
 
 

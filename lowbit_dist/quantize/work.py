@@ -121,7 +121,8 @@ def quantize(
         "bits_per_parameter": (n_bits + DENSE_BITS[source.precision] * (n_all - n_weights)) / n_all,
         "relative_error": error,
         "bytes": sum(file.stat().st_size for file in work.out.rglob("*") if file.is_file()),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this process
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
     }
 
 
