@@ -240,8 +240,9 @@ def test_planes_are_a_tensor_like_any_other(planes, tied, grid):
 def dense(few_steps):
     """A dense model of ours that has learned something."""
     summary = few_steps(
+        model={"hidden_size": 128, "intermediate_size": 256},
         method={"name": "dense"},
-        train={"steps": 600, "batch_tokens": 1024, "micro_batch": 16, "save_every": 600},
+        train={"steps": 250, "batch_tokens": 1024, "micro_batch": 16, "save_every": 250},
         optimizer={"name": "adamw", "lr": 3e-3},
     )
     return lowbit_dist.open(summary["checkpoint"])

@@ -1,7 +1,7 @@
 """`lowbit quantize`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,7 +85,7 @@ def quantize(
         from lowbit_dist import quantize, trained
         from lowbit_dist.errors import ConfigError
 
-        options = {"bits": bits, "granularity": granularity, "group": group, "planes": planes}
+        options: dict[str, Any] = {"bits": bits, "granularity": granularity, "group": group, "planes": planes}
         options |= {"tied": tied, "damping": damping, "act_order": act_order}
         by = quantize.quantizer(method, {name: x for name, x in options.items() if x is not None})
         if data is None and (samples, seed) != (None, None):
