@@ -311,8 +311,8 @@ def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, t
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"], "nothing is left beside it"
 
 
-FAMILIES = ["gemma3", "falcon", "mixtral"]
-MORE_FAMILIES = ["llama", "tied", "qwen3", "gemma2", "phi", "gpt_neox", "opt", "bloom"]
+FAMILIES = ["gemma2", "bloom", "mixtral"]
+MORE_FAMILIES = ["llama", "tied", "qwen3", "gemma3", "phi", "gpt_neox", "opt"]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *slow(*zip(MORE_FAMILIES))])
@@ -492,16 +492,16 @@ def test_what_was_begun_otherwise_is_not_taken_up(dense, tmp_path, monkeypatch, 
 
 
 def test_a_killed_process_leaves_no_half_file(hf_folder, tmp_path):
-    folder, out = hf_folder("llama", num_hidden_layers=8), tmp_path / "out"
-    command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "ptqtp", "--planes", "3"]
+    folder, out = hf_folder("llama", num_hidden_layers=6, intermediate_size=256), tmp_path / "out"
+    command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "ptqtp"]
     process = subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True)
     draft = tmp_path / ".out.partial"
     while process.poll() is None and not (draft / "shard-00002.safetensors").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not out.exists() and 2 <= len(list(draft.glob("shard-*"))) < 9, "it was killed in the middle"
-    source, by = lowbit_dist.open(folder), PTQTP(planes=3)
+    assert not out.exists() and 3 <= len(list(draft.glob("shard-*"))) < 7, "it was killed in the middle"
+    source, by = lowbit_dist.open(folder), PTQTP()
     first = (draft / "shard-00001.safetensors").stat().st_mtime_ns
     quantize(source, by, out)
     assert Checkpoint.open(out).verify() == [] and not draft.exists()
@@ -567,7 +567,7 @@ WRONG = {
     "another tokenizer": (["--method", "gptq", "--data", "DATA"], "was prepared with another tokenizer"),
     "no linear layers": (["--method", "rtn"], "has no linear layers to quantise: those of GPT2LMHeadModel"),
     "weights that are no numbers": (
-        ["--method", "gptq", "--data", "DATA"],
+        ["--method", "gptq", "--data", "DATA", "--samples", "8"],
         "model.layers.1.mlp.down_proj.weight of",
         "stays singular",
     ),
