@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import hf_folders
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from test_trained import logits
 
 import lowbit_dist
@@ -168,11 +169,11 @@ def best_of_gaussian(planes):
 
 def test_planes_part_and_the_error_falls_round_by_round():
     """Toward what the best scales of one and of two planes cost on normally distributed weights."""
-    w = random(64, 4096)
+    w = random(32, 2048)
     reached = {}
     for planes in (1, 2, 3):
         costs = []
-        for rounds in range(1, 31):
+        for rounds in (1, 2, 3, 4, 6, 9, 14, 20, 30):
             scale, trits = fit(w, planes, rounds)
             costs.append(squared_error(w, scale, trits.float()) / w.square().sum(1))
         assert all((after <= before * (1 + 1e-3)).all() for before, after in pairwise(costs))
@@ -239,8 +240,9 @@ def test_planes_are_a_tensor_like_any_other(planes, tied, grid):
 def dense(few_steps):
     """A dense model of ours that has learned something."""
     summary = few_steps(
+        model={"hidden_size": 128, "intermediate_size": 256},
         method={"name": "dense"},
-        train={"steps": 600, "batch_tokens": 1024, "micro_batch": 16, "save_every": 600},
+        train={"steps": 250, "batch_tokens": 1024, "micro_batch": 16, "save_every": 250},
         optimizer={"name": "adamw", "lr": 3e-3},
     )
     return lowbit_dist.open(summary["checkpoint"])
@@ -277,7 +279,9 @@ def test_calibrated_weights_are_worth_more_than_rounded_ones(dense, corpus, tmp_
     assert one > two
 
 
-@pytest.mark.parametrize("by", [RTN(bits=6), GPTQ(bits=3), PTQTP(), PTQTP(planes=3, tied=True)], ids=repr)
+@pytest.mark.parametrize(
+    "by", [GPTQ(bits=3), PTQTP(), *slow((RTN(bits=6),), (PTQTP(planes=3, tied=True),))], ids=repr
+)
 def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, tmp_path):
     out = tmp_path / "out"
     quantize(dense, by, out, calibration=calibration(corpus) if by.needs_calibration else None)
@@ -307,22 +311,11 @@ def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, t
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"], "nothing is left beside it"
 
 
-FAMILIES = [
-    "llama",
-    "tied",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "phi",
-    "gpt_neox",
-    "opt",
-    "bloom",
-    "mixtral",
-    "falcon",
-]
+FAMILIES = ["gemma2", "bloom", "mixtral"]
+MORE_FAMILIES = ["llama", "tied", "qwen3", "gemma3", "phi", "gpt_neox", "opt"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *slow(*zip(MORE_FAMILIES))])
 @torch.inference_mode()
 def test_a_walk_ends_where_the_models_own_forward_pass_ends(name, hf_folder):
     source = lowbit_dist.open(hf_folder(name))
@@ -364,7 +357,7 @@ def test_layers_that_are_given_the_same_share_a_gram(hf_folder):
     assert {gram.n_tokens for gram in grams.values()} == {16}
 
 
-@pytest.mark.parametrize("name", ["tied", "qwen2", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2", *slow(("tied",), ("mixtral",))])
 def test_a_hugging_face_folder_takes_the_same_path(name, hf_folder, corpus, lowbit, tmp_path):
     folder, out = hf_folder(name), tmp_path / "out"
     arguments = "quantize", folder, "--method", "gptq", "--bits", 4, "--data", corpus, "--samples", 32
@@ -417,8 +410,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("by", [GPTQ(bits=3), PTQTP()], ids=["gptq", "ptqtp"])
-@pytest.mark.parametrize("after", [1, 9, 14])
+@pytest.mark.parametrize(
+    "by, after",
+    [
+        (GPTQ(bits=3), 9),
+        (PTQTP(), 14),
+        *slow(*product((GPTQ(bits=3),), (1, 14)), *product((PTQTP(),), (1, 9))),
+    ],
+)
 def test_killed_and_taken_up_the_result_is_the_same_to_the_byte(
     by, after, dense, corpus, tmp_path, monkeypatch
 ):
@@ -493,20 +492,21 @@ def test_what_was_begun_otherwise_is_not_taken_up(dense, tmp_path, monkeypatch, 
 
 
 def test_a_killed_process_leaves_no_half_file(hf_folder, tmp_path):
-    folder, out = hf_folder("llama", num_hidden_layers=8), tmp_path / "out"
-    command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "ptqtp", "--planes", "3"]
+    folder, out = hf_folder("llama", num_hidden_layers=6, intermediate_size=256), tmp_path / "out"
+    command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "ptqtp"]
     process = subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True)
     draft = tmp_path / ".out.partial"
     while process.poll() is None and not (draft / "shard-00002.safetensors").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not out.exists() and len(list(draft.glob("shard-*"))) < 9, "it was killed in the middle"
-    done = subprocess.run([*command, "--out", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert not out.exists() and 3 <= len(list(draft.glob("shard-*"))) < 7, "it was killed in the middle"
+    source, by = lowbit_dist.open(folder), PTQTP()
+    first = (draft / "shard-00001.safetensors").stat().st_mtime_ns
+    quantize(source, by, out)
     assert Checkpoint.open(out).verify() == [] and not draft.exists()
-    straight = [*command, "--out", tmp_path / "straight"]
-    subprocess.run(straight, check=True, capture_output=True)
+    assert (out / "shard-00001.safetensors").stat().st_mtime_ns == first, "it was taken up"
+    quantize(source, by, tmp_path / "straight")
     assert content(out) == content(tmp_path / "straight")
 
 
@@ -567,7 +567,7 @@ WRONG = {
     "another tokenizer": (["--method", "gptq", "--data", "DATA"], "was prepared with another tokenizer"),
     "no linear layers": (["--method", "rtn"], "has no linear layers to quantise: those of GPT2LMHeadModel"),
     "weights that are no numbers": (
-        ["--method", "gptq", "--data", "DATA"],
+        ["--method", "gptq", "--data", "DATA", "--samples", "8"],
         "model.layers.1.mlp.down_proj.weight of",
         "stays singular",
     ),

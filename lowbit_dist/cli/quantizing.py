@@ -1,7 +1,7 @@
 """`lowbit quantize`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,7 +85,7 @@ def quantize(
         from lowbit_dist import quantize, trained
         from lowbit_dist.errors import ConfigError
 
-        options = {"bits": bits, "granularity": granularity, "group": group, "planes": planes}
+        options: dict[str, Any] = {"bits": bits, "granularity": granularity, "group": group, "planes": planes}
         options |= {"tied": tied, "damping": damping, "act_order": act_order}
         by = quantize.quantizer(method, {name: x for name, x in options.items() if x is not None})
         if data is None and (samples, seed) != (None, None):
@@ -98,6 +98,7 @@ def quantize(
             bar=answer.waiting.bar,
         )  # fmt: skip
         planes_of = f", the sum of {done['planes']} planes" if done["planes"] > 1 else ""
+        on_gpu = f", and {in_bytes(gpu)} of the GPU" if (gpu := done["peak_gpu_bytes"]) else ""
         rows = {
             "quantized": done["quantized"],
             "weights": "{weights:,} of {parameters:,}, in {layers:,} layers".format(**done),
@@ -106,6 +107,6 @@ def quantize(
             "bits a parameter": f"{done['bits_per_parameter']:.2f}, over the whole model",
             "relative error": f"{done['relative_error']:.4f}",
             "on disk": in_bytes(done["bytes"]),
-            "peak memory": in_bytes(done["peak_bytes"]),
+            "peak memory": in_bytes(done["peak_bytes"]) + on_gpu,
         }
         answer(done, pairs(rows))

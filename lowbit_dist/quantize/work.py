@@ -65,7 +65,7 @@ def quantizer(name: str, options: Mapping[str, Any]) -> Quantizer:
     try:
         return kind(**options)
     except ValidationError as error:
-        first = dict(error.errors(include_url=False, include_context=True)[0])
+        first: dict[str, Any] = dict(error.errors(include_url=False, include_context=True)[0])
         option = str(first["loc"][0])
         raise ConfigError(format_error(kind, first, ()).replace(option, _flag(option), 1)) from None
 
@@ -121,7 +121,8 @@ def quantize(
         "bits_per_parameter": (n_bits + DENSE_BITS[source.precision] * (n_all - n_weights)) / n_all,
         "relative_error": error,
         "bytes": sum(file.stat().st_size for file in work.out.rglob("*") if file.is_file()),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this process
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
     }
 
 
@@ -283,6 +284,7 @@ class _Work:
                 tensors: dict[str, Any] = {name: self.source.tensor(name) for name in names}
                 wanted = [name for name in names if name in linears]
                 is_there = (draft / file).exists()
+                quantised: Iterator[Any]
                 if is_there:
                     quantised = map(done.tensor, wanted)
                 else:
