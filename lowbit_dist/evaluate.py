@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_dist import attention, data, documents
 from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
-from lowbit_dist.grid import GRIDS
+from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import marks
 
@@ -65,7 +65,7 @@ def evaluate(
         for batch in zip(tokens.split(size), labels.split(size), strict=True)
     ]
     trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
-    network = trained.network(forward=None if forward is None else GRIDS[forward])
+    network = loaded(trained, None if forward is None else GRIDS[forward])
     device = next(network.parameters()).device
     nats = 0.0
     with torch.inference_mode():
@@ -85,6 +85,13 @@ def evaluate(
         "samples": sum(len(labels) for _, labels in batches),
         "tokens": sum(int((labels != data.IGNORED).sum()) for _, labels in batches),
     }
+
+
+def loaded(trained: Trained, forward: Grid | None = None) -> nn.Module:
+    """The model as it is measured: in float32 with the training loop's own products, to the last digits of
+    its loss; in bfloat16, whose rounding is far beyond them, in sums of integers where layers have these.
+    """
+    return trained.network(integer=trained.precision == "bf16", forward=forward)
 
 
 def validation_loss(

@@ -18,7 +18,8 @@ from lowbit_dist import __main__ as entry
 
 VERBS = (
     "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "ui", "eval",
-    "generate", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update", "config",
+    "generate", "chat", "serve", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update",
+    "bench infer", "config",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
 

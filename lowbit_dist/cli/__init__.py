@@ -13,7 +13,18 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, ui, watching
+from lowbit_dist.cli import (
+    benches,
+    comparing,
+    complaints,
+    console,
+    inference,
+    jobs,
+    progress,
+    reference,
+    ui,
+    watching,
+)
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
@@ -36,7 +47,7 @@ from lowbit_dist.config import ConfigError
 # In the order of the work, which is that of the help.
 VERBS = (
     "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "ui", "eval", "generate",
-    "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
+    "chat", "serve", "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
 )  # fmt: skip
 
 
@@ -69,8 +80,11 @@ app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
 app.command()(ui.ui)
+app.command()(inference.chat)
+app.command()(inference.serve)
 app.command()(reference.config)
 bench_app.command("update")(benches.update)
+bench_app.command("infer")(benches.infer)
 
 
 def _version(is_asked: bool) -> None:
