@@ -58,22 +58,10 @@ def evaluate(
         tally = documents.Tally() if tally is None else tally
         with tally.naming_skipped():
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
-    size = trained.samples.micro_batch
-    batches = [
-        batch
-        for tokens, labels in samples
-        for batch in zip(tokens.split(size), labels.split(size), strict=True)
-    ]
+    batches = _batches(trained, samples)
     trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
     network = loaded(trained, None if forward is None else GRIDS[forward])
-    device = next(network.parameters()).device
-    nats = 0.0
-    with torch.inference_mode():
-        for batch in batches:
-            tokens, labels = (part.to(device) for part in batch)
-            loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
-            nats += n_predicted(labels) * loss.double().item()
-    mean = nats / sum(n_predicted(labels) for _, labels in batches)
+    mean = _mean_loss(trained, network, batches)
     own = trained.method.forward_grid
     return {
         "checkpoint": str(trained.path),
@@ -85,6 +73,38 @@ def evaluate(
         "samples": sum(len(labels) for _, labels in batches),
         "tokens": sum(int((labels != data.IGNORED).sum()) for _, labels in batches),
     }
+
+
+def text_loss(trained: Trained, network: nn.Module, text: str) -> tuple[float, int]:
+    """The mean loss of a text, as `evaluate` measures a file with it alone, and how many tokens it has, marks
+    included; (0, 0) of no text.
+    """
+    if not text:
+        return 0.0, 0
+    samples, _ = _text(trained, "a text", iter([text]), None)
+    batches = _batches(trained, samples)
+    trained.check_tokens((int(tokens.max()) for tokens, _ in batches), "a text")
+    return _mean_loss(trained, network, batches), sum(tokens.numel() for tokens, _ in batches)
+
+
+def _batches(trained: Trained, samples: Labelled) -> Labelled:
+    size = trained.samples.micro_batch
+    return [
+        batch
+        for tokens, labels in samples
+        for batch in zip(tokens.split(size), labels.split(size), strict=True)
+    ]
+
+
+def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float:
+    device = next(network.parameters()).device
+    nats = 0.0
+    with torch.inference_mode():
+        for batch in batches:
+            tokens, labels = (part.to(device) for part in batch)
+            loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
+            nats += n_predicted(labels) * loss.double().item()
+    return nats / sum(n_predicted(labels) for _, labels in batches)
 
 
 def loaded(trained: Trained, forward: Grid | None = None) -> nn.Module:

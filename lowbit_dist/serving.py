@@ -215,6 +215,7 @@ def listen(port: int) -> socket.socket:
     heard.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         heard.bind((HOST, port))
+        heard.listen()
     except OSError as error:
         heard.close()
         raise ConfigError(f"--port ({port}) cannot be served: {error.strerror}; write another") from None

@@ -25,6 +25,7 @@ from op_cases import (
     used_state,
     zeros,
 )
+from test_matmul import SHAPES, case
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, GRIDS
@@ -219,15 +220,35 @@ def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
     assert len(os.listdir(fresh_library)) == 1
 
 
-@needs_compiler
-@pytest.mark.parametrize("tuning", [[], ["-march=x86-64-v3"], ["-march=native", "-fopenmp"]], ids=str)
-def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tuning):
-    """With the baseline's vector extensions only, with AVX2, and with all that this machine has."""
-    if "-march=x86-64-v3" in tuning and " avx2 " not in cpu._cpu():
-        pytest.skip("this CPU has no AVX2")
-    monkeypatch.setattr(cpu, "_TUNINGS", [tuning])
+@pytest.fixture(
+    params=[[], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-mavxvnni"], ["-march=native", "-fopenmp"]],
+    ids=str,
+)
+def tuned(fresh_library, monkeypatch, request):
+    """The library built with the baseline's vector extensions only, with AVX2, with that and its products of
+    bytes, and with all that this machine has.
+    """
+    for option, flag in (("-march=x86-64-v3", "avx2"), ("-mavxvnni", "avx_vnni")):
+        if option in request.param and f" {flag} " not in cpu._cpu():
+            pytest.skip(f"this CPU has no {flag}")
+    monkeypatch.setattr(cpu, "_TUNINGS", [request.param])
     cpu._library.cache_clear()
     assert cpu.available()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("tuned")
+@every_grid
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_integers_for_other_cpus_are_the_same(shape, grid):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = case(grid, shape, 6, dtype)
+        assert_equal(cpu.matmul(x, **weight), reference.matmul(x, **weight))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("tuned")
+def test_code_for_other_cpus_gives_the_same_bytes():
     scale = torch.tensor([0.01])
     for rule in RULES.values():
         for grid in GRIDS.values():

@@ -1,16 +1,146 @@
-"""`lowbit chat` and `lowbit serve`: a trained model that stays loaded."""
+"""The verbs that run a trained model: `lowbit eval`, `generate`, `chat` and `serve`."""
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lowbit_dist.cli import console
-from lowbit_dist.cli.arguments import RunOrFolder
+from lowbit_dist.cli.arguments import (
+    Json,
+    OnBadRow,
+    RunOrFolder,
+    Separator,
+    TextField,
+    at_home,
+    not_read,
+    pairs,
+)
 from lowbit_dist.errors import ConfigError
 
 LINE = "{}"  # stands for what is typed
+
+
+def evaluate(
+    run: RunOrFolder,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_TEXT",
+            help="Measure it on prepared data, or on text as for --input.",
+            show_default=False,
+            callback=at_home,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Measure it on tasks of lm-evaluation-harness instead, which the extra `eval` installs.",
+            show_default=False,
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Find tasks in the YAML files of this folder, too.",
+            show_default=False,
+            callback=at_home,
+        ),
+    ] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(metavar="GRID", help="Round the weights to this grid first.", show_default=False),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Take so many samples; by default of prepared data the run's eval_samples, of others all.",
+        ),
+    ] = None,
+    field: TextField = "text",
+    separator: Separator = None,
+    on_bad_row: OnBadRow = "fail",
+    as_json: Json = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte of a trained model, or its answers to tasks.
+
+    Example: lowbit eval quickstart --data data/stdlib --json
+    """
+    with console.answering(as_json, "evaluating") as answer:
+        from lowbit_dist import documents, trained
+        from lowbit_dist.cli import tables
+
+        if tasks is not None:
+            if others := [name for name, value in (("--data", data), ("--forward", forward)) if value]:
+                raise ConfigError(f"{others[0]} does not go with --tasks; leave one of them out")
+            measured = _on_tasks(run, tasks, task_folder, samples)
+            answer(measured, lambda terminal: tables.tasks(terminal, measured))
+            return
+        if data is None or task_folder is not None:
+            wanted = "--data (none) must name data or a text" if data is None else "--task-folder needs --tasks"
+            raise ConfigError(f"{wanted}; write --data PATH, or --tasks NAME")
+        reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
+        metrics = trained.open(run).evaluate(
+            data, forward=forward, n_samples=samples, reading=reading, tally=tally
+        )
+        counts = tally.counts()
+        answer(metrics | counts, pairs(tables.in_words(metrics) | not_read(counts)))
+
+
+def _on_tasks(run: str, tasks: str, folder: Path | None, limit: int | None) -> dict[str, Any]:
+    from lowbit_dist import trained
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks ({tasks}) must be names with commas between them; write arc_easy,piqa")
+    model = trained.open(run)
+    try:
+        from lowbit_dist import harness
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--tasks ({tasks}) needs lm-evaluation-harness, of which {error.name} is not installed; install "
+            "the package with its extra: pip install 'lowbit-dist[eval]'"
+        ) from None
+    return harness.run(model, names, folder=folder, limit=limit)
+
+
+def generate(
+    run: RunOrFolder,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the text begins with.", show_default=False)
+    ],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after so many tokens.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Draw at this temperature; 0 takes the likeliest token always.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Draw from the N likeliest tokens; 0 draws from all.")
+    ] = 50,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Draw from the likeliest tokens up to this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a text: it and what follows it are printed as they are, while they are made.
+
+    Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
+    """
+    with console.answering(as_json, "loading the model") as answer:
+        from lowbit_dist import trained
+
+        generated = trained.open(run).generate(
+            prompt,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            stream=(lambda text: None) if as_json else answer.write,
+        )  # fmt: skip
+        answer(generated, lambda terminal: answer.end_line())
 
 
 def chat(

@@ -204,6 +204,17 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
     )
 
 
+def tasks(console: Console, measured: Mapping[str, Any]) -> None:
+    """A line for each metric of each task."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "metric", "value"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for task, metrics in measured["tasks"].items():
+        for metric, value in metrics.items():
+            table.add_row(Text(task), Text(metric), _number(value) or Text("-"))
+    console.print(table)
+
+
 def inference_times(console: Console, measured: Mapping[str, Any]) -> None:
     """A model on each grid, against the peer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
