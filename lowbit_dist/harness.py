@@ -1,7 +1,7 @@
 """A trained model in lm-evaluation-harness (the extra `eval`): tasks by their names, and their metrics.
 
 Texts begin with the token that begins a document in training, contexts of questions too.  Whole texts
-(`loglikelihood_rolling`, of which perplexities and bits per byte are made) are measured as `lowbit eval` does:
+(`loglikelihood_rolling`, of which perplexities and bits per byte are made) are measured as by `lowbit eval`:
 in samples as long as those of the training, the marks of a document being tokens as others are, and the
 first token of a sample, which is predicted from nothing, counting as much as the mean of the others.
 """
@@ -80,7 +80,9 @@ class Backend(TemplateLM):
         ids = (self.tokens.eos_id, self.tokens.bos_id)
         given = next((token for token in ids if token is not None), None)
         if given is None:
-            raise ConfigError(f"{self.trained.path} has no token that begins or ends a text; a task needs one")
+            raise ConfigError(
+                f"{self.trained.path} has no token that begins or ends a text; a task needs one"
+            )
         return given
 
     @property

@@ -1,7 +1,7 @@
 """A trained model behind HTTP, as OpenAI's completions: POST /v1/completions and GET /v1/models.
 
 One thread makes texts, one after the other, so that a seed means the same text whoever else asks.  A client
-that goes away while its text is streamed gives up its turn.  Whatever of OpenAI's request this model cannot
+that goes away gives up its turn.  Whatever of OpenAI's request this model cannot
 do is refused by name.  Only this machine is answered, by a name that is its own, so that no page of the web
 reaches it through a browser.
 """
@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -99,8 +100,10 @@ def application(trained: Trained, name: str) -> FastAPI:
             stop=asked.stops, network=network, stream=say,
         )  # fmt: skip
 
-    def complete_all(asked: Completion) -> list[dict[str, Any]]:
-        return [complete(asked, prompt, lambda text: None) for prompt in asked.prompts]
+    def begin(asked: Completion, prompt: str) -> _Text:
+        text = _Text(asyncio.get_running_loop())
+        text.loop.run_in_executor(maker, text.make, partial(complete, asked, prompt))
+        return text
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -108,7 +111,7 @@ def application(trained: Trained, name: str) -> FastAPI:
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/completions")
-    async def completions(asked: Completion) -> Response:
+    async def completions(asked: Completion, request: Request) -> Response:
         if asked.model not in (None, name):
             raise Refused(f"there is no model {asked.model!r} here; write {name!r}", 404, "model")
         if not asked.prompts or (asked.stream and len(asked.prompts) > 1):
@@ -117,13 +120,11 @@ def application(trained: Trained, name: str) -> FastAPI:
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
             "created": int(time.time()), "model": name,
         }  # fmt: skip
-        loop = asyncio.get_running_loop()
         if not asked.stream:
-            answers = await loop.run_in_executor(maker, complete_all, asked)
+            answers = [await _whole(begin(asked, prompt), request) for prompt in asked.prompts]
             choices = [_choice(i, answer["text"], answer) for i, answer in enumerate(answers)]
             return JSONResponse({**head, "choices": choices, "usage": _usage(answers)})
-        text = _Text(loop)
-        loop.run_in_executor(maker, text.make, lambda say: complete(asked, asked.prompts[0], say))
+        text = begin(asked, asked.prompts[0])
         await text.next()  # the prompt, once nothing is wrong with the request
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(_events(text, head, with_usage), media_type="text/event-stream")
@@ -176,6 +177,16 @@ class _Text:
 
     def _put(self, piece: str | dict[str, Any] | BaseException) -> None:
         self.loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+async def _whole(text: _Text, request: Request) -> dict[str, Any]:
+    try:
+        while isinstance(piece := await text.next(), str):
+            if await request.is_disconnected():
+                raise Refused("nobody waits for the text", 499)
+        return piece
+    finally:
+        text.is_unwanted.set()
 
 
 async def _events(text: _Text, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:

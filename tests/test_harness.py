@@ -1,4 +1,4 @@
-"""A trained model in lm-evaluation-harness: what it says of texts, questions and answers, and `lowbit eval`."""
+"""A trained model in lm-evaluation-harness: what it says of texts and questions, and `lowbit eval`."""
 
 import json
 import math
@@ -142,9 +142,13 @@ def test_the_likeliest_continuation_is_said_to_be_so(model):
 def test_what_is_too_long_loses_its_beginning(model):
     backend, ids = harness.Backend(model), list(range(3, 203))
     assert backend.max_length == 128
-    short, long = (backend._loglikelihood_tokens([(("", ""), context, [5, 6])])[0] for context in (ids[-127:], ids))
+    short, long = (
+        backend._loglikelihood_tokens([(("", ""), context, [5, 6])])[0] for context in (ids[-127:], ids)
+    )
     assert long == short
-    answers = backend.generate_until(asked("generate_until", ("word " * 300, {"until": ["zzz"]})), disable_tqdm=True)
+    answers = backend.generate_until(
+        asked("generate_until", ("word " * 300, {"until": ["zzz"]})), disable_tqdm=True
+    )
     assert answers[0]
 
 
@@ -182,5 +186,5 @@ def test_tasks_that_are_not_there_are_refused(arguments, words, model, tasks, lo
 
 
 def test_a_task_folder_that_is_none_is_named(model, tmp_path):
-    with pytest.raises(ConfigError, match="--task-folder .* is no folder"):
+    with pytest.raises(ConfigError, match=r"--task-folder .* is no folder"):
         harness.run(model, ["x"], folder=tmp_path / "absent")

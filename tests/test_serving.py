@@ -1,9 +1,8 @@
 """A model that stays loaded: its answers over HTTP, as OpenAI's clients ask for them, and in a terminal."""
 
 import builtins
+import http.client
 import json
-import os
-import sys
 import threading
 import time
 import urllib.request
@@ -126,11 +125,13 @@ def test_pages_of_the_web_reach_nothing(app):
     assert plain.status_code == 400 and "access-control-allow-origin" not in plain.headers
 
 
-def test_a_client_that_goes_away_gives_up_its_turn(app, model, monkeypatch):
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_goes_away_gives_up_its_turn(is_streamed, app, model, monkeypatch):
     """Over a real connection, of a server that ends when it is told to."""
-    ended = []
+    begun, ended = [], []
 
     def slow(prompt, *, stream, **options):
+        begun.append(prompt)
         try:
             for _ in range(2000):
                 stream("x")
@@ -148,10 +149,16 @@ def test_a_client_that_goes_away_gives_up_its_turn(app, model, monkeypatch):
         assert json.loads(urllib.request.urlopen(f"{url}/models", timeout=20).read())["data"]
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "generate", lambda self, prompt, **options: slow(prompt, **options))
-            body = json.dumps({"prompt": "x", "stream": True}).encode()
-            asked = urllib.request.Request(f"{url}/completions", body, {"content-type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=20) as answer:
-                assert answer.readline().startswith(b"data: ") and not ended
+            client = http.client.HTTPConnection(*heard.getsockname(), timeout=20)
+            body = json.dumps({"prompt": "x", "stream": is_streamed})
+            client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            if is_streamed:
+                assert client.getresponse().readline().startswith(b"data: ")
+            until = time.monotonic() + 5
+            while not begun and time.monotonic() < until:
+                time.sleep(0.02)
+            assert begun and not ended
+            client.close()
             until = time.monotonic() + 5
             while not ended and time.monotonic() < until:
                 time.sleep(0.02)
@@ -172,63 +179,49 @@ def test_a_port_that_is_taken_is_named(lowbit, folder):
 
 
 @pytest.fixture
-def say(monkeypatch, folder, capfd):
+def say(monkeypatch, folder, lowbit):
     """`say(*lines, option=...)`: what `lowbit chat` answers to these lines."""
 
     def said(*lines, **options):
-        from lowbit_dist.cli import main
-
         typed = iter(lines)
 
         def typing(prompt):
-            line = next(typed, None)
-            if line is None:
-                raise EOFError
-            return line
+            for line in typed:
+                return line
+            raise EOFError
 
         monkeypatch.setattr(builtins, "input", typing)
-        given = [
-            part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))
-        ]
-        monkeypatch.setattr(sys, "argv", ["lowbit", "chat", str(folder), "--temperature", "0", *given])
-        stdout = os.dup(1)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            os.dup2(stdout, 1)
-            os.close(stdout)
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
+        given = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+        return lowbit("chat", folder, "--temperature", 0, *given)
 
     return said
 
 
 def test_each_line_is_answered_with_all_that_was_said(say, model):
-    code, out, _ = say("def main():", "x = 1", max_new_tokens=10)
+    done = say("def main():", "x = 1", max_new_tokens=10)
     first = model.generate("def main():\n", max_new_tokens=10, temperature=0)["text"]
     text = "def main():\n" + first + ("" if first.endswith("\n") else "\n") + "x = 1\n"
     second = model.generate(text, max_new_tokens=10, temperature=0)["text"]
-    assert (code, out) == (0, first + second)
+    assert (done.returncode, done.stdout) == (0, first + second)
 
 
 def test_lines_stand_where_a_turn_says_and_the_next_turn_ends_an_answer(say, model):
     prompt = "Q: x\nA:"
     expected = model.generate(prompt, max_new_tokens=10, temperature=0)["text"]
-    assert say("x", max_new_tokens=10, turn="Q: {}\\nA:")[:2] == (0, expected)
+    assert say("x", max_new_tokens=10, turn="Q: {}\\nA:").stdout == expected
     stop = expected[3:5]
-    ended = say("x", max_new_tokens=10, turn=stop + "{}")[1]
+    ended = say("x", max_new_tokens=10, turn=stop + "{}").stdout
     assert stop not in ended
 
 
 def test_a_turn_without_a_place_for_the_line_is_refused(say):
-    code, _, err = say(turn="Q:")
-    assert code == 2 and "--turn (Q:) must have {}" in err
+    done = say(turn="Q:")
+    assert done.returncode == 2 and "--turn (Q:) must have {}" in done.stderr
 
 
 def test_a_line_that_does_not_fit_is_told_and_the_talk_goes_on(say):
-    code, out, err = say("word " * 200, "x = 1", max_new_tokens=8)
-    assert code == 0 and "max_seq_len 128" in err and out
+    done = say("word " * 200, "x = 1", max_new_tokens=8)
+    assert done.returncode == 0 and "max_seq_len 128" in done.stderr and done.stdout
 
 
 def test_old_turns_are_forgotten_when_there_is_no_room(model):

@@ -14,7 +14,16 @@ from typer.core import TyperGroup
 
 from lowbit_dist import folders
 from lowbit_dist.cli import (
-    benches, comparing, complaints, console, inference, jobs, progress, reference, ui, watching,
+    benches,
+    comparing,
+    complaints,
+    console,
+    inference,
+    jobs,
+    progress,
+    reference,
+    ui,
+    watching,
 )  # fmt: skip
 from lowbit_dist.cli.arguments import (
     Config,

@@ -83,7 +83,9 @@ def evaluate(
             answer(measured, lambda terminal: tables.tasks(terminal, measured))
             return
         if data is None or task_folder is not None:
-            wanted = "--data (none) must name data or a text" if data is None else "--task-folder needs --tasks"
+            wanted = (
+                "--data (none) must name data or a text" if data is None else "--task-folder needs --tasks"
+            )
             raise ConfigError(f"{wanted}; write --data PATH, or --tasks NAME")
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         metrics = trained.open(run).evaluate(

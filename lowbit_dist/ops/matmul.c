@@ -223,13 +223,15 @@ static void multiply_bytes(const Product *p, uint8_t *code, int64_t first, int64
 
 /* 0, or 1 if there is no memory for the spread codes. */
 int32_t lowbit_matmul(const Product *p) {
-    const int64_t products = p->tokens * p->in_features * p->out_features;
-    int64_t rows = p->tokens > TOKENS ? PANEL / p->in_features / ROWS * ROWS : ROWS;
+    const int64_t share = (p->out_features + p->n_threads - 1) / p->n_threads;
+    int64_t rows = p->tokens > TOKENS ? PANEL / p->in_features : ROWS;
+    rows = (rows < share ? rows : share) / ROWS * ROWS;
     rows = rows < ROWS ? ROWS : rows;
     /* A panel begins within a block, and the last vector of its last row ends beyond it, where tokens are 0. */
     const size_t room = (size_t)((rows * p->in_features / STRIDE + 1) * STRIDE + 2 * BLOCK + STRIDE);
     int32_t failed = 0;
-#pragma omp parallel num_threads(p->n_threads) reduction(| : failed) if (products >= PARALLEL_PRODUCTS)
+#pragma omp parallel num_threads(p->n_threads) reduction(| : failed) \
+    if (p->tokens * p->in_features * p->out_features >= PARALLEL_PRODUCTS)
     {
         uint8_t *code = aligned_alloc(STRIDE, room);
         failed = !code;
