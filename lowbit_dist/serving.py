@@ -126,6 +126,8 @@ def application(trained: Trained, name: str) -> FastAPI:
             return JSONResponse({**head, "choices": choices, "usage": _usage(answers)})
         text = begin(asked, asked.prompts[0])
         await text.next()  # the prompt, once nothing is wrong with the request
+        if await request.is_disconnected():
+            text.is_unwanted.set()
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(_events(text, head, with_usage), media_type="text/event-stream")
 
