@@ -264,7 +264,7 @@ class Optimizer(torch.optim.Optimizer):
             owner = max((n for n in methods if not n or name.startswith(f"{n}.")), key=len, default=None)
             method: Method = Method(name="none") if owner is None else methods[owner]
             inner = name if not owner else name[len(owner) + 1 :]
-            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore
+            is_linear = owner is not None and inner in model.get_submodule(owner).linear_weights  # type: ignore[operator]
             self.rules[p], self.methods[p] = rule.of(is_linear=is_linear), method
             if not p.requires_grad:
                 continue

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ ELSEWHERE = {
 NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where a user's name is looked for, before the database
 
 SESSIONS = "lowbit-ray-"  # the beginning of the names of Ray's folders
+ENDING = 5.0  # seconds that the last of Ray's processes take
 IN_USE = "in-use"  # in such a folder: its lock is held while the session lives
 SOCKET_BYTES = 107  # of the path of a Unix socket
 LONGEST = "/session_2000-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead"  # that Ray makes in it
@@ -152,10 +154,19 @@ def session_folder(owner: int) -> Iterator[Path]:
             folder = _renamed(folder, f"{SESSIONS}{owner}")
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.environ.pop("RAY_TMPDIR")
         if before is not None:
             os.environ["RAY_TMPDIR"] = before
+
+
+def _remove(folder: Path) -> None:
+    """A process of Ray's that is still ending may write a file meanwhile, which keeps its folder."""
+    deadline = time.monotonic() + ENDING
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _renamed(folder: Path, name: str) -> Path:

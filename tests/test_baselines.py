@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import standing
 from test_methods import case, layer_of, rounded_tokens
 from test_train import train
 from torch import nn
@@ -385,7 +386,7 @@ REPRODUCIBLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", standing(METHODS, "tequila", "flip", "dqt, ternary forward by rows"))
 def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, ranks, small, tmp_path):
     optimizer = {"linear_lr_ratio": 0.25}
     if method["name"] == "flip":  # from 0, a residual has more than half a level to go

@@ -164,7 +164,8 @@ def test_methods_and_optimizers_from_outside_are_described_as_ones_own(installed
     (sign,) = json.loads(done.stdout)["sections"]
     assert sign["meaning"].startswith("Sign weights: latent float weights")
     assert [(field["name"], field["default"]) for field in sign["fields"]] == [("clip", 1.0)]
-    momentum, _ = json.loads(lowbit("config", "momentum", "--json").stdout)["sections"]  # and Muon's field
+    sections = json.loads(lowbit("config", "momentum", "--json").stdout)["sections"]  # Muon has a field of it
+    (momentum,) = (part for part in sections if part["choice"] == "momentum")
     inside = {field["name"]: field for field in momentum["fields"]}
     assert inside["lr"]["default"] == 0.1 and inside["states"]["values"] == "fp32 or bf16"
     assert inside["lr"]["meaning"].startswith("The peak of the learning rate")

@@ -494,12 +494,12 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
         if "does not run" in text and not found:
             found.append(time.monotonic())
 
-    config = configuration(run("harmed", cluster={"hang_timeout": 30}, train={"eval_every": 2}))
+    config = configuration(run("harmed", cluster={"hang_timeout": 12}, train={"eval_every": 2}))
     told = Told(harm)
     told.say = lambda text: (told.said.append(text), note(text))
     summary = cluster.launch(config, progress=told)
     (pid, began), (noticed,) = stopped[0], found
-    assert 30 - 2 * heartbeat.EVERY <= noticed - began <= 30 + 30
+    assert 12 - 2 * heartbeat.EVERY <= noticed - began <= 12 + 30
     assert killed, "the case must kill a worker"
     assert told.attempts == 3
     assert any(" died (" in text and "restart 2 of at most 10" in text for text in told.said), told.said
@@ -601,6 +601,7 @@ def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers
     assert told.attempts == 2
 
 
+@pytest.mark.slow  # kills and FAILED runs are in other tests, too; what is new is a limit of 0
 def test_no_failure_is_retried_when_none_is_allowed_and_mlflow_says_failed(run, ray, tmp_path):
     def kill(row):
         if row["step"] == 2:

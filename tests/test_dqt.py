@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import standing
 from test_methods import case
 from test_train import train
 from torch import nn
@@ -290,7 +291,7 @@ def recorded(folder):
     return layers, [[row.get(name) for name in names] for row in rows_of(folder / METRICS)]
 
 
-@pytest.mark.parametrize(("method", "optimizer"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("method", "optimizer"), standing(RUNS, "switched, annealed"))
 def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, optimizer, run):
     whole, folder = run("on1", method, optimizer, 1)
     digests = {world: run(f"on{world}", method, optimizer, world)[0]["digest"] for world in (2, 3)}

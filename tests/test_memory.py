@@ -160,7 +160,7 @@ def weights_in_full_precision(found, world):
     ]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("residency", ["sharded", "replicated"])
 @pytest.mark.parametrize("grid", ["ternary", *OTHER_GRIDS])
 def test_low_bit_weights_take_their_bits_and_have_no_master_copy(grid, residency, world, ranks):
@@ -237,7 +237,7 @@ def decoded_weights_alive(content):
     }
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("residency", ["sharded", "replicated"])
 def test_at_most_one_blocks_weights_are_decoded_at_any_moment(residency, checkpointing, world, ranks):
@@ -444,7 +444,7 @@ def check_content(content, world, ranks):
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, marks=[pytest.mark.slow] if n % 5 else []) for n in range(len(CASES))],
+    [pytest.param(n, marks=[pytest.mark.slow] if n % 10 else []) for n in range(len(CASES))],
     ids=lambda n: f"{WORLDS[n % 4]}-{CASES[n]}",
 )
 def test_the_plan_is_what_is_measured(number, ranks):
@@ -627,7 +627,8 @@ def test_what_is_at_rest_is_planned_without_deepspeed():
 
 
 @pytest.mark.parametrize(
-    ("preset", "workers", "n_parameters", "n_bytes"), [("70b", 64, 69e9, 4.33), ("7b", 8, 6.74e9, 4.51)]
+    ("preset", "workers", "n_parameters", "n_bytes"),
+    [("70b", 64, 69e9, 4.33), pytest.param("7b", 8, 6.74e9, 4.51, marks=pytest.mark.slow)],
 )
 def test_billions_of_parameters_are_planned_in_seconds(preset, workers, n_parameters, n_bytes):
     from lowbit_dist import memory

@@ -81,7 +81,8 @@ def test_mistakes_in_their_options_are_answered_as_those_of_the_package_itself(i
         "optimizer: unknown name 'betas' for optimizer momentum; it belongs to adamw, lion, muon, rmsprop: "
     )
     assert refused(optimizer={"name": "momentum", "qqqqq": 1}) == (
-        "optimizer: unknown name 'qqqqq'; optimizer momentum has lr, weight_decay, states, momentum"
+        "optimizer: unknown name 'qqqqq'; optimizer momentum has lr, linear_lr_ratio, weight_decay, states, "
+        "momentum"
     )
     assert refused(optimizer={"name": "momentum", "states": "int8"}) == (
         "optimizer.states ('int8') must be one of fp32, bf16; write fp32, for example"

@@ -20,6 +20,8 @@ from lowbit_dist.tracking import Parent
 
 BASE = "data: {path: data}\nrun: {name: base}\ntrain: {steps: 10}\n"
 SMALL = "sweep: {name: s}\nbase: base.yaml\n"
+# For a process that has joined a Ray: how many fit at once is asked of none.
+ONE_AT_A_TIME = "sweep: {name: s, at_once: 1}\nbase: base.yaml\n"
 
 
 @pytest.fixture
@@ -279,13 +281,15 @@ def test_a_run_without_a_loss_is_never_the_best(searched):
         searched(SEARCH + other, loss)
 
 
+@pytest.mark.slow  # what is new to it, the stages, is told above without training; children train below
 def test_a_search_and_the_runs_at_its_best_are_one_command(small, ray, lowbit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = {"steps": 8, "batch_tokens": 256, "log_every": 2, "eval_every": 8, "save_every": 8}
     content = small(train=train, cluster={"workers": 1}, tracking={"mlflow": None})
     (tmp_path / "base.yaml").write_text(json.dumps(content))
     file = tmp_path / "sweep.yaml"
-    file.write_text(SMALL + "search: {train.steps: 4}\ngrid: {optimizer.lr: [0.0, 1.0e-2]}\nruns: {a: {}}\n")
+    grid = "grid: {optimizer.lr: [0.0, 1.0e-2]}\nruns: {a: {}}\n"
+    file.write_text(ONE_AT_A_TIME + "search: {train.steps: 4}\n" + grid)
     done = lowbit("sweep", file, "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -506,7 +510,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "| first | 1 |" in parent.data.tags["mlflow.note.content"]
     assert {each.path for each in client(store).list_artifacts(parent.info.run_id)} == {
         "sweep.yaml", "comparison.md", "comparison.csv", "loss-against-tokens.png", "loss-against-bytes.png",
-        "flips-per-layer.png",
+        "loss-against-bytes-of-weights.png", "loss-against-bytes-with-states.png", "flips-per-layer.png",
     }  # fmt: skip
     children = client(store).search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"

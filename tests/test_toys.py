@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from cases import standing
 from test_train import train as train_alone
 from torch import nn
 from toys import LAMBDA, TOYS, Biased, DeadZone, FineStored, LearnedActivation
@@ -33,7 +34,7 @@ def train(configuration, stop_at=None):
     return train_alone(configuration, stop_at)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", standing({name: name for name in TOYS}, "learned-activation"))
 def test_a_toy_gives_one_digest_on_any_number_of_workers_and_after_a_resume(name, ranks, small):
     def run(label, world, stop_at=None, **sections):
         method, model = {"name": name}, {"layers": 1}

@@ -7,13 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from cases import slow
 
 GRIDS = ("ternary", "int2", "int3", "int4", "int8")
-
-
-def slow(*cases):
-    """Cases like the others beside them."""
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def train(configuration, stop_at=None):
@@ -146,8 +142,8 @@ WIDTH_896 = {"hidden_size": 896, "intermediate_size": 1792, "heads": 14, "kv_hea
     "sections",
     [
         {"method": {"granularity": "group", "group": 64}, "model": SMALLER},
-        {"model": WIDTH_576},
         *slow(
+            ({"model": WIDTH_576},),
             ({"optimizer": {"name": "lion", "lr": 3e-4, "states": "int8"}, "model": SMALLER},),
             ({"optimizer": {"name": "lion", "states": "bf16"}, "model": SMALLER,
               "method": {"grid": "int8"}},),

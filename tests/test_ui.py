@@ -31,7 +31,7 @@ def free_port():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_table_of_runs_is_served_until_the_end(store, signum):
     port = free_port()
     command = [sys.executable, "-m", "lowbit_dist", "ui", "--store", store, "--port", str(port)]

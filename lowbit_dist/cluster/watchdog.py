@@ -5,11 +5,14 @@ and NCCL wait for half an hour.  So the workers' heartbeats and their machines a
 each second.
 """
 
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import psutil
 
 from lowbit_dist import heartbeat
 from lowbit_dist.cluster.driver import Failure
@@ -94,7 +97,7 @@ class Watchdog:
         culprit = next((worker for worker in heartbeats if self._changes.age(worker, "time") > limit), None)
         if culprit is not None:
             seconds = self._changes.age(culprit, "time")
-            what = "does not run"
+            what = "died (Ray has not noticed it)" if _is_gone(culprit) else "does not run"
         else:
             patience = (
                 max(limit, SLOW_PHASE_TIMEOUT)
@@ -165,6 +168,11 @@ class _Changes:
     def age(self, worker: dict[str, Any], key: str) -> float:
         """Seconds since `key` of a worker's heartbeat changed."""
         return time.monotonic() - self._seen[worker["rank"], key][1]
+
+
+def _is_gone(worker: Mapping[str, Any]) -> bool:
+    """Whether its process is known to have ended: only those of this machine can be asked for."""
+    return worker["host"] == socket.gethostname() and not psutil.pid_exists(worker["pid"])
 
 
 def _log(text: str) -> None:

@@ -8,16 +8,14 @@ o_proj and down_proj).
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
-from lowbit_dist.methods.method import Method
+from lowbit_dist.methods.latent import LatentTernary
 from lowbit_dist.section import setting
 
 
-class BitNet(Method):
+class BitNet(LatentTernary):
     name: Literal["bitnet"] = "bitnet"
     activation_bits: Literal[8] | None = setting(
         8, "Inputs of ternary layers are rounded to so many bits for each token; null does not.", unit="bits"
@@ -26,16 +24,12 @@ class BitNet(Method):
         True, "Whether RMSNorm stands before o_proj and down_proj, too: with LLaMA's own, before every layer."
     )
 
-    @property
-    def forward_grid(self) -> Grid:
-        return GRIDS["ternary"]
-
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
         return Linear(
             layer,
-            view=TernaryAbsmean(),
+            view=self.view,
             activation=None if self.activation_bits is None else IntPerToken(self.activation_bits),
             norm_eps=norm_eps if name.rpartition(".")[2] in self.normed_inputs else None,
         )
@@ -44,8 +38,9 @@ class BitNet(Method):
     def normed_inputs(self) -> tuple[str, ...]:
         return INNER_LINEARS if self.sub_norms else ()
 
-    def levels(self, weight: Tensor) -> Tensor:
-        return _rounded(weight)[0].to(torch.int8)
+    @property
+    def view(self) -> "TernaryAbsmean":
+        return TernaryAbsmean()
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return sub_norm_gain(name, shape)
@@ -56,15 +51,14 @@ class TernaryAbsmean:
     eq. 1-3), straight through.
     """
 
+    def rounded(self, w: Tensor) -> tuple[Tensor, Tensor]:  # [N, K], []
+        w = w.float()
+        gamma = w.abs().mean().clamp(min=1e-5)
+        return (w / gamma).round_().clamp_(-1, 1), gamma
+
     def forward(self, w: Tensor) -> tuple[Tensor, None]:
-        levels, gamma = _rounded(w)
+        levels, gamma = self.rounded(w)
         return levels.mul_(gamma).to(w.dtype), None
 
     def backward(self, w: Tensor, dw: Tensor, dbias: Tensor | None) -> Tensor:
         return dw
-
-
-def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:  # [N, K] float32, [] float32
-    w = weight.float()
-    gamma = w.abs().mean().clamp(min=1e-5)
-    return (w / gamma).round_().clamp_(-1, 1), gamma

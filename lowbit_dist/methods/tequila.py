@@ -17,14 +17,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lowbit_dist import ops
-from lowbit_dist.grid import GRIDS, PLANE, Grid
+from lowbit_dist.grid import PLANE
 from lowbit_dist.linear import IntPerToken, Linear
-from lowbit_dist.methods.method import GROUP, Group, Method
+from lowbit_dist.methods.latent import LatentTernary
+from lowbit_dist.methods.method import GROUP, Group
 from lowbit_dist.packed import PackedTensor, representable
 from lowbit_dist.section import setting
 
 
-class Tequila(Method):
+class Tequila(LatentTernary):
     name: Literal["tequila"] = "tequila"
     group: Group = setting(
         GROUP, f"How many consecutive weights of a row share a scale; a multiple of {PLANE}.", unit="weights"
@@ -38,33 +39,26 @@ class Tequila(Method):
         unit="bits",
     )
 
-    @property
-    def forward_grid(self) -> Grid:
-        return GRIDS["ternary"]
-
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
         if layer.in_features % self.group:
             raise ValueError(f"a group of {self.group:,} does not divide a row of {layer.in_features:,}")
         activation = None if self.activation_bits is None else IntPerToken(self.activation_bits)
-        return Linear(layer, view=self._view, activation=activation)
+        return Linear(layer, view=self.view, activation=activation)
 
     @property
-    def _view(self) -> "DeadZoneBias":
+    def view(self) -> "DeadZoneBias":
         return DeadZoneBias(self.group, self.reactivation)
-
-    def levels(self, weight: Tensor) -> Tensor:
-        return self._view.rounded(weight)[0].view(weight.shape).to(torch.int8)
 
     def finished(self, name: str, weight: PackedTensor | Tensor) -> dict[str, PackedTensor | Tensor]:
         """A ternary weight and the bias that its dead zone was."""
         assert isinstance(weight, Tensor), "the weights of this method are latent"
-        levels, alpha = self._view.rounded(weight)
-        grid = GRIDS["ternary"]
+        levels, alpha = self.view.rounded(weight)
+        grid = self.forward_grid
         codes = ops.pack(levels.to(torch.int8).view(-1), grid=grid)
         ternary = PackedTensor(codes, representable(alpha.view(-1)), self.group, grid, tuple(weight.shape))
-        return {name: ternary, f"{name.removesuffix('weight')}bias": self._view.bias(weight, levels)}
+        return {name: ternary, f"{name.removesuffix('weight')}bias": self.view.bias(weight, levels)}
 
 
 class DeadZoneBias:

@@ -8,17 +8,15 @@ lower peak B at half of the tokens, and no weight decay from two thirds on (`sch
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.linear import Linear
-from lowbit_dist.methods.method import Method
+from lowbit_dist.methods.latent import LatentTernary
 from lowbit_dist.section import setting
 
 
-class TriLM(Method):
+class TriLM(LatentTernary):
     name: Literal["trilm"] = "trilm"
     slices: Annotated[int, Field(ge=1, le=64)] = setting(
         1,
@@ -27,19 +25,16 @@ class TriLM(Method):
         unit="scales",
     )
 
-    @property
-    def forward_grid(self) -> Grid:
-        return GRIDS["ternary"]
-
     def linear(self, layer: nn.Linear, *, name: str, is_head: bool, norm_eps: float) -> nn.Module:
         if is_head:
             return Linear(layer)
         if layer.out_features % self.slices:
             raise ValueError(f"{self.slices} slices do not divide {layer.out_features:,} rows")
-        return Linear(layer, view=TernarySlices(self.slices))
+        return Linear(layer, view=self.view)
 
-    def levels(self, weight: Tensor) -> Tensor:
-        return TernarySlices(self.slices).rounded(weight)[0].view(weight.shape).to(torch.int8)
+    @property
+    def view(self) -> "TernarySlices":
+        return TernarySlices(self.slices)
 
 
 class TernarySlices:

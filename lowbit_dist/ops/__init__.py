@@ -207,8 +207,8 @@ def _updating(target: Codes | Weights, now: Now, device: torch.device) -> Module
     backend = _backend(device)
     if not _is_special(target, now):
         return backend
-    is_in_c = backend is cpu and isinstance(target, Codes) and target.residual is not None
-    return backend if is_in_c else reference
+    has_residual = isinstance(target, Codes) and target.residual is not None
+    return backend if has_residual and getattr(backend, "TAKES_RESIDUALS", False) else reference
 
 
 def _is_special(target: Codes | Weights, now: Now) -> bool:

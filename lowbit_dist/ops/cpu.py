@@ -31,6 +31,7 @@ from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 _LOG = logging.getLogger(__name__)
 _SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "matmul.c")]
 _HEADER = Path(__file__).with_name("cpu.h")
+TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `ops.Codes`
 
 # Contraction would round fewer times than the reference does. Errno and traps stand in the way of vector
 # code. Blocks are copied through buffers of another type.
