@@ -18,7 +18,7 @@ from lowbit_dist import model, ops, trained
 from lowbit_dist.config import Model
 from lowbit_dist.convert import PackedParameter
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
-from lowbit_dist.inference import IntegerLinear
+from lowbit_dist.inference import multiplies_integers
 from lowbit_dist.linear import Linear
 from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.ops import cpu
@@ -274,10 +274,9 @@ def infer(
             }
         return {**speed, **_resident(networks[name])}
 
-    is_integer = any(isinstance(layer, IntegerLinear) for layer in networks[grids[0]].modules())
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "products": "integers" if is_integer else "decoded",
+        "products": "integers" if multiplies_integers(networks[grids[0]]) else "decoded",
         "threads": threads,
         "clock": clock,
         "preset": preset,

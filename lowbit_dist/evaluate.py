@@ -17,6 +17,7 @@ from lowbit_dist import attention, data, documents
 from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS, Grid
+from lowbit_dist.inference import multiplies_integers
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import marks
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lowbit_dist.zero import Engine
 
 T = TypeVar("T")
+PRODUCTS = ("floats", "integers")  # of linear layers
 Labelled = list[tuple[Tensor, Tensor]]  # tokens, and labels of them, each [samples, seq_len] int64
 
 
@@ -33,6 +35,7 @@ def evaluate(
     path: str,
     *,
     forward: str | None = None,
+    integer: bool = False,
     n_samples: int | None = None,
     reading: documents.Reading | None = None,
     tally: documents.Tally | None = None,
@@ -42,8 +45,8 @@ def evaluate(
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first.  `reading` says how documents are found in text; `tally` counts what of it is
-    not read.
+    weights are rounded first; for `integer` see `loaded`.  `reading` says how documents are found in text;
+    `tally` counts what of it is not read.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
@@ -60,7 +63,7 @@ def evaluate(
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
     batches = _batches(trained, samples)
     trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
-    network = loaded(trained, None if forward is None else GRIDS[forward])
+    network = loaded(trained, integer=integer, forward=None if forward is None else GRIDS[forward])
     mean = _mean_loss(trained, network, batches)
     own = trained.method.forward_grid
     return {
@@ -68,6 +71,7 @@ def evaluate(
         "step": trained.step,
         "data": path,
         "forward": forward or (trained.method.name if own is None else own.name),
+        "products": PRODUCTS[integer],
         "loss": mean,
         **quality(mean, bytes_per_token),
         "samples": sum(len(labels) for _, labels in batches),
@@ -107,11 +111,19 @@ def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float
     return nats / sum(n_predicted(labels) for _, labels in batches)
 
 
-def loaded(trained: Trained, forward: Grid | None = None) -> nn.Module:
-    """The model as it is measured: in float32 with the training loop's own products, to the last digits of
-    its loss; in bfloat16, whose rounding is far beyond them, in sums of integers where layers have these.
+def loaded(trained: Trained, *, integer: bool = False, forward: Grid | None = None) -> nn.Module:
+    """The model as it is measured, with the training loop's own products.
+
+    `integer`: layers that round their inputs to 8 bits multiply integers (inference.py), whose sums round
+    otherwise; ConfigError if none does.
     """
-    return trained.network(integer=trained.precision == "bf16", forward=forward)
+    network = trained.network(integer=integer, forward=forward)
+    if integer and not multiplies_integers(network):
+        raise ConfigError(
+            f"--integer needs layers that round their inputs to 8 bits, and a CPU with a C compiler; "
+            f"{trained.path} has no such layer here; leave it out"
+        )
+    return network
 
 
 def validation_loss(

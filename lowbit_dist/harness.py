@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from lowbit_dist.errors import ConfigError
-from lowbit_dist.evaluate import loaded, text_loss
+from lowbit_dist.evaluate import PRODUCTS, loaded, text_loss
 from lowbit_dist.trained import TEXT_LENGTH, Trained
 
 NEW_TOKENS = 256  # of an answer, where a task does not say
@@ -28,14 +28,19 @@ Scored = tuple[tuple[str, str], list[int], list[int]]  # texts and ids of a cont
 
 
 def run(
-    trained: Trained, tasks: Sequence[str], *, folder: Path | None = None, limit: int | None = None
+    trained: Trained,
+    tasks: Sequence[str],
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+    integer: bool = False,
 ) -> dict[str, Any]:
     """The metrics of each task, the harness's or one whose YAML file lies in `folder`; of its first `limit`
-    questions.
+    questions.  `integer`: see `evaluate.loaded`.
     """
     manager = _manager(tasks, folder)
     found = lm_eval.simple_evaluate(
-        model=Backend(trained), tasks=list(tasks), task_manager=manager, limit=limit,
+        model=Backend(trained, integer=integer), tasks=list(tasks), task_manager=manager, limit=limit,
         bootstrap_iters=0, log_samples=False,
     )  # fmt: skip
     assert found is not None, "this process is the first of the harness's"
@@ -47,7 +52,9 @@ def run(
         }
         for task, metrics in found["results"].items()
     }
-    return {"checkpoint": str(trained.path), "step": trained.step, "tasks": numbers}
+    return {
+        "checkpoint": str(trained.path), "step": trained.step, "products": PRODUCTS[integer], "tasks": numbers
+    }  # fmt: skip
 
 
 def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
@@ -69,10 +76,10 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
 class Backend(TemplateLM):
     """What the harness asks of a model."""
 
-    def __init__(self, trained: Trained):
+    def __init__(self, trained: Trained, *, integer: bool = False):
         super().__init__()
         self.trained, self.tokens = trained, trained.tokenizer
-        self.network = loaded(trained)
+        self.network = loaded(trained, integer=integer)
         self.max_length = trained.max_positions or TEXT_LENGTH
 
     @property

@@ -67,7 +67,8 @@ def integers(layer: Linear, weight: PackedTensor | Tensor, method: Method) -> In
     if not takes_integers(layer):
         return None
     if isinstance(weight, PackedTensor):
-        return Integers(weight) if layer.view is None else None
+        # Of a sum of planes each would be multiplied alone.
+        return Integers(weight) if layer.view is None and weight.planes == 1 else None
     grid, latent = method.forward_grid, weight.float()
     levels = None if grid is None else method.levels(latent)
     if layer.view is None or grid is None or levels is None or levels.numel() % BLOCK:
@@ -86,6 +87,10 @@ def _parts(shape: torch.Size) -> Iterator[int]:
     """How many elements may share a scale: all, those of a row, or fewer."""
     yield shape.numel()
     yield from (n for n in range(shape[-1], 0, -1) if n % PLANE == 0 and shape[-1] % n == 0)
+
+
+def multiplies_integers(network: nn.Module) -> bool:
+    return any(isinstance(module, IntegerLinear) for module in network.modules())
 
 
 def multiply_integers_(layer: Linear, with_: Integers) -> None:

@@ -30,13 +30,17 @@ class PackedTensor:
 
         [2, 512], scale_every 128:   row 0  | s0  | s1  | s2  | s3  |      scale [8]
                                      row 1  | s4  | s5  | s6  | s7  |
+
+    With more than one plane the weight is their sum: codes and scales of all follow one another, plane by
+    plane.
     """
 
-    codes: Tensor  # [numel / 256 * grid.bytes_per_block] uint8
-    scale: Tensor  # [numel / scale_every] float32, float16-representable
+    codes: Tensor  # [planes * numel / 256 * grid.bytes_per_block] uint8
+    scale: Tensor  # [planes * numel / scale_every] float32, float16-representable
     scale_every: int  # elements that a scale serves: of a group (64, 128, ...), a row, or the whole tensor
     grid: Grid
     shape: tuple[int, ...]
+    planes: int = 1
 
     @classmethod
     def quantize(cls, weight: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":
@@ -52,19 +56,27 @@ class PackedTensor:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def levels(self) -> Tensor:  # `shape` int8
-        return ops.unpack(self.codes, grid=self.grid).view(self.shape)
+    def levels(self) -> Tensor:  # `shape` int8; of several planes [planes, *shape]
+        return ops.unpack(self.codes, grid=self.grid).view(self._stored)
+
+    @property
+    def _stored(self) -> tuple[int, ...]:
+        return self.shape if self.planes == 1 else (self.planes, *self.shape)
 
     def as_shard(self) -> "PackedShard":
         """All of it, which one process has, whatever others have; it shares memory."""
+        if self.planes > 1:
+            raise ValueError(f"a weight of {self.planes} planes has no shards: it is not trained")
         return PackedShard(self.codes, self.scale, self.scale_every, self.grid, self.shape, first_block=0)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:  # `shape` float32 or bfloat16
-        out = torch.empty(self.numel, dtype=dtype, device=self.codes.device)
+        decoded = dtype if self.planes == 1 else torch.float32  # a sum is rounded once
+        out = torch.empty(self.planes * self.numel, dtype=decoded, device=self.codes.device)
         ops.decode(
             self.codes, self.scale, grid=self.grid, first_block=0, scale_every=self.scale_every, out=out
         )
-        return out.view(self.shape)
+        out = out.view(self._stored)
+        return out if self.planes == 1 else out.sum(0).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lowbit_dist.inference import IntegerLinear
 from lowbit_dist.methods import DQT, METHODS, TBT, BitNet, Dense, Flip, Tequila, TriLM
 from lowbit_dist.model import low_bit_names, of_hf_config
 from lowbit_dist.ops import cpu
+from lowbit_dist.packed import PackedTensor
 from lowbit_dist.trained import of_folder
 
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
@@ -113,6 +114,25 @@ def test_layers_whose_inputs_are_not_rounded_keep_their_weights(name, trained):
 def test_without_a_compiler_weights_are_decoded(trained, monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
     assert not layers(trained(TAKE_INTEGERS["bitnet"]).network(integer=True))
+
+
+@needs_compiler
+def test_a_sum_of_planes_is_decoded(trained):
+    model = trained(TAKE_INTEGERS["dqt ternary"])
+
+    def doubled(name):
+        tensor = model.read(name)
+        if not isinstance(tensor, PackedTensor):
+            return tensor
+        codes, scale = (torch.cat([part, part.flip(0)]) for part in (tensor.codes, tensor.scale))
+        return replace(tensor, codes=codes, scale=scale, planes=2)
+
+    both, ids = replace(model, read=doubled), torch.arange(16).view(1, -1)
+    networks = [both.network(), both.network(packed=True), both.network(integer=True), model.network()]
+    assert not layers(networks[2])
+    with torch.inference_mode():
+        dense, packed, integer, single = (network(input_ids=ids).logits for network in networks)
+    assert torch.equal(dense, packed) and torch.equal(dense, integer) and not torch.equal(dense, single)
 
 
 @needs_compiler

@@ -55,6 +55,14 @@ def evaluate(
         str | None,
         typer.Option(metavar="GRID", help="Round the weights to this grid first.", show_default=False),
     ] = None,
+    integer: Annotated[
+        bool,
+        typer.Option(
+            "--integer",
+            help="Multiply 8-bit integers with codes, on a CPU, where layers round their inputs: faster, and "
+            "rounded otherwise than in training.",
+        ),
+    ] = False,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -79,7 +87,7 @@ def evaluate(
         if tasks is not None:
             if others := [name for name, value in (("--data", data), ("--forward", forward)) if value]:
                 raise ConfigError(f"{others[0]} does not go with --tasks; leave one of them out")
-            measured = _on_tasks(run, tasks, task_folder, samples)
+            measured = _on_tasks(run, tasks, folder=task_folder, limit=samples, integer=integer)
             answer(measured, lambda terminal: tables.tasks(terminal, measured))
             return
         if data is None or task_folder is not None:
@@ -89,13 +97,13 @@ def evaluate(
             raise ConfigError(f"{wanted}; write --data PATH, or --tasks NAME")
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         metrics = trained.open(run).evaluate(
-            data, forward=forward, n_samples=samples, reading=reading, tally=tally
+            data, forward=forward, integer=integer, n_samples=samples, reading=reading, tally=tally
         )
         counts = tally.counts()
         answer(metrics | counts, pairs(tables.in_words(metrics) | not_read(counts)))
 
 
-def _on_tasks(run: str, tasks: str, folder: Path | None, limit: int | None) -> dict[str, Any]:
+def _on_tasks(run: str, tasks: str, **options: Any) -> dict[str, Any]:
     from lowbit_dist import trained
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -109,7 +117,7 @@ def _on_tasks(run: str, tasks: str, folder: Path | None, limit: int | None) -> d
             f"--tasks ({tasks}) needs lm-evaluation-harness, of which {error.name} is not installed; install "
             "the package with its extra: pip install 'lowbit-dist[eval]'"
         ) from None
-    return harness.run(model, names, folder=folder, limit=limit)
+    return harness.run(model, names, **options)
 
 
 def generate(

@@ -132,11 +132,14 @@ static void round_token(const Product *p, int64_t token) {
 static void spread(const uint8_t *restrict packed, uint8_t *restrict code, int bits) {
     if (bits == 8) {
         memcpy(code, packed, BLOCK);
-    } else if (bits == 4) {
+    } else if (bits == 4 || bits == 6) {
         for (int j = 0; j < 128; j++) {
             code[j] = packed[j] & 15;
             code[j + 128] = packed[j] >> 4;
         }
+        if (bits == 6)
+            for (int j = 0; j < 64; j++)
+                for (int i = 0; i < 4; i++) code[j + 64 * i] |= (uint8_t)(((packed[128 + j] >> (2 * i)) & 3) << 4);
     } else {
         for (int j = 0; j < 64; j++) {
             code[j] = packed[j] & 3;
