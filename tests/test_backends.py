@@ -220,36 +220,22 @@ def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
     assert len(os.listdir(fresh_library)) == 1
 
 
-@pytest.fixture(
-    params=[[], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-mavxvnni"], ["-march=native", "-fopenmp"]],
+@needs_compiler
+@pytest.mark.parametrize(
+    "tuning",
+    [[], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-mavxvnni"], ["-march=native", "-fopenmp"]],
     ids=str,
 )
-def tuned(fresh_library, monkeypatch, request):
-    """The library built with the baseline's vector extensions only, with AVX2, with that and its products of
-    bytes, and with all that this machine has.
+def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tuning):
+    """With the baseline's vector extensions only, with AVX2, with that and its products of bytes, and with
+    all that this machine has.
     """
     for option, flag in (("-march=x86-64-v3", "avx2"), ("-mavxvnni", "avx_vnni")):
-        if option in request.param and f" {flag} " not in cpu._cpu():
+        if option in tuning and f" {flag} " not in cpu._cpu():
             pytest.skip(f"this CPU has no {flag}")
-    monkeypatch.setattr(cpu, "_TUNINGS", [request.param])
+    monkeypatch.setattr(cpu, "_TUNINGS", [tuning])
     cpu._library.cache_clear()
     assert cpu.available()
-
-
-@needs_compiler
-@pytest.mark.usefixtures("tuned")
-def test_products_of_integers_for_other_cpus_are_the_same():
-    for shape in SHAPES:
-        for grid in GRIDS.values():
-            for dtype in (torch.float32, torch.bfloat16):
-                x, weight = case(grid, shape, 6, dtype)
-                expected = reference.matmul(x, **weight)
-                assert_equal(cpu.matmul(x, **weight), expected, f"{shape}, {grid.name}, {dtype}")
-
-
-@needs_compiler
-@pytest.mark.usefixtures("tuned")
-def test_code_for_other_cpus_gives_the_same_bytes():
     scale = torch.tensor([0.01])
     for rule in RULES.values():
         for grid in GRIDS.values():
@@ -263,3 +249,8 @@ def test_code_for_other_cpus_gives_the_same_bytes():
                 cpu.step_(actual, grad, actual_state, rule=rule, now=now(number))
             assert_equal(actual.codes, expected.codes)
             assert_equal_state(actual_state, expected_state)
+    for shape in SHAPES:
+        for grid in GRIDS.values():
+            for dtype in (torch.float32, torch.bfloat16):
+                x, weight = case(grid, shape, 6, dtype)
+                assert_equal(cpu.matmul(x, **weight), reference.matmul(x, **weight), f"{shape}, {grid.name}")
