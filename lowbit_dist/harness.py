@@ -39,18 +39,18 @@ def run(
     questions.  `integer`: see `evaluate.loaded`.
     """
     manager = _manager(tasks, folder)
-    found = lm_eval.simple_evaluate(
+    measured = lm_eval.simple_evaluate(
         model=Backend(trained, integer=integer), tasks=list(tasks), task_manager=manager, limit=limit,
         bootstrap_iters=0, log_samples=False,
     )  # fmt: skip
-    assert found is not None, "this process is the first of the harness's"
+    assert measured is not None, "this process is the first of the harness's"
     numbers = {
         task: {
             metric.removesuffix(",none"): value
             for metric, value in metrics.items()
             if isinstance(value, int | float) and "_stderr," not in metric
         }
-        for task, metrics in found["results"].items()
+        for task, metrics in measured["results"].items()
     }
     return {
         "checkpoint": str(trained.path), "step": trained.step, "products": PRODUCTS[integer], "tasks": numbers
