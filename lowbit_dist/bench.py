@@ -24,7 +24,6 @@ from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.ops import cpu
 from lowbit_dist.optim import AdamW, Lion, Rule
 from lowbit_dist.packed import PackedTensor
-from lowbit_dist.shape import Preset
 
 K = TypeVar("K")
 
@@ -240,7 +239,7 @@ _VOCABULARY = 32_000
 
 
 def infer(
-    preset: Preset = "320m", threads: int = 1, repetitions: int = 9, grids: tuple[str, ...] = tuple(GRIDS)
+    preset: str = "320m", threads: int = 1, repetitions: int = 9, grids: tuple[str, ...] = tuple(GRIDS)
 ) -> dict[str, object]:
     """Times a model of random codes on each grid, with inputs of 8 bits, against transformers' in bfloat16.
 
@@ -250,7 +249,7 @@ def infer(
     """
     on_gpu = torch.cuda.is_available()
     clock = "device events" if on_gpu else "process time" if threads == 1 else "wall time"
-    config = model.hf_config(Model(preset=preset), _VOCABULARY)
+    config = model.hf_config(Model.model_validate({"preset": preset}), _VOCABULARY)
     with _threads(threads), torch.inference_mode():
         networks = {"peer": _dense(config), **{name: _low_bit(config, GRIDS[name]) for name in grids}}
         candidates = {
@@ -296,7 +295,7 @@ def _dense(config: Any) -> nn.Module:
 
 def _low_bit(config: Any, grid: Grid) -> nn.Module:
     """The model as evaluation and sampling have it; on a GPU with codes that are decoded for each product."""
-    method = DQT(grid=grid.name)
+    method = DQT.model_validate({"grid": grid.name})
     built = model.of_hf_config(config, method, torch.bfloat16)
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     low_bit = set(model.low_bit_names(built, method))
