@@ -1,4 +1,4 @@
-"""How long the ops take, each next to a peer timed in the same process.
+"""How long ops and whole models take, each next to a peer timed in the same process.
 
 Absolute times of a shared machine mean little; ratios of candidates that take turns with their peer do. On
 one CPU thread the clock is the process's own CPU time, on more the wall, on a GPU the device's events.
@@ -8,14 +8,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor, nn
 
-from lowbit_dist import ops
+from lowbit_dist import model, ops, trained
+from lowbit_dist.config import Model
+from lowbit_dist.convert import PackedParameter
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
+from lowbit_dist.inference import multiplies_integers
+from lowbit_dist.linear import Linear
+from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.ops import cpu
 from lowbit_dist.optim import AdamW, Lion, Rule
+from lowbit_dist.packed import PackedTensor
+
+K = TypeVar("K")
 
 # Parameters that are timed by default: far beyond the caches, or what plain torch does in a minute.
 _ELEMENTS = {"cuda": 2**27, "cpu": 2**24, "cpu without a compiler": 2**20}
@@ -174,11 +184,11 @@ def _decode(grid: Grid, n: int, device: str) -> Callable[[], object]:
 
 
 def _take_turns(
-    candidates: dict[str, Callable[[], object]], clock: str, repetitions: int
-) -> dict[str, list[float]]:
+    candidates: dict[K, Callable[[], object]], clock: str, repetitions: int
+) -> dict[K, list[float]]:
     """Seconds of each run; each candidate runs once in each round, and once before the first."""
     time_of = _device_seconds if clock == "device events" else _host_seconds(clock)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[K, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
     for _ in range(repetitions):
@@ -222,3 +232,129 @@ def _threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+PROMPT, CONTEXT, NEW = 512, 32, 8  # tokens: of a prompt; already read, when so many are made one by one
+_VOCABULARY = 32_000
+
+
+def infer(
+    preset: str = "320m", threads: int = 1, repetitions: int = 9, grids: tuple[str, ...] = tuple(GRIDS)
+) -> dict[str, object]:
+    """Times a model of random codes on each grid, with inputs of 8 bits, against transformers' in bfloat16.
+
+    Tokens per second where one is made after another (batch 1), and where a prompt of 512 is read: the
+    median, and the range that holds the middle half.  Bytes are those of all tensors that the model keeps,
+    and for each weight of its blocks' linear layers of those that these keep.
+    """
+    on_gpu = torch.cuda.is_available()
+    clock = "device events" if on_gpu else "process time" if threads == 1 else "wall time"
+    config = model.hf_config(Model.model_validate({"preset": preset}), _VOCABULARY)
+    with _threads(threads), torch.inference_mode():
+        networks = {"peer": _dense(config), **{name: _low_bit(config, GRIDS[name]) for name in grids}}
+        candidates = {
+            (name, number): run
+            for name, network in networks.items()
+            for number, run in ((1, _one_by_one(network)), (PROMPT, _prompt(network)))
+        }
+        times = _take_turns(candidates, clock, repetitions)
+
+    def measured(name: str) -> dict[str, object]:
+        speed: dict[str, object] = {}
+        for number, tokens in ((1, NEW), (PROMPT, PROMPT)):
+            of_one, of_peer = times[name, number], times["peer", number]
+            per_second = [tokens / t for t in of_one]
+            ratios = [peer / own for own, peer in zip(of_one, of_peer, strict=True)]
+            speed[f"tokens_{number}"] = {
+                "tokens_per_second": statistics.median(per_second),
+                "tokens_per_second_middle_half": _middle_half(per_second),
+                "speed_to_peer": statistics.median(ratios),
+                "speed_to_peer_middle_half": _middle_half(ratios),
+            }
+        return {**speed, **_resident(networks[name])}
+
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "products": "integers" if multiplies_integers(networks[grids[0]]) else "decoded",
+        "threads": threads,
+        "clock": clock,
+        "preset": preset,
+        "parameters": sum(map(Tensor.numel, _linear_weights(networks["peer"]))),
+        "repetitions": repetitions,
+        "peer": {"name": "transformers, bfloat16", **measured("peer")},
+        "infer": [{"grid": name, **measured(name)} for name in grids],
+    }
+
+
+def _dense(config: Any) -> nn.Module:
+    import transformers
+
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return made.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _low_bit(config: Any, grid: Grid) -> nn.Module:
+    """The model as evaluation and sampling have it; on a GPU with codes that are decoded for each product."""
+    method = DQT.model_validate({"grid": grid.name})
+    built = model.of_hf_config(config, method, torch.bfloat16)
+    shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    low_bit = set(model.low_bit_names(built, method))
+
+    def read(name: str) -> PackedTensor | Tensor:
+        shape = torch.Size(shapes[name])
+        if name not in low_bit:
+            return torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * model.INITIAL_STD
+        scale = torch.tensor([model.INITIAL_STD / grid.high])
+        return PackedTensor(_codes(grid, shape.numel(), "cpu"), scale, shape.numel(), grid, tuple(shape))
+
+    def no_tokenizer() -> Any:
+        raise AssertionError("no text is asked for")
+
+    made = trained.Trained(
+        path=Path("random"), step=None, hf_config=config, method=method, precision="bf16",
+        names=sorted(shapes), read=read, open_tokenizer=no_tokenizer,
+        samples=trained.Samples(seq_len=PROMPT),
+    )  # fmt: skip
+    return made.network(packed=True, integer=True)
+
+
+def _one_by_one(network: Any) -> Callable[[], object]:
+    from transformers import DynamicCache
+
+    device = next(network.parameters()).device
+    ids = torch.arange(CONTEXT + NEW, device=device).view(1, -1)
+    cache = DynamicCache()
+    network(input_ids=ids[:, :CONTEXT], past_key_values=cache, use_cache=True)
+
+    def run() -> None:
+        cache.crop(CONTEXT)
+        for place in range(CONTEXT, CONTEXT + NEW):
+            network(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+
+    return run
+
+
+def _prompt(network: Any) -> Callable[[], object]:
+    ids = torch.arange(PROMPT, device=next(network.parameters()).device).view(1, -1)
+    return lambda: network(input_ids=ids, logits_to_keep=1)
+
+
+def _linear_weights(network: Any) -> list[Tensor]:
+    """Of its blocks, without the head."""
+    head = network.get_output_embeddings()
+    return [m.weight for m in network.modules() if isinstance(m, nn.Linear | Linear) and m is not head]
+
+
+def _resident(network: Any) -> dict[str, float]:
+    weights = _linear_weights(network)
+    packed = [p.packed.tensor for p in weights if isinstance(p, PackedParameter)]
+    codes = [part for tensor in packed for part in (tensor.codes, tensor.scale)]
+    return {
+        "resident_bytes": _storage_bytes([*network.parameters(), *network.buffers(), *codes]),
+        "resident_bytes_per_weight": _storage_bytes([*weights, *codes]) / sum(map(Tensor.numel, weights)),
+    }
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_dist import attention, data, documents
 from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
-from lowbit_dist.grid import GRIDS
+from lowbit_dist.grid import GRIDS, Grid
+from lowbit_dist.inference import multiplies_integers
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import marks
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lowbit_dist.zero import Engine
 
 T = TypeVar("T")
+PRODUCTS = ("floats", "integers")  # of linear layers
 Labelled = list[tuple[Tensor, Tensor]]  # tokens, and labels of them, each [samples, seq_len] int64
 
 
@@ -33,6 +35,7 @@ def evaluate(
     path: str,
     *,
     forward: str | None = None,
+    integer: bool = False,
     n_samples: int | None = None,
     reading: documents.Reading | None = None,
     tally: documents.Tally | None = None,
@@ -42,8 +45,8 @@ def evaluate(
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first.  `reading` says how documents are found in text; `tally` counts what of it is
-    not read.
+    weights are rounded first; for `integer` see `loaded`.  `reading` says how documents are found in text;
+    `tally` counts what of it is not read.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
@@ -58,14 +61,46 @@ def evaluate(
         tally = documents.Tally() if tally is None else tally
         with tally.naming_skipped():
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
+    batches = _batches(trained, samples)
+    trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
+    network = loaded(trained, integer=integer, forward=None if forward is None else GRIDS[forward])
+    mean = _mean_loss(trained, network, batches)
+    own = trained.method.forward_grid
+    return {
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "data": path,
+        "forward": forward or (trained.method.name if own is None else own.name),
+        "products": PRODUCTS[integer],
+        "loss": mean,
+        **quality(mean, bytes_per_token),
+        "samples": sum(len(labels) for _, labels in batches),
+        "tokens": sum(int((labels != data.IGNORED).sum()) for _, labels in batches),
+    }
+
+
+def text_loss(trained: Trained, network: nn.Module, text: str) -> tuple[float, int]:
+    """The mean loss of a text, as `evaluate` measures a file with it alone, and how many tokens it has, marks
+    included; (0, 0) of no text.
+    """
+    if not text:
+        return 0.0, 0
+    samples, _ = _text(trained, "a text", iter([text]), None)
+    batches = _batches(trained, samples)
+    trained.check_tokens((int(tokens.max()) for tokens, _ in batches), "a text")
+    return _mean_loss(trained, network, batches), sum(tokens.numel() for tokens, _ in batches)
+
+
+def _batches(trained: Trained, samples: Labelled) -> Labelled:
     size = trained.samples.micro_batch
-    batches = [
+    return [
         batch
         for tokens, labels in samples
         for batch in zip(tokens.split(size), labels.split(size), strict=True)
     ]
-    trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
-    network = trained.network(forward=None if forward is None else GRIDS[forward])
+
+
+def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float:
     device = next(network.parameters()).device
     nats = 0.0
     with torch.inference_mode():
@@ -73,18 +108,22 @@ def evaluate(
             tokens, labels = (part.to(device) for part in batch)
             loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
             nats += n_predicted(labels) * loss.double().item()
-    mean = nats / sum(n_predicted(labels) for _, labels in batches)
-    own = trained.method.forward_grid
-    return {
-        "checkpoint": str(trained.path),
-        "step": trained.step,
-        "data": path,
-        "forward": forward or (trained.method.name if own is None else own.name),
-        "loss": mean,
-        **quality(mean, bytes_per_token),
-        "samples": sum(len(labels) for _, labels in batches),
-        "tokens": sum(int((labels != data.IGNORED).sum()) for _, labels in batches),
-    }
+    return nats / sum(n_predicted(labels) for _, labels in batches)
+
+
+def loaded(trained: Trained, *, integer: bool = False, forward: Grid | None = None) -> nn.Module:
+    """The model as it is measured, with the training loop's own products.
+
+    `integer`: layers that round their inputs to 8 bits multiply integers (inference.py), whose sums round
+    otherwise; ConfigError if none does.
+    """
+    network = trained.network(integer=integer, forward=forward)
+    if integer and not multiplies_integers(network):
+        raise ConfigError(
+            f"--integer needs layers that round their inputs to 8 bits, and a CPU with a C compiler; "
+            f"{trained.path} has no such layer here; leave it out"
+        )
+    return network
 
 
 def validation_loss(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.pretrained import vocabulary
@@ -26,6 +26,8 @@ def generate(
     top_k: int = 50,  # 0: of all tokens
     top_p: float = 1.0,  # of the likeliest tokens that together have this probability
     seed: int = 0,
+    stop: Sequence[str] = (),  # texts before the first of which the continuation ends
+    network: nn.Module | None = None,  # the model's, where it has been loaded already
     stream: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The model's continuation of `prompt`; the same for the same seed on the same kind of machine.
@@ -67,9 +69,9 @@ def generate(
             f"--prompt has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} they are more than the "
             f"model's max_seq_len {longest}; write {fewer}a shorter text"
         )
-    network: Any = trained.network()
-    network.generation_config = GenerationConfig()  # a model's configuration may have, say, penalties
-    device = next(network.parameters()).device
+    loaded: Any = trained.network(integer=True) if network is None else network
+    loaded.generation_config = GenerationConfig()  # a model's configuration may have, say, penalties
+    device = next(loaded.parameters()).device
     torch.manual_seed(seed)
     chance = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -77,11 +79,11 @@ def generate(
         else {"do_sample": False}
     )
     rows = vocabulary(trained.hf_config) or tokenizer.vocab_size
-    streamed = _Streamed(tokenizer, prompt, ids, stream)
+    streamed = _Streamed(tokenizer, prompt, ids, stream, stop)
     started = time.monotonic()
     with torch.inference_mode():
         tokens = torch.tensor([ids], device=device)
-        out = network.generate(
+        out = loaded.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
@@ -92,6 +94,7 @@ def generate(
             # Embeddings may have more rows than there are tokens.
             suppress_tokens=[i for i in range(rows) if i not in tokenizer.ids] or None,
             streamer=streamed,
+            stopping_criteria=[streamed.is_over] if stop else None,
             **chance,
         )
     new = out[0, len(ids) :].tolist()
@@ -102,20 +105,31 @@ def generate(
         "prompt": prompt,
         "text": streamed.text,
         "tokens": len(new),
+        "prompt_tokens": len(ids),
+        "finished": streamed.has_stopped or new[-1:] == [tokenizer.eos_id],
         "tokens_per_second": len(new) / seconds,
     }
 
 
 class _Streamed:
-    """What transformers hands each token to, the prompt's first: the new ones' text, in whole characters."""
+    """What transformers hands each token to, the prompt's first: the new ones' text, in whole characters, up
+    to the first of the texts `stop`.
+    """
 
     def __init__(
-        self, tokenizer: TextTokenizer, prompt: str, ids: Sequence[int], stream: Callable[[str], None]
+        self,
+        tokenizer: TextTokenizer,
+        prompt: str,
+        ids: Sequence[int],
+        stream: Callable[[str], None],
+        stop: Sequence[str] = (),
     ):
-        self.tokenizer, self.prompt, self.stream = tokenizer, prompt, stream
+        self.tokenizer, self.prompt, self.stream, self.stop = tokenizer, prompt, stream, stop
         self.ids = list(ids)
         self.text = ""
+        self.has_stopped = False
         self._begun = False
+        self._held = ""  # the end of the text so far, which may begin one of `stop`
         # Of `ids`: from where on they are decoded, for what a piece means may depend on those before, and up
         # to where their text has been given.  Both lie between two characters.
         self._first, self._given = 0, len(ids)
@@ -131,9 +145,14 @@ class _Streamed:
         if new and not new.endswith("\ufffd"):
             self._give(new)
 
+    def is_over(self, ids: Tensor, scores: Any) -> Tensor:  # [1] bool
+        """What transformers asks after each token."""
+        return torch.full((len(ids),), self.has_stopped, device=ids.device)
+
     def end(self) -> None:
-        if rest := self._new():
-            self._give(rest)
+        if not self.has_stopped:
+            self._give(self._new())
+            self._say(self._held)
 
     def _new(self) -> str:
         given, text = (self.tokenizer.decode(self.ids[self._first : end]) for end in (self._given, None))
@@ -144,5 +163,19 @@ class _Streamed:
 
     def _give(self, text: str) -> None:
         self._first, self._given = self._given, len(self.ids)
+        text = self._held + text
+        ends = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        self.has_stopped = bool(ends)
+        n_held = 0 if ends else max((_overlap(text, stop) for stop in self.stop), default=0)
+        self._held = text[len(text) - n_held :]
+        self._say(text[: min(ends, default=len(text) - n_held)])
+
+    def _say(self, text: str) -> None:
         self.text += text
-        self.stream(text)
+        if text:
+            self.stream(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How long the longest end of `text` is that begins `stop`, without being all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -24,6 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lowbit_dist.ops.reference import round_tokens
+
 # The linears of a LLaMA block whose inputs no RMSNorm precedes; SubLN (as in BitNet) adds one there.
 INNER_LINEARS = ("o_proj", "down_proj")
 
@@ -154,9 +156,8 @@ class IntPerToken(nn.Module):
 class _RoundTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bits: int) -> Tensor:
-        top = 2 ** (bits - 1) - 1
-        scale = top / x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-5)
-        return (x * scale).round_().clamp_(-top - 1, top).div_(scale).to(x.dtype)
+        levels, per_unit = round_tokens(x, bits)
+        return levels.div_(per_unit).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]

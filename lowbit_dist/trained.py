@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist import model, pretrained, tokenizer
+from lowbit_dist import model, ops, pretrained, tokenizer
 from lowbit_dist.checkpoint import MANIFEST, Checkpoint, resolve
 from lowbit_dist.convert import pack_
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.grid import Grid
+from lowbit_dist.inference import integers, multiply_integers_
 from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.method import Method
@@ -88,9 +89,11 @@ class Trained:
         """A whole parameter: packed if it is low-bit, else float32."""
         return self.read(name)
 
-    def network(self, *, packed: bool = False, forward: Grid | None = None) -> nn.Module:
+    def network(
+        self, *, packed: bool = False, integer: bool = False, forward: Grid | None = None
+    ) -> nn.Module:
         """The model, ready for inference; see `network`."""
-        return network(self, packed=packed, forward=forward)
+        return network(self, packed=packed, integer=integer, forward=forward)
 
     def evaluate(self, data: str, **options: Any) -> dict[str, Any]:
         """Loss, perplexity and bits per byte on prepared data or a text; see `evaluate.evaluate`."""
@@ -193,20 +196,29 @@ def of_folder(path: str | Path) -> Trained:
     )
 
 
-def network(trained: Trained, *, packed: bool = False, forward: Grid | None = None) -> nn.Module:
+def network(
+    trained: Trained, *, packed: bool = False, integer: bool = False, forward: Grid | None = None
+) -> nn.Module:
     """The model with its weights in its compute precision, ready for inference.
 
     `packed`: linear layers keep their low-bit weights as codes and decode them whenever they multiply, with
-    the same logits to the bit.  `forward`: the weights are rounded to this grid first.
+    the same logits to the bit.  `integer`: on a CPU with a compiler, those that round their inputs to 8 bits
+    never decode them, and multiply integers (inference.py); logits differ by the rounding of sums that are
+    exact here.  `forward`: the weights are rounded to this grid first.
     """
     dtype = model.DTYPES[trained.precision]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    integer = integer and ops.multiplies(device)
     built = model.of_hf_config(trained.hf_config, trained.method, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     if differing := set(shapes) ^ set(trained.names):
         raise _unfitting(trained, ", ".join(sorted(differing)))
     requantized = _requantized_names(built, trained.method) if forward is not None else set()
+    for module in built.modules() if forward is not None else ():
+        if isinstance(module, Linear):
+            module.view = None  # the weights go through a grid here
     weights: dict[str, Tensor] = {}
-    codes: list[tuple[Linear, PackedTensor]] = []
+    as_codes: list[Callable[[], None]] = []
     for name in trained.names:
         tensor = trained.tensor(name)
         if tuple(tensor.shape) != shapes[name]:
@@ -216,22 +228,22 @@ def network(trained: Trained, *, packed: bool = False, forward: Grid | None = No
         elif isinstance(tensor, PackedTensor):
             tensor = trained.method.seen(tensor)
         owner = built.get_submodule(name.rpartition(".")[0])
-        if packed and isinstance(tensor, PackedTensor) and isinstance(owner, Linear) and decodes(owner):
-            codes.append((owner, tensor))
-        else:
-            weights[name] = _dense(tensor, dtype)
+        if isinstance(owner, Linear) and decodes(owner) and owner.weight is built.get_parameter(name):
+            tensor = tensor if isinstance(tensor, PackedTensor) else tensor.to(dtype)
+            if integer and (made := integers(owner, tensor, trained.method)) is not None:
+                as_codes.append(partial(multiply_integers_, owner, made))
+                continue
+            if packed and isinstance(tensor, PackedTensor):
+                as_codes.append(partial(pack_, owner, tensor))
+                continue
+        weights[name] = _dense(tensor, dtype)
     built.load_state_dict(weights, strict=False, assign=True)
     for name, value in trained.read_buffers(built).items():
         built.get_buffer(name).copy_(value)
-    for layer, tensor in codes:
-        pack_(layer, tensor)
+    for pack in as_codes:
+        pack()
     if getattr(built.config, "tie_word_embeddings", False):
         built.tie_weights()  # type: ignore[operator]
-    if forward is not None:
-        for module in built.modules():
-            if isinstance(module, Linear):
-                module.view = None  # the weights have been through a grid already
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return built.to(device).eval().requires_grad_(False)
 
 

@@ -25,6 +25,7 @@ from op_cases import (
     used_state,
     zeros,
 )
+from test_matmul import SHAPES, case
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, GRIDS
@@ -220,11 +221,18 @@ def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
 
 
 @needs_compiler
-@pytest.mark.parametrize("tuning", [[], ["-march=x86-64-v3"], ["-march=native", "-fopenmp"]], ids=str)
+@pytest.mark.parametrize(
+    "tuning",
+    [[], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-mavxvnni"], ["-march=native", "-fopenmp"]],
+    ids=str,
+)
 def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tuning):
-    """With the baseline's vector extensions only, with AVX2, and with all that this machine has."""
-    if "-march=x86-64-v3" in tuning and " avx2 " not in cpu._cpu():
-        pytest.skip("this CPU has no AVX2")
+    """With the baseline's vector extensions only, with AVX2, with that and its products of bytes, and with
+    all that this machine has.
+    """
+    for option, flag in (("-march=x86-64-v3", "avx2"), ("-mavxvnni", "avx_vnni")):
+        if option in tuning and f" {flag} " not in cpu._cpu():
+            pytest.skip(f"this CPU has no {flag}")
     monkeypatch.setattr(cpu, "_TUNINGS", [tuning])
     cpu._library.cache_clear()
     assert cpu.available()
@@ -241,3 +249,8 @@ def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tu
                 cpu.step_(actual, grad, actual_state, rule=rule, now=now(number))
             assert_equal(actual.codes, expected.codes)
             assert_equal_state(actual_state, expected_state)
+    for shape in SHAPES:
+        for grid in GRIDS.values():
+            for dtype in (torch.float32, torch.bfloat16):
+                x, weight = case(grid, shape, 6, dtype)
+                assert_equal(cpu.matmul(x, **weight), reference.matmul(x, **weight), f"{shape}, {grid.name}")

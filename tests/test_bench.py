@@ -5,6 +5,7 @@ import torch
 
 from lowbit_dist import bench
 from lowbit_dist.grid import GRIDS
+from lowbit_dist.ops import cpu
 
 UPDATE = ("optimizer", "grid", "states", "group")
 
@@ -70,3 +71,37 @@ def test_the_number_of_threads_is_put_back():
 def test_a_size_that_is_not_whole_blocks_is_refused():
     with pytest.raises(ValueError, match="n is 1000; it must be a multiple of 256"):
         bench.update(n=1000, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def inferred():
+    return bench.infer("tiny", repetitions=3, grids=("ternary", "int8"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures the GPU, where codes are decoded")
+@pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
+def test_a_low_bit_model_is_timed_against_the_dense_one(inferred):
+    assert json.loads(json.dumps(inferred)) == inferred
+    assert [row["grid"] for row in inferred["infer"]] == ["ternary", "int8"]
+    assert (inferred["products"], inferred["clock"]) == ("integers", "process time")
+    for row in [inferred["peer"], *inferred["infer"]]:
+        for tokens in ("tokens_1", "tokens_512"):
+            for name in ("tokens_per_second", "speed_to_peer"):
+                low, high = row[tokens][f"{name}_middle_half"]
+                assert 0 < low <= row[tokens][name] <= high
+        assert row["tokens_512"]["tokens_per_second"] > row["tokens_1"]["tokens_per_second"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it measures the GPU, where codes are decoded")
+@pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
+def test_resident_bytes_are_those_of_codes_scales_and_what_is_dense(inferred):
+    linears = 4 * 256 * (4 * 256 + 3 * 768)
+    others = 2 * 32_000 * 256 + 9 * 256  # embedding, head and gains of norms
+    assert inferred["parameters"] == linears
+    assert inferred["peer"]["resident_bytes_per_weight"] == 2
+    assert inferred["peer"]["resident_bytes"] == pytest.approx(2 * (linears + others), rel=1e-4)
+    for row, size in zip(inferred["infer"], (0.25, 1), strict=True):
+        # 28 matrices have a scale of 4 bytes and a stub of 2.
+        assert row["resident_bytes_per_weight"] == pytest.approx(size + 28 * 6 / linears)
+        assert row["resident_bytes"] == pytest.approx(size * linears + 2 * others, rel=1e-4)
+    assert inferred["infer"][0]["resident_bytes_per_weight"] <= 0.3

@@ -18,8 +18,8 @@ from lowbit_dist import __main__ as entry
 
 VERBS = (
     "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "ui", "eval",
-    "generate", "quantize", "export", "inspect", "sweep", "submit", "status", "logs", "stop", "bench update",
-    "config",
+    "generate", "chat", "serve", "quantize", "export", "inspect", "sweep", "submit", "status", "logs", "stop",
+    "bench update", "bench infer", "config",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
 

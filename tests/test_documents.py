@@ -483,7 +483,8 @@ class Rows:
 
 
 def test_a_dataset_of_hugging_face_is_read_by_rows_and_known_by_its_fingerprint(monkeypatch):
-    """The library is not installed here; what is called is its documented interface."""
+    """Without the library; what is called is its documented interface."""
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     dataset, loaded = Rows("0123456789abcdef"), []
 
     class Library:

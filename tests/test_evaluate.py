@@ -15,6 +15,7 @@ from lowbit_dist.evaluate import evaluate
 from lowbit_dist.generate import generate
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.methods import DQT
+from lowbit_dist.ops import cpu
 from lowbit_dist.packed import PackedTensor
 from lowbit_dist.trained import of_checkpoint
 
@@ -45,6 +46,21 @@ def test_the_loss_is_that_of_the_training_loop(name, trained, corpus):
     assert found["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], rel=1e-5)
     assert (found["step"], found["samples"], found["tokens"]) == (4, summary["val_samples"], 6 * 64)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decodes weights")
+def test_integers_are_multiplied_where_they_are_asked_for(trained, corpus):
+    model, _ = trained("dqt")
+    own, integer = (evaluate(model, str(corpus), integer=asked) for asked in (False, True))
+    assert (own["products"], integer["products"]) == ("floats", "integers")
+    assert 0 < abs(own["loss"] - integer["loss"]) < 1e-3
+
+
+def test_integers_that_no_layer_multiplies_are_refused(trained, corpus):
+    model, _ = trained("tied")
+    with pytest.raises(ConfigError, match="--integer needs layers that round their inputs to 8 bits"):
+        evaluate(model, str(corpus), integer=True)
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 100])

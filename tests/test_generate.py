@@ -126,6 +126,38 @@ def test_text_comes_as_it_is_made_in_whole_characters(folder):
     assert len(parts) > 10 and not any("\ufffd" in part for part in parts)
 
 
+def test_a_text_ends_before_the_first_of_its_stops(folder):
+    model = lowbit_dist.open(folder("llama"))
+    network = model.network(integer=True)
+    whole = model.generate("def ", max_new_tokens=40, temperature=0, network=network)
+    text, parts = whole["text"], []
+    assert len(text) > 30 and not whole["finished"]
+    for stop in (text[10:15], text[10:11], text[9:25]):
+        place = text.find(stop)
+        parts.clear()
+        ended = model.generate(
+            "def ", max_new_tokens=40, temperature=0, network=network, stop=[stop, "never there"],
+            stream=parts.append,
+        )  # fmt: skip
+        assert ended["text"] == "".join(parts[1:]) == text[:place]
+        assert ended["finished"] and ended["tokens"] < whole["tokens"]
+    almost = [text[-3:] + "x", text[20:23] + "no such"]
+    assert model.generate("def ", max_new_tokens=40, temperature=0, stop=almost)["text"] == text
+
+
+def test_what_may_begin_a_stop_is_held_back_until_it_does_not(folder):
+    tokenizer, parts = lowbit_dist.open(folder("llama")).tokenizer, []
+    streamed = _Streamed(tokenizer, "", [1], parts.append, ["ab", "bcd!"])
+    streamed.put(torch.tensor([[1]]))
+    said = []
+    for character in "xbcdbcab":
+        for token in tokenizer.encode(character):
+            streamed.put(torch.tensor([token]))
+        said.append("".join(parts))
+    assert said == ["x", "x", "x", "x", "xbcd", "xbcd", "xbcdbc", "xbcdbc"]
+    assert streamed.has_stopped
+
+
 def test_half_a_character_at_the_end_is_given_as_such(folder):
     tokenizer = lowbit_dist.open(folder("llama")).tokenizer
     parts = []

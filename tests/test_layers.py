@@ -27,6 +27,7 @@ FLOOR = {
     "methods": 3, "optim": 3, "config": 3, "configfile": 3, "schedule": 3,
     "model": 3, "data": 3, "zero": 3, "statistics": 3,
     "memory": 4, "checkpoint": 4, "runs": 4, "tracking": 4, "convert": 4,
+    "inference": 4, "serving": 6, "harness": 6,
     "inputs": 5, "resuming": 5, "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5,
     "doctor": 5,
     "cluster": 6, "compare": 6, "sweep": 6, "quantize": 6, "export": 6,
@@ -52,6 +53,9 @@ HOMES = {
     "grpc": {"network"},
     "safetensors": {"checkpoint", "export", "pretrained"},
     "compressed_tensors": {"export"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving"},
+    "lm_eval": {"harness"},
     "ray": {"cluster", "data", "tracking"},  # cluster: Train and Jobs; data: Ray Data; tracking: metrics
 }
 

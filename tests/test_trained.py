@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -320,6 +321,14 @@ def test_a_tokenizer_of_another_kind_under_the_name_of_sentencepieces_is_passed_
     del config["split_special_tokens"]  # which says that the folder is `lowbit tokenizer train`'s
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     assert of_folder(path).tokenizer.encode(TEXT) == ids
+
+
+def test_tasks_without_the_harness_name_the_extra(folder, lowbit, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lowbit_dist.harness", raising=False)
+    monkeypatch.delattr(lowbit_dist, "harness", raising=False)
+    done = lowbit("eval", folder("tied"), "--tasks", "piqa")
+    assert done.returncode == 2 and "pip install 'lowbit-dist[eval]'" in done.stderr, done.stderr
 
 
 def test_the_command_line_takes_a_folder(folder, lowbit, tmp_path):

@@ -13,7 +13,18 @@ import typer
 from typer.core import TyperGroup
 
 from lowbit_dist import folders
-from lowbit_dist.cli import benches, comparing, complaints, console, jobs, progress, reference, ui, watching
+from lowbit_dist.cli import (
+    benches,
+    comparing,
+    complaints,
+    console,
+    inference,
+    jobs,
+    progress,
+    reference,
+    ui,
+    watching,
+)  # fmt: skip
 from lowbit_dist.cli.arguments import (
     Config,
     Inputs,
@@ -22,7 +33,6 @@ from lowbit_dist.cli.arguments import (
     Overrides,
     PromptField,
     RunOrCheckpoint,
-    RunOrFolder,
     Separator,
     TextField,
     at_home,
@@ -38,7 +48,8 @@ from lowbit_dist.config import ConfigError
 # In the order of the work, which is that of the help.
 VERBS = (
     "doctor", "tokenizer", "data", "plan", "train", "watch", "runs", "compare", "ui", "eval", "generate",
-    "quantize", "export", "inspect", "sweep", "submit", "status", "logs", "stop", "bench", "config",
+    "chat", "serve", "quantize", "export", "inspect", "sweep", "submit", "status", "logs", "stop", "bench",
+    "config",
 )  # fmt: skip
 
 
@@ -71,10 +82,15 @@ app.command()(comparing.compare)
 app.command("runs")(comparing.list_runs)
 app.command()(watching.watch)
 app.command()(ui.ui)
+app.command("eval")(inference.evaluate)
+app.command()(inference.generate)
+app.command()(inference.chat)
+app.command()(inference.serve)
 app.command()(reference.config)
 app.command()(quantize)
 app.command()(export)
 bench_app.command("update")(benches.update)
+bench_app.command("infer")(benches.infer)
 
 
 def _version(is_asked: bool) -> None:
@@ -230,85 +246,6 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
             )
             raise typer.Exit(128 + stopped.signum) from None
         answer(summary, lambda terminal: tables.summary(terminal, summary, loaded.tracking.mlflow))
-
-
-@app.command("eval")
-def evaluate(
-    run: RunOrFolder,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR_OR_TEXT",
-            help="Measure it on prepared data, or on text as for --input.",
-            show_default=False,
-            callback=at_home,
-        ),
-    ],
-    forward: Annotated[
-        str | None,
-        typer.Option(metavar="GRID", help="Round the weights to this grid first.", show_default=False),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Take so many samples; by default of prepared data the run's eval_samples, of text all.",
-        ),
-    ] = None,
-    field: TextField = "text",
-    separator: Separator = None,
-    on_bad_row: OnBadRow = "fail",
-    as_json: Json = False,
-) -> None:
-    """Measure loss, perplexity and bits per byte of a trained model.
-
-    Example: lowbit eval quickstart --data data/stdlib --json
-    """
-    with console.answering(as_json, "evaluating") as answer:
-        from lowbit_dist import documents, trained
-        from lowbit_dist.cli import tables
-
-        reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
-        metrics = trained.open(run).evaluate(
-            data, forward=forward, n_samples=samples, reading=reading, tally=tally
-        )
-        counts = tally.counts()
-        answer(metrics | counts, pairs(tables.in_words(metrics) | not_read(counts)))
-
-
-@app.command()
-def generate(
-    run: RunOrFolder,
-    prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What the text begins with.", show_default=False)
-    ],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after so many tokens.")] = 100,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="Draw at this temperature; 0 takes the likeliest token always.")
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Draw from the N likeliest tokens; 0 draws from all.")
-    ] = 50,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Draw from the likeliest tokens up to this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Continue a text: it and what follows it are printed as they are, while they are made.
-
-    Example: lowbit generate quickstart --prompt "def main():" --max-new-tokens 60
-    """
-    with console.answering(as_json, "loading the model") as answer:
-        from lowbit_dist import trained
-
-        generated = trained.open(run).generate(
-            prompt,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            stream=(lambda text: None) if as_json else answer.write,
-        )  # fmt: skip
-        answer(generated, lambda terminal: answer.end_line())
 
 
 @app.command()

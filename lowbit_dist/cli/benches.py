@@ -37,3 +37,36 @@ def update(
 
         measured = bench.update(parameters, threads=threads, repetitions=repetitions)
         answer(measured, lambda terminal: tables.update_times(terminal, measured))
+
+
+def infer(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="Measure a model of this model.preset, with random weights.")
+    ] = "320m",
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GRID", help="Measure this grid; may be given again; all if not given."),
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Use so many threads of the CPU.")] = 1,
+    repetitions: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Take the median of so many turns.")
+    ] = 9,
+    as_json: Json = False,
+) -> None:
+    """Time low-bit models with 8-bit inputs against transformers' dense model in bfloat16.
+
+    Example: lowbit bench infer --preset 320m --grid ternary --threads 2
+    """
+    with console.answering(as_json, "measuring") as answer:
+        from lowbit_dist.grid import GRIDS
+        from lowbit_dist.shape import PRESETS
+
+        if preset not in PRESETS:
+            raise ConfigError(f"--preset ({preset}) must be one of {', '.join(PRESETS)}; write one of them")
+        if unknown := [name for name in grid or () if name not in GRIDS]:
+            raise ConfigError(f"--grid ({unknown[0]}) must be one of {', '.join(GRIDS)}; write one of them")
+        from lowbit_dist import bench
+        from lowbit_dist.cli import tables
+
+        measured = bench.infer(preset, threads, repetitions, tuple(grid or GRIDS))
+        answer(measured, lambda terminal: tables.inference_times(terminal, measured))

@@ -204,6 +204,42 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
     )
 
 
+def tasks(console: Console, measured: Mapping[str, Any]) -> None:
+    """A line for each metric of each task."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "metric", "value"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for task, metrics in measured["tasks"].items():
+        for metric, value in metrics.items():
+            table.add_row(Text(task), Text(metric), _number(value) or Text("-"))
+    console.print(table)
+
+
+def inference_times(console: Console, measured: Mapping[str, Any]) -> None:
+    """A model on each grid, against the peer."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "1 by 1, tokens/s", "to peer", "512, tokens/s", "to peer", "B per weight", "resident"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in [
+        (measured["peer"]["name"], measured["peer"]),
+        *((f"{row['grid']}, 8-bit inputs", row) for row in measured["infer"]),
+    ]:
+        speeds = []
+        for speed in (row["tokens_1"], row["tokens_512"]):
+            low, high = speed["tokens_per_second_middle_half"]
+            speeds.append(f"{speed['tokens_per_second']:,.1f} ({low:,.1f} to {high:,.1f})")
+            speeds.append(f"{speed['speed_to_peer']:.2f}")
+        size = f"{row['resident_bytes_per_weight']:.3f}"
+        table.add_row(name, *speeds, size, in_bytes(row["resident_bytes"]))
+    console.print(table)
+    console.print(
+        f"{measured['device']}, {measured['products']}, {measured['preset']} of {measured['parameters']:,} "
+        f"weights in linear layers, {measured['threads']} "
+        f"thread{'' if measured['threads'] == 1 else 's'}, median of {measured['repetitions']} and middle "
+        f"half ({measured['clock']})."
+    )
+
+
 def _number(value: Any) -> str | None:
     if not isinstance(value, int | float):
         return None

@@ -16,6 +16,7 @@ from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
 from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
 
 __all__ = [
+    "LONGEST_ROW",
     "STATES",
     "Accumulator",
     "Codes",
@@ -28,6 +29,8 @@ __all__ = [
     "apply_",
     "code_counts",
     "decode",
+    "matmul",
+    "multiplies",
     "pack",
     "quantize",
     "step_",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16)
+LONGEST_ROW = 2**17 - 1  # elements: sums of products of -128 and -128 that fit into 32 bits
 
 
 def step_(
@@ -121,6 +125,36 @@ def decode(
     return _backend(codes.device).decode(
         codes, scale, grid=grid, first_block=first_block, scale_every=scale_every, out=out
     )
+
+
+def matmul(
+    x: Tensor,  # [T, K] float32 | bfloat16
+    codes: Tensor,  # [n K / 256 * grid.bytes_per_block] uint8
+    scale: Tensor,  # [n K / scale_every] float32
+    *,
+    grid: Grid,
+    scale_every: int,
+    n: int,
+) -> Tensor:  # [T, n], in x's precision
+    """`x . W^T` of a packed weight W [n, K], x rounded to 8 bits for each token, in sums of integers.
+
+    No weight becomes a number of its own.  A scale serves the whole tensor, a row or a whole part of one.
+    """
+    k = x.shape[1]
+    _check_tensor("x", x, _FLOATS)
+    _check_codes(codes, grid, n * k)
+    _check_scale(scale, n * k, 0, scale_every if len(scale) > 1 else BLOCK * n * k)
+    _check_one_device(x, codes, scale)
+    if len(scale) > 1 and k % scale_every:
+        raise ValueError(f"a scale serves {scale_every} elements, which do not divide a row of {k}")
+    if k > LONGEST_ROW:
+        raise ValueError(f"a row has {k:,} elements; sums of more than {LONGEST_ROW:,} may not fit 32 bits")
+    return _host_backend(x.device).matmul(x, codes, scale, grid=grid, scale_every=scale_every, n=n)
+
+
+def multiplies(device: torch.device) -> bool:
+    """Whether `matmul` has compiled code there: it is for inference, and plain torch has no use for it."""
+    return _host_backend(device) is cpu
 
 
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:

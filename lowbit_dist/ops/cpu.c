@@ -8,18 +8,8 @@
  * What a block goes through is written once; `rule`, `states` and `grad_is_bf16` are arguments of functions that are
  * always inlined, and constants where those are called.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "cpu.h"
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "packed codes and random words are laid out for little-endian machines"
-#endif
-
-#define BLOCK 256
 #define PLANE 64 /* the least that share a scale; four to a block */
 #define COUNTERS 64 /* Philox calls of a block; one gives words to elements j, j + 64, j + 128 and j + 192 */
 
@@ -32,8 +22,6 @@
 #define PARALLEL_BLOCKS 512
 /* Blocks that a thread takes at a time. */
 #define RUN 64
-
-#define INLINE static inline __attribute__((always_inline))
 
 enum states { FP32, BF16, INT8 };
 enum rules { ADAMW, LION, APPLY }; /* APPLY: the direction is given, and no state is kept */
@@ -66,28 +54,7 @@ typedef struct {
     int32_t level[BLOCK], next[BLOCK];
 } Work __attribute__((aligned(64)));
 
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-INLINE float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 INLINE float square(float x) { return x * x; }
-
-INLINE float from_bf16(uint16_t x) { return float_of((uint32_t)x << 16); }
-
-/* To nearest even; a NaN stays one. */
-INLINE uint16_t to_bf16(float x) {
-    uint32_t bits = bits_of(x);
-    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-}
 
 #if defined(__AVX512F__)
 #define LANES 8

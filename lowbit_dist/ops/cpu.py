@@ -1,4 +1,5 @@
-"""The ops of reference.py on CPU tensors: `cpu.c`, compiled once on this machine and called through ctypes.
+"""The ops of reference.py on CPU tensors: `cpu.c` and `matmul.c`, compiled once on this machine and called
+through ctypes.
 
 The shared object is built for the very CPU it runs on, so it is never shipped: it is kept in the private
 folder `code` of $LOWBIT_CACHE (by default `folders.cache`), under a name that is a
@@ -28,7 +29,8 @@ from lowbit_dist.ops.states import STATES, Stored
 from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 
 _LOG = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("cpu.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "matmul.c")]
+_HEADER = Path(__file__).with_name("cpu.h")
 TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `ops.Codes`
 
 # Contraction would round fewer times than the reference does. Errno and traps stand in the way of vector
@@ -43,6 +45,8 @@ _OPTIONS = [
     "-shared",
     "-fPIC",
 ]
+# A rounded token is as long as a multiple of this, in matmul.c.
+_STRIDE = 64
 # From the best to what every compiler takes; the first that compiles is used.
 _TUNINGS = [
     ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
@@ -83,6 +87,17 @@ class _Residual(ctypes.Structure):
         ("values", ctypes.c_void_p),
         *((name, ctypes.c_float) for name in ("reach", "threshold", "kept", "per_level")),
         *((name, ctypes.c_int32) for name in ("resets", "is_bf16")),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "scale", "rounded", "per_unit", "sums")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "in_features", "out_features", "stride", "group", "groups", "row_scales")
+        ),
+        *((name, ctypes.c_int32) for name in ("is_bf16", "low", "bits", "n_threads")),
     ]
 
 
@@ -156,6 +171,42 @@ def decode(
     is_bf16 = ctypes.c_int32(out.dtype == torch.bfloat16)
     _loaded().lowbit_decode(_pointer(codes), _pointer(scale), _pointer(out), is_bf16, shard)
     return out
+
+
+def matmul(x: Tensor, codes: Tensor, scale: Tensor, *, grid: Grid, scale_every: int, n: int) -> Tensor:
+    tokens, k = x.shape
+    stride = -(-k // _STRIDE) * _STRIDE
+    groups = max(1, k // scale_every)
+    y = torch.empty(tokens, n, dtype=x.dtype)
+    rounded = torch.empty(tokens * stride, dtype=torch.int8)
+    per_token = torch.empty(tokens * (1 + groups), dtype=torch.int32)
+    failed = _loaded().lowbit_matmul(
+        ctypes.byref(
+            _Product(
+                x=x.data_ptr(),
+                y=y.data_ptr(),
+                codes=codes.data_ptr(),
+                scale=scale.data_ptr(),
+                rounded=rounded.data_ptr(),
+                per_unit=per_token.data_ptr(),
+                sums=per_token.data_ptr() + 4 * tokens,
+                tokens=tokens,
+                in_features=k,
+                out_features=n,
+                stride=stride,
+                group=scale_every if groups > 1 else stride,
+                groups=groups,
+                row_scales=0 if scale.numel() == 1 else groups,
+                is_bf16=x.dtype == torch.bfloat16,
+                low=grid.low,
+                bits=grid.bits,
+                n_threads=torch.get_num_threads(),
+            )
+        )
+    )
+    if failed:
+        raise MemoryError(f"there is no memory for a few rows of a weight [{n}, {k}]")
+    return y
 
 
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:
@@ -253,6 +304,7 @@ def _library() -> ctypes.CDLL | None:
         getattr(library, f"lowbit_{name}").restype = ctypes.c_int64
     for name in ("step_weights", "decode", "pack", "unpack", "code_counts"):
         getattr(library, f"lowbit_{name}").restype = None
+    library.lowbit_matmul.restype = ctypes.c_int32
     return library
 
 
@@ -290,7 +342,8 @@ def _open(compiler: str) -> ctypes.CDLL:
 def _fingerprint(compiler: str) -> str:
     """What the shared object depends on: source, options, compiler and CPU."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=False).stdout
-    parts = [_SOURCE.read_bytes(), repr((_OPTIONS, _TUNINGS, compiler)).encode(), version, _cpu().encode()]
+    sources = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+    parts = [*sources, repr((_OPTIONS, _TUNINGS, compiler)).encode(), version, _cpu().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
@@ -312,7 +365,7 @@ def _build(compiler: str, path: Path) -> Path:
     os.close(handle)
     try:
         for tuning in _TUNINGS:
-            command = [compiler, *_OPTIONS, *tuning, str(_SOURCE), "-o", temporary, "-lm"]
+            command = [compiler, *_OPTIONS, *tuning, *map(str, _SOURCES), "-o", temporary, "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if result.returncode == 0:
                 os.chmod(temporary, 0o700)

@@ -245,6 +245,42 @@ def decode(
     return out
 
 
+def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:  # [..., K], [..., 1] float32
+    """Each token (row) of x [..., K] in integers of `bits` bits, and how many of them a 1 is:
+
+    q = clip(round(a x), -2^(b-1), 2^(b-1) - 1)    a = (2^(b-1) - 1) / max(max|x|, 1e-5)
+    """
+    top = 2 ** (bits - 1) - 1
+    per_unit = top / x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-5)
+    return (x * per_unit).round_().clamp_(-top - 1, top), per_unit
+
+
+def matmul(
+    x: Tensor,  # [T, K] float32 | bfloat16
+    codes: Tensor,  # of a weight [n, K]
+    scale: Tensor,  # [n K / scale_every] float32
+    *,
+    grid: Grid,
+    scale_every: int,
+    n: int,
+) -> Tensor:  # [T, n], in x's precision
+    """Tokens in integers of 8 bits times a weight's levels.
+
+    y = (s_1 * sum_1 + s_2 * sum_2 + ...) / a: sum_g of q * level over the part of a row whose scale is s_g,
+    exact and then rounded to float32, as is each operation after it.
+    """
+    q, per_unit = round_tokens(x)
+    levels = unpack(codes, grid=grid).view(n, -1)
+    size = min(scale_every, x.shape[1])
+    scales = scale.view(-1, 1) if len(scale) == 1 else scale.view(n, -1)
+    y = torch.zeros(len(x), n, device=x.device)
+    for g in range(scales.shape[1]):
+        part = slice(g * size, (g + 1) * size)
+        sums = q[:, part].double() @ levels[:, part].double().t()  # below 2^53: exact
+        y += sums.float() * scales[:, g]
+    return (y / per_unit).to(x.dtype)
+
+
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:
     """The codes of `levels` ([N] int8, N = 256 B) as grid.py lays them out: [B * bytes_per_block] uint8."""
     codes = (levels.to(torch.int16) - grid.low).to(torch.uint8)
