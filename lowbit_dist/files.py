@@ -48,10 +48,15 @@ def atomic_folder(
     Its name does not change, so what a killed process left is cleared by the next one; a lock keeps two
     living ones apart.  `needs` says how many bytes it will take, once that can be guessed, for the report of
     a full disk.  `replaces`: a folder that is not empty may stand at `out`, and is removed in the end.
-    `resumes`: what an error or a killed process left is there again for the next one.
+    `resumes`: what an error or a killed process left is there again for the next one.  A link stays one: what
+    it leads to is written.
     """
+    named, out = out, Path(os.path.realpath(out))
+    if out.is_symlink() or os.path.ismount(out):  # a link to itself; no folder can take a mount's place
+        how = "is a link to itself" if out.is_symlink() else "is where a disk is mounted"
+        raise ConfigError(f"--out ({named}) {how}; write a folder inside another one")
     draft = out.parent / f".{out.name}.partial"
-    taken = ConfigError(f"--out ({out}) is being written by another process; wait for it, or name another")
+    taken = ConfigError(f"--out ({named}) is being written by another process; wait for it, or name another")
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,7 @@ def atomic_folder(
             if is_full(error):
                 raise RuntimeError(_full(out, needs(), resumes)) from error
             raise ConfigError(
-                f"--out ({out}) cannot be written: {error.strerror or error}; write a folder that can"
+                f"--out ({named}) cannot be written: {error.strerror or error}; write a folder that can"
             ) from None
         # Another process may have renamed or removed the folder before it gave up the lock.
         if not (draft.exists() and os.path.samestat(os.fstat(descriptor), draft.stat())):
@@ -86,6 +91,13 @@ def atomic_folder(
                 shutil.rmtree(draft, ignore_errors=True)
         if full is not None:
             raise RuntimeError(_full(out, needs(), resumes)) from full
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """ConfigError if what is to be written and a model, both folders, are one, or one is in the other."""
+    own, place = (Path(os.path.realpath(path)) for path in (source, out))
+    if own == place or place in own.parents or own in place.parents:
+        raise ConfigError(f"--out ({out}) must be another folder than the model's, {source}; write one")
 
 
 @contextlib.contextmanager

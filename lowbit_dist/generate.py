@@ -16,6 +16,8 @@ from lowbit_dist.pretrained import vocabulary
 if TYPE_CHECKING:
     from lowbit_dist.trained import TextTokenizer, Trained
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by less may be infinite
+
 
 def generate(
     trained: Trained,
@@ -34,18 +36,7 @@ def generate(
 
     `stream` is given the prompt when the first token is about to be made, and then the text as it comes.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens ({max_new_tokens}) must be at least 1; write 100, for example")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(
-            f"--temperature ({temperature}) must be a finite number from 0 up; write 0.8, or 0 for no chance"
-        )
-    if top_k < 0:
-        raise ConfigError(f"--top-k ({top_k}) must be at least 0, which takes all tokens; write 50")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p ({top_p}) must be more than 0, at most 1; write 0.95, for example")
-    if not 0 <= seed < 1 << 63:
-        raise ConfigError(f"--seed ({seed}) must be at least 0 and less than 2^63; write 0, for example")
+    check(max_new_tokens, temperature, top_k, top_p, seed)
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are none
@@ -109,6 +100,23 @@ def generate(
         "finished": streamed.has_stopped or new[-1:] == [tokenizer.eos_id],
         "tokens_per_second": len(new) / seconds,
     }
+
+
+def check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """ConfigError if one of these options of `generate` is no such thing."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens ({max_new_tokens}) must be at least 1; write 100, for example")
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        raise ConfigError(
+            f"--temperature ({temperature}) must be 0, or a finite number from {LEAST_TEMPERATURE:g} up; "
+            "write 0.8, or 0 for no chance"
+        )
+    if top_k < 0:
+        raise ConfigError(f"--top-k ({top_k}) must be at least 0, which takes all tokens; write 50")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p ({top_p}) must be more than 0, at most 1; write 0.95, for example")
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"--seed ({seed}) must be at least 0 and less than 2^63; write 0, for example")
 
 
 class _Streamed:

@@ -139,6 +139,14 @@ class Backend(TemplateLM):
             measured.append(-loss * n_tokens)
         return measured
 
+    def _end_of(self, text: str, n_most: int) -> str:
+        """All of a text of at most so many tokens, or as much of its end."""
+        ids = kept = self.tokens.encode(text)
+        while len(ids) > n_most:  # half a character, where it was cut, may be more tokens than it was
+            kept = kept[len(ids) - n_most :]
+            ids = self.tokens.encode(text := self.tokens.decode(kept))
+        return text
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Of a context that leaves no room for an answer, the beginning is left out."""
         answers = []
@@ -146,9 +154,8 @@ class Backend(TemplateLM):
             context, asked = request.args
             until = asked.get("until") or []
             n_new = min(int(asked.get("max_gen_toks", NEW_TOKENS)), self.max_length // 2)
-            ids, room = self.tokens.encode(context), self.max_length - n_new - 1
             answer = self.trained.generate(
-                context if len(ids) <= room else self.tokens.decode(ids[-room:]),
+                self._end_of(context, self.max_length - n_new - 1),
                 max_new_tokens=n_new,
                 temperature=float(asked.get("temperature", 0)) if asked.get("do_sample") else 0.0,
                 top_k=int(asked.get("top_k", 0)),

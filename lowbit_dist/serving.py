@@ -24,6 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.trained import Trained
@@ -34,6 +35,8 @@ Say = Callable[[str], None]
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = False
 
 
@@ -133,8 +136,13 @@ def application(trained: Trained, name: str) -> FastAPI:
 
     @app.exception_handler(Refused)
     def refuse(_: Any, error: Refused) -> JSONResponse:
-        what = {"type": "invalid_request_error", "param": error.field, "code": None}
-        return JSONResponse({"error": {"message": error.message, **what}}, error.status)
+        message, field = map(_sayable, (error.message, error.field))
+        what = {"type": "invalid_request_error", "param": field, "code": None}
+        return JSONResponse({"error": {"message": message, **what}}, error.status)
+
+    @app.exception_handler(HTTPException)
+    def refuse_request(_: Any, error: HTTPException) -> JSONResponse:
+        return refuse(_, Refused(error.detail, error.status_code))
 
     @app.exception_handler(ConfigError)
     def refuse_options(_: Any, error: ConfigError) -> JSONResponse:
@@ -143,6 +151,8 @@ def application(trained: Trained, name: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     def refuse_fields(_: Any, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refuse(_, Refused(f"the request is not JSON: {first['ctx']['error']}"))
         field = ".".join(str(part) for part in first["loc"][1:2]) or None
         return refuse(_, Refused(f"{field or 'the request'}: {first['msg']}", field=field))
 
@@ -220,6 +230,11 @@ def _in_fields(message: str) -> str:
     """A message of `generate` in the words of a request."""
     words = message.replace("--max-new-tokens", "max_tokens")
     return re.sub(r"--([a-z]+)(-[a-z]+)?", lambda match: match[0][2:].replace("-", "_"), words)
+
+
+def _sayable(text: str | None) -> str | None:
+    """Without halves of characters, which JSON may hold and UTF-8 may not."""
+    return None if text is None else text.encode(errors="backslashreplace").decode()
 
 
 def listen(port: int) -> socket.socket:

@@ -89,6 +89,16 @@ class Trained:
         """A whole parameter: packed if it is low-bit, else float32."""
         return self.read(name)
 
+    def finite(self, name: str) -> PackedTensor | Tensor:
+        """The same; ConfigError if it has NaN or infinity, as of a run that diverged."""
+        tensor = self.tensor(name)
+        if not (tensor.scale if isinstance(tensor, PackedTensor) else tensor).isfinite().all():
+            raise ConfigError(
+                f"{name} of {self.path} has numbers that are not finite; write a checkpoint from before the "
+                "run diverged, or another model"
+            )
+        return tensor
+
     def network(
         self, *, packed: bool = False, integer: bool = False, forward: Grid | None = None
     ) -> nn.Module:

@@ -245,6 +245,7 @@ def test_text_is_sampled_reproducibly_and_with_the_cache_as_without(trained):
         ({"max_new_tokens": 0}, "--max-new-tokens (0)"),
         ({"temperature": -1.0}, "--temperature (-1.0)"),
         ({"temperature": float("nan")}, "--temperature (nan)"),
+        ({"temperature": 1e-40}, "--temperature (1e-40) must be 0, or"),
         ({"top_k": -1}, "--top-k (-1)"),
         ({"top_p": 0.0}, "--top-p (0.0)"),
         ({"max_new_tokens": 5000}, "max_seq_len 2048"),

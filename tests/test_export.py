@@ -473,6 +473,34 @@ def test_an_export_is_replaced_by_force_and_nothing_else_is(trained, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
+def test_an_export_never_takes_its_models_place(trained, tmp_path):
+    export(trained("ternary"), "hf", tmp_path / "out")
+    source = of_folder(tmp_path / "out")
+    there = sorted(path.name for path in source.path.iterdir())
+    (tmp_path / "link").symlink_to("out")
+    for out in (source.path, source.path / "inside", tmp_path / "link", tmp_path):
+        with pytest.raises(ConfigError, match="must be another folder than the model's"):
+            export(source, "hf", out, force=True)
+    assert sorted(path.name for path in source.path.iterdir()) == there
+
+
+@pytest.mark.parametrize("name", ["dense", "ternary"])
+def test_numbers_that_are_none_are_refused(name, trained, tmp_path):
+    source = trained(name)
+
+    def read(name):
+        tensor = source.tensor(name)
+        if name != "model.layers.0.mlp.up_proj.weight":
+            return tensor
+        if isinstance(tensor, PackedTensor):
+            return replace(tensor, scale=tensor.scale * torch.nan)
+        return tensor * torch.inf
+
+    with pytest.raises(ConfigError, match="has numbers that are not finite"):
+        export(replace(source, read=read), "hf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_disk_is_said_before_anything_is_written(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2000, 1000, 1000))
     with pytest.raises(ConfigError, match=r"needs .* MB, but .* has 1 kB free"):

@@ -148,6 +148,20 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole_and_only_if_that_is_aske
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "second"]
 
 
+def test_what_a_link_leads_to_is_written_and_no_folder_takes_a_mounts_place(tmp_path):
+    (tmp_path / "real").mkdir()
+    for name, target in (("link", "real"), ("new", "later"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+    for name, target in (("link", "real"), ("new", "later")):
+        with atomic_folder(tmp_path / name) as folder:
+            (folder / name).write_text(name)
+        assert (tmp_path / name).is_symlink() and (tmp_path / target / name).read_text() == name
+    for path, words in ((tmp_path / "loop", "is a link to itself"), (Path("/proc"), "a disk is mounted")):
+        with pytest.raises(ConfigError, match=words), atomic_folder(path):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "later", "link", "new", "loop"}
+
+
 def test_an_address_answers_or_it_is_said_why_not():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -153,6 +153,16 @@ def test_what_is_too_long_loses_its_beginning(model):
     assert answers[0]
 
 
+def test_a_context_that_is_cut_inside_a_character_still_fits(model):
+    backend, text = harness.Backend(model), "x" + "\U00010348" * 100
+    encode = model.tokenizer.encode
+    assert len(encode(text)) > 300, "each character is spelled in bytes"
+    for n_most in range(60, 68):
+        end = backend._end_of(text, n_most)
+        assert n_most - 16 < len(encode(end)) <= n_most and end.endswith("\U00010348" * 8)
+    assert backend._end_of("def main", 100) == "def main"
+
+
 def test_answers_are_the_generated_text_up_to_a_stop(model, tasks):
     text = model.generate("def ", max_new_tokens=20, temperature=0)["text"]
     backend = harness.Backend(model)

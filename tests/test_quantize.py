@@ -566,20 +566,25 @@ WRONG = {
     ),
     "another tokenizer": (["--method", "gptq", "--data", "DATA"], "was prepared with another tokenizer"),
     "no linear layers": (["--method", "rtn"], "has no linear layers to quantise: those of GPT2LMHeadModel"),
-    "weights that are no numbers": (
+    "inputs that are no numbers": (
         ["--method", "gptq", "--data", "DATA", "--samples", "8"],
         "model.layers.1.mlp.down_proj.weight of",
         "stays singular",
+    ),
+    "a run that diverged": (
+        ["--method", "rtn"],
+        "model.layers.1.input_layernorm.weight of",
+        "has numbers that are not finite",
     ),
     "a folder of nobody's": (["--method", "rtn"], "neither a run"),
     "a full disk": (["--method", "rtn"], "--out (OUT) needs", "free space there"),
 }
 
 
-def broken(folder):
+def broken(folder, times=1e38):
     """A layer of its last block is given what is no number."""
     norm = "model.layers.1.input_layernorm.weight"
-    hf_folders.rewrite(folder, lambda weights: weights.update({norm: weights[norm] * torch.inf}))
+    hf_folders.rewrite(folder, lambda weights: weights.update({norm: weights[norm] * times}))
     return folder
 
 
@@ -588,8 +593,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, hf_folder, corpus, lowbi
     folder = hf_folder("gpt2" if case == "no linear layers" else "llama")
     if case == "another tokenizer":
         (folder / "tokenizer.model").unlink()
-    if case == "weights that are no numbers":
+    if case == "inputs that are no numbers":
         broken(folder)
+    if case == "a run that diverged":
+        broken(folder, times=torch.inf)
     if case == "a folder of nobody's":
         (folder / "config.json").unlink()
     if case == "a full disk":

@@ -40,9 +40,9 @@ def client(app):
 
 
 def ask(client, **request):
-    return client.post(
-        "/v1/completions", json={"prompt": "def ", "max_tokens": 12, "temperature": 0} | request
-    )
+    content = json.dumps({"prompt": "def ", "max_tokens": 12, "temperature": 0} | request)
+    headers = {"content-type": "application/json"}
+    return client.post("/v1/completions", content=content, headers=headers)
 
 
 def events(response):
@@ -107,6 +107,10 @@ def test_stop_seed_and_several_prompts_are_understood(client):
         ({"prompt": []}, 400, "there are 0 prompts"),
         ({"prompt": ["a", "b"], "stream": True}, 400, "there are 2 prompts; write one"),
         ({"min_p": 0.1}, 400, "min_p: Extra inputs are not permitted"),
+        ({"stream_options": {"include": True}}, 400, "stream_options: Extra inputs are not permitted"),
+        ({"temperature": 1e-40}, 400, "temperature (1e-40) must be 0, or"),
+        ({"prompt": "\ud800"}, 400, "prompt"),
+        ({"\ud800": 1}, 400, ""),
     ],
 )
 def test_what_cannot_be_done_is_refused_as_openai_refuses(request_, status, words, client):
@@ -121,8 +125,28 @@ def test_pages_of_the_web_reach_nothing(app):
     """A name that leads here, and a form that needs no leave of the browser."""
     assert ask(TestClient(app, base_url="http://evil.example")).status_code == 400
     client = TestClient(app, base_url="http://localhost")
-    plain = client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
-    assert plain.status_code == 400 and "access-control-allow-origin" not in plain.headers
+    for of_a_page in ({"content-type": "text/plain"}, {}):  # of a form, and of a Blob
+        plain = client.post("/v1/completions", content=b'{"prompt": "x"}', headers=of_a_page)
+        assert plain.status_code == 400 and "access-control-allow-origin" not in plain.headers
+
+
+@pytest.mark.parametrize(
+    ("verb", "path", "content", "status", "words"),
+    [
+        ("POST", "completions", b'{"prompt": ', 400, "the request is not JSON: Expecting value"),
+        ("POST", "completions", b'{"prompt": "\xff"}', 400, "parsing the body"),
+        ("POST", "completions", b"[" * 100_000, 400, ""),
+        ("POST", "completions", b"", 400, ""),
+        ("GET", "completions", b"", 405, "Method Not Allowed"),
+        ("POST", "chat/completions", b"{}", 404, "Not Found"),
+    ],
+)
+def test_what_is_no_request_is_refused_in_the_same_words(verb, path, content, status, words, client):
+    headers = {"content-type": "application/json"}
+    answer = client.request(verb, f"/v1/{path}", content=content, headers=headers)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"] and error["message"] and error["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -187,7 +211,7 @@ def say(monkeypatch, folder, lowbit):
 
         def typing(prompt):
             for line in typed:
-                return line
+                return line.decode() if isinstance(line, bytes) else line
             raise EOFError
 
         monkeypatch.setattr(builtins, "input", typing)
@@ -217,6 +241,20 @@ def test_lines_stand_where_a_turn_says_and_the_next_turn_ends_an_answer(say, mod
 def test_a_turn_without_a_place_for_the_line_is_refused(say):
     done = say(turn="Q:")
     assert done.returncode == 2 and "--turn (Q:) must have {}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [({"temperature": -1}, "--temperature (-1.0)"), ({"max_new_tokens": 0}, "--max-new-tokens (0)")],
+)
+def test_wrong_options_end_a_talk_before_it_begins(option, words, say):
+    done = say("x", **option)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_line_that_is_no_text_is_told_and_the_talk_goes_on(say):
+    done = say(b"\xff", "x = 1", max_new_tokens=8)
+    assert done.returncode == 0 and "must be text in UTF-8" in done.stderr and done.stdout
 
 
 def test_a_line_that_does_not_fit_is_told_and_the_talk_goes_on(say):

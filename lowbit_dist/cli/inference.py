@@ -183,8 +183,9 @@ def chat(
     if LINE not in around:
         raise ConfigError(f"--turn ({turn}) must have {LINE}, for which a line stands; write {LINE}\\n")
     with console.answering(False, "loading the model") as answer:
-        from lowbit_dist import trained
+        from lowbit_dist import generate, trained
 
+        generate.check(max_new_tokens, temperature, top_k, top_p, seed)
         begin = around[: around.index(LINE)]
         talk = Talk(trained.open(run), max_new_tokens, stop=[begin] if begin.strip() else [])
         network = talk.model.network(integer=True)
@@ -202,10 +203,13 @@ def chat(
 
 def _line() -> str | None:
     """What is typed; None at its end."""
-    try:
-        return input("> ")
-    except EOFError:
-        return None
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+        except UnicodeDecodeError:
+            print("lowbit: a line must be text in UTF-8; write it so", file=sys.stderr)
 
 
 class Talk:

@@ -14,6 +14,7 @@ module with the members of `Format`, and a line of FORMATS.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowbit_dist.errors import ConfigError, in_bytes, nearest, show
-from lowbit_dist.files import atomic_folder
+from lowbit_dist.files import atomic_folder, check_apart
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,6 +104,7 @@ def export(
 
     chosen = _format(format)
     out = Path(out)
+    check_apart(out, trained.path)
     _check_out(out, chosen.SUFFIX, force)
     model = finished.of(trained)
     if chosen.HALF_SCALES:
@@ -111,7 +113,7 @@ def export(
     needed = chosen.size(model, kind)
     _check_disk(out, needed)
     with atomic_folder(out, needs=lambda: needed, replaces=force) as draft:
-        path = draft / f"{out.name}{chosen.SUFFIX}" if chosen.SUFFIX else draft
+        path = draft / f"{os.path.basename(os.path.realpath(out))}{chosen.SUFFIX}" if chosen.SUFFIX else draft
         chosen.write(model, path, kind)
         proved = proof.prove(model, lambda: chosen.read_back(path))
         written = {

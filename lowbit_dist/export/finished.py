@@ -120,7 +120,7 @@ def of(trained: Trained) -> Finished:
     linears = tuple(models.linear_weights(built))
 
     def computed(name: str) -> PackedTensor | Tensor:
-        tensor = trained.tensor(name)
+        tensor = trained.finite(name)
         return tensor if isinstance(tensor, PackedTensor) else tensor.to(dtype).float()
 
     def leaving(name: str) -> dict[str, PackedTensor | Tensor]:

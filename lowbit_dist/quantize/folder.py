@@ -18,7 +18,7 @@ from lowbit_dist.checkpoint import MANIFEST, SUMS, Checkpoint
 from lowbit_dist.checkpoint.layout import sha256, sums_text
 from lowbit_dist.checkpoint.writing import WorkerFile
 from lowbit_dist.errors import ConfigError, in_bytes, why_not_writable
-from lowbit_dist.files import atomic_write, clear
+from lowbit_dist.files import atomic_write, check_apart, clear
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.packed import PackedTensor
 from lowbit_dist.trained import Trained
@@ -32,9 +32,7 @@ PER_TENSOR, PER_FOLDER = 400, 20_000  # bytes of names, shapes and configuration
 
 def check_out(source: Trained, out: Path, force: bool) -> None:
     """ConfigError unless `out` can be written, and nothing is lost by it."""
-    own, place = source.path.resolve(), out.resolve()
-    if own == place or place in own.parents or own in place.parents:
-        raise ConfigError(f"--out ({out}) must be another folder than the model's, {source.path}; write one")
+    check_apart(out, source.path)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out ({out}) is a file; write the name of a folder")
     if out.is_dir() and any(out.iterdir()):

@@ -281,7 +281,7 @@ class _Work:
         with bar(sum(4 * prod(t["shape"]) for t in manifest["tensors"].values())) as advance:
             for (file, names), block in zip(self.files.items(), blocks, strict=True):
                 # In float32 at first; of linear layers the quantised weights take the place.
-                tensors: dict[str, Any] = {name: self.source.tensor(name) for name in names}
+                tensors: dict[str, Any] = {name: self.source.finite(name) for name in names}
                 wanted = [name for name in names if name in linears]
                 is_there = (draft / file).exists()
                 quantised: Iterator[Any]
