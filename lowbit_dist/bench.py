@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_dist import model, ops, trained
-from lowbit_dist.config import Model
+from lowbit_dist.config import ConfigError, Model
 from lowbit_dist.convert import PackedParameter
+from lowbit_dist.errors import in_bytes
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
 from lowbit_dist.inference import multiplies_integers
 from lowbit_dist.linear import Linear
+from lowbit_dist.memory.machine import available_memory, smallest_gpu
+from lowbit_dist.methods.dense import Dense
 from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.ops import cpu
 from lowbit_dist.optim import AdamW, Lion, Rule
@@ -250,6 +253,7 @@ def infer(
     on_gpu = torch.cuda.is_available()
     clock = "device events" if on_gpu else "process time" if threads == 1 else "wall time"
     config = model.hf_config(Model.model_validate({"preset": preset}), _VOCABULARY)
+    _check_memory(preset, config, grids, smallest_gpu() if on_gpu else available_memory())
     with _threads(threads), torch.inference_mode():
         networks = {"peer": _dense(config), **{name: _low_bit(config, GRIDS[name]) for name in grids}}
         candidates = {
@@ -284,6 +288,20 @@ def infer(
         "peer": {"name": "transformers, bfloat16", **measured("peer")},
         "infer": [{"grid": name, **measured(name)} for name in grids],
     }
+
+
+def _check_memory(preset: str, config: Any, grids: tuple[str, ...], free: int) -> None:
+    """ConfigError unless all the models, which take turns, have room in so many bytes."""
+    built = model.of_hf_config(config, Dense(), torch.bfloat16)  # without values
+    n_all = sum(parameter.numel() for parameter in built.parameters())
+    n_linear = sum(built.get_parameter(name).numel() for name in model.linear_weights(built))
+    bits = sum(GRIDS[name].bits for name in grids)
+    needed = 2 * n_all + len(grids) * 2 * (n_all - n_linear) + bits * n_linear // 8
+    if needed > free:
+        raise ConfigError(
+            f"--preset ({preset}) needs {in_bytes(needed)} for a dense model and {len(grids)} low-bit "
+            f"ones, and {in_bytes(free)} are free; write a smaller one, or one --grid alone"
+        )
 
 
 def _dense(config: Any) -> nn.Module:

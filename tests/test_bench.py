@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit_dist import bench
+from lowbit_dist.config import ConfigError
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.ops import cpu
 
@@ -76,6 +77,12 @@ def test_a_size_that_is_not_whole_blocks_is_refused():
 @pytest.fixture(scope="module")
 def inferred():
     return bench.infer("tiny", repetitions=3, grids=("ternary", "int8"))
+
+
+def test_models_that_do_not_fit_are_refused_before_any_is_made():
+    words = r"--preset \(70b\) needs 1\d\d GB for a dense model and 1 low-bit ones"
+    with pytest.raises(ConfigError, match=words):
+        bench.infer("70b", grids=("ternary",))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it measures the GPU, where codes are decoded")

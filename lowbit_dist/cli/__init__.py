@@ -311,7 +311,7 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        print(f"lowbit: {message}", file=sys.stderr)
+        print(f"lowbit: {' '.join(message.split())}", file=sys.stderr)  # libraries' messages may be pages
     return code
 
 

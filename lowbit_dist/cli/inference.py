@@ -46,7 +46,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Find tasks in the YAML files of this folder, too.",
+            help="Find tasks in the YAML files of this folder, too; functions that they name are run.",
             show_default=False,
             callback=at_home,
         ),
