@@ -61,6 +61,8 @@ def atomic_folder(
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             draft.mkdir(exist_ok=True)
+            if draft.is_symlink():  # what it leads to is not ours to clear
+                raise OSError(errno.ENOTDIR, f"{draft} is a link")
             descriptor = stack.enter_context(locked(draft, timeout=0, complaint=taken))
         except OSError as error:
             if is_full(error):

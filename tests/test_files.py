@@ -159,7 +159,12 @@ def test_what_a_link_leads_to_is_written_and_no_folder_takes_a_mounts_place(tmp_
     for path, words in ((tmp_path / "loop", "is a link to itself"), (Path("/proc"), "a disk is mounted")):
         with pytest.raises(ConfigError, match=words), atomic_folder(path):
             pass
-    assert {path.name for path in tmp_path.iterdir()} == {"real", "later", "link", "new", "loop"}
+    (tmp_path / ".out.partial").symlink_to("real")
+    with pytest.raises(ConfigError, match=r"\.out\.partial is a link"), atomic_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "real" / "link").exists(), "it was cleared"
+    names = {"real", "later", "link", "new", "loop", ".out.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_an_address_answers_or_it_is_said_why_not():
