@@ -2,7 +2,9 @@
 
 import builtins
 import http.client
+import io
 import json
+import sys
 import threading
 import time
 import urllib.request
@@ -211,7 +213,7 @@ def say(monkeypatch, folder, lowbit):
 
         def typing(prompt):
             for line in typed:
-                return line.decode() if isinstance(line, bytes) else line
+                return line
             raise EOFError
 
         monkeypatch.setattr(builtins, "input", typing)
@@ -245,16 +247,24 @@ def test_a_turn_without_a_place_for_the_line_is_refused(say):
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [({"temperature": -1}, "--temperature (-1.0)"), ({"max_new_tokens": 0}, "--max-new-tokens (0)")],
+    [
+        ({"temperature": -1}, "--temperature (-1.0)"),
+        ({"max_new_tokens": 0}, "--max-new-tokens (0)"),
+        ({"max_new_tokens": 128}, "--max-new-tokens (128) leaves no room for a line"),
+    ],
 )
 def test_wrong_options_end_a_talk_before_it_begins(option, words, say):
     done = say("x", **option)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_a_line_that_is_no_text_is_told_and_the_talk_goes_on(say):
-    done = say(b"\xff", "x = 1", max_new_tokens=8)
-    assert done.returncode == 0 and "must be text in UTF-8" in done.stderr and done.stdout
+def test_a_line_that_is_no_text_is_told_and_the_talk_goes_on(folder, lowbit, monkeypatch):
+    answers = []
+    for lines in (b"def \nx = 1\n", b"def \n\xff\xfe\nx = 1\n"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        answers.append(lowbit("chat", folder, "--temperature", 0, "--max-new-tokens", 8))
+    assert answers[0].stdout == answers[1].stdout and answers[0].stdout
+    assert answers[1].returncode == 0 and answers[1].stderr.count("must be text in UTF-8") == 1
 
 
 def test_a_line_that_does_not_fit_is_told_and_the_talk_goes_on(say):

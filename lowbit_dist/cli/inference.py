@@ -1,5 +1,6 @@
 """The verbs that run a trained model: `lowbit eval`, `generate`, `chat` and `serve`."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,14 @@ def chat(
         generate.check(max_new_tokens, temperature, top_k, top_p, seed)
         begin = around[: around.index(LINE)]
         talk = Talk(trained.open(run), max_new_tokens, stop=[begin] if begin.strip() else [])
+        longest = talk.model.max_positions
+        if longest is not None and max_new_tokens >= longest:
+            raise ConfigError(
+                f"--max-new-tokens ({max_new_tokens}) leaves no room for a line in the model's max_seq_len "
+                f"{longest}; write {longest // 2}, for example"
+            )
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # one line that is no text spoils no other
         network = talk.model.network(integer=True)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "network": network}
         answer.waiting.stop()
@@ -205,10 +214,12 @@ def _line() -> str | None:
     """What is typed; None at its end."""
     while True:
         try:
-            return input("> ")
+            line = input("> ")
+            line.encode()
+            return line
         except EOFError:
             return None
-        except UnicodeDecodeError:
+        except UnicodeError:
             print("lowbit: a line must be text in UTF-8; write it so", file=sys.stderr)
 
 
