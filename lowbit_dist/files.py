@@ -96,7 +96,13 @@ def atomic_folder(
 
 
 def check_apart(out: Path, source: Path) -> None:
-    """ConfigError if what is to be written and a model, both folders, are one, or one is in the other."""
+    """ConfigError if what is to be written and a model, both folders, are one, or one is in the other; or if
+    nothing can have the name `out`.
+    """
+    try:
+        out.exists()
+    except OSError as error:
+        raise ConfigError(f"--out ({out}) cannot be written: {error.strerror}; write another") from None
     own, place = (Path(os.path.realpath(path)) for path in (source, out))
     if own == place or place in own.parents or own in place.parents:
         raise ConfigError(f"--out ({out}) must be another folder than the model's, {source}; write one")

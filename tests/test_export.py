@@ -1,6 +1,7 @@
 """Exports: what other software reads in the files is the model, and what is not is never published."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -482,6 +483,16 @@ def test_an_export_never_takes_its_models_place(trained, tmp_path):
         with pytest.raises(ConfigError, match="must be another folder than the model's"):
             export(source, "hf", out, force=True)
     assert sorted(path.name for path in source.path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("n" * 300, "File name too long"), (os.fsdecode(b"\xff"), "must be a name in UTF-8")],
+)
+def test_names_that_no_folder_can_have_are_refused(name, words, trained, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        export(trained("ternary"), "hf", tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["dense", "ternary"])

@@ -560,6 +560,10 @@ WRONG = {
         ["--method", "gptq", "--data", "DATA", "--samples", "9999999"],
         "--samples (9,999,999) must be from 1 to",
     ),
+    "a seed below zero": (
+        ["--method", "gptq", "--data", "DATA", "--seed", "-1"],
+        "--seed (-1) must be at least 0",
+    ),
     "too few tokens": (
         ["--method", "gptq", "--data", "DATA", "--samples", "7"],
         "448 calibration tokens, fewer than the 512 inputs of the model's widest layer",

@@ -161,6 +161,10 @@ def _kind(chosen: Format, format: str, kind: str | None) -> str | None:
 def _check_out(out: Path, suffix: str, force: bool) -> None:
     from lowbit_dist.export import card
 
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--out ({str(out)!r}) must be a name in UTF-8; write one") from None
     if suffix and out.suffix == suffix:
         raise ConfigError(
             f"--out ({out}) must be a folder, for {out.name} and its model card; write --out "

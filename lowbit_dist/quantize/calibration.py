@@ -27,6 +27,10 @@ class Calibration:
 
     def read(self, source: Trained, widest: int) -> Tensor:  # [samples, seq_len] int64
         """ConfigError unless it is data of the model's tokenizer, of at least `widest` tokens."""
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(
+                f"--seed ({self.seed}) must be at least 0 and less than 2^63; write 0, for example"
+            )
         try:
             manifest = data.read_manifest(self.path)
             if manifest.tokenizer_sha256 != source.tokenizer.sha256:
