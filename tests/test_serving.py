@@ -262,9 +262,10 @@ def test_a_line_that_is_no_text_is_told_and_the_talk_goes_on(folder, lowbit, mon
     answers = []
     for lines in (b"def \nx = 1\n", b"def \n\xff\xfe\nx = 1\n"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-        answers.append(lowbit("chat", folder, "--temperature", 0, "--max-new-tokens", 8))
-    assert answers[0].stdout == answers[1].stdout and answers[0].stdout
-    assert answers[1].returncode == 0 and answers[1].stderr.count("must be text in UTF-8") == 1
+        done = lowbit("chat", folder, "--temperature", 0, "--max-new-tokens", 8)
+        answers.append(done.stdout.replace("> ", ""))
+    assert answers[0] == answers[1] and answers[0]
+    assert done.returncode == 0 and done.stderr.count("must be text in UTF-8") == 1
 
 
 def test_a_line_that_does_not_fit_is_told_and_the_talk_goes_on(say):
