@@ -8,6 +8,7 @@ reaches it through a browser.
 
 import asyncio
 import json
+import logging
 import re
 import secrets
 import socket
@@ -253,4 +254,10 @@ def listen(port: int) -> socket.socket:
 def serve(app: FastAPI, heard: socket.socket) -> None:
     """Answers until SIGINT or SIGTERM."""
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=END_TIMEOUT)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     uvicorn.Server(config).run(sockets=[heard])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a request ended with the server."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

@@ -4,6 +4,7 @@ import builtins
 import http.client
 import io
 import json
+import socket
 import sys
 import threading
 import time
@@ -194,6 +195,34 @@ def test_a_client_that_goes_away_gives_up_its_turn(is_streamed, app, model, monk
         thread.join(20)
         heard.close()
     assert not thread.is_alive()
+
+
+def test_a_request_that_ends_with_the_server_is_told_in_lines(app, monkeypatch, capsys):
+    servers = []
+
+    class Server(serving.uvicorn.Server):
+        def __init__(self, config):
+            super().__init__(config)
+            servers.append(self)
+
+    monkeypatch.setattr(serving.uvicorn, "Server", Server)
+    monkeypatch.setattr(serving, "END_TIMEOUT", 0.1)
+    heard = serving.listen(0)
+    thread = threading.Thread(target=serving.serve, args=(app, heard))
+    thread.start()
+    client = socket.create_connection(heard.getsockname())
+    try:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        until = time.monotonic() + 10
+        while not (servers and servers[0].server_state.tasks) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert servers[0].server_state.tasks, "the request must have begun"
+    finally:
+        servers[0].should_exit = True
+        thread.join(20)
+        client.close()
+        heard.close()
+    assert not thread.is_alive() and "Traceback" not in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named(lowbit, folder):
