@@ -7,9 +7,10 @@ y = (x . L) / (weight_scale * scale of x).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.export import huggingface
@@ -91,9 +92,10 @@ def reciprocal(scale: Tensor) -> Tensor:
 def read_back(path: Path) -> huggingface.Folder:
     from transformers.integrations.bitnet import BitLinear, unpack_weights
 
-    def decoded(layer: nn.Module) -> Tensor | None:
+    def decoded(layer: Any) -> Tensor | None:
         if not isinstance(layer, BitLinear):
             return None
-        return unpack_weights(layer.weight, torch.float32) / layer.weight_scale
+        weight: Tensor = unpack_weights(layer.weight, torch.float32) / layer.weight_scale
+        return weight
 
     return huggingface.Folder(path, rounding=IntPerToken(), has_reciprocals=True, decoded=decoded)
