@@ -42,6 +42,7 @@ OF_BYTES = {
         "bytes per weight of the linear layers, with the optimizer's states",
     ),
 }
+SPREAD = "Mean ± sample standard deviation over finished runs; none is written where all of them agree."
 # What does not tell two groups apart: the seed, and where a run keeps its files and sends its numbers.
 ASIDE = ("run.name", "run.seed", "run.dir", "tracking.", "data.tokenizer", "data.cache", "train.keep_")
 # A field that says where something lies -> what the run has kept of its content, wherever that is.
@@ -170,7 +171,7 @@ def cell(group: Mapping[str, Any], measure: str) -> str:
     if measure == "perplexity" and statistic["mean"] >= 1e6:
         form = ".2e"
     text = format(statistic["mean"], form)
-    if statistic["spread"] is not None:
+    if statistic["spread"]:  # bytes are equal for all seeds, to the last one
         text += f" ± {format(statistic['spread'], form)}"
     # A run that diverged is finished and has no loss: it is not in the mean, and that is said.
     return text if statistic["n"] == group["finished"] else f"{text} (of {statistic['n']})"
@@ -218,7 +219,7 @@ def markdown(comparison: Mapping[str, Any], pictures: Sequence[str] = ()) -> str
         for group in comparison["groups"]
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", "Mean ± sample standard deviation over finished runs."]
+    lines += ["", SPREAD]
     lines += [f"* {line}" for line in not_well(comparison)]
     for name in pictures:
         lines += ["", f"![{Path(name).stem.replace('-', ' ')}]({name})"]

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from terminals import Screen
 
-from lowbit_dist import configfile
+from lowbit_dist import compare, configfile
 from lowbit_dist.cli import comparing, console, lines, progress, tables
 from lowbit_dist.memory import report
 
@@ -325,6 +325,28 @@ def test_brackets_in_names_and_paths_are_shown_as_they_are():
     tables.health(screen, {"checks": [finding], "ok": False})
     text = screen.file.getvalue()
     assert [text.count(each) for each in words] == [3, 3, 1]
+
+
+def test_a_comparison_is_as_many_tables_as_the_width_asks_for():
+    def spread(mean, spread=None):
+        return {"mean": mean, "spread": spread, "n": 2}
+
+    groups = [
+        {"group": name, "runs": [{"diverged": False, "state": "finished"}] * 2, "finished": 2, "lr": 0.006,
+         "linear_lr": linear, **{measure: spread(1.25, 0.5) for measure in compare.MEASURES},
+         "bytes_per_parameter": spread(6.1, 0.0)}
+        for name, linear in (("flip", 0.000375), ("dqt-ternary", 0.006))
+    ]  # fmt: skip
+    texts = {}
+    for width in (80, 400):
+        screen = terminal(width)
+        comparing.draw_comparison(screen, {"groups": groups, "files": []})
+        texts[width] = screen.file.getvalue()
+        assert "…" not in texts[width] and max(map(len, texts[width].splitlines())) <= width
+        words = [cell for line in texts[width].splitlines() for cell in re.split("  +", line.strip())]
+        assert all(words.count(head) == 1 for head, _ in compare.MEASURES.values())
+        assert "0.006 (0.000375)" in words and words.count("6.100") == 2  # equal in all runs: no spread
+    assert texts[80].count("dqt-ternary") > 1 and texts[400].count("dqt-ternary") == 1
 
 
 def test_runs_are_listed_in_eighty_columns():

@@ -284,22 +284,46 @@ def draw_runs(terminal: "Console", runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
-    """A row for each group, and a line for each run that is in none of the means."""
+    """A row for each group, in as many tables as the terminal's width asks for, and a line for each run that
+    is in none of the means.
+    """
     from rich.markup import escape
 
     from lowbit_dist import compare as comparing
 
-    shown = comparing.columns(comparison)
-    table = _table("group", "runs", "lr", *shown.values())
-    for group in comparison["groups"]:
-        cells = (comparing.cell(group, name) for name in shown)
-        table.add_row(escape(group["group"]), comparing.count(group), comparing.rates(group), *cells)
-    terminal.print(table)
-    terminal.print("Mean ± sample standard deviation over finished runs.", style="dim")
+    groups = comparison["groups"]
+    names = [escape(group["group"]) for group in groups]
+    columns = {
+        "runs": [comparing.count(group) for group in groups],
+        "lr": [comparing.rates(group) for group in groups],
+    } | {
+        words: [comparing.cell(group, measure) for group in groups]
+        for measure, words in comparing.columns(comparison).items()
+    }
+    for part in _abreast(columns, terminal.width - max(map(len, names), default=0)):
+        table = _table("group", *part, no_wrap=True)
+        for name, *cells in zip(names, *part.values(), strict=True):
+            table.add_row(name, *cells)
+        terminal.print(table)
+    terminal.print(comparing.SPREAD, style="dim")
     for line in comparing.not_well(comparison):
         terminal.print(line, markup=False)
     for file in comparison["files"]:
         terminal.print(file, style="dim", markup=False, soft_wrap=True)
+
+
+def _abreast(columns: Mapping[str, list[str]], width: int) -> Iterator[dict[str, list[str]]]:
+    """These columns, in order, as many at a time as `width` cells hold beside each other."""
+    part: dict[str, list[str]] = {}
+    left = width
+    for head, cells in columns.items():
+        needed = 2 + max(map(len, (head, *cells)))
+        if part and needed > left:
+            yield part
+            part, left = {}, width
+        part[head] = cells
+        left -= needed
+    yield part
 
 
 def _table(first: str, *columns: str, no_wrap: bool = False) -> Any:
