@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.export import huggingface
@@ -92,10 +92,11 @@ def reciprocal(scale: Tensor) -> Tensor:
 def read_back(path: Path) -> huggingface.Folder:
     from transformers.integrations.bitnet import BitLinear, unpack_weights
 
-    def decoded(layer: Any) -> Tensor | None:
+    def decoded(layer: nn.Module) -> Tensor | None:
         if not isinstance(layer, BitLinear):
             return None
-        weight: Tensor = unpack_weights(layer.weight, torch.float32) / layer.weight_scale
+        packed: Any = layer
+        weight: Tensor = unpack_weights(packed.weight, torch.float32) / packed.weight_scale
         return weight
 
     return huggingface.Folder(path, rounding=IntPerToken(), has_reciprocals=True, decoded=decoded)
