@@ -1,4 +1,4 @@
-"""Stock llama.cpp for tests: prebuilt, from the npm registry, run in a process of its own.
+"""Unmodified llama.cpp for tests: prebuilt, from the npm registry, run in a process of its own.
 
     found = llamacpp.folder()                      the libraries, or why there are none
     llamacpp.run(found, "model.gguf", ids=[1, 5], texts=["a text"])     logits [2, vocabulary], and ids

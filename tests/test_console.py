@@ -338,13 +338,14 @@ def test_a_comparison_is_as_many_tables_as_the_width_asks_for():
         for name, linear in (("flip", 0.000375), ("dqt-ternary", 0.006))
     ]  # fmt: skip
     texts = {}
-    for width in (80, 400):
+    for width in (80, *range(100, 130), 400):
         screen = terminal(width)
         comparing.draw_comparison(screen, {"groups": groups, "files": []})
         texts[width] = screen.file.getvalue()
         assert "…" not in texts[width] and max(map(len, texts[width].splitlines())) <= width
         words = [cell for line in texts[width].splitlines() for cell in re.split("  +", line.strip())]
         assert all(words.count(head) == 1 for head, _ in compare.MEASURES.values())
+        assert words.count("group") == words.count("dqt-ternary"), "no name is broken"
         assert "0.006 (0.000375)" in words and words.count("6.100") == 2  # equal in all runs: no spread
     assert texts[80].count("dqt-ternary") > 1 and texts[400].count("dqt-ternary") == 1
 

@@ -170,6 +170,7 @@ def test_llama_cpp_computes_the_model(name, format, kind, exported):
 
 # Of another major version, installed with its own dependencies into a folder of its own:
 # pip install --target DIR --no-deps transformers==5.24.0 "huggingface_hub>=1.31" "tokenizers>=0.23.1"
+AGAIN = ("ternary, tied", "bitnet", "int3 in groups")
 ELSEWHERE = os.environ.get("LOWBIT_TEST_TRANSFORMERS", "")
 READ_ELSEWHERE = """
 import json, sys, torch, transformers
@@ -197,6 +198,7 @@ def test_another_version_of_transformers_computes_the_same(exported, tmp_path):
     made = {
         " ".join(map(str, case)): exported(*case)
         for case in (param.values for param in cases("hf", "hf-bitnet", "compressed-tensors"))
+        if case[0] in AGAIN
     }
     folders = {key: (str(of.path), of.ids) for key, of in made.items()}
     (tmp_path / "given").write_text(json.dumps({"folders": folders, "texts": proof.TEXTS}))

@@ -300,7 +300,8 @@ def draw_comparison(terminal: "Console", comparison: Mapping[str, Any]) -> None:
         words: [comparing.cell(group, measure) for group in groups]
         for measure, words in comparing.columns(comparison).items()
     }
-    for part in _abreast(columns, terminal.width - max(map(len, names), default=0)):
+    edges = 2
+    for part in _abreast(columns, terminal.width - edges - max(map(len, ("group", *names)))):
         table = _table("group", *part, no_wrap=True)
         for name, *cells in zip(names, *part.values(), strict=True):
             table.add_row(name, *cells)

@@ -1,7 +1,7 @@
 """The verb that makes files of a trained model for other software."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def export(
 
         written = export(trained.open(run), format, out, kind=kind, force=force)
         proof = written["proof"]
-        rows = {
+        rows: dict[str, Any] = {
             "export": out,
             "format": f"{written['format']}, {written['type']}",
             "bytes": f"{written['bytes']:,}",

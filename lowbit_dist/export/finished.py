@@ -168,7 +168,7 @@ def _rounding(trained: Trained, built: nn.Module, linears: tuple[str, ...]) -> I
             f"{trained.path} quantises the inputs of linear layers as no format does: {how}; train with "
             "method.activation_bits: 8 or null"
         )
-    return activations[0] if activations else None  # type: ignore[return-value]
+    return activations[0] if activations else None  # type: ignore[no-any-return]
 
 
 def _layer(name: str) -> str:

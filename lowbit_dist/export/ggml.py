@@ -97,15 +97,15 @@ def _q2_k(levels: Levels, d: Bytes) -> tuple[Bytes, ...]:
 
 def _q3_k(levels: Levels, d: Bytes) -> tuple[Bytes, ...]:
     codes = _unsigned(levels, -4)
-    high = _or((codes >> 2).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None], 1)
+    high = _or((codes >> np.uint8(2)).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None], 1)
     # 33, which stands for 1, for each 16 elements: the low four bits of all, then the high two.
     scales = np.repeat(np.array([[0x11] * 8 + [0xAA] * 4], np.uint8), len(levels), 0)
-    return high, _halves(codes & 3), scales, d
+    return high, _halves(codes & np.uint8(3)), scales, d
 
 
 def _q4_0(levels: Levels, d: Bytes) -> tuple[Bytes, ...]:
     codes = _unsigned(levels, -8)
-    return d, codes[:, :16] | codes[:, 16:] << 4
+    return d, codes[:, :16] | codes[:, 16:] << np.uint8(4)
 
 
 def _q8_0(levels: Levels, d: Bytes) -> tuple[Bytes, ...]:

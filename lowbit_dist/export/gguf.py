@@ -149,7 +149,7 @@ def _rope_factors(config: Any) -> Tensor | None:  # [head_dim / 2] float32
         raise _refused(f"its rotary positions are scaled as {kind}, neither linear nor llama3")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return gguf_names.frequencies(config.rope_theta, _head_dim(config)) / scaled.float()
 
 

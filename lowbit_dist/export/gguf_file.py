@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +123,7 @@ class Contents:
         return gguf.quants.dequantize(of.data, of.tensor_type)  # type: ignore[no-any-return]
 
 
-def _reader(path: Path, mode: str = "r") -> Any:  # gguf.GGUFReader
+def _reader(path: Path, mode: Literal["r", "r+"] = "r") -> Any:  # gguf.GGUFReader
     import gguf
 
     known = gguf.GGMLQuantizationType

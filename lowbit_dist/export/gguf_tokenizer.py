@@ -51,8 +51,10 @@ def metadata(tokenizer: TextTokenizer, rows: int) -> dict[str, Any]:
     """The entries of a tokenizer whose model has embeddings of `rows` tokens; ConfigError if llama.cpp would
     read it differently.
     """
-    is_fast = isinstance(tokenizer, FastTokenizer)
-    own = _of_json(tokenizer.description) if is_fast else _of_sentencepiece(tokenizer.files[MODEL])
+    if isinstance(tokenizer, FastTokenizer):
+        own = _of_json(tokenizer.description)
+    else:
+        own = _of_sentencepiece(tokenizer.files[MODEL])
     own["tokens"] = _filled(own["tokens"], rows, lambda i: f"[PAD{i}]")
     own["token_type"] = np.array(_filled(own["token_type"], rows, lambda _: UNUSED), np.int32)
     if "scores" in own:
@@ -96,7 +98,7 @@ def _refused(what: str) -> ConfigError:
 def _of_sentencepiece(model: bytes) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     how, trained = proto.normalizer_spec, proto.trainer_spec
     if trained.model_type != trained.BPE:
         raise _refused("chooses pieces by their probability (unigram)")
@@ -144,7 +146,8 @@ def _of_json(description: Mapping[str, Any]) -> dict[str, Any]:
         else:
             tokens.append(pieces.get(i, f"[PAD{i}]"))
             kinds.append(NORMAL if i in pieces else UNUSED)
-    merges = [tuple(of.split(" ")) if isinstance(of, str) else tuple(of) for of in model["merges"]]
+    pairs = (of.split(" ") if isinstance(of, str) else of for of in model["merges"])
+    merges = [(left, right) for left, right in pairs]
     common = {"tokens": tokens, "token_type": kinds}
     if model.get("byte_fallback"):
         return {**common, **_scored(description, merges, tokens, kinds)}
@@ -244,7 +247,7 @@ def reading(metadata: Mapping[str, Any]) -> Callable[[str], list[int]]:
 def _sentencepiece(own: Mapping[str, Any]) -> Callable[[str], list[int]]:
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.add_dummy_prefix = own.get("add_space_prefix", True)  # llama.cpp's default

@@ -7,6 +7,7 @@ y = (x . L) / (weight_scale * scale of x).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,8 @@ def read_back(path: Path) -> huggingface.Folder:
     def decoded(layer: nn.Module) -> Tensor | None:
         if not isinstance(layer, BitLinear):
             return None
-        return unpack_weights(layer.weight, torch.float32) / layer.weight_scale
+        packed: Any = layer
+        weight: Tensor = unpack_weights(packed.weight, torch.float32) / packed.weight_scale
+        return weight
 
     return huggingface.Folder(path, rounding=IntPerToken(), has_reciprocals=True, decoded=decoded)

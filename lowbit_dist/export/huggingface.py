@@ -160,7 +160,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     if len(files) == 1:
         (folder / ".1").rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for k, names in enumerate(files, 1):
         called = f"model-{k:05}-of-{len(files):05}.safetensors"
         (folder / f".{k}").rename(folder / called)
@@ -191,7 +191,7 @@ class Folder:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.rounding, self.has_reciprocals, self._decoded = rounding, has_reciprocals, decoded
-        self.network, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
@@ -199,6 +199,7 @@ class Folder:
             use_safetensors=True,
             output_loading_info=True,
         )
+        self.network, info = loaded
         self.network.eval()
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[what]:

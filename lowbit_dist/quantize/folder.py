@@ -100,7 +100,7 @@ def write(draft: Path, file: str, tensors: Mapping[str, PackedTensor | Tensor]) 
         if isinstance(tensor, PackedTensor):
             held[f"{name}/codes"], held[f"{name}/scale"] = tensor.codes.cpu(), tensor.scale.half().cpu()
         else:
-            held[f"{name}/weight"] = tensor.contiguous()
+            held[f"{name}/weight"] = tensor.reshape(-1)  # parts of it are read by element
     with atomic_write(draft / file) as place:
         WorkerFile(place.name, held, {}, {}).write(draft)
 
