@@ -2,12 +2,14 @@
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 VMSTAT = Path("/proc/vmstat")
+STATUS = Path("/proc/self/status")
 # The files of a control group's limit and use, and the count of pages that are given back.
 MEMORY = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -35,6 +37,16 @@ def memory_limits() -> Iterator[tuple[int, int]]:
             continue
         # Pages of files that nobody has used lately are given back when memory is short.
         yield allowed, allowed - max(0, used - _counts(folder / "memory.stat").get(cache, 0))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory, pages of files that it reads included."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:  # another system than Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not what `getrusage` says, which begins with what the process that started this one had.
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def oom_kills() -> int:

@@ -103,3 +103,14 @@ def test_a_system_without_any_of_these_files_has_no_limits(tmp_path, monkeypatch
     assert machine.processors() == len(os.sched_getaffinity(0))
     assert list(machine.memory_limits()) == []
     assert machine.oom_kills() == 0
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    large = b"x" * 500_000_000
+    ask = 'from lowbit_dist.machine import peak_memory; x = b"x" * %d; print(peak_memory())'
+    of_child, of_larger = (
+        int(subprocess.run([sys.executable, "-c", ask % n], capture_output=True, check=True).stdout)
+        for n in (0, 100_000_000)
+    )
+    assert machine.peak_memory() > len(large) > 2 * of_child
+    assert of_larger - of_child == pytest.approx(100e6, rel=0.1)

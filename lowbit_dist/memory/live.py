@@ -1,6 +1,5 @@
 """Memory of a live worker: storages, each counted once, between steps and at the highest moment of one."""
 
-import resource
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowbit_dist import machine
 from lowbit_dist.memory.report import Parameters, Peak, report
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
         workers=engine.world,
     )
     # Of the whole process since it started: Python, libraries and buffers of other kinds included.
-    measured["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured["peak_rss_bytes"] = machine.peak_memory()
     return measured
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lowbit_dist import configfile, model, pretrained
+from lowbit_dist import configfile, machine, model, pretrained
 from lowbit_dist.checkpoint import MANIFEST, SUMS, Checkpoint
 from lowbit_dist.checkpoint.layout import FORMAT, sha256
 from lowbit_dist.cluster import tasks
@@ -121,7 +120,7 @@ def quantize(
         "bits_per_parameter": (n_bits + DENSE_BITS[source.precision] * (n_all - n_weights)) / n_all,
         "relative_error": error,
         "bytes": sum(file.stat().st_size for file in work.out.rglob("*") if file.is_file()),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of this process
+        "peak_bytes": machine.peak_memory(),  # of this process
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
     }
 
