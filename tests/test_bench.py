@@ -85,6 +85,7 @@ def test_models_that_do_not_fit_are_refused_before_any_is_made():
         bench.infer("70b", grids=("ternary",))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it measures the GPU, where codes are decoded")
 @pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
 def test_a_low_bit_model_is_timed_against_the_dense_one(inferred):
@@ -99,6 +100,7 @@ def test_a_low_bit_model_is_timed_against_the_dense_one(inferred):
         assert row["tokens_512"]["tokens_per_second"] > row["tokens_1"]["tokens_per_second"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it measures the GPU, where codes are decoded")
 @pytest.mark.skipif(not cpu.available(), reason="there is no C compiler")
 def test_resident_bytes_are_those_of_codes_scales_and_what_is_dense(inferred):

@@ -544,7 +544,7 @@ def test_a_huggingface_tokenizer_goes_with_its_model(kind, trained, tmp_path):
 
 
 def test_the_command_line_exports_a_run(few_steps, lowbit, tmp_path, monkeypatch):
-    summary = few_steps(method={"name": "bitnet"}, precision="bf16")
+    summary = few_steps()
     out = tmp_path / "out"
     command = ("export", summary["checkpoint"], "--format", "hf", "--out", out)
     done = lowbit(*command, "--json")
@@ -591,6 +591,7 @@ export.export(trained.open(sys.argv[1]), "hf", sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_has_written_is_no_export(few_steps, lowbit, tmp_path):
     checkpoint, out = few_steps()["checkpoint"], tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, checkpoint, out], capture_output=True, text=True)

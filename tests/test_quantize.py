@@ -417,8 +417,7 @@ class Killed(BaseException):
     "by, after",
     [
         (GPTQ(bits=3), 9),
-        (PTQTP(), 14),
-        *slow(*product((GPTQ(bits=3),), (1, 14)), *product((PTQTP(),), (1, 9))),
+        *slow(*product((GPTQ(bits=3),), (1, 14)), *product((PTQTP(),), (1, 9, 14))),
     ],
 )
 def test_killed_and_taken_up_the_result_is_the_same_to_the_byte(
@@ -454,6 +453,7 @@ def test_killed_and_taken_up_the_result_is_the_same_to_the_byte(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_layers_spread_over_rays_workers_give_the_same_bytes(dense, corpus, tmp_path):
     given = calibration(corpus, samples=16)
     quantize(dense, GPTQ(bits=3), tmp_path / "alone", calibration=given)
@@ -473,15 +473,15 @@ def test_a_mistake_that_a_worker_meets_is_told_as_one_that_is_met_here(hf_folder
 @pytest.mark.slow
 def test_memory_is_that_of_a_block_and_not_of_the_model(hf_folder, corpus, tmp_path):
     peaks = []
-    for n_layers in (2, 26):  # of 13.6 MB
+    for n_layers in (2, 14):  # of 13.6 MB
         folder = hf_folder("llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=n_layers)
         command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "gptq"]
-        command += ["--data", corpus, "--samples", "32", "--out", tmp_path / "out", "--force", "--json"]
+        command += ["--data", corpus, "--samples", "8", "--out", tmp_path / "out", "--force", "--json"]
         # Its C library would keep what is freed, in pieces, for later.
         returns_at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, check=True, capture_output=True, env=returns_at_once)
         peaks.append(json.loads(done.stdout)["peak_bytes"])
-    assert peaks[1] - peaks[0] < 60e6, "24 more blocks have 327 MB"
+    assert peaks[1] - peaks[0] < 60e6, "12 more blocks have 163 MB"
 
 
 def test_what_was_begun_otherwise_is_not_taken_up(dense, tmp_path, monkeypatch, caplog):
@@ -496,6 +496,7 @@ def test_what_was_begun_otherwise_is_not_taken_up(dense, tmp_path, monkeypatch, 
     assert content(out) == content(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_half_file(hf_folder, tmp_path):
     folder, out = hf_folder("llama", num_hidden_layers=6, intermediate_size=256), tmp_path / "out"
     command = [sys.executable, "-m", "lowbit_dist", "quantize", folder, "--method", "ptqtp"]
