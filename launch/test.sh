@@ -21,7 +21,7 @@ ruff check lowbit_dist tests
 mypy &
 types=$!
 # Three files of tests at a time: while one waits for processes that start, or for a host to come back, the others
-# compute.  The types are checked beside them.  tests/conftest.py puts the longest files first: in xdist's own order, by the
-# number of tests, the file whose few tests take longest comes last, alone.
+# compute.  The types are checked beside them.  tests/conftest.py puts the longest files first: in xdist's own order,
+# by the number of tests, the file whose few tests take longest comes last, alone.
 pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"
 wait "$types"

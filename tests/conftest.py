@@ -29,7 +29,8 @@ INTEGRATING = {"ranks", "ray", "ray_port", "disk", "store", "new_store"}
 # Files whose tests take longest, longest first: begun last, one of them would keep one process busy alone.
 LONGEST = (
     "hosts", "cluster", "train", "memory", "sweep", "fitting", "signals", "kernels", "resume", "outside",
-    "data", "guard", "toys", "wrong_input", "tracking", "checkpoint", "disk",
+    "data", "guard", "toys", "wrong_input", "tracking", "checkpoint", "disk", "quantize", "export",
+    "export_trained",
 )  # fmt: skip
 
 

@@ -395,7 +395,7 @@ def mlflow_run(uri, run_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # twenty starts, on a machine that does other things
+@pytest.mark.timeout(1200)  # on a machine that does other things, too
 def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left_alone(
     run, tmp_path, undisturbed
 ):
