@@ -11,17 +11,19 @@ source "$(dirname "$0")/setup.sh"
 # Two cores serve every process of a test; libraries that each take both slow one another down.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Files of tests at a time: while one waits for processes that start, the others compute.  On hosts whose power
+# fails, times count.
+processes=3
 case "${1:-}" in
     quick) chosen="not slow and not integration"; shift ;;
-    all) chosen=""; shift ;;
+    all) chosen="" processes=2; shift ;;
     *) chosen="not slow" ;;
 esac
 ruff format --check lowbit_dist tests
 ruff check lowbit_dist tests
 mypy &
 types=$!
-# Three files of tests at a time: while one waits for processes that start, or for a host to come back, the others
-# compute.  The types are checked beside them.  tests/conftest.py puts the longest files first: in xdist's own order,
-# by the number of tests, the file whose few tests take longest comes last, alone.
-pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"
+# The types are checked beside the tests.  tests/conftest.py puts the longest files first: in xdist's own order, by the
+# number of tests, the file whose few tests take longest comes last, alone.
+pytest --numprocesses $processes --dist loadfile --no-loadscope-reorder -m "$chosen" "$@"
 wait "$types"
