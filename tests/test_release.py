@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import test_memory
 import torch
+from cases import slow
 from test_guard import train_and_hear
 from test_train import digest, train
 
@@ -357,15 +358,14 @@ PLANNED = {
     "flip, factored": {"method": {"name": "flip"}, "optimizer": FACTORED, "precision": "bf16"},
     "dense": {"method": {"name": "dense"}, "train": {"reproducible": True}},
 }  # fmt: skip
+STANDING = ((2, "bf16"), (1, "recomputed"), (3, "muon"))  # in every pass; the others are slow
 
 
 @pytest.mark.parametrize(
     ("world", "case"),
     [
-        (2, "bf16"),
-        (1, "recomputed"),
-        (3, "muon"),
-        *[pytest.param(n, case, marks=pytest.mark.slow) for n in (1, 2, 3) for case in PLANNED],
+        *STANDING,
+        *slow(*((n, case) for n in (1, 2, 3) for case in PLANNED if (n, case) not in STANDING)),
     ],
 )
 def test_the_plan_is_what_is_measured(world, case, ranks):
