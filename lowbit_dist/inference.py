@@ -78,8 +78,7 @@ def integers(layer: Linear, weight: PackedTensor | Tensor, method: Method) -> In
         parts, of_levels = values.reshape(-1, every), levels.reshape(-1, every)
         scale = parts.abs().amax(1) / of_levels.abs().amax(1).clamp(min=1)
         if torch.equal(of_levels * scale[:, None], parts):
-            codes = ops.pack(levels.reshape(-1).contiguous(), grid=grid)
-            return Integers(PackedTensor(codes, scale, every, grid, tuple(latent.shape)), bias)
+            return Integers(PackedTensor.of_levels(levels, scale, grid), bias)
     return None
 
 

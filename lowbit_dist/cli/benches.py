@@ -8,6 +8,8 @@ from lowbit_dist.cli import console
 from lowbit_dist.cli.arguments import Json
 from lowbit_dist.errors import ConfigError
 
+Threads = Annotated[int, typer.Option(metavar="N", min=1, help="Use so many threads of the CPU.")]
+
 
 def update(
     parameters: Annotated[
@@ -16,7 +18,7 @@ def update(
             metavar="N", help="Update so many, a multiple of 256; as suits the device if not given."
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Use so many threads of the CPU.")] = 1,
+    threads: Threads = 1,
     repetitions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Take the median of so many steps.")
     ] = 15,
@@ -47,7 +49,7 @@ def infer(
         list[str] | None,
         typer.Option(metavar="GRID", help="Measure this grid; may be given again; all if not given."),
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Use so many threads of the CPU.")] = 1,
+    threads: Threads = 1,
     repetitions: Annotated[
         int, typer.Option(metavar="N", min=1, help="Take the median of so many turns.")
     ] = 9,

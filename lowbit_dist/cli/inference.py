@@ -22,6 +22,15 @@ from lowbit_dist.cli.arguments import (
 from lowbit_dist.errors import ConfigError
 
 LINE = "{}"  # stands for what is typed
+# How tokens are drawn.
+Temperature = Annotated[
+    float, typer.Option(metavar="X", help="Draw at this temperature; 0 takes the likeliest token always.")
+]
+TopK = Annotated[int, typer.Option(metavar="N", help="Draw from the N likeliest tokens; 0 draws from all.")]
+TopP = Annotated[
+    float, typer.Option(metavar="X", help="Draw from the likeliest tokens up to this probability.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")]
 
 
 def evaluate(
@@ -127,16 +136,10 @@ def generate(
         str, typer.Option(metavar="TEXT", help="What the text begins with.", show_default=False)
     ],
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Stop after so many tokens.")] = 100,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="Draw at this temperature; 0 takes the likeliest token always.")
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Draw from the N likeliest tokens; 0 draws from all.")
-    ] = 50,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Draw from the likeliest tokens up to this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")] = 0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Continue a text: it and what follows it are printed as they are, while they are made.
@@ -163,16 +166,10 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Stop an answer after so many tokens.")
     ] = 200,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="Draw at this temperature; 0 takes the likeliest token always.")
-    ] = 0.8,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Draw from the N likeliest tokens; 0 draws from all.")
-    ] = 50,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Draw from the likeliest tokens up to this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides what is drawn.")] = 0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
 ) -> None:
     """Talk with a model: each line is answered as the text goes on; Ctrl-C ends an answer, Ctrl-D the talk.
 

@@ -22,7 +22,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lowbit_dist import ops
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.methods.method import GROUP, Group
@@ -76,8 +75,7 @@ class GPTQ(Quantizer):
                 w[:, j:last] -= error[:, None] * u[j, j:last]
                 errors[:, j - first] = error
             w[:, last:] -= errors @ u[first:last, last:]
-        codes = ops.pack(levels.view(-1), grid=grid)
-        return PackedTensor(codes, scales.view(-1), size, grid, (n_rows, n_columns))
+        return PackedTensor.of_levels(levels, scales, grid)
 
 
 def absmax(weight: Tensor, high: int) -> Tensor:  # [N, G] -> [N] float32

@@ -59,11 +59,13 @@ class Walk:
         self._hidden = self._first_hidden(blocks, batches)  # [micro_batch, seq_len, hidden_size] each
 
     @torch.inference_mode()
-    def grams(self, block: str, linears: Iterable[str]) -> dict[str, Gram]:
+    def grams(
+        self, block: str, linears: Iterable[str], weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Gram]:
         """Of the inputs of the linear layers in a block whose weights are `linears`, by these names; none of
-        one that is given nothing.
+        one that is given nothing.  `weights`: those of the block that have been read already.
         """
-        self._load(self._names(block), {})
+        self._load(self._names(block), weights or {})
         grams: dict[str, Gram] = {}
         # What is multiplied in this pass, and the first layer that it was given to: layers that are given the
         # same, as those of queries, keys and values, share a Gram.

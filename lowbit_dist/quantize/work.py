@@ -287,7 +287,7 @@ class _Work:
                 if is_there:
                     quantised = map(done.tensor, wanted)
                 else:
-                    grams = walk.grams(block, wanted) if walk and block else {}
+                    grams = walk.grams(block, wanted, tensors) if walk and block else {}
                     quantised = layers(self._items({name: tensors[name] for name in wanted}, grams))
                 for name, packed in zip(wanted, quantised, strict=True):
                     weight, tensors[name] = tensors[name], packed
