@@ -96,10 +96,11 @@ class _Worker:
         if config.precision == "fp8":
             float8.check(float8.gpus(), f"worker {dist.get_rank()}")
         self.manifest = inputs.agreed(config)
-        self.engine = engine = _build(config, self.manifest)
+        self.engine, initial = _build(config, self.manifest)
+        engine = self.engine
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
-        self.start = resuming.start(config, engine)
+        self.start = resuming.start(config, engine, initial, self.layers, partial(heartbeat, "start", 0))
         if engine.rank == 0:
             _prepare_folder(config, self.manifest, engine.world, is_new=self.start.step == 0)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
@@ -319,11 +320,13 @@ def _worker(config: RunConfig, begun: Start, heartbeat: Beat) -> Iterator[_Worke
         worker.engine.close()
 
 
-def _build(config: RunConfig, manifest: data.Manifest) -> Engine:
+def _build(config: RunConfig, manifest: data.Manifest) -> tuple[Engine, model.InitialWeights]:
+    """An engine without values, and the first ones that its weights may get."""
     built = model.build(config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
     marks = manifest.marks if config.data.document_mask else None
-    return Engine(config, built, initial, model.low_bit_names(built, config.method), marks)
+    low_bit = model.low_bit_names(built, config.method)
+    return Engine(config, built, None, low_bit, marks), initial
 
 
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int, *, is_new: bool) -> None:
