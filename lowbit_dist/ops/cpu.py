@@ -211,12 +211,8 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, *, grid: Grid, scale_every: 
 
 def encode(weight: Tensor, scale: Tensor, *, grid: Grid, scale_every: int, first_block: int) -> Tensor:
     codes = torch.empty(weight.numel() * grid.bits // 8, dtype=torch.uint8)
-    _loaded().lowbit_encode(
-        _pointer(weight),
-        _pointer(scale),
-        _pointer(codes),
-        _shard(grid, weight.numel(), first_block, scale_every, scale),
-    )
+    shard = _shard(grid, weight.numel(), first_block, scale_every, scale)
+    _loaded().lowbit_encode(_pointer(weight), _pointer(scale), _pointer(codes), shard)
     return codes
 
 
