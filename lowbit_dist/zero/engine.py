@@ -154,7 +154,8 @@ class Engine:
     def _loss(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         labels = tokens if labels is None else labels.to(tokens.device, non_blocking=True)
         mask = {} if self._marks is None else attention.within_documents(tokens, self._marks, self._dtype)
-        loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
+        with attention.causal(tokens.device):
+            loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
         return loss
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:  # -> [] nats per token
