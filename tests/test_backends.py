@@ -4,6 +4,7 @@ Triton against the reference is test_kernels.py.
 """
 
 import logging
+import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,22 @@ def test_c_steps_codes_as_the_reference_does(rule, grid, states, granularity):
             assert_equal_state(actual_state, expected_state, f"after step {number}")
             assert torch.equal(flips, expected_flips)
             assert flips.item() == (before != reference.unpack(actual.codes, grid=grid)).sum() > 0
+
+
+@needs_compiler
+@every_grid
+@pytest.mark.parametrize("scale_every", [64, 192, 2**40])
+def test_c_encodes_as_the_reference_does(grid, scale_every):
+    n, first_block = 600 * BLOCK, 5
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand((n + first_block * BLOCK) // scale_every + 1, generator=generator) + 0.1
+    weight = torch.randn(n, generator=generator) * grid.high / 2
+    weight[:8] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e30, -1e30, 1e-40])
+    weight[256:768] = (torch.arange(512) - 255.5) * scale[first_block * BLOCK // scale_every]  # ties
+    place = {"grid": grid, "scale_every": scale_every, "first_block": first_block}
+    codes = cpu.encode(weight, scale, **place)
+    assert torch.equal(codes, reference.encode(weight, scale, **place))
+    assert len(reference.unpack(codes, grid=grid).unique()) == grid.n_levels
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ FLOOR = {
     "grid": 0, "errors": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "shape": 0, "execution": 0,
     "synonyms": 0,
     "registry": 0, "naming": 0, "guard": 0, "heartbeat": 0, "record": 0, "machine": 0, "folders": 0,
+    "clock": 0,
     "ops": 1, "documents": 1,
     "packed": 2, "linear": 2, "float8": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
     "experts": 2, "attention": 2,

@@ -581,7 +581,7 @@ def state_of_the_process():
 
     group = dist.distributed_c10d._get_default_group() if dist.is_initialized() else None
     return (
-        [group, comm.cdb, get_accelerator(), sys.excepthook, ops._backend, ops.quantize, gc.collect],
+        [group, comm.cdb, get_accelerator(), sys.excepthook, ops._backend, ops._host_backend, gc.collect],
         [torch.nn.Module._apply, torch.cuda.is_available, dict(os.environ), gc.isenabled()],
         {name: value for name, value in vars(groups).items() if name.startswith("_")},
     )

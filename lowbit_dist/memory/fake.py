@@ -59,7 +59,6 @@ def fake_worker(rank: int, workers: int, *, experts: int = 1) -> Iterator[None]:
         # C and Triton read memory; the reference would take each tensor apart into thousands of chunks.
         enter(patch.object(ops, "_backend", lambda device: shapes))
         enter(patch.object(ops, "_host_backend", lambda device: shapes))
-        enter(patch.object(ops, "quantize", lambda w, scale, **_: torch.empty_like(w, dtype=torch.int8)))
         # DeepSpeed moves the module to its device, where it is; to swap a fake tensor's data is refused.
         enter(patch.object(nn.Module, "_apply", lambda self, *_, **__: self))
         enter(patch.object(dist, "all_gather_into_tensor", _gather))
@@ -116,6 +115,9 @@ class _Shapes:
 
     def decode(self, *_: Any, out: Tensor, **__: Any) -> Tensor:
         return out
+
+    def encode(self, weight: Tensor, scale: Tensor, *, grid: Grid, **_: Any) -> Tensor:
+        return torch.empty(weight.numel() * grid.bits // 8, dtype=torch.uint8)
 
     def pack(self, levels: Tensor, *, grid: Grid) -> Tensor:
         return torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)

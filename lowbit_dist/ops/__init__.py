@@ -29,10 +29,10 @@ __all__ = [
     "apply_",
     "code_counts",
     "decode",
+    "encode",
     "matmul",
     "multiplies",
     "pack",
-    "quantize",
     "step_",
     "unpack",
     "whole_step_",
@@ -127,6 +127,24 @@ def decode(
     )
 
 
+def encode(
+    weight: Tensor,  # [256 B] float32
+    scale: Tensor,  # [scales of the whole tensor] float32
+    *,
+    grid: Grid,
+    scale_every: int,
+    first_block: int = 0,
+) -> Tensor:  # [B * grid.bytes_per_block] uint8
+    """The codes of the level nearest to each weight (ties to the even level), within the grid."""
+    _check_tensor("weight", weight, (torch.float32,))
+    _check_whole_blocks(weight.numel())
+    _check_scale(scale, weight.numel(), first_block, scale_every)
+    _check_one_device(weight, scale)
+    return _host_backend(weight.device).encode(
+        weight, scale, grid=grid, scale_every=scale_every, first_block=first_block
+    )
+
+
 def matmul(
     x: Tensor,  # [T, K] float32 | bfloat16
     codes: Tensor,  # [n K / 256 * grid.bytes_per_block] uint8
@@ -168,22 +186,6 @@ def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     """The levels ([256 B] int8) of `codes` ([B * grid.bytes_per_block] uint8)."""
     _check_codes(codes, grid, codes.numel() * 8 // grid.bits)
     return _host_backend(codes.device).unpack(codes, grid=grid)
-
-
-def quantize(
-    weight: Tensor,  # [256 B] float32
-    scale: Tensor,  # [scales of the whole tensor] float32
-    *,
-    grid: Grid,
-    scale_every: int,
-    first_block: int = 0,
-) -> Tensor:  # [256 B] int8
-    """The level nearest to each weight (ties to the even level), within the grid."""
-    _check_tensor("weight", weight, (torch.float32,))
-    _check_whole_blocks(weight.numel())
-    _check_scale(scale, weight.numel(), first_block, scale_every)
-    _check_one_device(weight, scale)
-    return reference.quantize(weight, scale, grid=grid, scale_every=scale_every, first_block=first_block)
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:

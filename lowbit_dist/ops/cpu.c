@@ -784,6 +784,25 @@ void lowbit_decode(const uint8_t *codes, const float *scale, void *out, int32_t 
     }
 }
 
+/* The codes of the level nearest to each weight, ties to the even one. */
+void lowbit_encode(const float *restrict weight, const float *scale, uint8_t *restrict codes, const Shard *shard) {
+    const float low = (float)shard->low, high = (float)shard->high;
+#pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
+        int32_t level[BLOCK] __attribute__((aligned(64)));
+        float of_plane[4];
+        scales_of_block(of_plane, scale, shard, shard->first_block + block);
+        for (int i = 0; i < BLOCK; i += PLANE)
+            for (int j = i; j < i + PLANE; j++) {
+                float nearest = rintf(weight[block * BLOCK + j] / of_plane[i / PLANE]);
+                nearest = nearest < low ? low : nearest;
+                nearest = nearest > high ? high : nearest;
+                level[j] = (int8_t)(int32_t)nearest; /* of a NaN 0, as in PyTorch */
+            }
+        pack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+    }
+}
+
 void lowbit_pack(const int8_t *restrict levels, uint8_t *restrict codes, const Shard *shard) {
 #pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
     for (int64_t block = 0; block < shard->n_blocks; block++) {

@@ -209,6 +209,13 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, *, grid: Grid, scale_every: 
     return y
 
 
+def encode(weight: Tensor, scale: Tensor, *, grid: Grid, scale_every: int, first_block: int) -> Tensor:
+    codes = torch.empty(weight.numel() * grid.bits // 8, dtype=torch.uint8)
+    shard = _shard(grid, weight.numel(), first_block, scale_every, scale)
+    _loaded().lowbit_encode(_pointer(weight), _pointer(scale), _pointer(codes), shard)
+    return codes
+
+
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:
     codes = torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)
     _loaded().lowbit_pack(_pointer(levels), _pointer(codes), _shard(grid, levels.numel()))
@@ -302,7 +309,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name in ("step_codes", "accumulate"):
         getattr(library, f"lowbit_{name}").restype = ctypes.c_int64
-    for name in ("step_weights", "decode", "pack", "unpack", "code_counts"):
+    for name in ("step_weights", "decode", "encode", "pack", "unpack", "code_counts"):
         getattr(library, f"lowbit_{name}").restype = None
     library.lowbit_matmul.restype = ctypes.c_int32
     return library

@@ -326,21 +326,21 @@ def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     return (plain.to(torch.int16) + grid.low).to(torch.int8).view(-1)
 
 
-def quantize(
+def encode(
     weight: Tensor,  # [N] float32
     scale: Tensor,  # [scales of the whole tensor] float32
     *,
     grid: Grid,
     scale_every: int,
-    first_block: int = 0,
-) -> Tensor:  # [N] int8
-    """The level nearest to each weight (ties to the even level), within the grid."""
+    first_block: int,
+) -> Tensor:  # [B * grid.bytes_per_block] uint8
+    """The codes of the level nearest to each weight (ties to the even level), within the grid."""
     levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start, stop in chunks(weight.numel(), weight.device):
         of_plane = scale_of_planes(scale, stop - start, first_block + start // BLOCK, scale_every)
         nearest = (weight[start:stop].view(-1, PLANE) / of_plane).round().clamp(grid.low, grid.high)
         levels[start:stop].view(-1, PLANE).copy_(nearest)
-    return levels
+    return pack(levels, grid=grid)
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int64

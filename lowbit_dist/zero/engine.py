@@ -25,6 +25,7 @@ from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear, decodes, values
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import Marks
+from lowbit_dist.zero import first
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
 from lowbit_dist.zero.stage3 import Moving, PackedZero3, Update
@@ -40,7 +41,7 @@ class Engine:
         self,
         config: RunConfig,
         model: nn.Module,  # on the meta device, from `model.build`
-        initial: Initial,
+        initial: Initial | None,  # None: weights are zeros until `initialize`, or a checkpoint, fills them
         low_bit: Sequence[str],  # names of the parameters that exist only as codes
         marks: Marks | None = None,  # around the documents within which attention is to stay
     ):
@@ -66,9 +67,9 @@ class Engine:
         self._marks = marks
         if stage == 3:
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
-            self._partitioner.adopt(model, initial, self.method, set(low_bit))
+            self._partitioner.adopt(model, self.method, set(low_bit))
         else:
-            materialize(model, initial, self.device, dtype)
+            materialize(model, self.device, dtype)
         groups = _parameter_groups(model)
         moving = self._moving(shapes)
         optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, moving)
@@ -85,6 +86,16 @@ class Engine:
             self.shards = self._standard.shards
         else:
             self.shards = self._engine.optimizer.make_shards(config, self.method, sorted(self.numels), moving)
+        if initial is not None:
+            self.initialize(initial)
+
+    def initialize(self, initial: Initial, heartbeat: Callable[[], object] = lambda: None) -> None:
+        """Give all weights their first values, of step 1; on every worker.  `heartbeat` is called after each
+        tensor.
+        """
+        is_cut = self._standard is None
+        first.fill(self.shards, initial, self.method, self._dtype, is_cut=is_cut, heartbeat=heartbeat)
+        self.refresh(1)
 
     def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
         """How each parameter is updated."""
@@ -141,9 +152,10 @@ class Engine:
         return self._last
 
     def _loss(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        labels = tokens if labels is None else labels.to(tokens.device)
+        labels = tokens if labels is None else labels.to(tokens.device, non_blocking=True)
         mask = {} if self._marks is None else attention.within_documents(tokens, self._marks, self._dtype)
-        loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
+        with attention.causal(tokens.device):
+            loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
         return loss
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:  # -> [] nats per token
