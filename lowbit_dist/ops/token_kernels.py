@@ -74,7 +74,7 @@ def _largest(x_ptr, bits_ptr, n, BLOCK: tl.constexpr):
 def _square_sum(x_ptr, most_ptr, total_ptr, n, unit, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     q = load(x_ptr + at, at < n).to(tl.float64) / tl.load(most_ptr)
-    square = q * q * unit.to(tl.float64)
+    square = q * q * unit
     border = tl.full([BLOCK], _WHOLE_FROM, tl.float64)
     whole = tl.where(square < border, (square + border) - border, square)
     tl.atomic_add(total_ptr, tl.sum(whole.to(tl.int64), axis=0), sem="relaxed")
