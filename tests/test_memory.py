@@ -655,6 +655,25 @@ def test_billions_of_parameters_are_planned_in_seconds(preset, workers, n_parame
     assert plan["saved_vs_adamw_fp32"] == pytest.approx(1 - n_bytes / 16, abs=0.002)
 
 
+@pytest.mark.parametrize(("preset", "sequences", "seq_len"), [("13m", 8, 256), ("1b", 8, 2048)])
+def test_rounded_inputs_take_no_more_than_those_of_full_precision(preset, sequences, seq_len):
+    """Saved as integers, once for all layers that read them."""
+    from lowbit_dist.memory.plan import planned
+
+    content = {
+        "model": {"preset": preset},
+        "data": {"path": "none", "seq_len": seq_len},
+        "train": {"micro_batch": sequences, "batch_tokens": sequences * seq_len},
+        "cluster": {"workers": 1},
+    }
+    activations, peak = {}, {}
+    for name in ("dense", "dqt"):
+        plan = planned(load(content | {"method": {"name": name}}), 32_000, 1)
+        activations[name] = plan["components"]["activations"]["bytes"]
+        peak[name] = activations[name] + plan["components"]["transient"]["bytes"]
+    assert activations["dqt"] <= activations["dense"] and peak["dqt"] <= peak["dense"], (activations, peak)
+
+
 def test_a_batch_that_cannot_be_divided_is_not_planned():
     from lowbit_dist import memory
     from lowbit_dist.config import ConfigError

@@ -119,6 +119,12 @@ class _Shapes:
     def encode(self, weight: Tensor, scale: Tensor, *, grid: Grid, **_: Any) -> Tensor:
         return torch.empty(weight.numel() * grid.bits // 8, dtype=torch.uint8)
 
+    def largest(self, *_: Any) -> Tensor:
+        return torch.empty(1, dtype=torch.float64)
+
+    def square_sum(self, *_: Any) -> Tensor:
+        return torch.empty(1, dtype=torch.int64)
+
     def pack(self, levels: Tensor, *, grid: Grid) -> Tensor:
         return torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)
 
