@@ -6,13 +6,14 @@ known or assumed of them (`hardware`), what the model and the method ask of them
 goes about it (`prediction`).  **Nothing that it says was measured**; `CONSTANTS` says of each number where it
 comes from.
 
-`flops_per_token` and `peak_flops` are what MFU is made of, predicted or of a run that trains.
+MFU (model FLOPs utilization) is by one convention, predicted or of a run that trains (`Speed`): of a
+GPU's peak in bf16, whatever the precision, the share that its tokens are worth by `Work.flops_per_token`.
 """
 
 from lowbit_dist.cost.hardware import CONSTANTS, GPUS, Constant, Gpu, gpu_of, peak_flops
-from lowbit_dist.cost.plan import DEFAULT_GPU, PREDICTED, plan
-from lowbit_dist.cost.prediction import COMPILED, EAGER, Execution, execution_of, predict
-from lowbit_dist.cost.work import Work, flops_per_token, utilization
+from lowbit_dist.cost.plan import DEFAULT_GPU, PREDICTED, check_multiplies, plan
+from lowbit_dist.cost.prediction import COMPILED, EAGER, Execution, execution_of, predict, wire_bytes
+from lowbit_dist.cost.work import Speed, Work
 
 __all__ = [
     "COMPILED",
@@ -24,12 +25,13 @@ __all__ = [
     "Constant",
     "Execution",
     "Gpu",
+    "Speed",
     "Work",
+    "check_multiplies",
     "execution_of",
-    "flops_per_token",
     "gpu_of",
     "peak_flops",
     "plan",
     "predict",
-    "utilization",
+    "wire_bytes",
 ]

@@ -20,7 +20,9 @@ class Gpu(NamedTuple):
     bandwidth: float  # bytes/s, of its memory
     memory: int  # bytes
     nvlink: float  # bytes/s, one way, to the others of its machine
-    network: float  # bytes/s, one way, of a machine's adapters: assumed, one for each GPU (400, A100 200 Gb/s)
+    network: (
+        float  # bytes/s, one way, of a machine's adapters: assumed, one for each GPU (400, A100 200 Gb/s)
+    )
     instructions: float  # cycles/s of all its multiprocessors together
 
 
@@ -48,8 +50,8 @@ class Constant(NamedTuple):
 
 CONSTANTS: dict[str, Constant] = {
     "bf16_efficiency": Constant(
-        0.65, "of the peak", "assumed", "large bf16 products under power limits; published runs reach 33 to 39 % "
-        "MFU in all on parts of 500 W",
+        0.65, "of the peak", "assumed", "large bf16 products under power limits; published runs reach 33 to "
+        "39 % MFU in all on parts of 500 W",
     ),
     "fp8_efficiency": Constant(0.50, "of the peak", "assumed", "as int8 products of Triton on other GPUs"),
     "fp32_efficiency": Constant(0.80, "of the peak", "assumed", "large float32 products without TF32"),
@@ -62,7 +64,7 @@ CONSTANTS: dict[str, Constant] = {
     "update_bf16": Constant(5.7e-12, "s", "measured", "the same with bf16 states"),
     "update_fp32": Constant(7.7e-12, "s", "measured", "the same with fp32 states"),
     "link_efficiency": Constant(0.80, "of NVLink", "assumed", "NCCL's bus bandwidth inside a machine"),
-    "network_efficiency": Constant(0.90, "of the adapters", "assumed", "NCCL's bus bandwidth between machines"),
+    "network_efficiency": Constant(0.90, "of the adapters", "assumed", "the same between machines"),
     "collective": Constant(22e-6, "s", "assumed", "latency of a collective inside a machine"),
     "collective_machine": Constant(6e-6, "s", "assumed", "more for each further machine (ring)"),
     "operation": Constant(7e-6, "s", "assumed", "the host for one operation with its gradient and launch"),
@@ -90,7 +92,7 @@ def gpu_of(device_name: str) -> Gpu | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Products in bf16 that a device could make, FLOP/s; None of a CPU, or of a GPU that is not known here."""
+    """What a device could multiply in bf16, FLOP/s; None of a CPU, or of a GPU that is not known here."""
     if device.type != "cuda":
         return None
     gpu = gpu_of(torch.cuda.get_device_name(device))

@@ -8,7 +8,6 @@ from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.cost.hardware import CONSTANTS, GPUS, Gpu
 from lowbit_dist.cost.prediction import Execution, execution_of, predict
 from lowbit_dist.cost.work import Work
-from lowbit_dist.errors import nearest_divisor, nearest_multiple
 from lowbit_dist.memory import CUDA_CONTEXT
 from lowbit_dist.memory.plan import DENSE, EACH, planned
 
@@ -31,7 +30,7 @@ def plan(
     Memory: what stays between steps is of each number; what a step takes above it was simulated of the
     fewest, which have the most.
     """
-    check(config, numbers, gpu)
+    check_multiplies(config, gpu)
     execution = execution or execution_of(config)
     work = Work.of(config, vocab_size)
     # On equal terms: the same states and the same precision.
@@ -67,22 +66,11 @@ def plan(
     }
 
 
-def check(config: RunConfig, numbers: Sequence[int], gpu: Gpu) -> None:
-    """ConfigError unless each of the numbers of GPUs divides the batch, and the GPUs multiply as asked."""
+def check_multiplies(config: RunConfig, gpu: Gpu) -> None:
+    """ConfigError if the run asks for products that the GPU does not make."""
     if config.precision == "fp8" and gpu.fp8 is None:
         able = ", ".join(kind.name for kind in GPUS.values() if kind.fp8 is not None)
         raise ConfigError(
             f"precision (fp8) must go with GPUs that multiply 8-bit floats, not {gpu.name}; write --gpu of "
             f"{able}, or precision=bf16"
         )
-    for n in numbers:
-        if n < 1:
-            raise ConfigError(f"--gpus ({n}) must be at least 1; write 8, or several, as 8,64,1024")
-        if config.micro_batches % n or not config.micro_batches:
-            train, per_pass = config.train, config.train.micro_batch * config.data.seq_len * n
-            raise ConfigError(
-                f"--gpus ({n:,}) must divide the {config.micro_batches:,} micro-batches of a step, "
-                f"batch_tokens {train.batch_tokens:,} / (micro_batch {train.micro_batch} x seq_len "
-                f"{config.data.seq_len:,}); write --gpus {nearest_divisor(config.micro_batches, n)}, or "
-                f"train.batch_tokens={nearest_multiple(train.batch_tokens, per_pass)}"
-            )

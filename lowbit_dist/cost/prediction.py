@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lowbit_dist.config import RunConfig
 from lowbit_dist.cost.hardware import GPUS, Gpu, bus_bandwidth, constant, latency
-from lowbit_dist.cost.work import Parameter, Work, utilization
+from lowbit_dist.cost.work import Parameter, Work
 
 # Of fused attention, of which a causal mask leaves half: products forward and, computed anew, backward.
 _ATTENTION_PASSES = (1.0, 2.5)
@@ -79,8 +79,8 @@ def predict(
     tokens = config.train.micro_batch * config.data.seq_len
     computed = _gpu_seconds(config, work, gpu, tokens, execution, recomputed)
     seconds, host = sum(computed.values()), _host_seconds(work, execution, recomputed)
-    moved = wire_bytes(config, work, n, recomputed)
-    network = _network_seconds(config, work, n, gpu, moved, execution, recomputed, passes)
+    moved = wire_bytes(config, work, n, execution)
+    network = _network_seconds(config, work, n, gpu, moved, execution)
     longer, hidden = max(seconds, host), constant("overlap")
     exceeding = max(0.0, network - hidden * longer)
     of_pass = longer + exceeding + (1 - hidden) * network + constant("micro_batch")
@@ -94,7 +94,7 @@ def predict(
         "step_seconds": step,
         "tokens_per_second": n * per_gpu,
         "tokens_per_second_per_gpu": per_gpu,
-        "mfu": utilization(per_gpu, flops, gpu.bf16),
+        "mfu": per_gpu * flops / gpu.bf16,
         "wire_bytes_per_gpu": sum(moved.values()),
         "wire": moved,
         "bound": "network" if exceeding else "host" if host > seconds else "gpu",
@@ -104,26 +104,36 @@ def predict(
     }  # fmt: skip
 
 
-def wire_bytes(config: RunConfig, work: Work, n: int, recomputed: float = 0.0) -> dict[str, float]:
+def wire_bytes(config: RunConfig, work: Work, n: int, execution: Execution) -> dict[str, float]:
     """What each of n GPUs receives in a step, and sends: codes and weights gathered, gradients reduced."""
     share, passes = (n - 1) / n, config.accumulation(n)
     itemsize = 4 if config.precision == "fp32" else 2
-    codes = sum(p.padded(n) * p.wire for p in work.parameters if p.is_code)
-    others = sum(p.padded(n) * p.wire for p in work.parameters if not p.is_code)
     numel = sum(p.padded(n) for p in work.parameters)
     stage = 3 if config.zero.stage is None else config.zero.stage
     if stage < 3:  # weights once a step, after the update; stage 0 keeps all, and reduces to everyone
-        weights = 0.0 if stage == 0 else others
+        weights = 0.0 if stage == 0 else 1.0 * numel * itemsize
         reduced = (2.0 if stage == 0 else 1.0) * numel * itemsize * (passes if stage == 2 else 1)
         return {"codes": 0.0, "weights": share * weights, "gradients": share * reduced}
-    uses = passes * (2 + (1 if recomputed else 0))
-    of_codes = 1 if config.zero.residency == "replicated" else uses
+
+    def gathered(p: Parameter) -> float:
+        if p.is_code and config.zero.residency == "replicated":
+            return p.padded(n) * p.wire
+        return passes * _uses(config, p, execution) * p.padded(n) * p.wire
+
     of_gradient = 8 if config.train.reproducible else itemsize
     return {
-        "codes": share * codes * of_codes,
-        "weights": share * others * uses,
+        "codes": share * sum(gathered(p) for p in work.parameters if p.is_code),
+        "weights": share * sum(gathered(p) for p in work.parameters if not p.is_code),
         "gradients": share * numel * of_gradient * passes,
     }
+
+
+def _uses(config: RunConfig, parameter: Parameter, execution: Execution) -> int:
+    """How often a parameter is gathered in a micro-batch.  A block that is one unit stays gathered between
+    what is computed again and its backward pass.
+    """
+    is_again = config.train.activation_checkpointing and parameter.is_recomputed and not execution.by_block
+    return 3 if is_again else 2
 
 
 def _gpu_seconds(
@@ -180,18 +190,18 @@ def _network_seconds(
     gpu: Gpu,
     moved: dict[str, float],
     execution: Execution,
-    recomputed: float,
-    passes: int,
 ) -> float:
     """Of one micro-batch, its share of what happens once a step included."""
     if n == 1:
         return 0.0
-    gathers = work.layers + 2 if execution.by_block else len(work.parameters)
-    uses = 2 + (1 if recomputed else 0)
+    gathers = sum(_uses(config, p, execution) for p in work.parameters)
+    if execution.by_block:
+        gathers = 2 * (work.layers + 2)
     if config.zero.stage in (0, 1, 2):
-        gathers, uses = 0, 0
-    collectives = gathers * uses + work.layers + 2
-    return collectives * latency(n) + sum(moved.values()) / passes / bus_bandwidth(gpu, n)
+        gathers = 0
+    collectives = gathers + work.layers + 2
+    bytes_of_pass = sum(moved.values()) / config.accumulation(n)
+    return collectives * latency(n) + bytes_of_pass / bus_bandwidth(gpu, n)
 
 
 def _update_seconds(work: Work, n: int, gpu: Gpu, execution: Execution) -> float:

@@ -4,6 +4,7 @@ All of it is read from the model as the method has built it: which layers round 
 weight through a view, which parameters exist as codes, and on which grid these travel.
 """
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,6 +14,7 @@ from lowbit_dist import model as models
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.linear import Linear
+from lowbit_dist.memory.simulation import blocks_of
 
 
 class Parameter(NamedTuple):
@@ -21,6 +23,7 @@ class Parameter(NamedTuple):
     is_code: bool
     state: float  # bytes of an element in the optimizer
     stored: float  # bytes of an element that an update reads and writes: codes, or weights in float32
+    is_recomputed: bool  # gathered once more where activations are computed again
 
     def padded(self, n: int) -> int:
         """Elements of n shards, which are whole blocks; a single one is the parameter itself."""
@@ -96,19 +99,27 @@ class Work(NamedTuple):
         return 6 * n + 12 * self.layers * self.attention * seq_len
 
 
-def flops_per_token(config: RunConfig, vocab_size: int) -> float | None:
-    """By `Work.flops_per_token`; None of a model whose tokens do not pass all weights (a mixture of experts),
-    or whose sizes are not known.
-    """
-    try:
-        return Work.of(config, vocab_size).flops_per_token(config.data.seq_len)
-    except ConfigError:
-        return None
+class Speed:
+    """A run's tokens per second in words that runs can be compared by."""
 
+    def __init__(self, config: RunConfig, vocab_size: int, peak: float | None):
+        """peak: of each worker's GPU, FLOP/s; None: not known"""
+        self._peak = peak
+        self._flops: float | None = None  # of a token
+        if self._peak is not None:
+            with suppress(ConfigError):  # of a mixture of experts, whose tokens do not pass all weights
+                self._flops = Work.of(config, vocab_size).flops_per_token(config.data.seq_len)
 
-def utilization(tokens_per_second: float, flops: float, peak: float) -> float:
-    """MFU: of one GPU's peak in bf16, whatever the precision, the share that its tokens are worth."""
-    return tokens_per_second * flops / peak
+    def metrics(self, tokens_per_second: float, workers: int) -> dict[str, float | None]:
+        """Of all workers and of each; `mfu`: of one GPU's peak the share that its tokens are worth, None if
+        the peak or the model's FLOPs are not known, as on CPUs.
+        """
+        of_one = tokens_per_second / workers
+        return {
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_worker": of_one,
+            "mfu": None if self._peak is None or self._flops is None else of_one * self._flops / self._peak,
+        }
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
@@ -125,8 +136,8 @@ def _sizes(model: nn.Module) -> dict[str, int]:
         layers = config.num_hidden_layers
     except AttributeError as error:
         raise ConfigError(
-            f"{named} does not say its sizes ({error}), which the cost model needs; leave --gpus out, or write "
-            "a model.preset"
+            f"{named} does not say its sizes ({error}), which the cost model needs; leave --gpus out, or "
+            "write a model.preset"
         ) from None
     size = getattr(config, "head_dim", None) or hidden // heads
     return {
@@ -138,11 +149,13 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _parameters(
-    config: RunConfig, model: nn.Module, linear: set[str], low_bit: set[str]
-) -> list[Parameter]:
+def _parameters(config: RunConfig, model: nn.Module, linear: set[str], low_bit: set[str]) -> list[Parameter]:
     itemsize = 4 if config.precision == "fp32" else 2
     stages = config.method.stages(config.train.steps)
+    blocks = blocks_of(model)
+    of_blocks = {id(p) for p in blocks.parameters()}
+    # A block that is computed again stops with the input of its last layer, which is gathered once then.
+    last = {id([m for m in block.modules() if isinstance(m, Linear)][-1].weight) for block in blocks}
     parameters = []
     for name, p in model.named_parameters():
         shape, rule = tuple(p.shape), config.optimizer.of(is_linear=name in linear)
@@ -155,5 +168,6 @@ def _parameters(
             if (kept := config.method.accumulator) is not None:
                 stored += kept.dtype.itemsize
         state = rule.state_bytes(shape) / p.numel()
-        parameters.append(Parameter(p.numel(), wire, name in low_bit, state, stored))
+        again = id(p) in of_blocks - last
+        parameters.append(Parameter(p.numel(), wire, name in low_bit, state, stored, again))
     return parameters
