@@ -49,12 +49,12 @@ def check(config: "RunConfig", numbers: Sequence[int], kind: str) -> None:
     cost.check_multiplies(config, cost.GPUS[kind])
     for n in numbers:
         if config.micro_batches % n:
-            train, seq_len = config.train, config.data.seq_len
+            train, seq_len, made = config.train, config.data.seq_len, config.micro_batches
             batch = nearest_multiple(train.batch_tokens, train.micro_batch * seq_len * n)
             raise ConfigError(
-                f"--gpus ({n:,}) must divide the {config.micro_batches:,} micro-batches of a step, "
-                f"batch_tokens {train.batch_tokens:,} / (micro_batch {train.micro_batch} x seq_len {seq_len:,}); "
-                f"write --gpus {nearest_divisor(config.micro_batches, n)}, or train.batch_tokens={batch}"
+                f"--gpus ({n:,}) must divide the {made:,} micro-batches of a step, batch_tokens "
+                f"{train.batch_tokens:,} / (micro_batch {train.micro_batch} x seq_len {seq_len:,}); "
+                f"write --gpus {nearest_divisor(made, n)}, or train.batch_tokens={batch}"
             )
 
 
