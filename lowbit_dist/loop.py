@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit_dist import (
     checkpoint,
+    cost,
     data,
     float8,
     guard,
@@ -118,6 +119,7 @@ class _Worker:
         self.peak: dict[str, Any] = {}
         self.val_loss: float | None = None
         self.clock = Clock()
+        self.speed = cost.Speed(config, self.manifest.vocab_size, cost.peak_flops(engine.device))
 
     def sampled(self, step: int) -> AbstractContextManager[Any]:
         """The second step of a process is its first with every buffer in place: its memory is the run's."""
@@ -218,7 +220,7 @@ class _Worker:
             "loss": position.loss_sum / n if n else None,
             "lr": lr,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
-            "tokens_per_second": self.clock.rate(),
+            **self.speed.metrics(self.clock.rate(), engine.world),
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
             "restarts": self.begun.restarts,
