@@ -19,6 +19,7 @@ What is safe under ZeRO-3, where weights are gathered before a module runs and r
 Letters: T tokens, K in_features, N out_features.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -192,12 +193,13 @@ class Linear(nn.Module):
                 like.in_features, eps=norm_eps, device=like.weight.device, dtype=like.weight.dtype
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, multiply: Callable[..., Tensor] = linear) -> Tensor:
+        """`multiply`: what is made of the operands in the place of their product (loss.py)."""
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
-        return linear(x, self.weight, self.bias, view=self.view, product=self.product)
+        return multiply(x, self.weight, self.bias, view=self.view, product=self.product)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
