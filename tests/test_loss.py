@@ -1,14 +1,16 @@
 """The loss in chunks: that of all logits, whatever the chunks, the model and the number of workers."""
 
+import re
+
 import hf_folders
 import pytest
 import torch
 import transformers
 from test_train import train
-from toys import DeadZone
 from torch import nn
+from toys import DeadZone
 
-from lowbit_dist import loss, model
+from lowbit_dist import data, loss, model
 from lowbit_dist.data import IGNORED
 from lowbit_dist.linear import linear
 from lowbit_dist.methods import Dense
@@ -183,7 +185,7 @@ def test_a_model_that_does_more_to_its_logits_keeps_its_own_forward_pass():
 
     kept = Sorted(transformers.LlamaConfig(**hf_folders.SIZES))
     model.replace_linears(kept, Dense(), is_head=lambda layer: layer is kept.lm_head)
-    assert loss.why_whole(kept) == "does more to its logits than scale or cap them (sort)"
+    assert re.match(r"does more to its logits than scale or cap them \(.*sort", loss.why_whole(kept))
 
 
 def train_in_chunks(configuration, n):
@@ -194,17 +196,18 @@ def train_in_chunks(configuration, n):
 
 
 SIX = {"steps": 2, "batch_tokens": 12 * 64, "save_every": 2, "eval_every": 2, "reproducible": True}
+TIED = {"model": {"layers": 1, "tie_embeddings": True}, "method": {"tensors": "all"}}
 
 
-@pytest.mark.parametrize("tied", [{}, {"model": {"tie_embeddings": True}, "method": {"tensors": "all"}}])
+@pytest.mark.parametrize("tied", [{"model": {"layers": 1}}, pytest.param(TIED, marks=pytest.mark.slow)])
 def test_runs_of_several_chunks_are_equal_on_any_number_of_workers(tied, ranks, small):
-    found = {}
-    for world, more in ((1, {}), (2, {}), (3, {}), (2, {"activation_checkpointing": True})):
+    chunk, found = 2**14, {}
+    assert chunk // data.read_manifest(small()["data"]["path"]).vocab_size < 2 * 64 / 2, "several chunks"
+    for world, more in ((1, {}), (2, {"activation_checkpointing": True}), (3, {})):
         name = f"{len(found)}"
         content = small(run={"name": name}, train={**SIX, **more}, **tied)
-        summary = ranks(world).run(train_in_chunks, content, 2**14)[0]
+        summary = ranks(world).run(train_in_chunks, content, chunk)[0]
         found[name] = summary["digest"], summary["val_loss"]
     assert len(set(found.values())) == 1, found
     whole = ranks(1).run(train_in_chunks, small(run={"name": "whole"}, train=SIX, **tied), 2**27)[0]
-    assert whole["digest"] != found["0"][0], "the case must have several chunks"
     assert whole["val_loss"] == pytest.approx(found["0"][1], abs=1e-3)
