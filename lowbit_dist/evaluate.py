@@ -18,6 +18,7 @@ from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.inference import multiplies_integers
+from lowbit_dist.loss import chunk_loss
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import marks
 
@@ -119,6 +120,7 @@ def loaded(trained: Trained, *, integer: bool = False, forward: Grid | None = No
     otherwise; ConfigError if none does.
     """
     network = trained.network(integer=integer, forward=forward)
+    chunk_loss(network)
     if integer and not multiplies_integers(network):
         raise ConfigError(
             f"--integer needs layers that round their inputs to 8 bits, and a CPU with a C compiler; "

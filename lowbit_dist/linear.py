@@ -270,15 +270,16 @@ class Linear(nn.Module):
                 like.in_features, eps=norm_eps, device=like.weight.device, dtype=like.weight.dtype
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, multiply: Callable[..., Tensor] = linear) -> Tensor:
+        """`multiply`: what is made of the operands in the place of their product (loss.py)."""
         if self.norm is not None:
             x = self.norm(x)
-        bits = None
-        if type(self.activation) is IntPerToken:
-            bits = self.activation.bits
-        elif self.activation is not None:
+        operands: Any = {"view": self.view, "product": self.product}
+        if type(self.activation) is IntPerToken and multiply is linear:
+            return linear(x, self.weight, self.bias, bits=self.activation.bits, **operands)
+        if self.activation is not None:
             x = self.activation(x)
-        return linear(x, self.weight, self.bias, view=self.view, product=self.product, bits=bits)
+        return multiply(x, self.weight, self.bias, **operands)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

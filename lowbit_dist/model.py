@@ -21,6 +21,7 @@ from lowbit_dist import attention, experts, pretrained
 from lowbit_dist.config import ConfigError, Model, RunConfig
 from lowbit_dist.errors import first_line
 from lowbit_dist.grid import BLOCK
+from lowbit_dist.loss import why_whole
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import check_shape
 from lowbit_dist.pretrained import Pretrained
@@ -146,6 +147,10 @@ def check(config: RunConfig, vocab_size: int, *, used: int | None = None) -> Non
     loaded = pretrained.configuration(config.model.pretrained, "model.pretrained")
     if changed := pretrained.without_chance(loaded):
         log.warning(f"{named} has {', '.join(changed)}; a run trains without, so that it can be repeated")
+    if (why := why_whole(model)) is not None:
+        log.warning(
+            f"{named}: {_architecture(model)} {why}; all logits of a micro-batch are in memory at once"
+        )
     _check_vocabulary(model, named, vocab_size, used)
 
 

@@ -674,6 +674,21 @@ def test_rounded_inputs_take_no_more_than_those_of_full_precision(preset, sequen
     assert activations["dqt"] <= activations["dense"] and peak["dqt"] <= peak["dense"], (activations, peak)
 
 
+@pytest.mark.parametrize("name", ["dqt", "dense"])
+def test_the_logits_of_a_large_vocabulary_are_not_in_the_plan(name):
+    """16,384 tokens of 128k: two bytes each would be 4.3 GB; they and their gradients were 27 GB."""
+    from lowbit_dist.memory.plan import planned
+
+    train = {"micro_batch": 8, "batch_tokens": 8 * 2048 * 8, "activation_checkpointing": True}
+    content = configuration(
+        data={"path": "none", "seq_len": 2048}, train=train, precision="bf16", method={"name": name}
+    )
+    content |= {"model": {"preset": "1b"}, "zero": {"stage": 3}}
+    plan = dict(planned(load(content), 2**17, 8))
+    above = plan["peak_bytes_per_worker"] - plan["resident_bytes_per_worker"]
+    assert 2e9 < above < 4e9
+
+
 def test_a_batch_that_cannot_be_divided_is_not_planned():
     from lowbit_dist import memory
     from lowbit_dist.config import ConfigError

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowbit_dist import ops
+from lowbit_dist import loss, ops
 from lowbit_dist.grid import Grid
 
 _one_at_a_time = threading.Lock()  # what is replaced is the whole process's
@@ -59,6 +59,8 @@ def fake_worker(rank: int, workers: int, *, experts: int = 1) -> Iterator[None]:
         # C and Triton read memory; the reference would take each tensor apart into thousands of chunks.
         enter(patch.object(ops, "_backend", lambda device: shapes))
         enter(patch.object(ops, "_host_backend", lambda device: shapes))
+        # Rows of logits as on a GPU, a few thousand operations less.
+        enter(patch.dict(loss.BLOCKS, cpu=loss.BLOCKS["cuda"]))
         # DeepSpeed moves the module to its device, where it is; to swap a fake tensor's data is refused.
         enter(patch.object(nn.Module, "_apply", lambda self, *_, **__: self))
         enter(patch.object(dist, "all_gather_into_tensor", _gather))

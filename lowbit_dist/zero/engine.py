@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lowbit_dist import attention, float8, ops
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear, decodes, values
+from lowbit_dist.loss import chunk_loss
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero import first
@@ -55,6 +56,7 @@ class Engine:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        chunk_loss(model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before they are partitioned
         self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
