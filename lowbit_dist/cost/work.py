@@ -14,7 +14,7 @@ from lowbit_dist import model as models
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.linear import Linear
-from lowbit_dist.memory.simulation import blocks_of
+from lowbit_dist.model import blocks_of
 
 
 class Parameter(NamedTuple):

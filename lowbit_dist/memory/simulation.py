@@ -19,7 +19,7 @@ from lowbit_dist.memory.fake import fake_worker
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
-from lowbit_dist.model import low_bit_names, shapes
+from lowbit_dist.model import blocks_of, low_bit_names, shapes
 from lowbit_dist.tokenizer import Marks
 
 LONGEST = 4  # blocks; longer models are extrapolated from so many
@@ -129,13 +129,6 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
         return sum(n for n, end in places if end > worker * part and end - n < (worker + 1) * part)
 
     return max(range(workers), key=touched)
-
-
-def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """The model's transformer blocks."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    # Not the longest: a block may have a list of many experts.
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
 
 
 def _alike(blocks: nn.ModuleList) -> bool:
