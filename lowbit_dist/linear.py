@@ -81,11 +81,7 @@ class _Latest:
     """
 
     def __init__(self) -> None:
-        self.entry: tuple[Any, ...] = (
-            None,
-            None,
-            None,
-        )  # a reference to the memory, what was asked, the result
+        self.entry: tuple[Any, ...] = (None, None, None)  # a reference to the memory, what was asked, result
 
     def of(self, x: Tensor, *asked: object, compute: Callable[[], Any]) -> Any:
         if x.is_inference() or torch.compiler.is_compiling():  # no version says whether it was changed
@@ -181,7 +177,7 @@ class _Linear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.needs_input_grad[1]:
-            x = saved[0] if len(saved) == 1 else _values_again(*saved, ctx.given).to(ctx.dtype)
+            x = saved[0] if len(saved) == 1 else _values_again(saved[0], saved[1], ctx.given).to(ctx.dtype)
             dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
