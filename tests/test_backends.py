@@ -77,6 +77,27 @@ def test_c_encodes_as_the_reference_does(grid, scale_every):
 
 
 @needs_compiler
+@every_grid
+def test_c_moves_codes_by_any_number_of_levels_as_the_reference_does(grid):
+    """By less than the smallest fraction, by some levels, and beyond all integers, in the same vectors."""
+    n_blocks = 12
+    scale = torch.tensor([3.0, 0.05, 1e-4, 1e-12, 1e-27, 1e-36]).repeat(8)
+    sizes = 10.0 ** (torch.rand(n_blocks * BLOCK, generator=generator(1)) * 16 - 10)
+    u = sizes * torch.randn(n_blocks * BLOCK, generator=generator(2)).sign()
+    u[::9] = 0
+    for scale_every, weight_decay in ((64, 0.1), (512, 0.0), (1024, 0.1)):
+        codes = [random_codes(grid, n_blocks).codes for _ in range(2)]
+        expected, actual = (Codes(each, scale, scale_every, grid, 1, 0) for each in codes)
+        for number in (1, 2):
+            numbers = now(number, weight_decay=weight_decay)
+            flips = reference.apply_(expected, u, now=numbers)
+            assert torch.equal(cpu.apply_(actual, u, now=numbers), flips)
+            assert_equal(actual.codes, expected.codes, f"codes after step {number}")
+            assert flips > 0, "the case must move some codes"
+            u = -u
+
+
+@needs_compiler
 @every_rule
 @every_state
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -70,6 +70,11 @@ typedef uint64_t Lanes __attribute__((vector_size(8 * LANES)));
 #define VECTORS 4
 #define SPAN (VECTORS * LANES)
 
+/* Vectors of 16 floats, with masks and all operations on bytes. */
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define HAS_MASKS
+#endif
+
 static const uint64_t EVEN[8] __attribute__((aligned(64))) = {0, 2, 4, 6, 8, 10, 12, 14};
 
 /* The products of y with the lower halves of x. Compilers do not find the instruction by themselves. */
@@ -243,7 +248,7 @@ INLINE float block_scale(uint32_t largest, float top) {
     return scale >= SMALLEST_SCALE ? scale : 0.0f;
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(HAS_MASKS)
 
 /* Of 64 elements. */
 INLINE __mmask64 joined(const __mmask16 *of_plane) {
@@ -394,6 +399,18 @@ INLINE Inputs inputs_of(const State *state, int64_t block, int rule) {
     };
 }
 
+/* Asks memory for what the block after next reads: this one computes for longer than the hardware looks ahead. */
+INLINE void prefetch(const void *from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + 2 * bytes + at);
+}
+
+INLINE void prefetch_inputs(const Inputs *in, const State *state, int rule) {
+    const int64_t bytes = state->states == FP32 ? 4 * BLOCK : state->states == BF16 ? 2 * BLOCK : BLOCK;
+    prefetch(in->grad, state->grad_is_bf16 ? 2 * BLOCK : 4 * BLOCK);
+    if (rule != APPLY) prefetch(in->m, bytes);
+    if (rule == ADAMW) prefetch(in->v, bytes);
+}
+
 INLINE float signed_slot(const void *from, int j, float scale, int states) {
     if (states == FP32) return ((const float *)from)[j];
     if (states == BF16) return from_bf16(((const uint16_t *)from)[j]);
@@ -455,109 +472,113 @@ INLINE float direction(Work *restrict work, const float *u, int j, const Step *n
     return (work->m[j] * now->correction1) / (root + now->eps);
 }
 
-/* Rounds a step of d levels: how many it moves, whichever way. */
-INLINE uint32_t rounded(float d, uint32_t word) {
-    uint32_t size = bits_of(d) & 0x7FFFFFFF;
-    float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
-    uint32_t whole = (uint32_t)(int32_t)a;
-    uint32_t threshold = (uint32_t)((a - (float)(int32_t)whole) * 0x1p32f);
-    return word < threshold ? whole + 1 : whole;
+/* Rounds the stepped levels to the grid. Drawing and updating alternate in small spans, so that a core multiplies for
+ * the one while it divides for the other. Codes are widened before and narrowed after: loops over numbers of one width
+ * make better vector code. */
+static void round_any(Work *restrict work, const float *u, uint64_t q, const Step *step, const float *per_unit_of,
+                      int low, int high, int rule) {
+    const Step now = *step;
+    uint32_t words[4][SPAN] __attribute__((aligned(64)));
+    int32_t levels[BLOCK] __attribute__((aligned(64)));
+    for (int j = 0; j < BLOCK; j++) levels[j] = work->code[j] + low;
+    for (int start = 0; start < COUNTERS; start += SPAN) {
+        draw(words, q + (uint64_t)start, &now);
+        for (int i = 0; i < 4; i++) {
+            const uint32_t *restrict word = words[i];
+            const float per_unit = per_unit_of[i];
+            for (int k = 0; k < SPAN; k++) {
+                int j = start + COUNTERS * i + k;
+                float unit = direction(work, u, j, &now, rule);
+                int32_t level = levels[j];
+                float d = per_unit * unit - now.decay * (float)level;
+                uint32_t size = bits_of(d) & 0x7FFFFFFF;
+                float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
+                int32_t whole = (int32_t)a;
+                uint32_t threshold = (uint32_t)((a - (float)whole) * 0x1p32f);
+                int32_t moved = word[k] < threshold ? whole + 1 : whole;
+                int32_t next = d < 0 ? level - moved : level + moved;
+                next = next < low ? low : next;
+                levels[j] = next > high ? high : next;
+            }
+        }
+    }
+    for (int j = 0; j < BLOCK; j++) work->next[j] = (uint8_t)(levels[j] - low);
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(HAS_MASKS)
 
-/* Where a block's steps go: bit j of each mask belongs to element j of its plane. */
-typedef struct {
-    __mmask16 moved[4][4], down[4][4];
-} Moves;
-
-/* Steps beyond a level: their whole levels are taken here. Bytes saturate, as levels do. */
-static __attribute__((noinline)) __mmask16 take_whole(uint8_t *next, __m512 size, __m512i words, __mmask16 down) {
+/* Steps of a level and more: their whole levels are taken here, in bytes that saturate; which of the rests move is
+ * returned. `size` is in 2^-32 levels. */
+static __attribute__((noinline)) __mmask16 take_whole(uint8_t *next, __m512 size, __m512i word, __mmask16 down) {
     const __m512 a = _mm512_mul_ps(size, _mm512_set1_ps(0x1p-32f));
-    const __m512i whole = _mm512_cvttps_epi32(a); /* one that is too large becomes the largest uint32 */
+    const __m512i whole = _mm512_cvttps_epi32(a); /* what is too large for it becomes 2^31, unsigned */
     const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(0x1p32f));
     const __m128i levels = _mm512_cvtusepi32_epi8(whole), old = _mm_loadu_si128((const __m128i *)next);
-    _mm_storeu_si128((__m128i *)next,
-                     _mm_mask_subs_epu8(_mm_adds_epu8(old, levels), down, old, levels));
-    return _mm512_cmplt_epu32_mask(words, _mm512_cvttps_epu32(rest));
+    const __m128i up = _mm_adds_epu8(old, levels);
+    _mm_storeu_si128((__m128i *)next, _mm_mask_subs_epu8(up, down, old, levels));
+    return _mm512_cmplt_epu32_mask(word, _mm512_cvttps_epu32(rest));
 }
 
-INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const Step *step,
-                          const float *minus_levels_per_unit /* [4] */, int low, int high, int rule) {
+/* The same in units of 2^-32 levels, where a step's bits are its threshold and most steps are below a level: which
+ * elements move is a mask, and bytes that saturate at the grid's ends move by it. */
+INLINE void round_fast(Work *restrict work, const float *u, uint64_t q, const Step *step, const float *per_unit_of,
+                       int low, int high, int rule) {
     uint32_t words[4][SPAN] __attribute__((aligned(64)));
-    Moves moves;
-    const __m512 correction1 = _mm512_set1_ps(step->correction1), correction2 = _mm512_set1_ps(step->correction2);
-    const __m512 eps = _mm512_set1_ps(step->eps), decay = _mm512_set1_ps(step->decay * 0x1p32f);
-    const __m512i lowest = _mm512_set1_epi32(low);
+    __mmask16 moved[4][4], down[4][4];
+    const __m512 level = _mm512_set1_ps(0x1p32f), decay = _mm512_set1_ps(step->decay * 0x1p32f);
     memcpy(work->next, work->code, BLOCK);
     for (int start = 0; start < COUNTERS; start += SPAN) {
         draw(words, q + (uint64_t)start, step);
         for (int i = 0; i < 4; i++) {
-            const __m512 per_unit = _mm512_set1_ps(minus_levels_per_unit[i] * 0x1p32f);
-#pragma GCC unroll 2
+            const __m512 per_unit = _mm512_set1_ps(per_unit_of[i] * 0x1p32f);
+#pragma GCC unroll 4
             for (int k = 0; k < SPAN; k += 16) {
-                const int j = start + COUNTERS * i + k;
+                const int j = start + COUNTERS * i + k, part = (start + k) / 16;
                 __m512 unit;
                 if (rule == ADAMW) {
-                    const __m512 v = _mm512_load_ps(work->v + j), m = _mm512_load_ps(work->m + j);
-                    const __m512 root = _mm512_sqrt_ps(_mm512_mul_ps(v, correction2));
+                    const __m512 root =
+                        _mm512_sqrt_ps(_mm512_load_ps(work->v + j) * _mm512_set1_ps(step->correction2));
                     _mm512_store_ps(work->root + j, root);
-                    unit = _mm512_div_ps(_mm512_mul_ps(m, correction1), _mm512_add_ps(root, eps));
+                    unit = _mm512_load_ps(work->m + j) * _mm512_set1_ps(step->correction1) /
+                           (root + _mm512_set1_ps(step->eps));
                 } else {
                     unit = _mm512_loadu_ps(u + j);
                 }
                 const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(work->code + j)));
-                const __m512 level = _mm512_cvtepi32_ps(_mm512_add_epi32(code, lowest));
-                const __m512 d = _mm512_sub_ps(_mm512_mul_ps(per_unit, unit), _mm512_mul_ps(decay, level));
-                const __m512 size = _mm512_abs_ps(d);
+                const __m512 old = _mm512_cvtepi32_ps(_mm512_add_epi32(code, _mm512_set1_epi32(low)));
+                const __m512 d = per_unit * unit - decay * old, size = _mm512_abs_ps(d);
                 const __m512i word = _mm512_load_si512(words[i] + k);
-                const __mmask16 down = _mm512_movepi32_mask(_mm512_castps_si512(d));
-                __mmask16 moved = _mm512_cmplt_epu32_mask(word, _mm512_cvttps_epu32(size));
-                if (__builtin_expect(_mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p32f), _CMP_GE_OQ) != 0, 0))
-                    moved = take_whole(work->next + j, size, word, down);
-                moves.moved[i][j % 64 / 16] = moved;
-                moves.down[i][j % 64 / 16] = down;
+                down[i][part] = _mm512_movepi32_mask(_mm512_castps_si512(d));
+                moved[i][part] = _mm512_cmplt_epu32_mask(word, _mm512_cvttps_epu32(size));
+                if (__builtin_expect(_mm512_cmp_ps_mask(size, level, _CMP_GE_OQ) != 0, 0))
+                    moved[i][part] = take_whole(work->next + j, size, word, down[i][part]);
             }
         }
     }
     const __m512i one = _mm512_set1_epi8(1), top = _mm512_set1_epi8((char)(high - low));
     for (int i = 0; i < 4; i++) {
-        const __mmask64 moved = joined(moves.moved[i]), down = joined(moves.down[i]);
-        __m512i next = _mm512_load_si512(work->next + 64 * i);
-        next = _mm512_mask_adds_epu8(next, moved & ~down, next, one);
-        next = _mm512_mask_subs_epu8(next, moved & down, next, one);
-        _mm512_store_si512(work->next + 64 * i, _mm512_min_epu8(next, top));
-    }
-}
-
-#else
-
-/* Rounds the stepped levels to the grid. Drawing and updating alternate in small spans, so that a core multiplies for
- * the one while it divides for the other. */
-INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const Step *step,
-                          const float *minus_levels_per_unit /* [4] */, int low, int high, int rule) {
-    const Step now = *step;
-    uint32_t words[4][SPAN] __attribute__((aligned(64)));
-    for (int start = 0; start < COUNTERS; start += SPAN) {
-        draw(words, q + (uint64_t)start, &now);
-        for (int i = 0; i < 4; i++) {
-            const uint32_t *restrict word = words[i];
-            const float per_unit = minus_levels_per_unit[i];
-            for (int k = 0; k < SPAN; k++) {
-                int j = start + COUNTERS * i + k;
-                float unit = direction(work, u, j, &now, rule);
-                int32_t level = work->code[j] + low;
-                float d = per_unit * unit - now.decay * (float)level;
-                int32_t moved = (int32_t)rounded(d, word[k]);
-                int32_t next = d < 0 ? level - moved : level + moved;
-                next = next < low ? low : next;
-                work->next[j] = (uint8_t)((next > high ? high : next) - low);
-            }
-        }
+        const __mmask64 moves = joined(moved[i]), falls = joined(down[i]);
+        __m512i next = _mm512_load_si512(work->next + PLANE * i);
+        next = _mm512_mask_adds_epu8(next, moves & ~falls, next, one);
+        next = _mm512_mask_subs_epu8(next, moves & falls, next, one);
+        _mm512_store_si512(work->next + PLANE * i, _mm512_min_epu8(next, top));
     }
 }
 
 #endif
+
+INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const Step *step,
+                          const float *minus_levels_per_unit /* [4] */, int low, int high, int rule) {
+#if defined(HAS_MASKS)
+    float largest = 0;
+    for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(minus_levels_per_unit[i]));
+    if (__builtin_expect(largest < 0x1p90f, 1)) { /* its product with 2^32 is a float */
+        round_fast(work, u, q, step, minus_levels_per_unit, low, high, rule);
+        return;
+    }
+#endif
+    round_any(work, u, q, step, minus_levels_per_unit, low, high, rule);
+}
 
 /* The scale of each plane of block `place` of the whole tensor, by at most one division. */
 INLINE void scales_of_block(float *of_plane /* [4] */, const float *scale, const Shard *shard, int64_t place) {
@@ -582,6 +603,8 @@ INLINE int64_t step_codes(uint8_t *codes, const float *scale, const State *state
     const int64_t place = shard->first_block + block;
     uint8_t *packed = codes + block * BLOCK * shard->bits / 8;
     const Inputs in = inputs_of(state, block, rule);
+    prefetch_inputs(&in, state, rule);
+    prefetch(packed, BLOCK * shard->bits / 8);
     float per_unit[4];
     scales_of_block(per_unit, scale, shard, place);
     for (int i = 0; i < 4; i++) per_unit[i] = -(now->lr / per_unit[i]);
@@ -597,6 +620,8 @@ INLINE int64_t step_codes(uint8_t *codes, const float *scale, const State *state
 INLINE void step_weights(float *restrict weight, const State *state, const Step *step, int64_t block, int rule) {
     Work work;
     const Inputs in = inputs_of(state, block, rule);
+    prefetch_inputs(&in, state, rule);
+    prefetch(weight, BLOCK * sizeof(float));
     move_block(&work, &in, step, state->states, state->grad_is_bf16, rule);
     const float *u = rule == APPLY ? (const float *)in.grad : work.u;
     const Step now = *step;
