@@ -16,17 +16,13 @@ from lowbit_dist.ops.fused import RULES
 from lowbit_dist.ops.reference import LARGEST_STEP
 from lowbit_dist.ops.states import (
     SIGNED_SQUARE,
-    SIGNED_TOP,
     SMALLEST_SCALE,
     UNSIGNED_FOURTH,
-    UNSIGNED_TOP,
 )
 
 # A kernel reads globals of this type only.
 _LARGEST_STEP = tl.constexpr(LARGEST_STEP)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
-_SIGNED_TOP = tl.constexpr(float(SIGNED_TOP))
-_UNSIGNED_TOP = tl.constexpr(float(UNSIGNED_TOP))
 # The largest number of a block in 8 bits, in units of its scale.
 LARGEST_SIGNED = tl.constexpr(SIGNED_SQUARE)
 LARGEST_UNSIGNED = tl.constexpr(UNSIGNED_FOURTH)
@@ -158,33 +154,33 @@ def block_scale(largest, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def nearest_root(y, FOURTH: tl.constexpr):
-    """The number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4: a rounded root that needs no exact root."""
+def code_of(y, FOURTH: tl.constexpr):
+    """The number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4, in the lowest byte of an int32.
+
+    A guess less 1/2, rounded, is that number or one less, and the next threshold tells which. Adding 2^23
+    rounds and leaves the integer in the low bits; below 1/2 it leaves -1, the threshold is 0 and the number 0.
+    """
     guess = tl.sqrt(y)
     if FOURTH:
         guess = tl.sqrt(guess)
-    q = tl.floor(guess + 0.5)
-    below = q - 0.5
-    below = below * below
-    above = q + 0.5
-    above = above * above
+    rounded = guess + 8388607.5
+    threshold = rounded - 8388607.5
+    threshold = threshold * threshold
     if FOURTH:
-        below = below * below
-        above = above * above
-    return tl.where((y < below) & (q > 0.5), q - 1.0, tl.where(y >= above, q + 1.0, q))
+        threshold = threshold * threshold
+    return rounded.to(tl.int32, bitcast=True) + (y >= threshold).to(tl.int32)
 
 
 @triton.jit
 def quantised_signed(x, inverse_scale):
-    q = tl.minimum(nearest_root(tl.abs(x) * inverse_scale, False), _SIGNED_TOP)
-    return tl.where(x < 0, -q, q).to(tl.int8)
+    code = code_of(tl.abs(x) * inverse_scale, False)
+    return tl.where(x < 0, -code, code).to(tl.int8)
 
 
 @triton.jit
 def quantised_unsigned(x, inverse_scale):
-    q = tl.minimum(nearest_root(x * inverse_scale, True), _UNSIGNED_TOP)
-    # A mean of squares that decodes to 0 would make the next update explode.
-    return tl.maximum(q, 1.0).to(tl.uint8)
+    # A mean of squares that decodes to 0 would make the next update explode: its code is at least 1.
+    return tl.maximum(code_of(x * inverse_scale, True), 0x4B000001).to(tl.uint8)
 
 
 @triton.jit

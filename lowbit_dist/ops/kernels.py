@@ -133,10 +133,10 @@ def _step_codes(
         level = old[i] + LOW
         levels = -(levels_per_unit * u) - decay * level.to(tl.float32)
         code = rounded_step(level, levels, random[i], LOW, HIGH) - LOW
-        n_flips += ((code != old[i]) & mask).to(tl.int32)
+        n_flips += (code != old[i]).to(tl.int32)
         new += (code,)
     store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
-    tl.atomic_add(n_flips_ptr, tl.sum(n_flips).to(tl.int64), sem="relaxed")
+    tl.atomic_add(n_flips_ptr, tl.sum(tl.where(mask, n_flips, 0)).to(tl.int64), sem="relaxed")
 
     if QUANTISED:
         m_scale, m_inverse = block_scale(tl.max(largest_m, axis=1), LARGEST_SIGNED)
