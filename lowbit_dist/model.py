@@ -363,7 +363,12 @@ class InitialWeights:
         files = None if folder is None else Pretrained(Path(folder), "model.pretrained")
         self.pretrained = None if files is None else files.named_as(model)
 
-    def __call__(self, name: str, shape: torch.Size) -> Tensor:  # `shape` float32 on the CPU
+    def __call__(  # -> `shape` float32 on the CPU
+        self,
+        name: str,
+        shape: torch.Size,
+        room: Tensor | None = None,  # float32, of as many elements at least, in which it may be drawn
+    ) -> Tensor:
         if self.pretrained is not None and name in self.pretrained:
             self.pretrained.check_shape(name, tuple(shape))
             return self.pretrained.tensor(name)
@@ -375,7 +380,7 @@ class InitialWeights:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        value = torch.empty(shape)
+        value = torch.empty(shape) if room is None else room[: prod(shape)].view(shape)
         for part in _parts(value.view(-1)):
             part.normal_(0.0, self.std, generator=generator)
         return value

@@ -19,10 +19,10 @@ def made(configuration):
 
     numels, beats, values, draw = {}, [], [], model.InitialWeights.__call__
 
-    def drawn(self, name, shape):
+    def drawn(self, name, shape, room):
         assert name not in numels
         assert all(value() is None for value in values), "one tensor in full precision is there already"
-        value = draw(self, name, shape)
+        value = draw(self, name, shape, room)
         numels[name] = value.numel()
         values.append(ref(value))
         return value

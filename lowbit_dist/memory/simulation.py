@@ -74,7 +74,11 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
                 module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")
         marks = Marks(1, 2) if config.data.document_mask else None  # a mask is as large for any
         engine = Engine(
-            config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method), marks
+            config,
+            model,
+            lambda _, shape, room: torch.empty(shape),
+            low_bit_names(model, config.method),
+            marks,
         )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         meter, warm, ends, blocks = _Phases(), StorageMeter(), [], blocks_of(model)

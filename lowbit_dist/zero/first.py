@@ -37,9 +37,10 @@ def fill(
     """Give a worker's shards their first values; then `engine.refresh`."""
     world, rank = dist.get_world_size(), dist.get_rank()
     ordered = sorted(shards, key=lambda shard: (-prod(shard.shape), shard.name))
+    room = torch.empty(max((prod(shard.shape) for shard in ordered[rank::world]), default=0))
     for start in range(0, len(ordered), world):
         few = ordered[start : start + world]
-        made = _made(few[rank], initial, method, dtype) if rank < len(few) else None
+        made = _made(few[rank], initial, room, method, dtype) if rank < len(few) else None
         heartbeat()
         for maker, shard in enumerate(few):
             _hand_out(shard, made if maker == rank else None, dtype, maker, is_cut=is_cut)
@@ -47,8 +48,10 @@ def fill(
         heartbeat()
 
 
-def _made(shard: Shard, initial: Initial, method: Method, dtype: torch.dtype) -> PackedTensor | Tensor:
-    value = initial(shard.name, torch.Size(shard.shape))
+def _made(
+    shard: Shard, initial: Initial, room: Tensor, method: Method, dtype: torch.dtype
+) -> PackedTensor | Tensor:
+    value = initial(shard.name, torch.Size(shard.shape), room)
     return value.to(dtype) if shard.codes is None else method.quantize(value)
 
 

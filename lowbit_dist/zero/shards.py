@@ -61,7 +61,8 @@ from lowbit_dist.methods.method import Method
 from lowbit_dist.model import blocks_of, n_scales
 from lowbit_dist.packed import PackedShard
 
-Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, float32 on the CPU
+# A parameter's first value, float32 on the CPU: of its name and shape, and memory in which it may be made.
+Initial = Callable[[str, torch.Size, Tensor | None], Tensor]
 
 
 @dataclass
