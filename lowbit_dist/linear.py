@@ -81,7 +81,11 @@ class _Latest:
     """
 
     def __init__(self) -> None:
-        self.entry: tuple[Any, ...] = (None, None, None)  # a reference to the memory, what was asked, result
+        self.entry: tuple[Any, ...] = (
+            None,
+            None,
+            None,
+        )  # a reference to the memory, what was asked, the result
 
     def of(self, x: Tensor, *asked: object, compute: Callable[[], Any]) -> Any:
         if x.is_inference() or torch.compiler.is_compiling():  # no version says whether it was changed
@@ -166,7 +170,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        saved, view, product = ctx.saved_tensors, ctx.view, ctx.product
+        (x, *per_unit), view, product = ctx.saved_tensors, ctx.view, ctx.product
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
         w = values(ctx.weight)
@@ -177,7 +181,8 @@ class _Linear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.needs_input_grad[1]:
-            x = saved[0] if len(saved) == 1 else _values_again(saved[0], saved[1], ctx.given).to(ctx.dtype)
+            if per_unit:
+                x = _values_again(x, per_unit[0], ctx.given).to(ctx.dtype)
             dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
@@ -191,7 +196,7 @@ def linear(
     *,
     view: View | None = None,
     product: Product = plain_product,
-    bits: int | None = None,
+    bits: int | None = None,  # to which each token is rounded
 ) -> Tensor:  # [..., N]
     """`x . view(weight)^T + bias`; with `bits`, each token of x is rounded as `IntPerToken` says."""
     device, tokens = x.device.type, x.reshape(-1, x.shape[-1])

@@ -1,8 +1,8 @@
 """Tokens in integers, and the exact sums behind a gradient's norm, in Triton: the reference's bytes.
 
-As kernels.py, which says what these rest on, **not yet run on a GPU**. A token is read twice, the second time
-from a cache. Quotients are correctly rounded; whole numbers are found by adding and subtracting the first
-float whose neighbours are whole.
+Shown for Triton's interpreter and compiled for sm_90, **not yet run on a GPU**; kernels.py says what equal
+bytes rest on. A token is read twice, the second time from a cache. Quotients are correctly rounded; to the
+nearest whole number goes what a float is added to that has no fractions, and taken away from.
 
 Letters: T tokens, K elements of each, N elements.
 """
