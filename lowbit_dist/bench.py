@@ -5,11 +5,9 @@ one CPU thread the clock is the process's own CPU time, on more the wall, on a G
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +25,8 @@ from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.ops import cpu
 from lowbit_dist.optim import AdamW, Lion, Rule
 from lowbit_dist.packed import PackedTensor
-
-K = TypeVar("K")
+from lowbit_dist.timing import clock_of, middle_half, take_turns
+from lowbit_dist.timing import threads as on_threads
 
 # Parameters that are timed by default: far beyond the caches, or what plain torch does in a minute.
 _ELEMENTS = {"cuda": 2**27, "cpu": 2**24, "cpu without a compiler": 2**20}
@@ -73,15 +71,15 @@ def update(
     if n % BLOCK:
         raise ValueError(f"n is {n}; it must be a multiple of {BLOCK}")
     backend = "triton" if device == "cuda" else "c" if compiled else "torch"
-    clock = "device events" if device == "cuda" else "process time" if threads == 1 else "wall time"
+    clock = clock_of(threads, on_gpu=device == "cuda")
 
-    with _threads(threads):
+    with on_threads(threads):
         candidates = {"peer": _peer(n, device), "copy": _copy(n, device)}
         for case in _UPDATES:
             candidates[case.name] = _update(case, n, device)
         for name in GRIDS:
             candidates[f"decode {name}"] = _decode(GRIDS[name], n, device)
-        times = _take_turns(candidates, clock, repetitions)
+        times = take_turns(candidates, clock, repetitions)
 
     nanoseconds = {name: [t / n * 1e9 for t in of_one] for name, of_one in times.items()}
     # A copy of n float32 reads and writes 8 bytes a parameter; bytes a nanosecond are gigabytes a second.
@@ -92,9 +90,9 @@ def update(
         median = statistics.median(nanoseconds[name])
         return {
             "ns_per_parameter": median,
-            "ns_per_parameter_middle_half": _middle_half(nanoseconds[name]),
+            "ns_per_parameter_middle_half": middle_half(nanoseconds[name]),
             "ratio_to_peer": statistics.median(ratios),
-            "ratio_to_peer_middle_half": _middle_half(ratios),
+            "ratio_to_peer_middle_half": middle_half(ratios),
             "bytes_moved_per_parameter": bytes_moved,
             "share_of_copy_bandwidth": bytes_moved / median / bandwidth,
         }
@@ -186,57 +184,6 @@ def _decode(grid: Grid, n: int, device: str) -> Callable[[], object]:
     return lambda: ops.decode(codes, scale, grid=grid, first_block=0, scale_every=n, out=out)
 
 
-def _take_turns(
-    candidates: dict[K, Callable[[], object]], clock: str, repetitions: int
-) -> dict[K, list[float]]:
-    """Seconds of each run; each candidate runs once in each round, and once before the first."""
-    time_of = _device_seconds if clock == "device events" else _host_seconds(clock)
-    times: dict[K, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()
-    for _ in range(repetitions):
-        for name, run in candidates.items():
-            times[name].append(time_of(run))
-    return times
-
-
-def _host_seconds(clock: str) -> Callable[[Callable[[], object]], float]:
-    now = time.process_time if clock == "process time" else time.perf_counter
-
-    def seconds(run: Callable[[], object]) -> float:
-        start = now()
-        run()
-        return now() - start
-
-    return seconds
-
-
-def _device_seconds(run: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _middle_half(values: list[float]) -> list[float]:
-    if len(values) < 2:
-        return [values[0], values[0]]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [low, high]
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 PROMPT, CONTEXT, NEW = 512, 32, 8  # tokens: of a prompt; already read, when so many are made one by one
 _VOCABULARY = 32_000
 
@@ -251,17 +198,17 @@ def infer(
     and for each weight of its blocks' linear layers of those that these keep.
     """
     on_gpu = torch.cuda.is_available()
-    clock = "device events" if on_gpu else "process time" if threads == 1 else "wall time"
+    clock = clock_of(threads, on_gpu=on_gpu)
     config = model.hf_config(Model.model_validate({"preset": preset}), _VOCABULARY)
     _check_memory(preset, config, grids, smallest_gpu() if on_gpu else available_memory())
-    with _threads(threads), torch.inference_mode():
+    with on_threads(threads), torch.inference_mode():
         networks = {"peer": _dense(config), **{name: _low_bit(config, GRIDS[name]) for name in grids}}
         candidates = {
             (name, number): run
             for name, network in networks.items()
             for number, run in ((1, _one_by_one(network)), (PROMPT, _prompt(network)))
         }
-        times = _take_turns(candidates, clock, repetitions)
+        times = take_turns(candidates, clock, repetitions)
 
     def measured(name: str) -> dict[str, object]:
         speed: dict[str, object] = {}
@@ -271,9 +218,9 @@ def infer(
             ratios = [peer / own for own, peer in zip(of_one, of_peer, strict=True)]
             speed[f"tokens_{number}"] = {
                 "tokens_per_second": statistics.median(per_second),
-                "tokens_per_second_middle_half": _middle_half(per_second),
+                "tokens_per_second_middle_half": middle_half(per_second),
                 "speed_to_peer": statistics.median(ratios),
-                "speed_to_peer_middle_half": _middle_half(ratios),
+                "speed_to_peer_middle_half": middle_half(ratios),
             }
         return {**speed, **_resident(networks[name])}
 

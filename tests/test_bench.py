@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lowbit_dist import bench
+from lowbit_dist import bench, bench_training
 from lowbit_dist.config import ConfigError
 from lowbit_dist.grid import GRIDS
 from lowbit_dist.ops import cpu
@@ -114,3 +114,73 @@ def test_resident_bytes_are_those_of_codes_scales_and_what_is_dense(inferred):
         assert row["resident_bytes_per_weight"] == pytest.approx(size + 28 * 6 / linears)
         assert row["resident_bytes"] == pytest.approx(size * linears + 2 * others, rel=1e-4)
     assert inferred["infer"][0]["resident_bytes_per_weight"] <= 0.3
+
+
+# ------------------------------------------------------------------ layers, gathers and steps
+
+
+def check_rows(measured, names):
+    assert json.loads(json.dumps(measured)) == measured
+    assert [row["name"] for row in measured["rows"]] == names
+    for row in measured["rows"]:
+        low, high = row["seconds_middle_half"]
+        assert 0 < row["seconds_least"] <= low <= row["seconds"] <= high
+        low, high = row["speed_to_peer_middle_half"]
+        assert 0 < low <= row["speed_to_peer"] <= high
+    (peer,) = (row for row in measured["rows"] if row["name"] == measured["peer"])
+    assert peer["speed_to_peer"] == 1
+
+
+def test_a_layer_takes_turns_with_pytorchs():
+    measured = bench_training.linear(tokens=64, preset="tiny", repetitions=3)
+    ours = ["nn.Linear", "dqt ternary", "dqt int8", "bitnet"]
+    if "torchao" not in measured["not_installed"]:
+        ours.append("torchao int8")
+    check_rows(measured, [*ours, "floor: the products"])
+    for row in measured["rows"]:
+        assert row["tokens_per_second"] == 64 / row["seconds"]
+
+
+def test_gathers_and_steps_take_turns_on_two_workers(ranks):
+    times = ranks(2).run(bench_training._gathers, device="cpu", numel=256 * 10, repetitions=2)[0]
+    assert list(times) == [
+        "bf16 weights", *(f"{name} codes, decoded" for name in GRIDS), "floor: a copy"
+    ]  # fmt: skip
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "layers": 1, "heads": 4, "kv_heads": 4}
+    contents = {
+        name: {
+            "model": sizes,
+            "method": method,
+            "data": {"path": "none", "seq_len": 16},
+            "train": {"micro_batch": 1, "batch_tokens": 64},
+            "cluster": {"workers": 2},
+        }
+        for name, method in bench_training.METHODS.items()
+    }
+    steps = ranks(2).run(bench_training._train, device="cpu", contents=contents, repetitions=2)[0]
+    assert list(steps) == list(bench_training.METHODS)
+    for of_one in (*times.values(), *steps.values()):
+        assert len(of_one) == 2 and min(of_one) > 0
+
+
+def test_gathered_codes_are_decoded_to_what_each_worker_packed(ranks):
+    assert ranks(2).run(decoded_gather) == [True, True]
+
+
+def decoded_gather():
+    out = torch.full((256 * 4,), torch.nan, dtype=torch.bfloat16)
+    bench_training._decoded(GRIDS["ternary"], 256 * 4, "cpu", out)()
+    return bool((out == torch.tensor(-0.02).bfloat16()).all())  # a byte of zeros is four lowest levels
+
+
+@pytest.mark.slow
+def test_a_benchmark_starts_workers_of_its_own():
+    measured = bench_training.gather("tiny", repetitions=2)
+    check_rows(measured, ["bf16 weights", *(f"{name} codes, decoded" for name in GRIDS), "floor: a copy"])
+    received = {row["name"]: row["bytes_received"] for row in measured["rows"]}
+    assert received["bf16 weights"] == 8 * received["ternary codes, decoded"]
+
+
+def test_models_that_have_no_room_together_are_refused_before_a_worker_starts():
+    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* for the models of 4 methods"):
+        bench_training.train("70b")

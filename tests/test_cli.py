@@ -19,7 +19,7 @@ from lowbit_dist import __main__ as entry
 VERBS = (
     "doctor", "tokenizer train", "data prepare", "plan", "train", "watch", "runs", "compare", "ui", "eval",
     "generate", "chat", "serve", "quantize", "export", "inspect", "sweep", "submit", "status", "logs", "stop",
-    "bench update", "bench infer", "config",
+    "bench update", "bench linear", "bench gather", "bench step", "bench train", "bench infer", "config",
 )  # fmt: skip
 CONFIG = "data: {path: nowhere}\nmethod: {name: dqt}\n"
 

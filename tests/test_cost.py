@@ -1,6 +1,8 @@
 """The cost model: what it says of traffic is what an engine moves, of speed what others have published."""
 
+import re
 from io import StringIO
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -190,6 +192,25 @@ def test_one_gpu_moves_nothing_and_codes_less_than_weights():
 
 
 # ------------------------------------------------------------------ what is asked and answered
+
+
+def test_the_page_of_benchmarks_has_what_is_predicted():
+    page = (Path(__file__).parents[1] / "BENCH.md").read_text()
+    rows = re.findall(r"^\| (1b|7b|70b) \| ([\d,]+) \| (.*) \|$", page, flags=re.M)
+    assert len(rows) == 14
+    for preset, gpus, cells in rows:
+        n = int(gpus.replace(",", ""))
+        checkpointed = {"activation_checkpointing": preset != "1b"}
+        speeds = []
+        for method, execution in (
+            ("dense", cost.EAGER), ("dqt", cost.EAGER), ("bitnet", cost.EAGER), ("dense", cost.COMPILED),
+            ("dqt", cost.COMPILED),
+        ):  # fmt: skip
+            micro_batch = 4 if preset == "70b" else 8
+            config = load(preset, method, gpus=n, micro_batch=micro_batch, train=checkpointed)
+            row = cost.predict(config, 32_000, n, H100, execution=execution)
+            speeds.append(f"{row['tokens_per_second_per_gpu']:,.0f}")
+        assert [cell.split(" ")[0] for cell in cells.split(" | ")][:5] == speeds
 
 
 def test_a_batch_that_is_not_divided_is_refused_with_what_would_be():

@@ -19,7 +19,7 @@ PACKAGE = Path(lowbit_dist.__file__).parent
 # A file imports its own floor or lower.
 FLOOR = {
     "grid": 0, "errors": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "shape": 0, "execution": 0,
-    "synonyms": 0,
+    "synonyms": 0, "timing": 0,
     "registry": 0, "naming": 0, "guard": 0, "heartbeat": 0, "record": 0, "machine": 0, "folders": 0,
     "clock": 0,
     "ops": 1, "documents": 1,
@@ -30,6 +30,7 @@ FLOOR = {
     "memory": 4, "cost": 4, "checkpoint": 4, "runs": 4, "tracking": 4, "convert": 4,
     "inference": 4, "serving": 6, "harness": 6,
     "inputs": 5, "resuming": 5, "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5,
+    "bench_training": 5,
     "doctor": 5,
     "cluster": 6, "compare": 6, "sweep": 6, "quantize": 6, "export": 6,
     "cli": 7, "__main__": 7,

@@ -13,7 +13,13 @@ from lowbit_dist.cli import _repeated, app, reference
 from lowbit_dist.config import ConfigError, RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "launch/monitoring/README.md", "docker/README.md", "lowbit_dist/methods/README.md")
+PAGES = (
+    "README.md",
+    "BENCH.md",
+    "launch/monitoring/README.md",
+    "docker/README.md",
+    "lowbit_dist/methods/README.md",
+)
 README = (ROOT / "README.md").read_text()
 
 

@@ -90,7 +90,8 @@ app.command()(reference.config)
 app.command()(quantize)
 app.command()(export)
 bench_app.command("update")(benches.update)
-bench_app.command("infer")(benches.infer)
+for benchmark in (benches.linear, benches.gather, benches.step, benches.train, benches.infer):
+    bench_app.command()(benchmark)
 
 
 def _version(is_asked: bool) -> None:

@@ -1,6 +1,6 @@
 """The verbs of `lowbit bench`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,3 +72,64 @@ def infer(
 
         measured = bench.infer(preset, threads, repetitions, tuple(grid or GRIDS))
         answer(measured, lambda terminal: tables.inference_times(terminal, measured))
+
+
+Preset = Annotated[str, typer.Option(metavar="NAME", help="Of this model.preset's sizes.")]
+Repetitions = Annotated[int, typer.Option(metavar="N", min=1, help="Take the median of so many turns.")]
+
+
+def linear(
+    preset: Preset = "320m",
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Multiply so many tokens.")] = 2048,
+    threads: Threads = 1,
+    repetitions: Repetitions = 15,
+    as_json: Json = False,
+) -> None:
+    """Time a low-bit linear layer, forward and backward, against PyTorch's in bfloat16.
+
+    Example: lowbit bench linear --preset 1b --threads 2
+    """
+    _measure("linear", as_json, preset, tokens=tokens, n_threads=threads, repetitions=repetitions)
+
+
+def gather(
+    preset: Preset = "320m", threads: Threads = 1, repetitions: Repetitions = 15, as_json: Json = False
+) -> None:
+    """Time the gather of a block's codes on two workers, against that of its weights in bfloat16.
+
+    Example: lowbit bench gather --preset 1b
+    """
+    _measure("gather", as_json, preset, n_threads=threads, repetitions=repetitions)
+
+
+def step(
+    preset: Preset = "13m", threads: Threads = 1, repetitions: Repetitions = 9, as_json: Json = False
+) -> None:
+    """Time one worker's training step by each method, against dense training with the same optimizer.
+
+    Example: lowbit bench step --preset 130m
+    """
+    _measure("step", as_json, preset, n_threads=threads, repetitions=repetitions)
+
+
+def train(
+    preset: Preset = "13m", threads: Threads = 1, repetitions: Repetitions = 9, as_json: Json = False
+) -> None:
+    """Time training on two workers by each method, against dense training, in turns.
+
+    Example: lowbit bench train --preset 130m
+    """
+    _measure("train", as_json, preset, n_threads=threads, repetitions=repetitions)
+
+
+def _measure(name: str, as_json: bool, preset: str, **options: Any) -> None:
+    with console.answering(as_json, "measuring") as answer:
+        from lowbit_dist.shape import PRESETS
+
+        if preset not in PRESETS:
+            raise ConfigError(f"--preset ({preset}) must be one of {', '.join(PRESETS)}; write one of them")
+        from lowbit_dist import bench_training
+        from lowbit_dist.cli import tables
+
+        measured = getattr(bench_training, name)(preset=preset, **options)
+        answer(measured, lambda terminal: tables.turns(terminal, measured))

@@ -240,6 +240,35 @@ def inference_times(console: Console, measured: Mapping[str, Any]) -> None:
     )
 
 
+def turns(console: Console, measured: Mapping[str, Any]) -> None:
+    """Candidates that took turns with their peer; in 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=NARROW)
+    for name in ("", "ms", "middle half", "least", "speed", "middle half", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in measured["rows"]:
+        low, high = (1e3 * x for x in row["seconds_middle_half"])
+        slow, fast = row["speed_to_peer_middle_half"]
+        rate = row.get("tokens_per_second")
+        table.add_row(
+            row["name"],
+            f"{1e3 * row['seconds']:,.2f}",
+            f"{low:,.2f}-{high:,.2f}",
+            f"{1e3 * row['seconds_least']:,.2f}",
+            f"{row['speed_to_peer']:.2f}",
+            f"{slow:.2f}-{fast:.2f}",
+            "-" if rate is None else f"{rate:,.0f}",
+        )
+    console.print(table)
+    workers, threads = measured.get("workers", 1), measured["threads"]
+    console.print(
+        f"{measured['what']}: {measured['device']}, {workers} worker{'' if workers == 1 else 's'}, {threads} "
+        f"thread{'' if threads == 1 else 's'} each, median of {measured['repetitions']} "
+        f"({measured['clock']}); speed: times that of {measured['peer']}."
+    )
+    for package in measured.get("not_installed", ()):
+        console.print(f"Without {package}, which is not installed.", style="dim")
+
+
 def _number(value: Any) -> str | None:
     if not isinstance(value, int | float):
         return None
