@@ -134,7 +134,7 @@ def _worker(rank: int, n: int, n_threads: int, folder: str, work: Work, argument
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)
     }  # fmt: skip
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of optimizers that are not its own
+    logging.getLogger("DeepSpeed").disabled = True  # it warns of optimizers that are not its own
     torch.set_num_threads(n_threads)
     if on_gpus:
         torch.cuda.set_device(rank)
