@@ -158,7 +158,7 @@ def code_of(y, FOURTH: tl.constexpr):
     """The number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4, in the lowest byte of an int32.
 
     A guess less 1/2, rounded, is that number or one less, and the next threshold tells which. Adding 2^23
-    rounds and leaves the integer in the low bits; below 1/2 it leaves -1, the threshold is 0 and the number 0.
+    rounds and leaves the integer in the low bits; below 1/2 it leaves -1, the threshold is 0, as the number.
     """
     guess = tl.sqrt(y)
     if FOURTH:
