@@ -218,13 +218,13 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     function, threads = loaded().lowbit_largest, _threads()
     bits = max(function(*_elements(x), threads) for x in tensors)
     (found,) = struct.unpack("<f", bits.to_bytes(4, "little"))
-    return torch.tensor([found if bits < _INFINITY else torch.inf], dtype=torch.float64)
+    return torch.full((1,), found if bits < _INFINITY else torch.inf, dtype=torch.float64)
 
 
 def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:
     function, numbers = loaded().lowbit_square_sum, (ctypes.c_double(most.item()), ctypes.c_double(unit))
     total = sum(function(*_elements(x), *numbers, _threads()) for x in tensors)
-    return torch.tensor([total], dtype=torch.int64)
+    return torch.full((1,), total, dtype=torch.int64)
 
 
 def _elements(x: Tensor) -> tuple[object, ...]:

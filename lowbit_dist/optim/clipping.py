@@ -22,7 +22,8 @@ def global_norm(gradients: Sequence[Tensor], *, copies: int = 1, over_workers: b
     headroom for as many elements as there are, so the error of a sum is below its count in those units.
     """
     largest = ops.largest(gradients)
-    count = torch.tensor([sum(g.numel() for g in gradients)], device=largest.device)
+    n = sum(g.numel() for g in gradients)
+    count = torch.full((1,), n, dtype=torch.int64, device=largest.device)
     if over_workers:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         dist.all_reduce(count)
