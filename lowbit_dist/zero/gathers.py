@@ -94,17 +94,17 @@ def wire_of(param: Any) -> Tensor:  # [bytes] uint8
 
 def _runs(params: Sequence[Any]) -> list[list[Any]]:
     """Parameters, of which what is sent of each begins where that of the one before it ends."""
-    found: list[list[Any]] = []
+    neighbours: list[list[Any]] = []
     end = None
     for p in params:
         shard = wire_of(p)
         storage, start = shard.untyped_storage()._cdata, shard.storage_offset()
         if (storage, start) == end:
-            found[-1].append(p)
+            neighbours[-1].append(p)
         else:
-            found.append([p])
+            neighbours.append([p])
         end = (storage, start + shard.numel())
-    return found
+    return neighbours
 
 
 class Gathers(MultipleAllGatherHandles):
