@@ -147,6 +147,7 @@ class _Worker:
             self.heartbeat("start" if is_first else "step", position.step + 1)
         losses[-1] = float(engine.rank == 0 and self.config.stop_file.exists())
         dist.all_reduce(losses)
+        losses = losses.cpu()  # the only time that the passes of a step wait for a GPU
         self.stops = bool(losses[-1] > 0)
         self.clock.count(engine.micro_batches * size * self.config.data.seq_len)
         return losses[:-1].mean().item()
