@@ -130,7 +130,9 @@ def transcribed(configuration, *, by_previous):
     config = configfile.from_dict(configuration)
     built = model.build(config.model, inputs.agreed(config).vocab_size, config.method, torch.float32)
     initial = model.InitialWeights(built, config.method, config.run.seed, None)
-    materialize(built, initial, torch.device("cpu"), torch.float32)
+    materialize(built, torch.device("cpu"), torch.float32)
+    for name, p in built.named_parameters():
+        p.data.copy_(initial(name, p.shape))
     groups = [
         {"params": [p], "factors": config.method.rates(name, tuple(p.shape))}
         for name, p in built.named_parameters()
