@@ -63,7 +63,8 @@ def update(
     """Times one step of n packed parameters by several optimizers, against fused AdamW of float32 ones.
 
     Times are nanoseconds a parameter: the median, and the range that holds the middle half. Bytes are bytes a
-    parameter, the gradient included (bfloat16; the peer's is float32, as it demands).
+    parameter, the gradient included (bfloat16; the peer's is float32, as it demands). The floor is the time
+    in which a copy moves as many.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compiled = device == "cuda" or cpu.available()
@@ -94,6 +95,7 @@ def update(
             "ratio_to_peer": statistics.median(ratios),
             "ratio_to_peer_middle_half": middle_half(ratios),
             "bytes_moved_per_parameter": bytes_moved,
+            "floor_ns_per_parameter": bytes_moved / bandwidth,
             "share_of_copy_bandwidth": bytes_moved / median / bandwidth,
         }
 

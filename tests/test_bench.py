@@ -34,6 +34,7 @@ def test_every_grid_and_state_is_timed_against_the_peer(result):
         bandwidth = result["copy_gigabytes_per_second"]
         share = row["bytes_moved_per_parameter"] / row["ns_per_parameter"] / bandwidth
         assert row["share_of_copy_bandwidth"] == pytest.approx(share)
+        assert row["floor_ns_per_parameter"] == pytest.approx(share * row["ns_per_parameter"])
     assert result["peer"]["ratio_to_peer"] == 1
 
 

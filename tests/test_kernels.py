@@ -6,8 +6,7 @@ Without a GPU they are also compiled for sm_90 by the very calls that a GPU woul
 import functools
 import multiprocessing
 import os
-import re
-import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -38,8 +37,8 @@ from lowbit_dist.optim import AdamW
 
 pytest.importorskip("triton", reason="Triton is not installed: torch built for CPUs alone does not bring it")
 
-import triton
 import triton.language as tl
+from sass import Cost, cost_of
 
 from lowbit_dist.ops import kernels, token_kernels
 
@@ -454,6 +453,46 @@ def test_decoding_compiles_for_sm_90(compiled: list[Any], grid: Grid) -> None:
         assert_rounds_each_operation(kernel)
 
 
+def accesses(cost: Cost, kind: str) -> Counter[str]:
+    """How often a thread reads or writes memory, by width."""
+    return Counter({name: n for name, n in cost.instructions.items() if name.startswith(kind)})
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rule", "grid", "states", "most"),
+    [("adamw", "ternary", "int8", 114), ("adamw", "int8", "int8", 112), ("lion", "ternary", "int8", 70)],
+)
+def test_an_update_stays_within_its_budget_on_sm_90(
+    compiled: list[Any], tmp_path: Any, rule: str, grid: str, states: str, most: float
+) -> None:
+    """It is bound by instructions, not by memory; each one more for an element takes a percent more time."""
+    n, of_grid = 1024 * BLOCK, GRIDS[grid]
+    codes = torch.zeros(1024 * of_grid.bytes_per_block, dtype=torch.uint8)
+    target = Codes(codes, torch.ones(1), n, of_grid, 7, 0)
+    state = zeros(RULES[rule], n, states)
+    kernels.step_(target, torch.zeros(n, dtype=torch.bfloat16), state, rule=RULES[rule], now=now())
+    cost = cost_of(compiled[0], tmp_path)
+    assert cost.stack == 0 and cost.registers <= 128
+    assert cost.per_element(kernels.CODE_BLOCKS * BLOCK / 128) <= most
+    # Words are drawn where they are used, with no exchange between threads.
+    assert not any(name.startswith(("STSM", "LDSM")) for name in cost.instructions)
+
+
+@needs_compiler
+@every_grid
+def test_decoding_stays_within_its_budget_on_sm_90(compiled: list[Any], tmp_path: Any, grid: Grid) -> None:
+    """It is bound by memory, which it reads and writes in pieces as wide as they come."""
+    n = 1024 * BLOCK
+    codes, out = torch.zeros(1024 * grid.bytes_per_block, dtype=torch.uint8), torch.zeros(n).bfloat16()
+    kernels.decode(codes, torch.ones(1), grid=grid, first_block=0, scale_every=n, out=out)
+    cost = cost_of(compiled[0], tmp_path)
+    assert cost.stack == 0 and cost.registers <= 64
+    assert cost.per_element(kernels.DECODE_BLOCKS * BLOCK / 128) <= (13.5 if grid.bits in (3, 6) else 10)
+    assert accesses(cost, "STG") == {"STG.E.128": 4}
+    assert accesses(cost, "LDG")["LDG.E.64"] >= 1
+
+
 @needs_compiler
 @every_float
 @pytest.mark.parametrize("k", [5120, 300])
@@ -471,20 +510,11 @@ def test_tokens_and_norms_compile_for_sm_90(
         assert_rounds_each_operation(kernel)
         assert "div.rn.f32" in kernel.asm["ptx"]
     for kernel in compiled:
-        stack, registers = stack_and_registers(kernel, tmp_path)
-        assert stack == 0 and registers <= 64
+        cost = cost_of(kernel, tmp_path)
+        assert cost.stack == 0 and cost.registers <= 64
         assert k % 16 or kernel is values or "ld.global.v4.b32" in kernel.asm["ptx"]
     assert "div.rn.f64" in squares.asm["ptx"] and "fma.rn.f32" not in squares.asm["ptx"]
     assert "red" in largest.asm["ptx"] or "atom" in largest.asm["ptx"]
-
-
-def stack_and_registers(kernel: Any, folder: Path) -> list[int]:
-    """Bytes of a thread's stack, where registers would be spilt, and its registers."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return [int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("STACK", "REG")]
 
 
 @needs_compiler

@@ -43,8 +43,8 @@ def test_no_micro_batch_and_few_places_of_a_step_wait_for_the_device(ranks, smal
     def run(steps, micro_batches):
         # A sampled step, the second, is watched: there is one in each of these runs.
         train = {
-            "steps": steps, "micro_batch": 1, "batch_tokens": micro_batches * 64, "log_every": 99, "eval_every": 99,
-            "save_every": 99,
+            "steps": steps, "micro_batch": 1, "batch_tokens": micro_batches * 64, "log_every": 99,
+            "eval_every": 99, "save_every": 99,
         }  # fmt: skip
         content = small(run={"name": f"{steps}-{micro_batches}"}, train=train, cluster={"workers": 1})
         return ranks(1).run(asked, content)[0]

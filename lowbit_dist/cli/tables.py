@@ -177,7 +177,7 @@ def health(console: Console, report: Mapping[str, Any]) -> None:
 def update_times(console: Console, measured: Mapping[str, Any]) -> None:
     """One step of each optimizer and grid, against the peer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "ns per parameter", "ratio to peer", "resident B", "moved B", "of copy bandwidth"):
+    for name in ("", "ns per parameter", "ratio to peer", "resident B", "moved B", "floor ns", "of copy"):
         table.add_column(name, justify="right" if name else "left")
     peer = measured["peer"]
     rows = [(peer["name"], peer)]
@@ -193,6 +193,7 @@ def update_times(console: Console, measured: Mapping[str, Any]) -> None:
             f"{row['ratio_to_peer']:.2f}",
             "-" if resident is None else f"{resident:.2f}",
             f"{row['bytes_moved_per_parameter']:.2f}",
+            f"{row['floor_ns_per_parameter']:.3f}",
             f"{row['share_of_copy_bandwidth']:.0%}",
         )
     console.print(table)

@@ -46,15 +46,33 @@ def load(pointer, mask):
 
 
 @triton.jit
-def store(pointer, x, mask):
-    """float32 to float32, or to bfloat16 with round to nearest even; a NaN stays one."""
+def store(pointer, x, mask, FINITE: tl.constexpr = False):
+    """float32 to float32, or to bfloat16 with round to nearest even; any NaN stays one."""
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(x == x, bits, 0x7FC0)
+        if not FINITE:
+            bits = tl.where(x == x, bits, 0x7FC0)
         tl.store(pointer, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointer, x, mask=mask)
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """The four words of Philox4x32-10. One product of 64 bits gives both halves; `tl.philox` makes two."""
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p2 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c1 = p2.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c3 = p0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -155,10 +173,10 @@ def block_scale(largest, DIVISOR: tl.constexpr):
 
 @triton.jit
 def code_of(y, FOURTH: tl.constexpr):
-    """The number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4, in the lowest byte of an int32.
+    """2^23 + the number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4: that number is its lowest byte.
 
     A guess less 1/2, rounded, is that number or one less, and the next threshold tells which. Adding 2^23
-    rounds and leaves the integer in the low bits; below 1/2 it leaves -1, the threshold is 0, as the number.
+    rounds and leaves the integer in the low bits; below 1/2 that is -1, with a threshold of 0.
     """
     guess = tl.sqrt(y)
     if FOURTH:
@@ -168,19 +186,21 @@ def code_of(y, FOURTH: tl.constexpr):
     threshold = threshold * threshold
     if FOURTH:
         threshold = threshold * threshold
-    return rounded.to(tl.int32, bitcast=True) + (y >= threshold).to(tl.int32)
+    return tl.where(y >= threshold, rounded + 1.0, rounded)
 
 
 @triton.jit
 def quantised_signed(x, inverse_scale):
     code = code_of(tl.abs(x) * inverse_scale, False)
-    return tl.where(x < 0, -code, code).to(tl.int8)
+    code = tl.where(x < 0, 25165824.0 - code, code)  # 2^24 - the number
+    return code.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def quantised_unsigned(x, inverse_scale):
     # A mean of squares that decodes to 0 would make the next update explode: its code is at least 1.
-    return tl.maximum(code_of(x * inverse_scale, True), 0x4B000001).to(tl.uint8)
+    code = tl.maximum(code_of(x * inverse_scale, True), 8388609.0)
+    return code.to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -208,10 +228,26 @@ def scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i: tl.conste
 
 
 @triton.jit
+def level_of(code, LOW: tl.constexpr):
+    """code + LOW as a float32: a code of 8 bits is put below 2^23's own."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - LOW)
+
+
+@triton.jit
+def code_of_level(level, LOW: tl.constexpr):
+    """The inverse, in the lowest byte of an int32."""
+    return (level + (8388608.0 - LOW)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def rounded_step(level, step, random, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """`level` + `step` rounded stochastically: up with a probability that is exact to 2^-32."""
+    """`level` + `step` rounded stochastically: up with a probability that is exact to 2^-32. Levels are whole
+    float32 numbers, which these sums leave exact.
+    """
     size = tl.minimum(tl.abs(step), _LARGEST_STEP)
     whole = tl.floor(size)
     threshold = ((size - whole) * 4294967296.0).to(tl.uint32)
-    n = whole.to(tl.int32) + (random < threshold).to(tl.int32)
-    return tl.minimum(tl.maximum(level + tl.where(step < 0, -n, n), LOW), HIGH)
+    n = tl.where(random < threshold, whole + 1.0, whole)
+    sign = step.to(tl.uint32, bitcast=True) & 0x80000000
+    n = (n.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(level + n, LOW), HIGH)

@@ -35,12 +35,15 @@ from lowbit_dist.ops.device_functions import (
     LARGEST_SIGNED,
     LARGEST_UNSIGNED,
     block_scale,
+    code_of_level,
+    level_of,
     load,
     load_codes,
     load_signed,
     load_unsigned,
     moved,
     on,
+    philox,
     quantised_signed,
     quantised_unsigned,
     rounded_step,
@@ -60,6 +63,7 @@ from lowbit_dist.ops.token_kernels import token_values as token_values
 # of codes several threads would hold the same element, and one could read what another has overwritten.
 CODE_BLOCKS = 8
 WEIGHT_BLOCKS = 4
+DECODE_BLOCKS = 16  # a thread writes 16 bytes of bfloat16 at a time
 
 
 # Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16).
@@ -79,18 +83,6 @@ def _step_codes(
     j = tl.arange(0, 64)[None, :]
     element = block.to(tl.int64)[:, None] * 256 + j
 
-    # A block's 64 counters begin at a multiple of 64: adding j never carries into the upper half.
-    counter = (first_block.to(tl.int64) + block) * 64
-    counter_low = counter.to(tl.uint32)[:, None] + j.to(tl.uint32)
-    counter_high = (counter >> 32).to(tl.uint32)[:, None] + tl.zeros_like(counter_low)
-    random = tl.philox(
-        seed.to(tl.int64),
-        counter_low,
-        counter_high,
-        tl.zeros_like(counter_low) + step.to(tl.uint32),
-        tl.zeros_like(counter_low) + tensor.to(tl.uint32),
-    )
-
     levels_per_unit = tl.div_rn(lr, scale_of_plane(scale_ptr, block, live, offset, units_per_scale, 0, UNITS))
     m_scale = 0.0
     v_scale = 0.0
@@ -100,12 +92,24 @@ def _step_codes(
             v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
 
     old = load_codes(codes_ptr, block, j, mask, BITS)
+    # A block's 64 counters begin at a multiple of 64: adding j never carries into the upper half.
+    counter = (first_block.to(tl.int64) + block) * 64
+    # No code has bits above its eighth: adding them keeps the words in the layout of what was loaded.
+    counter_low = counter.to(tl.uint32)[:, None] + j.to(tl.uint32) + (old[0] >> 8).to(tl.uint32)
+    counter_high = (counter >> 32).to(tl.uint32)[:, None] + tl.zeros_like(counter_low)
+    random = philox(
+        seed.to(tl.int64),
+        counter_low,
+        counter_high,
+        tl.zeros_like(counter_low) + step.to(tl.uint32),
+        tl.zeros_like(counter_low) + tensor.to(tl.uint32),
+    )
     new = ()  # type: tuple[Tensor, ...]
     ms = ()  # type: tuple[Tensor, ...]
     vs = ()  # type: tuple[Tensor, ...]
     largest_m = tl.zeros([BLOCKS, 64], tl.float32)
     largest_v = tl.zeros([BLOCKS, 64], tl.float32)
-    n_flips = tl.zeros([BLOCKS, 64], tl.int32)
+    n_flips = tl.zeros([BLOCKS, 64], tl.float32)  # whole numbers
     for i in tl.static_range(4):
         at = element + 64 * i
         if RULE == APPLY:
@@ -130,13 +134,12 @@ def _step_codes(
         if UNITS > 1:
             scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
             levels_per_unit = tl.div_rn(lr, scale)
-        level = old[i] + LOW
-        levels = -(levels_per_unit * u) - decay * level.to(tl.float32)
-        code = rounded_step(level, levels, random[i], LOW, HIGH) - LOW
-        n_flips += (code != old[i]).to(tl.int32)
-        new += (code,)
+        level = level_of(old[i], LOW)
+        moved_level = rounded_step(level, -(levels_per_unit * u) - decay * level, random[i], LOW, HIGH)
+        n_flips = tl.where(moved_level != level, n_flips + 1.0, n_flips)
+        new += (code_of_level(moved_level, LOW),)
     store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
-    tl.atomic_add(n_flips_ptr, tl.sum(tl.where(mask, n_flips, 0)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(n_flips_ptr, tl.sum(tl.where(mask, n_flips, 0.0)).to(tl.int64), sem="relaxed")
 
     if QUANTISED:
         m_scale, m_inverse = block_scale(tl.max(largest_m, axis=1), LARGEST_SIGNED)
@@ -208,7 +211,7 @@ def _decode(
         if UNITS > 1:
             scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
         at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
-        store(out_ptr + at, scale * (codes[i] + LOW).to(tl.float32), mask)
+        store(out_ptr + at, scale * level_of(codes[i], LOW), mask, FINITE=True)
 
 
 def step_(
@@ -279,9 +282,9 @@ def decode(
         return out
     scale, offset, units_per_scale, units = _scales_of_shard(scale, n_blocks, first_block, scale_every)
     with on(codes.device):
-        _decode[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
+        _decode[(triton.cdiv(n_blocks, DECODE_BLOCKS),)](
             codes, scale, out, n_blocks, offset, units_per_scale,
-            LOW=grid.low, BITS=grid.bits, UNITS=units, BLOCKS=CODE_BLOCKS,
+            LOW=grid.low, BITS=grid.bits, UNITS=units, BLOCKS=DECODE_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
