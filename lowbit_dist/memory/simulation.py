@@ -33,13 +33,13 @@ class Step(NamedTuple):
     late: int  # the peak of the rest of the passes: few are left, but embeddings have their gradient
     update: int
     block: int  # the activations of one block
-    counters: int  # of the flips of one block, kept from the first update on
+    counters: int  # of the flips of one block, there in all of a step
 
     def peak(self, more: int = 0) -> Peak:
         """With so many blocks more: nothing else grows."""
         activations, early = self.activations + more * self.block, self.early + more * self.block
-        late, update = (phase + more * self.counters for phase in (self.late, self.update))
-        return Peak(max(early, late, update) - activations, activations)
+        highest = max(early, self.late, self.update) + more * self.counters
+        return Peak(highest - activations, activations)
 
 
 def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
@@ -102,7 +102,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
     if briefly:  # the first pass's loss is there until the second has its own
         meter.peaks |= {phase: meter.peaks[phase] + left for phase in ("early", "late")}
     grows = ends[1] - ends[0] if len(blocks) > 1 else 0
-    counters = 8 * len(list(blocks[0].parameters())) if config.train.gradient_release and len(blocks) else 0
+    counters = 8 * len(list(blocks[0].parameters())) if len(blocks) else 0
     return Step(sample["activations"], **meter.peaks, block=grows, counters=counters)
 
 

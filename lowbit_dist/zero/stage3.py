@@ -197,7 +197,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.now, self.limit, self.wants_norms, self.previous_norm = now, limit, norms, previous_norm
         self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
         self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
-        self.flips: Tensor | None = None  # of each shard, from the first update on
+        self.flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)  # of each shard
         self.n_updated = 0  # shards
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> list[Tensor]:
@@ -226,13 +226,13 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norm = self._norm
         self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
-        flips = self._no_flips() if self.flips is None else self.flips
-        dist.all_reduce(flips)
+        dist.all_reduce(self.flips)
         norms_of = self._norms_of() if self.wants_norms else {}
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
-        self.squares, self.flips = {}, None
-        of_shards = zip(self.shards, flips.tolist(), strict=True)
+        self.squares = {}
+        of_shards = zip(self.shards, self.flips.tolist(), strict=True)
+        del self.flips  # until the next step
         flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
         n_released = self.n_updated if self.overflow else 0
         self.last_update = Update(
@@ -248,8 +248,6 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             return
         clipped_by = self.previous_norm if self.releases else self._norm
         grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
-        if self.flips is None:
-            self.flips = self._no_flips()
         for i, given in self._given(gradients, grad_scale):
             now = at_rates(self.now, self.moving[i].rates, grad_scale)
             self.flips[i : i + 1] += self._update_shard(i, given, now)
@@ -280,9 +278,6 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         shard, slots = self.shards[i], self.shards[i].slots
         parts = [gradient.float() * grad_scale, *(stored.load(0, shard.numel) for stored in slots)]
         return Matrix(self.moving[i].rule, shard.shape, self.params[i].partition_numel(), parts)
-
-    def _no_flips(self) -> Tensor:
-        return torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)
 
     @property
     def _norm(self) -> float:
