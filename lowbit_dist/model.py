@@ -236,6 +236,13 @@ def linear_weights(model: nn.Module) -> list[str]:
     return list(model.linear_weights)  # type: ignore[arg-type]
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The modules that hidden states go through one after the other; empty if the model has none."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    # Not the longest: a block may have a list of many experts.
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
+
+
 def low_bit_names(model: nn.Module, method: Method) -> list[str]:
     """The parameters that exist only as packed codes, in canonical (sorted) order."""
     if method.stored is None:

@@ -594,7 +594,7 @@ def test_a_simulation_leaves_its_process_as_it_was(fails, monkeypatch):
     simulation.simulate_step(load(configuration()), VOCAB, 2)  # imports
     before = state_of_the_process()
     if fails:
-        monkeypatch.setattr(simulation, "_blocks", lambda model: 1 / 0)
+        monkeypatch.setattr(simulation, "blocks_of", lambda model: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             simulation.simulate(load(configuration()), simulation.shapes(load(configuration()), VOCAB), 2)
     else:

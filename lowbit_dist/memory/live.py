@@ -1,6 +1,7 @@
 """Memory of a live worker: storages, each counted once, between steps and at the highest moment of one."""
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,23 +24,17 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
     `peak` is what `track_peak` found; empty or None: no step was sampled, and the peak is not known.
     Bytes are those of storages: padding counts, a view of something counted does not.
     """
-    claimed: set[tuple[Any, ...]] = set()
-
-    def bytes_of(tensors: Iterable[Tensor | None]) -> int:
-        sizes = {_identity(t): t.untyped_storage().nbytes() for t in tensors if t is not None}
-        new = {key: n for key, n in sizes.items() if key not in claimed}
-        claimed.update(new)
-        return sum(new.values())
-
     shards = engine.shards
-    resident = {
-        "low_bit_weights": bytes_of([*engine.resident_codes(), *(shard.codes for shard in shards)]),
-        "scales": bytes_of([*engine.sent_scales(), *(shard.scale for shard in shards)]),
-        "other_weights": bytes_of([*(shard.weight for shard in shards), *engine.forward_weights()]),
-        "gradients": bytes_of(engine.gradients()),
-        "optimizer_states": bytes_of(t for shard in shards for slot in shard.state for t in slot.tensors),
-        "buffers": bytes_of(engine.module.buffers()),
-    }
+    resident = _divided(
+        {
+            "low_bit_weights": [*engine.resident_codes(), *(shard.codes for shard in shards)],
+            "scales": [*engine.sent_scales(), *(shard.scale for shard in shards)],
+            "other_weights": [*(shard.weight for shard in shards), *engine.forward_weights()],
+            "gradients": engine.gradients(),
+            "optimizer_states": [t for shard in shards for slot in shard.state for t in slot.tensors],
+            "buffers": engine.module.buffers(),
+        }
+    )
     low_bit = sum(engine.numels[name] for name in engine.low_bit)
     measured = report(
         resident,
@@ -50,6 +45,37 @@ def measure(engine: "Engine", peak: dict[str, int] | None = None) -> dict[str, A
     # Of the whole process since it started: Python, libraries and buffers of other kinds included.
     measured["peak_rss_bytes"] = machine.peak_memory()
     return measured
+
+
+def _divided(components: dict[str, Iterable[Tensor | None]]) -> dict[str, int]:
+    """Bytes of the storages of these tensors, which are dense.  One in which several components have some is
+    divided among them; what is nobody's is the first one's.
+    """
+    sizes = dict.fromkeys(components, 0)
+    spans: defaultdict[tuple[Any, ...], dict[str, list[tuple[int, int]]]] = defaultdict(dict)
+    bytes_of = {}
+    for name, tensors in components.items():
+        for t in (t for t in tensors if t is not None):
+            start = int(t.storage_offset()) * t.itemsize
+            spans[_identity(t)].setdefault(name, []).append((start, start + t.nbytes))
+            bytes_of[_identity(t)] = t.untyped_storage().nbytes()
+    for key, of_each in spans.items():
+        taken: list[tuple[int, int]] = []
+        covered = 0
+        for name, own in of_each.items():
+            taken += own
+            before, covered = covered, _covered(taken)
+            sizes[name] += covered - before
+        sizes[next(iter(of_each))] += bytes_of[key] - covered
+    return sizes
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    total = end = 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 @contextmanager

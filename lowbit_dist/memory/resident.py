@@ -73,7 +73,7 @@ def resident(
             grids = {config.method.stored, config.method.sent_grid}
             sizes["scales"] += 4 * len(grids) * models.n_scales(config.method, tuple(p.shape))
         else:
-            sizes["other_weights"] += part * (itemsize + master)
+            sizes["other_weights"] += part * itemsize + min(part, n) * master
         if not config.train.gradient_release:
             sizes["gradients"] += part * config.gradient_bytes(workers)
         sizes["optimizer_states"] += rule.state_bytes(tuple(p.shape), min(part, n))

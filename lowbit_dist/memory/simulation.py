@@ -19,7 +19,7 @@ from lowbit_dist.memory.fake import fake_worker
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
-from lowbit_dist.model import low_bit_names, shapes
+from lowbit_dist.model import blocks_of, low_bit_names, shapes
 from lowbit_dist.tokenizer import Marks
 
 LONGEST = 4  # blocks; longer models are extrapolated from so many
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     """Bytes above the resident ones at the highest moment of a step, on the worker that has the most."""
     model = shapes(config, vocab_size)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     # Only ZeRO-3 treats all blocks alike: the other stages cut the flat model anywhere.
     if len(blocks) <= LONGEST or not _alike(blocks) or config.zero.stage in (0, 1, 2):
         return simulate(config, model, workers).peak()
@@ -77,7 +77,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
             config, model, lambda _, shape: torch.empty(shape), low_bit_names(model, config.method), marks
         )
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
-        meter, warm, ends, blocks = _Phases(), StorageMeter(), [], _blocks(model)
+        meter, warm, ends, blocks = _Phases(), StorageMeter(), [], blocks_of(model)
         for p in (p for block in blocks[: len(blocks) // 2] for p in block.parameters()):
             p.register_post_accumulate_grad_hook(lambda _: meter.begin("late"))
         for block in blocks[-2:]:
@@ -131,12 +131,6 @@ def _largest_worker(config: RunConfig, model: nn.Module, workers: int) -> int:
     return max(range(workers), key=touched)
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    # Not the longest: a block may have a list of many experts.
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
-
-
 def _alike(blocks: nn.ModuleList) -> bool:
     return len({tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}) == 1
 
@@ -144,6 +138,6 @@ def _alike(blocks: nn.ModuleList) -> bool:
 def _shortened(model: nn.Module, n: int) -> nn.Module:
     """A copy of the model with its first n blocks."""
     copied: dict[int, nn.Module] = {}
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     copied[id(blocks)] = copy.deepcopy(blocks[:n], copied)
     return copy.deepcopy(model, copied)

@@ -61,7 +61,10 @@ CONTRACT: tuple[tuple[type, str, str], ...] = (
     (Stage3, "zero_grad", "args, kwargs"),
     (Stage3, "step", "args, kwargs"),
     (Stage3, "_get_param_coordinator", "self"),
+    (Stage3, "create_reduce_and_remove_grad_hooks", "self"),
     (Coordinator, "_PartitionedParameterCoordinator__params_to_release", "args, kwargs"),
+    (Coordinator, "_PartitionedParameterCoordinator__all_gather_params", "args, kwargs"),
+    (Coordinator, "_PartitionedParameterCoordinator__all_gather_params_", "self, params, forward, quantize"),
     (DeepSpeedEngine, "_configure_zero_optimizer", "self, optimizer"),
 )
 

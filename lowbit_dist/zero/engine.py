@@ -18,15 +18,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero import stage3
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from lowbit_dist import attention, float8, ops
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear, decodes, values
-from lowbit_dist.model import DTYPES
+from lowbit_dist.model import DTYPES, blocks_of
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
-from lowbit_dist.zero.shards import Initial, Partitioner, packed_of
+from lowbit_dist.zero.shards import Initial, Partitioner, lay_wires, packed_of
 from lowbit_dist.zero.stage3 import Moving, PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 
@@ -65,6 +66,9 @@ class Engine:
         self._dtype = dtype = DTYPES[config.precision]
         self._marks = marks
         if stage == 3:
+            for block in blocks_of(model):
+                set_z3_leaf_module(block, True)  # fetched and released as one
+                _add_up_in_norms(block)
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
             self._partitioner.adopt(model, initial, self.method, set(low_bit))
         else:
@@ -165,12 +169,14 @@ class Engine:
 
     def refresh(self, step: int) -> None:
         """The same of shards that were changed from outside (by loading)."""
-        self.method = self.config.method.at(step, self.config.train.steps)
+        before, self.method = self.method, self.config.method.at(step, self.config.train.steps)
         if self._standard is not None:
             self._standard.refresh()
             return
         self._engine.optimizer.method = self.method
         self._engine.optimizer.refresh()
+        if self.method.sent_grid != before.sent_grid:
+            lay_wires(self.module)
 
     @contextmanager
     def full_weight(self, name: str) -> Iterator[Tensor]:
@@ -284,8 +290,9 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         zero |= {
             "stage3_param_persistence_threshold": 0,  # every parameter is a shard
             "stage3_max_reuse_distance": 0,  # else decoded weights stay alive from forward to backward
+            # Beside what works, the next is gathered: packed bytes only, for decoding waits for the layer.
             "stage3_max_live_parameters": 2 * block,
-            "stage3_prefetch_bucket_size": block,  # packed bytes only: decoding waits for the layer
+            "stage3_prefetch_bucket_size": 1,  # which becomes all that is gathered with it
             "reduce_bucket_size": block,
             "contiguous_gradients": False,  # else a dense bucket is allocated for good
             "sub_group_size": 10**15,  # shards are updated one by one anyway
@@ -310,8 +317,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
 
 def block_numel(model: nn.Module) -> int:
     """Parameters of the largest transformer block: the unit in which dense weights are alive."""
-    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    return max((sum(p.numel() for p in layer.parameters()) for m in blocks for layer in m), default=1)
+    return max((sum(p.numel() for p in block.parameters()) for block in blocks_of(model)), default=1)
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -320,6 +326,15 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     packed = [p for p in parameters if packed_of(p) is not None]
     ordinary = [p for p in parameters if packed_of(p) is None]
     return [{"params": group} for group in (ordinary, packed) if group]
+
+
+def _add_up_in_norms(block: nn.Module) -> None:
+    """Let the gradients of a norm's input, which it reads twice, be added up before that of the residual is
+    added: the order in which DeepSpeed's hooks of single modules had them, and the bits of earlier runs.
+    """
+    for module in block.modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:
+            module.register_forward_pre_hook(lambda _, args: tuple(x.view_as(x) for x in args))
 
 
 def _multiply_in_fp8(model: nn.Module, weights: Sequence[str]) -> None:

@@ -36,7 +36,8 @@ DeepSpeed gathers, prefetches, releases, buckets and reduces; here is only what 
 
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -55,6 +56,7 @@ from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.linear import decodes
 from lowbit_dist.methods.method import Method
+from lowbit_dist.model import blocks_of
 from lowbit_dist.packed import PackedShard, PackedTensor
 
 Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, float32 on the CPU
@@ -145,20 +147,19 @@ class Packed:
         size = self.numel // BLOCK * grid.bytes_per_block
         codes = torch.zeros(world * size, dtype=torch.uint8)
         codes[: whole.codes.numel()] = whole.codes
-        here = slice(rank * size, (rank + 1) * size)
-        self.own = codes[here].to(device, copy=True)  # this worker's codes, with padding
+        codes = codes.view(world, size)
+        self.own = codes[rank].to(device, copy=True)  # this worker's codes, with padding
         self.stored = self._without_padding(whole, rank)
         self.sent, self.wire = self.stored, self.own  # what a gather moves, without and with padding
-        self.replica: Tensor | None = None  # replicated: what every worker sends, in order
+        self.replica: Tensor | None = None  # replicated: what every worker sends [workers, bytes]
         self.complete = False  # replicated: `replica` is of this step
         self.whole: Tensor | None = None  # what every worker sent, from the parameter's gather to its release
         if method.sent_grid != method.stored:
             self.refresh(method)
-            self.replica = self.wire.new_zeros(world * self.wire.numel()) if replicated else None
+            self.replica = self.wire.new_zeros(world, self.wire.numel()) if replicated else None
         elif replicated:
             self.replica, self.complete = codes.to(device), True
-            self.own = self.wire = self.replica[here]
-            self.stored = self.sent = self._without_padding(whole, rank)
+            self.move(self.replica[rank])
 
     def _without_padding(self, whole: PackedTensor, rank: int) -> PackedShard:
         first = rank * self.numel // BLOCK
@@ -169,23 +170,41 @@ class Packed:
     def refresh(self, method: Method) -> None:
         """Let the next gather move what the codes have become; on every worker."""
         self.complete = False
-        self.sent, self.wire = self.stored, self.own
-        if method.sent_grid != method.stored:
-            self.sent = method.sent(self.stored)
-            size = self.numel // BLOCK * self.sent.grid.bytes_per_block
-            self.wire = nn.functional.pad(self.sent.codes, (0, size - self.sent.codes.numel()))
+        if method.sent_grid == method.stored:
+            self.sent, self.wire = self.stored, self.own
+            return
+        sent = method.sent(self.stored)
+        if sent.grid != self.sent.grid:
+            self.wire = self.own.new_zeros(self.numel // BLOCK * sent.grid.bytes_per_block)
+        codes = self.wire[: sent.codes.numel()].copy_(sent.codes)
+        self.sent = replace(sent, codes=codes)
+
+    def arrived(self, whole: Tensor) -> Tensor:  # [workers, bytes] uint8, both
+        """What every worker sent, from where it is read."""
+        if self.replica is not None and not self.complete:
+            self.replica.copy_(whole)
+            self.complete = True
+        return whole if self.replica is None else self.replica
+
+    def move(self, place: Tensor) -> None:
+        """Let what a gather moves, and the codes with it if it moves them, lie in `place`."""
+        place.copy_(self.wire)
+        self.wire.data = place
+        self.sent = replace(self.sent, codes=place[: self.sent.codes.numel()])
+        if self.wire is self.own:
+            self.stored = self.sent
 
     @property
     def resident(self) -> list[Tensor]:
         """All the packed bytes that this worker keeps between steps."""
-        return [self.own, self.wire, *([] if self.replica is None else [self.replica])]
+        return [self.own, self.wire, *([] if self.replica is None else self.replica)]
 
     def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The weight's values, decoded from what was gathered."""
         assert self.whole is not None, "a weight is decoded between its gather and its release"
         n_blocks = prod(shape) // BLOCK
         return ops.decode(
-            self.whole[: n_blocks * self.sent.grid.bytes_per_block],
+            self.whole.reshape(-1)[: n_blocks * self.sent.grid.bytes_per_block],
             self.sent.scale,
             grid=self.sent.grid,
             first_block=0,
@@ -231,6 +250,7 @@ class Partitioner(Init):
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[key] = buffer.to(self.local_device)
+        self.lay_out(model)
         # DeepSpeed adopts a registry that is already there.
         model.ds_inflight_param_registry = InflightGathers()  # type: ignore[assignment]
 
@@ -254,13 +274,27 @@ class Partitioner(Init):
         shard: Any = packed.own
         shard.ds_numel = packed.numel
         shard.status, shard.final_location = PartitionedParamStatus.AVAILABLE, None
-        # DeepSpeed's own marker of a shard that is not made of weights: such parameters are gathered apart.
-        shard.ds_quant_scale = packed.stored.scale
         parameter.packed = packed  # type: ignore[attr-defined]
         parameter.ds_tensor = shard  # type: ignore[attr-defined]
         parameter.ds_numel_aligned = aligned  # type: ignore[attr-defined]
         free_param(parameter)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Let the shards of a unit, which are gathered together, lie end to end."""
+        world, rank = dist.get_world_size(), dist.get_rank()
+        for unit in units(model):
+            for param in unit:
+                param.unit = unit
+            if world == 1:
+                continue
+            replicated = [p for p in unit if _is_replicated(p)]
+            sizes = [wire_of(p).numel() for p in replicated]
+            replicas = torch.empty(world, sum(sizes), dtype=torch.uint8, device=self.local_device)
+            for p, replica in zip(replicated, replicas.split(sizes, dim=1), strict=True):
+                p.packed.replica = replica.copy_(p.packed.replica)
+                p.packed.move(replica[rank])
+            lay_end_to_end([p for p in unit if not _is_replicated(p)])
 
     def _padding_size(self, param: Any) -> int:
         """Shards end on block borders, whatever the number of workers.  A single worker's needs no
@@ -290,36 +324,103 @@ class Partitioner(Init):
             packed.whole = None
 
     def _gather(self, params: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> "_Gathers":
-        """Start gathering shards; a low-bit parameter is decoded when it is waited for, not before."""
-        params = sorted(params, key=lambda p: p.ds_id)
-        for p in params:
+        """Start gathering shards, neighbours in memory together; a low-bit parameter is decoded when it is
+        waited for, not before.
+        """
+        gathers: dict[Any, _Gather] = {}
+        missing = []
+        for p in sorted(params, key=lambda p: p.ds_id):
             p.ds_status = ZeroParamStatus.INFLIGHT
-        return _Gathers({p: self._gather_one(p) for p in params})
+            packed = packed_of(p)
+            if packed is not None and packed.replica is not None and packed.complete:
+                gathers[p] = _Gather(p, packed.replica)
+            elif dist.get_world_size() == 1:
+                gathers[p] = _Gather(p, wire_of(p)[None])
+            else:
+                missing.append(p)
+        for run in runs(missing):
+            work = _Work([wire_of(p) for p in run])
+            gathers |= {p: _Gather(p, part, work) for p, part in zip(run, work.parts, strict=True)}
+            packed_bytes = sum(wire_of(p).numel() for p in run if packed_of(p) is not None)
+            self.gathered_bytes += (dist.get_world_size() - 1) * packed_bytes
+        return _Gathers(gathers)
 
-    def _gather_one(self, param: Any) -> "_Gather":
-        world = dist.get_world_size()
-        packed = packed_of(param)
-        shard = param.ds_tensor if packed is None else packed.wire
-        if world == 1:
-            return _Gather(param, shard, None)
-        if packed is None or packed.replica is None:
-            whole = shard.new_empty(world * shard.numel())
-            work = dist.all_gather_into_tensor(whole, shard, async_op=True)
-        elif packed.complete:
-            return _Gather(param, packed.replica, None)
+
+def units(model: nn.Module) -> list[list[Any]]:
+    """The parameters that are gathered together: those of a block, and what stands between blocks."""
+    block_of = {p: i for i, block in enumerate(blocks_of(model)) for p in block.parameters()}
+    parameters = list(model.parameters())
+    if not block_of:
+        return [[p] for p in parameters]
+    return [list(unit) for _, unit in groupby(parameters, lambda p: block_of.get(p))]
+
+
+def lay_end_to_end(params: Sequence[Any]) -> None:
+    """Move what gathers move of some parameters into one buffer."""
+    sizes = [wire_of(p).numel() for p in params]
+    if sizes:
+        places = wire_of(params[0]).new_empty(sum(sizes)).split(sizes)
+        for p, place in zip(params, places, strict=True):
+            if (packed := packed_of(p)) is not None:
+                packed.move(place)
+            else:
+                p.ds_tensor.data = place.copy_(wire_of(p)).view(p.ds_tensor.dtype)
+
+
+def lay_wires(model: nn.Module) -> None:
+    """The same of the codes that have been made to be sent, which are others than before."""
+    if dist.get_world_size() > 1:
+        for unit in units(model):
+            packed = [(p, packed_of(p)) for p in unit]
+            lay_end_to_end([p for p, side in packed if side is not None and side.wire is not side.own])
+
+
+def wire_of(param: Any) -> Tensor:  # [bytes] uint8
+    """What a gather moves of a worker's shard."""
+    packed = packed_of(param)
+    moved: Tensor = param.ds_tensor.detach().view(torch.uint8) if packed is None else packed.wire
+    return moved
+
+
+def runs(params: Sequence[Any]) -> list[list[Any]]:
+    """Parameters, of which what is sent of each begins where that of the one before it ends."""
+    found: list[list[Any]] = []
+    end = None
+    for p in params:
+        shard = wire_of(p)
+        storage, start = shard.untyped_storage()._cdata, shard.storage_offset()
+        if (storage, start) == end:
+            found[-1].append(p)
         else:
-            whole = packed.replica
-            work = dist.all_gather_into_tensor(whole, shard.clone(), async_op=True)
-            packed.complete = True
-        if packed is not None:
-            self.gathered_bytes += (world - 1) * shard.numel()
-        return _Gather(param, whole, work)
+            found.append([p])
+        end = (storage, start + shard.numel())
+    return found
+
+
+def _is_replicated(param: Any) -> bool:
+    """Whether a worker's codes lie among those of the others, which it keeps."""
+    packed = packed_of(param)
+    return packed is not None and packed.replica is not None and packed.wire is packed.own
+
+
+class _Work:
+    """One collective: what every worker sends of some parameters whose shards lie end to end."""
+
+    def __init__(self, shards: Sequence[Tensor]):
+        sizes = [shard.numel() for shard in shards]
+        own = shards[0].as_strided((sum(sizes),), (1,))
+        whole = own.new_empty(dist.get_world_size() * sum(sizes))
+        self.work: Any = dist.all_gather_into_tensor(whole, own, async_op=True)
+        self.parts = whole.view(-1, sum(sizes)).split(sizes, dim=1)
+
+    def wait(self) -> None:
+        self.work.wait()
 
 
 class _Gather:
     """The gather of one parameter: every worker's shard, in order."""
 
-    def __init__(self, param: Any, whole: Tensor, work: Any):
+    def __init__(self, param: Any, whole: Tensor, work: _Work | None = None):
         self.param, self.whole, self.work = param, whole, work
 
     @torch.no_grad()
@@ -331,9 +432,10 @@ class _Gather:
             self.work.wait()
         packed = packed_of(param)
         if packed is None:
-            param.data = self.whole[: param.ds_numel].view(param.ds_shape)
+            whole = self.whole.reshape(-1).view(param.dtype)
+            param.data = whole[: param.ds_numel].view(param.ds_shape)
         else:
-            packed.whole = self.whole
+            packed.whole = packed.arrived(self.whole)
             if packed.in_layer:
                 # One element of storage stands for the weight: autograd wants its shape alone.
                 param.data = packed.stub.expand(param.ds_shape)

@@ -4,13 +4,15 @@ update in place.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from lowbit_dist import ops
@@ -66,29 +68,32 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         # block of decoded weights, and after an evaluation it would stay. Here a weight lives while it works.
         coordinator = self._get_param_coordinator()
         coordinator._PartitionedParameterCoordinator__params_to_release = _own_parameters
+        coordinator._PartitionedParameterCoordinator__all_gather_params = self._gather_units
+
+    def _gather_units(self, params: Collection[Any], forward: bool) -> None:
+        """DeepSpeed fetches these: with each of them all that lies with it."""
+        gather = self._get_param_coordinator()._PartitionedParameterCoordinator__all_gather_params_
+        gather({p for param in params for p in param.unit}, forward)
+
+    def create_reduce_and_remove_grad_hooks(self) -> None:
+        # Of a block that is fetched as one, DeepSpeed would reduce the gradients when all are there, and take
+        # those for zero that its hook comes before.
+        for p in self.module.parameters():
+            vars(p).pop("ds_z3_leaf_module", None)
+        super().create_reduce_and_remove_grad_hooks()
 
     def _get_parameter_partitions(self) -> list[Tensor]:
-        ordinary = [p.ds_tensor for group in self.fp16_groups for p in group if packed_of(p) is None]
-        return ordinary or [torch.empty(0, dtype=self.dtype, device=self.device)]  # method.tensors: all
+        return [torch.empty(0, dtype=self.dtype, device=self.device)]  # shards lie where they are gathered
 
     def _set_fp16_partitioned_groups_flat(self) -> None:
-        offset = 0
         for group in self.fp16_groups:
             n = sum(p.partition_numel() for p in group)
-            if packed_of(group[0]) is not None:
-                self.fp16_partitioned_groups_flat.append(torch.zeros(1, dtype=torch.uint8).expand(n))
-            else:
-                self.fp16_partitioned_groups_flat.append(self.lp_param_buffer.narrow(0, offset, n))
-                offset += n
+            self.fp16_partitioned_groups_flat.append(torch.zeros(1, dtype=torch.uint8).expand(n))
 
     def _create_fp32_partitions(self) -> None:
         for i, flat in enumerate(self.fp16_partitioned_groups_flat):
-            if packed_of(self.fp16_groups[i][0]) is not None:
-                # DeepSpeed needs a tensor of this shape as a key; one element of storage stands for all of
-                # them.
-                whole = torch.zeros(1, dtype=torch.float32, device=self.device).expand(flat.numel())
-            else:  # in float32 the shard is its own master copy
-                whole = flat.detach() if flat.dtype == torch.float32 else flat.float()
+            # DeepSpeed needs a tensor of this shape as a key; one element of storage stands for all of them.
+            whole = torch.zeros(1, dtype=torch.float32, device=self.device).expand(flat.numel())
             whole.ds_id = str(self.fp16_partitioned_groups_flat_id[i][0])  # type: ignore[attr-defined]
             whole.requires_grad = True
             self.fp32_partitioned_groups_flat.append(whole)
@@ -120,13 +125,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.matrices_at_once = 1 if config.train.reproducible else dist.get_world_size()
         self.tensor_ids = {name: i for i, name in enumerate(names)}  # random bits depend on it
         self.shards, self.params, self.moving = [], [], []
-        for group, master in zip(self.fp16_groups, self.fp32_partitioned_groups_flat, strict=True):
-            offset = 0
-            for p in group:
-                self.params.append(p)
-                self.moving.append(moving[p.lowbit_name])
-                self.shards.append(_shard(p, master, offset, self.moving[-1].rule, method.accumulator))
-                offset += p.partition_numel()
+        for p in chain.from_iterable(self.fp16_groups):
+            self.params.append(p)
+            self.moving.append(moving[p.lowbit_name])
+            self.shards.append(_shard(p, self.moving[-1].rule, method.accumulator))
         self.places = {p.ds_id: i for i, p in enumerate(self.params)}
         return self.shards
 
@@ -314,17 +316,18 @@ def square_sum(gradient: Tensor) -> Tensor:  # [] float64
 
 
 def _own_parameters(module: nn.Module, step: int) -> set[int]:
-    return {p.ds_id for p in module.parameters(recurse=False)}  # type: ignore[attr-defined]
+    return {p.ds_id for p in module.parameters(recurse=z3_leaf_module(module))}  # type: ignore[attr-defined]
 
 
-def _shard(param: Any, master: Tensor, offset: int, rule: Rule, accumulator: ops.Accumulator | None) -> Shard:
+def _shard(param: Any, rule: Rule, accumulator: ops.Accumulator | None) -> Shard:
     n = param.partition_numel()
     start = n * dist.get_rank()
     numel = max(0, min(n, param.ds_numel - start))
     name, shape = param.lowbit_name, tuple(param.ds_shape)
     state = rule.initial_state(shape, numel, device=param.ds_tensor.device)
     if (held := packed_of(param)) is None:
-        return Shard(name, shape, start, numel, state, weight=master.detach()[offset : offset + numel])
+        # In float32 the shard is its own master copy.
+        return Shard(name, shape, start, numel, state, weight=param.ds_tensor.detach()[:numel].float())
     packed = held.stored
     if accumulator is not None:
         state.append(accumulator.residual(numel, param.ds_tensor.device))
