@@ -333,7 +333,8 @@ def _add_up_in_norms(block: nn.Module) -> None:
     added: the order in which DeepSpeed's hooks of single modules had them, and the bits of earlier runs.
     """
     for module in block.modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:
+        gain = module._parameters.get("weight")
+        if gain is not None and gain.dim() == 1:
             module.register_forward_pre_hook(lambda _, args: tuple(x.view_as(x) for x in args))
 
 

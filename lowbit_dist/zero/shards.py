@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import (
     Init,
     MultipleAllGatherHandles,
@@ -428,21 +429,28 @@ class _Gather:
         param = self.param
         if param.ds_status != ZeroParamStatus.INFLIGHT:
             return
-        if self.work is not None:
-            self.work.wait()
-        packed = packed_of(param)
+        accelerator = get_accelerator()
+        # DeepSpeed waits in the gathers' stream. What is made of a gather here belongs to those that read it.
+        with accelerator.stream(accelerator.default_stream()):
+            if self.work is not None:
+                self.work.wait()
+            if not accelerator.is_synchronized_device():
+                self.whole.record_stream(accelerator.current_stream())
+            self._unpack(param, packed_of(param))
+        param.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _unpack(self, param: Any, packed: Packed | None) -> None:
         if packed is None:
             whole = self.whole.reshape(-1).view(param.dtype)
             param.data = whole[: param.ds_numel].view(param.ds_shape)
+            return
+        packed.whole = packed.arrived(self.whole)
+        if packed.in_layer:
+            # One element of storage stands for the weight: autograd wants its shape alone.
+            param.data = packed.stub.expand(param.ds_shape)
         else:
-            packed.whole = packed.arrived(self.whole)
-            if packed.in_layer:
-                # One element of storage stands for the weight: autograd wants its shape alone.
-                param.data = packed.stub.expand(param.ds_shape)
-            else:
-                param.data = packed.dense(param.ds_shape, param.dtype)
-                packed.whole = None
-        param.ds_status = ZeroParamStatus.AVAILABLE
+            param.data = packed.dense(param.ds_shape, param.dtype)
+            packed.whole = None
 
 
 class _Gathers(MultipleAllGatherHandles):

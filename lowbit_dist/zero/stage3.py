@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
@@ -71,8 +72,17 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         coordinator._PartitionedParameterCoordinator__all_gather_params = self._gather_units
 
     def _gather_units(self, params: Collection[Any], forward: bool) -> None:
-        """DeepSpeed fetches these: with each of them all that lies with it."""
-        gather = self._get_param_coordinator()._PartitionedParameterCoordinator__all_gather_params_
+        """DeepSpeed fetches these: with each of them all that lies with it.
+
+        The gather waits for all that computes until now: for the update that changed what it moves, and, of a
+        block that is fetched ahead, for the release of the one before that which is about to work.  So no
+        more than two are there, however far Python is ahead of the device.
+        """
+        coordinator = self._get_param_coordinator()
+        _wait(
+            coordinator._PartitionedParameterCoordinator__allgather_stream, get_accelerator().current_stream()
+        )
+        gather = coordinator._PartitionedParameterCoordinator__all_gather_params_
         gather({p for param in params for p in param.unit}, forward)
 
     def create_reduce_and_remove_grad_hooks(self) -> None:
@@ -209,6 +219,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         """
         self._pre_step()
         self._partition_all_parameters()
+        _wait(get_accelerator().current_stream(), self.reduce_and_partition_stream)
         if not self.releases:
             self._apply(dict(enumerate(self._gradients())))
         norm = self._norm
@@ -309,6 +320,14 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         if self._sees_whole(i):
             return ops.apply_(target, given, now=now)
         return ops.step_(target, given, shard.slots, rule=rule, now=now)
+
+
+def _wait(later: Any, earlier: Any) -> None:
+    """Streams: what `later` is given from now on waits for what `earlier` has been given; None: a device
+    without streams.
+    """
+    if later is not None:
+        later.wait_stream(earlier)
 
 
 def square_sum(gradient: Tensor) -> Tensor:  # [] float64
