@@ -112,7 +112,7 @@ def races(configuration, without_edge):
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     from lowbit_dist import configfile, model, ops, zero
-    from lowbit_dist.zero import shards
+    from lowbit_dist.zero import gathers as made
 
     device, streams = Device(), []
 
@@ -190,7 +190,7 @@ def races(configuration, without_edge):
         if without_edge:
             gathers.wait_stream = lambda other: None
         for p in engine.module.parameters():
-            device.name(shards.wire_of(p), "shards")
+            device.name(made.wire_of(p), "shards")
         for shard in engine.shards:
             for state in shard.state:
                 device.name(state.values, "states")

@@ -27,7 +27,8 @@ from lowbit_dist.linear import Linear, decodes, values
 from lowbit_dist.model import DTYPES, blocks_of
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
-from lowbit_dist.zero.shards import Initial, Partitioner, lay_wires, packed_of
+from lowbit_dist.zero.gathers import lay_wires, packed_of
+from lowbit_dist.zero.shards import Initial, Partitioner
 from lowbit_dist.zero.stage3 import Moving, PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
 

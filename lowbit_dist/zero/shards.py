@@ -19,8 +19,9 @@ What two workers hold of a ternary weight [5, 256], which is 1,280 elements and 
 
 1. At the start each worker makes the whole tensor, packs it (`Partitioner`) and keeps its own blocks
    (`Packed.own`, which DeepSpeed knows as `ds_tensor`) and all scales, which are few.
-2. Before a layer runs, DeepSpeed gathers its parameters.  Of a low-bit one the codes are gathered: each
-   worker receives 192 bytes here, where bf16 weights would be 1,536.  They wait in `weight.packed.whole`.
+2. Before a transformer block runs, DeepSpeed gathers its parameters, in one collective (gathers.py).  Of a
+   low-bit one the codes are gathered: each worker receives 192 bytes here, where bf16 weights would be 1,536.
+   They wait in `weight.packed.whole`.
 3. Autograd asks a weight for its shape and dtype, and nobody reads its values: `weight.data` is the *stub*,
    one zero that is expanded to the shape.  The layer asks `Packed.dense` inside its matmul (linear.py), and
    again in the backward pass.  A low-bit tensor that no layer decodes, as an embedding, is decoded when its
@@ -34,19 +35,15 @@ than its stored one sends that (`wire`, made by `Method.sent`) instead of its sh
 DeepSpeed gathers, prefetches, releases, buckets and reduces; here is only what a shard is made of.
 """
 
-from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import (
     Init,
-    MultipleAllGatherHandles,
     PartitionedParamStatus,
     ZeroParamStatus,
     free_param,
@@ -57,8 +54,8 @@ from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.linear import decodes
 from lowbit_dist.methods.method import Method
-from lowbit_dist.model import blocks_of
 from lowbit_dist.packed import PackedShard, PackedTensor
+from lowbit_dist.zero.gathers import Gathers, InflightGathers, lay_out, packed_of
 
 Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, float32 on the CPU
 
@@ -214,12 +211,6 @@ class Packed:
         ).view(shape)
 
 
-def packed_of(param: Any) -> Packed | None:
-    """The packed side of a parameter; None of an ordinary one."""
-    packed: Packed | None = getattr(param, "packed", None)
-    return packed
-
-
 class Partitioner(Init):
     """DeepSpeed's `zero.Init` for parameters whose shard may be packed codes."""
 
@@ -251,7 +242,7 @@ class Partitioner(Init):
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[key] = buffer.to(self.local_device)
-        self.lay_out(model)
+        lay_out(model)
         # DeepSpeed adopts a registry that is already there.
         model.ds_inflight_param_registry = InflightGathers()  # type: ignore[assignment]
 
@@ -281,22 +272,6 @@ class Partitioner(Init):
         free_param(parameter)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
 
-    def lay_out(self, model: nn.Module) -> None:
-        """Let the shards of a unit, which are gathered together, lie end to end."""
-        world, rank = dist.get_world_size(), dist.get_rank()
-        for unit in units(model):
-            for param in unit:
-                param.unit = unit
-            if world == 1:
-                continue
-            replicated = [p for p in unit if _is_replicated(p)]
-            sizes = [wire_of(p).numel() for p in replicated]
-            replicas = torch.empty(world, sum(sizes), dtype=torch.uint8, device=self.local_device)
-            for p, replica in zip(replicated, replicas.split(sizes, dim=1), strict=True):
-                p.packed.replica = replica.copy_(p.packed.replica)
-                p.packed.move(replica[rank])
-            lay_end_to_end([p for p in unit if not _is_replicated(p)])
-
     def _padding_size(self, param: Any) -> int:
         """Shards end on block borders, whatever the number of workers.  A single worker's needs no
         padding.
@@ -324,150 +299,10 @@ class Partitioner(Init):
         if free_data and (packed := packed_of(param)) is not None:
             packed.whole = None
 
-    def _gather(self, params: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> "_Gathers":
-        """Start gathering shards, neighbours in memory together; a low-bit parameter is decoded when it is
-        waited for, not before.
-        """
-        gathers: dict[Any, _Gather] = {}
-        missing = []
-        for p in sorted(params, key=lambda p: p.ds_id):
-            p.ds_status = ZeroParamStatus.INFLIGHT
-            packed = packed_of(p)
-            if packed is not None and packed.replica is not None and packed.complete:
-                gathers[p] = _Gather(p, packed.replica)
-            elif dist.get_world_size() == 1:
-                gathers[p] = _Gather(p, wire_of(p)[None])
-            else:
-                missing.append(p)
-        for run in runs(missing):
-            work = _Work([wire_of(p) for p in run])
-            gathers |= {p: _Gather(p, part, work) for p, part in zip(run, work.parts, strict=True)}
-            packed_bytes = sum(wire_of(p).numel() for p in run if packed_of(p) is not None)
-            self.gathered_bytes += (dist.get_world_size() - 1) * packed_bytes
-        return _Gathers(gathers)
-
-
-def units(model: nn.Module) -> list[list[Any]]:
-    """The parameters that are gathered together: those of a block, and what stands between blocks."""
-    block_of = {p: i for i, block in enumerate(blocks_of(model)) for p in block.parameters()}
-    parameters = list(model.parameters())
-    if not block_of:
-        return [[p] for p in parameters]
-    return [list(unit) for _, unit in groupby(parameters, lambda p: block_of.get(p))]
-
-
-def lay_end_to_end(params: Sequence[Any]) -> None:
-    """Move what gathers move of some parameters into one buffer."""
-    sizes = [wire_of(p).numel() for p in params]
-    if sizes:
-        places = wire_of(params[0]).new_empty(sum(sizes)).split(sizes)
-        for p, place in zip(params, places, strict=True):
-            if (packed := packed_of(p)) is not None:
-                packed.move(place)
-            else:
-                p.ds_tensor.data = place.copy_(wire_of(p)).view(p.ds_tensor.dtype)
-
-
-def lay_wires(model: nn.Module) -> None:
-    """The same of the codes that have been made to be sent, which are others than before."""
-    if dist.get_world_size() > 1:
-        for unit in units(model):
-            packed = [(p, packed_of(p)) for p in unit]
-            lay_end_to_end([p for p, side in packed if side is not None and side.wire is not side.own])
-
-
-def wire_of(param: Any) -> Tensor:  # [bytes] uint8
-    """What a gather moves of a worker's shard."""
-    packed = packed_of(param)
-    moved: Tensor = param.ds_tensor.detach().view(torch.uint8) if packed is None else packed.wire
-    return moved
-
-
-def runs(params: Sequence[Any]) -> list[list[Any]]:
-    """Parameters, of which what is sent of each begins where that of the one before it ends."""
-    found: list[list[Any]] = []
-    end = None
-    for p in params:
-        shard = wire_of(p)
-        storage, start = shard.untyped_storage()._cdata, shard.storage_offset()
-        if (storage, start) == end:
-            found[-1].append(p)
-        else:
-            found.append([p])
-        end = (storage, start + shard.numel())
-    return found
-
-
-def _is_replicated(param: Any) -> bool:
-    """Whether a worker's codes lie among those of the others, which it keeps."""
-    packed = packed_of(param)
-    return packed is not None and packed.replica is not None and packed.wire is packed.own
-
-
-class _Work:
-    """One collective: what every worker sends of some parameters whose shards lie end to end."""
-
-    def __init__(self, shards: Sequence[Tensor]):
-        sizes = [shard.numel() for shard in shards]
-        own = shards[0].as_strided((sum(sizes),), (1,))
-        whole = own.new_empty(dist.get_world_size() * sum(sizes))
-        self.work: Any = dist.all_gather_into_tensor(whole, own, async_op=True)
-        self.parts = whole.view(-1, sum(sizes)).split(sizes, dim=1)
-
-    def wait(self) -> None:
-        self.work.wait()
-
-
-class _Gather:
-    """The gather of one parameter: every worker's shard, in order."""
-
-    def __init__(self, param: Any, whole: Tensor, work: _Work | None = None):
-        self.param, self.whole, self.work = param, whole, work
-
-    @torch.no_grad()
-    def wait(self, handle_dependency: bool = True) -> None:
-        param = self.param
-        if param.ds_status != ZeroParamStatus.INFLIGHT:
-            return
-        accelerator = get_accelerator()
-        # DeepSpeed waits in the gathers' stream. What is made of a gather here belongs to those that read it.
-        with accelerator.stream(accelerator.default_stream()):
-            if self.work is not None:
-                self.work.wait()
-            if not accelerator.is_synchronized_device():
-                self.whole.record_stream(accelerator.current_stream())
-            self._unpack(param, packed_of(param))
-        param.ds_status = ZeroParamStatus.AVAILABLE
-
-    def _unpack(self, param: Any, packed: Packed | None) -> None:
-        if packed is None:
-            whole = self.whole.reshape(-1).view(param.dtype)
-            param.data = whole[: param.ds_numel].view(param.ds_shape)
-            return
-        packed.whole = packed.arrived(self.whole)
-        if packed.in_layer:
-            # One element of storage stands for the weight: autograd wants its shape alone.
-            param.data = packed.stub.expand(param.ds_shape)
-        else:
-            param.data = packed.dense(param.ds_shape, param.dtype)
-            packed.whole = None
-
-
-class _Gathers(MultipleAllGatherHandles):
-    """The gathers of several parameters, started together, each waited for by itself."""
-
-    def __init__(self, gathers: dict[Any, _Gather]):
-        super().__init__(list(gathers.values()))
-        self.of = gathers
-
-
-class InflightGathers(UserDict):
-    """DeepSpeed's registry of started gathers: waiting for one parameter must not decode those fetched
-    ahead with it.
-    """
-
-    def __setitem__(self, param: Any, handle: Any) -> None:
-        super().__setitem__(param, handle.of[param])
+    def _gather(self, params: Sequence[Any], safe_mode: bool = False, quantize: bool = False) -> Gathers:
+        started = Gathers(params)
+        self.gathered_bytes += started.packed_bytes
+        return started
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, torch.Size, list[tuple[nn.Module, str]]]]:

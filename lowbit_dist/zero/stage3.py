@@ -21,7 +21,8 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
-from lowbit_dist.zero.shards import Shard, packed_of
+from lowbit_dist.zero.gathers import packed_of
+from lowbit_dist.zero.shards import Shard
 from lowbit_dist.zero.whole import Matrix, updated
 
 
