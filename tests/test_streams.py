@@ -233,12 +233,16 @@ def content(case):
 @pytest.mark.parametrize("case", CASES)
 def test_every_access_to_a_shard_is_ordered_by_streams(case, ranks):
     update = "update on reductions" if case == "released" else "update on default"
-    for found, seen in ranks(2).run(races, content(case), False):
-        assert found == {}
+    for unordered, seen in ranks(2).run(races, content(case), False):
+        assert unordered == {}
         assert {"shards", "states", "gathered shards", update} <= seen, "the case must see them"
-        assert not any(each.endswith(" on gathers") for each in seen), "nothing is made of what has not come"
+        assert not any(access.endswith(" on gathers") for access in seen), (
+            "nothing is made of what has not come"
+        )
 
 
 def test_a_gather_that_does_not_wait_for_the_update_is_found(ranks):
-    for found, _ in ranks(2).run(races, content("ternary"), True):
-        assert any("all_gather_into_tensor on network reads shards after update" in race for race in found)
+    for unordered, _ in ranks(2).run(races, content("ternary"), True):
+        assert any(
+            "all_gather_into_tensor on network reads shards after update" in race for race in unordered
+        )

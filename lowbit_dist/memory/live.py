@@ -59,14 +59,14 @@ def _divided(components: dict[str, Iterable[Tensor | None]]) -> dict[str, int]:
             start = int(t.storage_offset()) * t.itemsize
             spans[_identity(t)].setdefault(name, []).append((start, start + t.nbytes))
             bytes_of[_identity(t)] = t.untyped_storage().nbytes()
-    for key, of_each in spans.items():
+    for key, of_component in spans.items():
         taken: list[tuple[int, int]] = []
         covered = 0
-        for name, own in of_each.items():
+        for name, own in of_component.items():
             taken += own
             before, covered = covered, _covered(taken)
             sizes[name] += covered - before
-        sizes[next(iter(of_each))] += bytes_of[key] - covered
+        sizes[next(iter(of_component))] += bytes_of[key] - covered
     return sizes
 
 

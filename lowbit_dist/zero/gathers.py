@@ -1,8 +1,8 @@
 """Gathers: of a transformer block one collective, whatever it is made of.
 
 What a gather moves of the shards of a block's parameters, packed or not, lies end to end in one buffer of
-bytes (`lay_out`), in the order of the parameters.  So do the shards of what stands before the blocks and after
-them.
+bytes (`lay_out`), in the order of the parameters.  So do the shards of what stands before the blocks and
+after them.
 
     worker 0   | q_proj | k_proj | ... | down_proj | norm | norm |       one buffer: codes, and bf16 of norms
     worker 1   | q_proj | k_proj | ... | down_proj | norm | norm |
@@ -94,17 +94,17 @@ def wire_of(param: Any) -> Tensor:  # [bytes] uint8
 
 def _runs(params: Sequence[Any]) -> list[list[Any]]:
     """Parameters, of which what is sent of each begins where that of the one before it ends."""
-    found: list[list[Any]] = []
+    neighbours: list[list[Any]] = []
     end = None
     for p in params:
         shard = wire_of(p)
         storage, start = shard.untyped_storage()._cdata, shard.storage_offset()
         if (storage, start) == end:
-            found[-1].append(p)
+            neighbours[-1].append(p)
         else:
-            found.append([p])
+            neighbours.append([p])
         end = (storage, start + shard.numel())
-    return found
+    return neighbours
 
 
 class Gathers(MultipleAllGatherHandles):
