@@ -99,7 +99,7 @@ class _Worker:
         self.engine = engine = _build(config, self.manifest)
         self.layers = statistics.Layers(engine)
         self.batches = data.Batches(config.data, "train", config.run.seed)
-        self.start = resuming.start(config, engine)
+        self.start = resuming.start(config, engine, heartbeat)
         if engine.rank == 0:
             _prepare_folder(config, self.manifest, engine.world, is_new=self.start.step == 0)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)

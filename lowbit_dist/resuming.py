@@ -10,16 +10,31 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, inputs
+from lowbit_dist import checkpoint, compiled, inputs
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.heartbeat import Beat
 from lowbit_dist.zero import Engine
 
 log = logging.getLogger(__name__)
 
 
-def start(config: RunConfig, engine: Engine) -> Position:
-    """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from."""
+def start(config: RunConfig, engine: Engine, heartbeat: Beat) -> Position:
+    """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from.
+
+    Blocks are compiled from now on if the run asks for it, or was until now.
+    """
+    position = _start(config, engine)
+    step = position.step + 1
+    instructions = compiled.decide(
+        config, engine.device.type, sum(engine.numels.values()), is_new=step == 1, before=position.compiled
+    )
+    if instructions is not None:
+        engine.compile(lambda: heartbeat("start", step))
+    return replace(position, compiled=instructions)
+
+
+def _start(config: RunConfig, engine: Engine) -> Position:
     if (position := load_newest(config, engine)) is not None:
         log.info("resumes from step %d", position.step)
         return position
