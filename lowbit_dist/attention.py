@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +43,25 @@ def within_documents(
     mask = torch.zeros(sees.shape, dtype=dtype, device=tokens.device)
     mask.masked_fill_(~sees, torch.finfo(dtype).min)
     return {"attention_mask": mask[:, None], "position_ids": sees.sum(2) - 1}
+
+
+@contextmanager
+def causal(device: torch.device) -> Iterator[None]:
+    """Inside, Hugging Face models that are given tokens alone attend by `is_causal` on a GPU, where flash
+    kernels take no mask.
+
+    transformers takes positions that jump for borders of packed samples, and makes a mask for every layer of
+    what it finds, of nothing as well, for to look would wait for the GPU.  Nothing here is packed so.  On a
+    CPU the mask stays, and with it the bits of earlier runs: without one, gradients of keys that several
+    heads share are added up in another order.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    from transformers import masking_utils
+
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None):
+        yield
 
 
 def _begins(tokens: Tensor, marks: Marks) -> Tensor:  # [samples, length] bool

@@ -112,7 +112,7 @@ def instructions(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else machine.instructions()
 
 
-def compile_blocks(model: nn.Module, heartbeat: Callable[[], None]) -> None:
+def compile_blocks(model: nn.Module, heartbeat: Callable[[], object]) -> None:
     """Let the training passes of a model's blocks run compiled; `heartbeat` is called for each part."""
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from lowbit_dist import ops
 from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.method import Method
 from lowbit_dist.model import replace_linears, scale_every
+from lowbit_dist.ops.states import dtype_of
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
 from lowbit_dist.packed import PackedTensor, check_shape
@@ -365,7 +366,7 @@ class Optimizer(torch.optim.Optimizer):
             p = params[i]
             states = self.rules[p].states
             for slot in self.rules[p].slots:
-                if state[slot.name].dtype != (wanted := ops.dtype_of(slot, states)):
+                if state[slot.name].dtype != (wanted := dtype_of(slot, states)):
                     raise ValueError(
                         f"the state's {slot.name} is {state[slot.name].dtype}; with states {states} it must "
                         f"be {wanted}"

@@ -18,6 +18,7 @@ from lowbit_dist.config import ConfigError, Data, RunConfig
 from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.inference import multiplies_integers
+from lowbit_dist.loss import chunk_loss
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import marks
 
@@ -106,7 +107,8 @@ def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float
     with torch.inference_mode():
         for batch in batches:
             tokens, labels = (part.to(device) for part in batch)
-            loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
+            with attention.causal(tokens.device):
+                loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
             nats += n_predicted(labels) * loss.double().item()
     return nats / sum(n_predicted(labels) for _, labels in batches)
 
@@ -118,6 +120,7 @@ def loaded(trained: Trained, *, integer: bool = False, forward: Grid | None = No
     otherwise; ConfigError if none does.
     """
     network = trained.network(integer=integer, forward=forward)
+    chunk_loss(network)
     if integer and not multiplies_integers(network):
         raise ConfigError(
             f"--integer needs layers that round their inputs to 8 bits, and a CPU with a C compiler; "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator, Field, create_model
 
 from lowbit_dist.section import (
-    AutoOrGpus,
+    AutoOrGpu,
     AutoOrSeconds,
     FilePath,
     RunName,
@@ -70,8 +70,8 @@ class Cluster(Section):
     cpus_per_worker: Annotated[int | float, BeforeValidator(number), Field(gt=0, le=4096)] = setting(
         1, "How many processors Ray sets aside for a worker.", unit="processors"
     )
-    gpus_per_worker: AutoOrGpus = setting(
-        "auto", "How many GPUs a worker has; auto is one where the cluster has GPUs.", unit="GPUs"
+    gpus_per_worker: AutoOrGpu = setting(
+        "auto", "Whether a worker has a GPU of its own; auto is 1 where the cluster has GPUs.", unit="GPUs"
     )
     max_failures: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
         10, "How often a launch restarts after a failure before it gives up.", unit="restarts"

@@ -28,7 +28,7 @@ from lowbit_dist.packed import PackedTensor
 class IntegerLinear(PackedLinear):
     """The method's layer, for inference alone."""
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # [..., K] -> [..., N]
         if self.norm is not None:
             x = self.norm(x)
         t = self.weight.packed.tensor

@@ -14,17 +14,24 @@ What is safe under ZeRO-3, where weights are gathered before a module runs and r
   backward.  It may let autograd save a parameter itself, never a view or a copy of one: a parameter's values
   are gathered again before the backward pass, a copy of them is a weight that stays.
 
+Inputs that are rounded to integers are saved as these, a byte an element, and computed once for all layers
+that are given the same tensor, as the projections of an attention are.
+
 `nn.functional.linear` on a CPU saves the transposed *view* of its weight; `linear` below saves the parameter.
 
 Letters: T tokens, K in_features, N out_features.
 """
 
-from typing import Protocol
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lowbit_dist.ops.reference import round_tokens
+from lowbit_dist import ops
 
 # The linears of a LLaMA block whose inputs no RMSNorm precedes; SubLN (as in BitNet) adds one there.
 INNER_LINEARS = ("o_proj", "down_proj")
@@ -67,9 +74,62 @@ def plain_product(a: Tensor, b: Tensor, *, of_gradient: bool = False) -> Tensor:
     return a @ b.t()
 
 
+class _Latest:
+    """The latest result that was computed of a tensor's memory, kept while that lives and is unchanged.
+
+    Layers that read one tensor ask one after the other, and DeepSpeed hands each of them a view of its own.
+    """
+
+    def __init__(self) -> None:
+        self.entry: tuple[Any, ...] = (None, None, None)  # a reference to the memory, what was asked, result
+
+    def of(self, x: Tensor, *asked: object, compute: Callable[[], Any]) -> Any:
+        if x.is_inference() or torch.compiler.is_compiling():  # no version says whether it was changed
+            return compute()
+        memory = x.untyped_storage()
+        asked = (*asked, x._version, x.storage_offset(), x.shape, x.stride(), x.dtype)
+        known, of, result = self.entry
+        if known is None or known() is not memory or of != asked:
+            result = compute()
+            self.entry = (weakref.ref(memory, self._forget), asked, result)
+        return result
+
+    def _forget(self, reference: object) -> None:
+        if self.entry[0] is reference:
+            self.entry = (None, None, None)
+
+
+class _Recent(threading.local):
+    """Of a thread: autograd has its own for each GPU."""
+
+    def __init__(self) -> None:
+        self.rounded, self.values = _Latest(), _Latest()
+
+
+_recent = _Recent()
+
+
+def _round(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, K] in integers as `ops.round_tokens` gives them, and the numbers that these stand for, in x's
+    precision.
+    """
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        levels, per_unit = ops.round_tokens(x.contiguous(), bits)
+        return levels, per_unit, ops.token_values(levels, per_unit, x.dtype)
+
+    return _recent.rounded.of(x, bits, compute=compute)  # type: ignore[no-any-return]
+
+
+def _values_again(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """For the backward passes of layers that were given the same tensor."""
+    compute = partial(ops.token_values, levels, per_unit, dtype)
+    return _recent.values.of(levels, dtype, compute=compute)  # type: ignore[no-any-return]
+
+
 class _Linear(torch.autograd.Function):
-    """y = x . F(W)^T + b.  Gradients are those at the view's values, through the view: dx = dy . F(W),
-    dW = view.backward(dy^T . x).
+    """y = Q(x) . F(W)^T + b.  Gradients are those at the view's values, through the view: dx = dy . F(W),
+    dW = view.backward(dy^T . Q(x)).
     """
 
     @staticmethod
@@ -81,13 +141,20 @@ class _Linear(torch.autograd.Function):
         view: View | None,
         dtype: torch.dtype | None,  # of the products, where autocast asks for another than the operands'
         product: Product,
+        bits: int | None,  # to which each token is rounded
     ) -> Tensor:
-        x = x if dtype is None else x.to(dtype)
-        ctx.save_for_backward(x)
+        given = x.dtype
+        if bits is None:
+            x = x if dtype is None else x.to(dtype)
+            ctx.save_for_backward(x)
+        else:
+            levels, per_unit, x = _round(x, bits)
+            ctx.save_for_backward(levels, per_unit)
+            x = x.to(dtype or given)
         # Not among the saved tensors: activation checkpointing aliases each, values and all, from its second
         # forward pass on, although DeepSpeed releases the weight after it and gathers it again.
         ctx.weight, ctx.view, ctx.product = weight, view, product  # type: ignore[attr-defined]
-        ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+        ctx.given, ctx.dtype, ctx.has_bias = given, x.dtype, bias is not None  # type: ignore[attr-defined]
         w = values(weight)
         own = None
         if view is not None:
@@ -99,7 +166,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
-        (x,), view, product = ctx.saved_tensors, ctx.view, ctx.product
+        saved, view, product = ctx.saved_tensors, ctx.view, ctx.product
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = None
         w = values(ctx.weight)
@@ -110,10 +177,11 @@ class _Linear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.needs_input_grad[1]:
+            x = saved[0] if len(saved) == 1 else _values_again(saved[0], saved[1], ctx.given).to(ctx.dtype)
             dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, None, None, None, None
 
 
 def linear(
@@ -123,14 +191,16 @@ def linear(
     *,
     view: View | None = None,
     product: Product = plain_product,
+    bits: int | None = None,
 ) -> Tensor:  # [..., N]
-    """`x . view(weight)^T + bias`."""
+    """`x . view(weight)^T + bias`; with `bits`, each token of x is rounded as `IntPerToken` says."""
     device, tokens = x.device.type, x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            y = _Linear.apply(tokens, weight, bias, view, torch.get_autocast_dtype(device), product)
+            dtype = torch.get_autocast_dtype(device)
+            y = _Linear.apply(tokens, weight, bias, view, dtype, product, bits)
     else:
-        y = _Linear.apply(tokens, weight, bias, view, None, product)
+        y = _Linear.apply(tokens, weight, bias, view, None, product, bits)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -139,11 +209,15 @@ class IntPerToken(nn.Module):
     through.
 
     xq = clip(round(a x), -2^(b-1), 2^(b-1) - 1) / a with a = (2^(b-1) - 1) / max(max|x|, 1e-5)
-    (arXiv 2402.17764; the epsilon is the 1bitLLM reproduction's).
+    (arXiv 2402.17764; the epsilon is the 1bitLLM reproduction's).  `bits` is from 2 to 8.
+
+    `Linear` rounds by itself where this is its quantiser, so that it can keep integers.
     """
 
     def __init__(self, bits: int = 8):
         super().__init__()
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits is {bits}; tokens are rounded to integers of 2 to 8 bits")
         self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,8 +230,8 @@ class IntPerToken(nn.Module):
 class _RoundTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bits: int) -> Tensor:
-        levels, per_unit = round_tokens(x, bits)
-        return levels.div_(per_unit).to(x.dtype)
+        tokens = ops.round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), bits)
+        return ops.token_values(*tokens, x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
@@ -192,12 +266,16 @@ class Linear(nn.Module):
                 like.in_features, eps=norm_eps, device=like.weight.device, dtype=like.weight.dtype
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, multiply: Callable[..., Tensor] = linear) -> Tensor:
+        """`multiply`: what is made of the operands in the place of their product (loss.py)."""
         if self.norm is not None:
             x = self.norm(x)
+        operands: Any = {"view": self.view, "product": self.product}
+        if type(self.activation) is IntPerToken and multiply is linear:
+            return linear(x, self.weight, self.bias, bits=self.activation.bits, **operands)
         if self.activation is not None:
             x = self.activation(x)
-        return linear(x, self.weight, self.bias, view=self.view, product=self.product)
+        return multiply(x, self.weight, self.bias, **operands)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

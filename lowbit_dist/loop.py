@@ -8,7 +8,6 @@ computed which.  Where the loss leaves prompts out, micro-batches weigh by their
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from lowbit_dist import (
     checkpoint,
+    cost,
     data,
     float8,
     guard,
@@ -34,6 +34,7 @@ from lowbit_dist import (
     statistics,
 )
 from lowbit_dist.checkpoint import Checkpoint, Position
+from lowbit_dist.clock import Clock
 from lowbit_dist.config import RunConfig
 from lowbit_dist.evaluate import n_predicted, n_validation_samples, quality, validation_loss
 from lowbit_dist.files import keep
@@ -96,10 +97,12 @@ class _Worker:
         if config.precision == "fp8":
             float8.check(float8.gpus(), f"worker {dist.get_rank()}")
         self.manifest = inputs.agreed(config)
-        self.engine = engine = _build(config, self.manifest)
+        self.engine, initial = _build(config, self.manifest)
+        engine = self.engine
         self.layers = statistics.Layers(engine)
-        self.batches = data.Batches(config.data, "train", config.run.seed)
-        self.start = resuming.start(config, engine, heartbeat)
+        batches = data.Batches(config.data, "train", config.run.seed)
+        self.feed = data.Feed(batches, config.train.micro_batch, engine.device)
+        self.start = resuming.start(config, engine, initial, self.layers, partial(heartbeat, "start", 0))
         if engine.rank == 0:
             _prepare_folder(config, self.manifest, engine.world, is_new=self.start.step == 0)
         self.record = Record(config.run_dir, step=self.start.step, writes=engine.rank == 0)
@@ -115,7 +118,8 @@ class _Worker:
         self.of_layers: dict[str, dict[str, float]] = {}
         self.peak: dict[str, Any] = {}
         self.val_loss: float | None = None
-        self.clock = _Clock()
+        self.clock = Clock()
+        self.speed = cost.Speed(config, self.manifest.vocab_size, cost.peak_flops(engine.device))
 
     def sampled(self, step: int) -> AbstractContextManager[Any]:
         """The second step of a process is its first with every buffer in place: its memory is the run's."""
@@ -132,13 +136,13 @@ class _Worker:
         engine, size = self.engine, self.config.train.micro_batch
         mine = range(engine.rank, engine.micro_batches, engine.world)
         starts = [position.samples + j * size for j in mine]
-        labels = [self.batches.labels(start, size) for start in starts]
+        following = [*starts[1:], starts[0] + self._samples_of_a_step]
+        labels = [self.feed.labels(start) for start in starts]
         weights = self._weights(labels)
         # A place for each micro-batch, and one by which worker 0 tells the others to stop.
         losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
-        for j, start, target, weight in zip(mine, starts, labels, weights, strict=True):
-            tokens = self.batches.micro_batch(start, size)
-            losses[j] = step.backward(tokens.to(engine.device), target, weight).double()
+        for j, start, then, target, weight in zip(mine, starts, following, labels, weights, strict=True):
+            losses[j] = step.backward(self.feed.tokens(start, then), target, weight).double()
             is_first = position.step == self.start.step
             self.heartbeat("start" if is_first else "step", position.step + 1)
         losses[-1] = float(engine.rank == 0 and self.config.stop_file.exists())
@@ -216,7 +220,7 @@ class _Worker:
             "loss": position.loss_sum / n if n else None,
             "lr": lr,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
-            "tokens_per_second": self.clock.rate(),
+            **self.speed.metrics(self.clock.rate(), engine.world),
             "skipped_steps": position.skipped_steps,
             "rollbacks": position.rollbacks,
             "restarts": self.begun.restarts,
@@ -316,14 +320,17 @@ def _worker(config: RunConfig, begun: Start, heartbeat: Beat) -> Iterator[_Worke
         raise
     finally:
         worker.record.close()
+        worker.feed.close()
         worker.engine.close()
 
 
-def _build(config: RunConfig, manifest: data.Manifest) -> Engine:
+def _build(config: RunConfig, manifest: data.Manifest) -> tuple[Engine, model.InitialWeights]:
+    """An engine without values, and the first ones that its weights may get."""
     built = model.build(config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
     marks = manifest.marks if config.data.document_mask else None
-    return Engine(config, built, initial, model.low_bit_names(built, config.method), marks)
+    low_bit = model.low_bit_names(built, config.method)
+    return Engine(config, built, None, low_bit, marks), initial
 
 
 def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int, *, is_new: bool) -> None:
@@ -364,33 +371,3 @@ def _quality(val_loss: float, manifest: data.Manifest) -> dict[str, float | None
 
 def _is_due(step: int, every: int, steps: int) -> bool:
     return step % every == 0 or step == steps
-
-
-class _Clock:
-    """Training time, without evaluations and what a save takes of it."""
-
-    def __init__(self) -> None:
-        self.tokens = self.tokens_before = 0
-        self.idle = self.idle_before = 0.0
-        self.started = self.last = time.monotonic()
-
-    def count(self, tokens: int) -> None:
-        self.tokens += tokens
-
-    def rate(self) -> float:
-        """Tokens per second since the last call."""
-        now = time.monotonic()
-        seconds = now - self.last - (self.idle - self.idle_before)
-        rate = (self.tokens - self.tokens_before) / max(seconds, 1e-9)
-        self.last, self.tokens_before, self.idle_before = now, self.tokens, self.idle
-        return rate
-
-    def mean_rate(self) -> float:
-        """Tokens per second since the start of this process's training."""
-        return self.tokens / max(time.monotonic() - self.started - self.idle, 1e-9)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.idle += time.monotonic() - began

@@ -21,6 +21,7 @@ from lowbit_dist import attention, experts, pretrained
 from lowbit_dist.config import ConfigError, Model, RunConfig
 from lowbit_dist.errors import first_line
 from lowbit_dist.grid import BLOCK
+from lowbit_dist.loss import why_whole
 from lowbit_dist.methods.method import Method
 from lowbit_dist.packed import check_shape
 from lowbit_dist.pretrained import Pretrained
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 # Of a run's precision; in fp8 are the products of linear layers alone.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 LEFT = 0.02  # of a low-bit model's layers: the share of matrices that may be in full precision
+DRAWN = 2**14  # numbers that are drawn in one call
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
 
 
@@ -145,6 +147,10 @@ def check(config: RunConfig, vocab_size: int, *, used: int | None = None) -> Non
     loaded = pretrained.configuration(config.model.pretrained, "model.pretrained")
     if changed := pretrained.without_chance(loaded):
         log.warning(f"{named} has {', '.join(changed)}; a run trains without, so that it can be repeated")
+    if (why := why_whole(model)) is not None:
+        log.warning(
+            f"{named}: {_architecture(model)} {why}; all logits of a micro-batch are in memory at once"
+        )
     _check_vocabulary(model, named, vocab_size, used)
 
 
@@ -336,6 +342,16 @@ def _sampled(method: Method, shape: tuple[int, ...]) -> int:
     return method.quantize(torch.zeros(shape)).scale_every
 
 
+def _parts(values: Tensor) -> list[Tensor]:
+    """Of a size that a core's cache holds: PyTorch draws uniform numbers first, and makes normal ones of each
+    16 of them in a second pass.  So the numbers are those of one call, unless a part has fewer than 16.
+    """
+    parts = list(values.split(DRAWN))
+    if len(parts) > 1 and len(parts[-1]) < 16:
+        parts[-2:] = [values[-DRAWN - len(parts[-1]) :]]
+    return parts
+
+
 class InitialWeights:
     """Value of any parameter before the first step, made on demand: random, or read from a pretrained
     folder.
@@ -359,7 +375,10 @@ class InitialWeights:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.empty(shape).normal_(0.0, self.std, generator=generator)
+        value = torch.empty(shape)
+        for part in _parts(value.view(-1)):
+            part.normal_(0.0, self.std, generator=generator)
+        return value
 
     def check(self, model: nn.Module) -> None:
         """ConfigError unless a pretrained folder holds the model: each parameter in its shape, and no more.

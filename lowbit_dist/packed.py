@@ -49,8 +49,8 @@ class PackedTensor:
         """
         every = weight.numel() // len(scale)
         check_shape(weight.shape, every)
-        levels = ops.quantize(weight.reshape(-1).float(), scale, grid=grid, scale_every=every)
-        return cls(ops.pack(levels, grid=grid), scale, every, grid, tuple(weight.shape))
+        codes = ops.encode(weight.reshape(-1).float(), scale, grid=grid, scale_every=every)
+        return cls(codes, scale, every, grid, tuple(weight.shape))
 
     @classmethod
     def of_levels(cls, levels: Tensor, scale: Tensor, grid: Grid) -> "PackedTensor":

@@ -13,48 +13,71 @@ import torch.distributed as dist
 from lowbit_dist import checkpoint, compiled, inputs
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.heartbeat import Beat
-from lowbit_dist.zero import Engine
+from lowbit_dist.statistics import Layers
+from lowbit_dist.zero import Engine, Initial
 
 log = logging.getLogger(__name__)
 
 
-def start(config: RunConfig, engine: Engine, heartbeat: Beat) -> Position:
+def start(
+    config: RunConfig,
+    engine: Engine,  # without values
+    initial: Initial,
+    layers: Layers,
+    heartbeat: Callable[[], object],
+) -> Position:
     """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from.
 
-    Blocks are compiled from now on if the run asks for it, or was until now.
+    First weights are made only where no checkpoint has others.  Blocks are compiled from now on if the run
+    asks for it, or was until now.
     """
-    position = _start(config, engine)
-    step = position.step + 1
+    position = _start(config, engine, initial, layers, heartbeat)
+    device, n_parameters = engine.device.type, sum(engine.numels.values())
     instructions = compiled.decide(
-        config, engine.device.type, sum(engine.numels.values()), is_new=step == 1, before=position.compiled
+        config, device, n_parameters, is_new=position.step == 0, before=position.compiled
     )
     if instructions is not None:
-        engine.compile(lambda: heartbeat("start", step))
+        engine.compile(heartbeat)
     return replace(position, compiled=instructions)
 
 
-def _start(config: RunConfig, engine: Engine) -> Position:
-    if (position := load_newest(config, engine)) is not None:
+def _start(
+    config: RunConfig, engine: Engine, initial: Initial, layers: Layers, heartbeat: Callable[[], object]
+) -> Position:
+    if (path := _newest(config, engine)) is not None:
+        if not layers.recall():
+            engine.initialize(initial, heartbeat)
+            layers.remember()
+        position = _load(path, engine)
         log.info("resumes from step %d", position.step)
         return position
     begin = Position(step=0, samples=0, tokens=0)
     if (path := _chosen(lambda: inputs.parent(config))) is None:
+        engine.initialize(initial, heartbeat)
         log.info("begins at step 0")
-        return begin
-    parent, with_states = Checkpoint.open(path), config.run.with_states
-    parent.load_into(engine.shards, with_states=with_states)
-    engine.refresh(1)
-    log.info("starts from %s", path)
-    return replace(begin, updates_before=parent.position.updates) if with_states else begin
+    else:
+        parent, with_states = Checkpoint.open(path), config.run.with_states
+        parent.load_into(engine.shards, with_states=with_states)
+        engine.refresh(1)
+        log.info("starts from %s", path)
+        begin = replace(begin, updates_before=parent.position.updates) if with_states else begin
+    layers.remember()
+    return begin
 
 
 def load_newest(config: RunConfig, engine: Engine) -> Position | None:
     """Load the newest undamaged checkpoint; None if there is none yet."""
+    path = _newest(config, engine)
+    return None if path is None else _load(path, engine)
+
+
+def _newest(config: RunConfig, engine: Engine) -> Path | None:
     if engine.rank == 0:
         checkpoint.clear_partial(config.run_dir)
-    if (path := _chosen(lambda: checkpoint.latest(config.run_dir))) is None:
-        return None
+    return _chosen(lambda: checkpoint.latest(config.run_dir))
+
+
+def _load(path: Path, engine: Engine) -> Position:
     opened = Checkpoint.open(path)
     opened.load_into(engine.shards)
     engine.refresh(max(1, opened.position.step))

@@ -73,14 +73,17 @@ def pair(value: Any) -> Any:
     return tuple(value)
 
 
-def _auto_or(least: float, unit: str) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value == "auto" or (number and least <= value < 1e9):
-            return value
-        raise broken_rule(f"must be auto, or a number of {unit} from {least:g} up")
+def _auto_or_seconds(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "auto" or (number and 1 <= value < 1e9):
+        return value
+    raise broken_rule("must be auto, or a number of seconds from 1 up")
 
-    return BeforeValidator(check)
+
+def _auto_or_gpu(value: Any) -> Any:
+    if value == "auto" or (value in (0, 1) and not isinstance(value, bool)):
+        return value
+    raise broken_rule("must be auto, 0 or 1: a worker has a GPU of its own or none; write auto")
 
 
 def number(value: Any) -> Any:
@@ -113,12 +116,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Tokens = Annotated[int, Field(ge=1, le=2**40)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
-_FromZero, _FromOne = Field(ge=0, lt=1e9), Field(ge=1, lt=1e9)
-AutoOrGpus = Annotated[
-    Literal["auto"] | Annotated[int, _FromZero] | Annotated[float, _FromZero], _auto_or(0, "GPUs")
-]
+AutoOrGpu = Annotated[Literal["auto", 0, 1], BeforeValidator(_auto_or_gpu)]
+_FromOne = Field(ge=1, lt=1e9)
 AutoOrSeconds = Annotated[
-    Literal["auto"] | Annotated[int, _FromOne] | Annotated[float, _FromOne], _auto_or(1, "seconds")
+    Literal["auto"] | Annotated[int, _FromOne] | Annotated[float, _FromOne], BeforeValidator(_auto_or_seconds)
 ]
 
 

@@ -9,18 +9,23 @@ latent weight or of finer codes, `Method.levels` is asked, before and after the 
     zero_fraction   share of the levels that are 0
     saturation      share of the levels at an end of the grid
     entropy         of the levels' distribution, in bits: log2(n_levels) where all are used alike
-    distance        mean of |level - the first level|, over a sample of some 4,096 elements
+    distance        mean of |level - the first level|, over a sample of some 4,096 elements; the run's folder
+                    keeps that of the first levels, which a resumed run does not make again
     grad_norm       of the mean gradient, before clipping
 """
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from zipfile import BadZipFile
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_dist import ops
+from lowbit_dist.files import atomic_write
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.zero import Engine, Shard, Update
 
@@ -31,6 +36,7 @@ LAYER_METRICS: dict[str, Callable[[Tensor, Grid], float]] = {
     "entropy": lambda counts, grid: _entropy(counts),
 }
 SAMPLE_BLOCKS = 16  # of each layer, whose first levels are kept on the host
+FIRST_LEVELS = ".first_levels.npz"  # in a run's folder: the same, as GRID/WEIGHT
 
 Levels = dict[str, Tensor]  # weight -> this worker's part of it as levels: int8 [numel of the shard]
 
@@ -39,13 +45,49 @@ class Layers:
     """The layers of a model in training, and a sample of the levels with which they began."""
 
     def __init__(self, engine: Engine):
-        """`engine` has the run's initial weights, whatever checkpoint it loads afterwards."""
+        """Before anything is measured, `remember` or `recall` must know the first levels."""
         self.engine = engine
-        self.first: dict[Grid | None, Levels] = {}  # of each grid that the forward pass has in the run
-        for step in (engine.config.train.steps, 1):
-            engine.turn(step)
-            if self.grid not in self.first:
-                self.first[self.grid] = self._sample(self._viewed())
+        self.first: dict[str, Levels] = {}  # by the grid that the forward pass has: of whole tensors, samples
+        self.file = engine.config.run_dir / FIRST_LEVELS
+
+    def remember(self) -> None:
+        """The levels of the weights as they are now are the run's first; on every worker."""
+        for step in (self.engine.config.train.steps, 1):
+            viewed = self.viewed(step)
+            if self.grid is not None and self.grid.name not in self.first:
+                self.first[self.grid.name] = self._whole_sample(viewed)
+        if self.engine.rank != 0 or not self.first:
+            return
+        named = {f"{grid}/{name}": part for grid, parts in self.first.items() for name, part in parts.items()}
+        with suppress(OSError):  # a full disk is reported elsewhere
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.file) as draft, draft.open("wb") as opened:
+                numpy.savez(opened, **{name: part.numpy() for name, part in named.items()})
+
+    def recall(self) -> bool:
+        """Know the first levels from the run's folder; on every worker, as worker 0 has read them.
+
+        False if they are not there, as in the folder of an earlier version's run.
+        """
+        read = [self._read() if self.engine.rank == 0 else None]
+        dist.broadcast_object_list(read)
+        self.first = read[0] or {}
+        return read[0] is not None
+
+    def _read(self) -> dict[str, Levels] | None:
+        config = self.engine.config
+        grids = [method.forward_grid for method in config.method.stages(config.train.steps)]
+        first: dict[str, Levels] = {grid.name: {} for grid in grids if grid is not None}
+        try:
+            with numpy.load(self.file, allow_pickle=False) if first else nullcontext({}) as kept:
+                for key in kept:
+                    grid, _, name = key.partition("/")
+                    first[grid][name] = torch.from_numpy(kept[key])
+                    if len(first[grid][name]) != len(_sampled(self.engine.numels[name])):
+                        return None
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+            return None
+        return first if all(first.values()) else None
 
     @property
     def grid(self) -> Grid | None:
@@ -124,20 +166,22 @@ class Layers:
 
     def _distances(self, names: list[str], after: Levels) -> list[float]:
         """Over all workers, of the sampled elements."""
-        now, first = self._sample(after), self.first[self.grid]
+        assert self.grid is not None, "there are levels"
+        now, first = self._sample(after), self.first[self.grid.name]
         sums = torch.zeros(len(names), 2, dtype=torch.int64)
+        shards = {shard.name: shard for shard in self.engine.shards}
         for i, name in enumerate(names):
             if name in now:
-                moved = (now[name].int() - first[name].int()).abs()
+                moved = (now[name].int() - first[name][_is_here(shards[name])].int()).abs()
                 sums[i, 0], sums[i, 1] = moved.sum(), len(moved)
         sums = sums.to(self.engine.device)
         dist.all_reduce(sums)
         return [moved / max(n, 1) for moved, n in sums.tolist()]
 
-    def _sample(self, viewed: Levels) -> Levels:  # on the host
+    def _sample(self, viewed: Levels) -> Levels:  # of this worker's shards, on the host
         samples: Levels = {}
         for shard in self.engine.shards:
-            at = _sampled(shard)
+            at = _sampled(math.prod(shard.shape))[_is_here(shard)] - shard.start
             if shard.name in viewed:
                 samples[shard.name] = viewed[shard.name][at.to(self.engine.device)].cpu()
             elif shard.codes is not None and shard.grid is not None and not self.are_viewed:
@@ -145,17 +189,37 @@ class Layers:
                 samples[shard.name] = ops.unpack(blocks.reshape(-1), grid=shard.grid).cpu()
         return samples
 
+    def _whole_sample(self, viewed: Levels) -> Levels:  # of whole tensors, on the host
+        here = self._sample(viewed)
+        names = list(viewed) if self.are_viewed else self.engine.low_bit
+        least = torch.iinfo(torch.int8).min  # of an element that is on other workers; some may be on several
+        whole = {
+            name: torch.full(_sampled(self.engine.numels[name]).shape, least, dtype=torch.int8)
+            for name in names
+        }
+        for shard in self.engine.shards:
+            if shard.name in here:
+                whole[shard.name][_is_here(shard)] = here[shard.name]
+        if not whole:
+            return {}
+        flat = torch.cat(list(whole.values())).to(self.engine.device)
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+        parts = flat.cpu().split([len(part) for part in whole.values()])
+        return dict(zip(whole, parts, strict=True))
 
-def _sampled(shard: Shard) -> Tensor:
-    """Elements of the shard that are in its tensor's sample: whole blocks, evenly spread over the tensor, the
-    same on any number of workers.
-    """
-    numel = math.prod(shard.shape)
+
+def _sampled(numel: int) -> Tensor:
+    """Elements of a tensor that are in its sample: whole blocks, evenly spread over it."""
     n_blocks = -(-numel // BLOCK)
     blocks = torch.arange(0, n_blocks, max(1, n_blocks // SAMPLE_BLOCKS))
     at = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).reshape(-1)
-    is_here = (at >= shard.start) & (at < min(shard.start + shard.numel, numel))
-    return at[is_here] - shard.start
+    return at[at < numel]
+
+
+def _is_here(shard: Shard) -> Tensor:  # bool
+    """Which elements of its tensor's sample a shard has."""
+    at = _sampled(math.prod(shard.shape))
+    return (at >= shard.start) & (at < shard.start + shard.numel)
 
 
 def _share(some: Tensor, counts: Tensor) -> float:

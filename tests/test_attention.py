@@ -183,3 +183,44 @@ def test_data_that_does_not_say_what_separates_documents_is_refused(short):
     with pytest.raises(ConfigError, match=r"data\.document_mask \(true\) needs data that says"):
         data.check(config)
     data.check(config.model_copy(update={"data": config.data.model_copy(update={"document_mask": False})}))
+
+
+def attended(network, tokens, device):
+    """Logits and the gradients of parameters, and which keywords attention had in each layer."""
+    from torch.nn import functional
+
+    calls, attend = [], functional.scaled_dot_product_attention
+
+    def recorded(*args, **keywords):
+        calls.append(keywords)
+        return attend(*args, **keywords)
+
+    network.zero_grad()
+    with pytest.MonkeyPatch.context() as patch, attention.causal(torch.device(device)):
+        patch.setattr(functional, "scaled_dot_product_attention", recorded)
+        out = network(input_ids=tokens, labels=tokens, use_cache=False)
+    out.loss.backward()
+    return out.logits.detach(), [p.grad.clone() for p in network.parameters()], calls
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen2", "qwen3", "phi", "gpt_neox", "mixtral"])
+def test_on_gpus_plain_samples_are_attended_without_a_mask(name):
+    network, tokens = built(name), torch.randint(500, (2, 24), generator=torch.Generator().manual_seed(0))
+    logits, gradients, calls = attended(network, tokens, "cuda")
+    assert calls and all(call["attn_mask"] is None and call["is_causal"] for call in calls)
+    masked_logits, masked_gradients, masked = attended(network, tokens, "cpu")
+    assert all(call["attn_mask"] is not None and not call["is_causal"] for call in masked), "as it was"
+    assert torch.allclose(logits, masked_logits, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients, masked_gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_on_gpus_layers_that_look_back_less_keep_their_mask():
+    config = hf_folders.CONFIGS["mistral"]()
+    config.sliding_window = 8
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(config).eval().double()
+    tokens = torch.randint(500, (2, 24), generator=torch.Generator().manual_seed(0))
+    logits, _, calls = attended(network, tokens, "cuda")
+    assert all(call["attn_mask"] is not None for call in calls)
+    assert torch.equal(logits, attended(network, tokens, "cpu")[0])

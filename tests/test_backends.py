@@ -4,6 +4,7 @@ Triton against the reference is test_kernels.py.
 """
 
 import logging
+import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from test_matmul import SHAPES, case
 
 from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, GRIDS
-from lowbit_dist.ops import Codes, Weights, cpu, reference
+from lowbit_dist.ops import Codes, Weights, cpu, native, reference
 
 needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
@@ -57,6 +58,22 @@ def test_c_steps_codes_as_the_reference_does(rule, grid, states, granularity):
             assert_equal_state(actual_state, expected_state, f"after step {number}")
             assert torch.equal(flips, expected_flips)
             assert flips.item() == (before != reference.unpack(actual.codes, grid=grid)).sum() > 0
+
+
+@needs_compiler
+@every_grid
+@pytest.mark.parametrize("scale_every", [64, 192, 2**40])
+def test_c_encodes_as_the_reference_does(grid, scale_every):
+    n, first_block = 600 * BLOCK, 5
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand((n + first_block * BLOCK) // scale_every + 1, generator=generator) + 0.1
+    weight = torch.randn(n, generator=generator) * grid.high / 2
+    weight[:8] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e30, -1e30, 1e-40])
+    weight[256:768] = (torch.arange(512) - 255.5) * scale[first_block * BLOCK // scale_every]  # ties
+    place = {"grid": grid, "scale_every": scale_every, "first_block": first_block}
+    codes = cpu.encode(weight, scale, **place)
+    assert torch.equal(codes, reference.encode(weight, scale, **place))
+    assert len(reference.unpack(codes, grid=grid).unique()) == grid.n_levels
 
 
 @needs_compiler
@@ -132,9 +149,9 @@ def test_any_cut_of_a_tensor_gives_the_bytes_of_the_whole(
 def fresh_library(monkeypatch, tmp_path):
     """An empty cache, and no library loaded yet; afterwards the usual one is."""
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
-    cpu._library.cache_clear()
+    native.library.cache_clear()
     yield tmp_path / "code"
-    cpu._library.cache_clear()
+    native.library.cache_clear()
 
 
 def steps_by_dispatch():
@@ -158,7 +175,7 @@ def test_without_a_compiler_the_bytes_are_the_same_and_one_warning_says_so(
     expected = steps_by_dispatch()
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    cpu._library.cache_clear()
+    native.library.cache_clear()
     with caplog.at_level(logging.WARNING):
         actual = steps_by_dispatch()
         steps_by_dispatch()
@@ -184,16 +201,16 @@ def test_the_library_is_built_once_into_a_private_folder(fresh_library):
     (built,) = fresh_library.iterdir()
     assert stat.S_IMODE(fresh_library.stat().st_mode) == 0o700
     before = built.stat()
-    cpu._library.cache_clear()
+    native.library.cache_clear()
     assert cpu.available()
     assert [path.stat().st_ino for path in fresh_library.iterdir()] == [before.st_ino]
 
 
 @needs_compiler
 def test_a_damaged_library_is_built_anew(fresh_library):
-    compiler = cpu._compiler()
+    compiler = native._compiler()
     fresh_library.mkdir(mode=0o700)
-    path = fresh_library / f"cpu-{cpu._fingerprint(compiler)}.so"
+    path = fresh_library / f"cpu-{native._fingerprint(compiler)}.so"
     path.write_bytes(b"not a library")
     path.chmod(0o700)
     assert cpu.available()
@@ -204,7 +221,7 @@ def test_a_damaged_library_is_built_anew(fresh_library):
 def test_a_folder_that_others_can_write_to_is_not_trusted(fresh_library):
     fresh_library.mkdir()
     fresh_library.chmod(0o777)
-    planted = fresh_library / f"cpu-{cpu._fingerprint(cpu._compiler())}.so"
+    planted = fresh_library / f"cpu-{native._fingerprint(native._compiler())}.so"
     planted.write_bytes(b"planted by somebody else")
     assert cpu.available(), "it is built elsewhere"
     assert planted.read_bytes() == b"planted by somebody else"
@@ -213,9 +230,9 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(fresh_library):
 
 @needs_compiler
 def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
-    compiler = cpu._compiler()
+    compiler = native._compiler()
     with ThreadPoolExecutor(3) as pool:
-        libraries = list(pool.map(cpu._open, [compiler] * 3))
+        libraries = list(pool.map(native._open, [compiler] * 3))
     assert all(library.lowbit_pack for library in libraries)
     assert len(os.listdir(fresh_library)) == 1
 
@@ -231,10 +248,10 @@ def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tu
     all that this machine has.
     """
     for option, flag in (("-march=x86-64-v3", "avx2"), ("-mavxvnni", "avx_vnni")):
-        if option in tuning and f" {flag} " not in cpu._cpu():
+        if option in tuning and f" {flag} " not in native._cpu():
             pytest.skip(f"this CPU has no {flag}")
-    monkeypatch.setattr(cpu, "_TUNINGS", [tuning])
-    cpu._library.cache_clear()
+    monkeypatch.setattr(native, "_TUNINGS", [tuning])
+    native.library.cache_clear()
     assert cpu.available()
     scale = torch.tensor([0.01])
     for rule in RULES.values():

@@ -96,7 +96,7 @@ def test_defaults_units_and_what_may_change_are_those_of_the_models(sections):
         "train.max_grad_ratio": "number above 1",
         "data.cache": "path or null",
         "cluster.cpus_per_worker": "number above 0, at most 4,096",
-        "cluster.gpus_per_worker": "auto or number from 0 up",
+        "cluster.gpus_per_worker": "auto, 0 or 1",
         "cluster.hang_timeout": "auto or number from 1 up",
         "tracking.mlflow": "text or null",
         "precision.precision": "bf16, fp32 or fp8",
@@ -124,7 +124,7 @@ def test_the_schema_takes_what_the_reader_takes(valid):
         {"train": None},
         {"method": {"grid": "int8"}},
         {"optimizer": {"lr": 1}},
-        {"cluster": {"workers": {"min": 1, "max": 4}, "gpus_per_worker": 0.5, "hang_timeout": 90}},
+        {"cluster": {"workers": {"min": 1, "max": 4}, "gpus_per_worker": 1, "hang_timeout": 90}},
         {"cluster": {"cpus_per_worker": 0.25}},
     ):
         configfile.from_dict(GOOD | content)

@@ -90,7 +90,6 @@ def shell(content, folder):
         ({"workers": 2, "cpus_per_worker": 0.5}, 1, 0, None),
         ({"workers": 3, "cpus_per_worker": 0.1}, 0.3, 0, None),
         ({"workers": 2}, 16, 2, None),
-        ({"workers": 4, "gpus_per_worker": 0.5}, 16, 2, None),
         ({"workers": 4, "gpus_per_worker": 0}, 16, 2, None),
         (
             {"workers": 4},
@@ -620,3 +619,21 @@ def test_no_failure_is_retried_when_none_is_allowed_and_mlflow_says_failed(run, 
     status, steps = mlflow_run(uri, config.run_dir)
     assert status == "FAILED"
     assert steps == rows(config.run_dir), "what the workers could not send, the launcher sends"
+
+
+def test_workers_get_what_the_network_needs_and_on_gpus_what_repeats_their_bits(monkeypatch):
+    from lowbit_dist.cluster import fit
+
+    given = {
+        "FI_PROVIDER": "efa", "UCX_TLS": "rc", "NCCL_DEBUG": "WARN", "LD_LIBRARY_PATH": "/opt/amazon/efa/lib",
+        "GLOO_SOCKET_IFNAME": "eth0", "LOWBIT_CACHE": "/scratch", "TORCH_NCCL_TRACE_BUFFER_SIZE": "9",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONSTARTUP", "mine")
+    on_gpus, on_cpus = (fit._environment({"gpus": n, "threads": 2}) for n in (1, 0))
+    for environment in (on_gpus, on_cpus):
+        assert given.items() <= environment.items()
+        assert "PYTHONSTARTUP" not in environment
+    assert on_gpus["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and "CUDA_VISIBLE_DEVICES" not in on_gpus
+    assert on_cpus["CUDA_VISIBLE_DEVICES"] == "" and "CUBLAS_WORKSPACE_CONFIG" not in on_cpus

@@ -116,7 +116,7 @@ READ = {
     "tracking.mlflow=null": ("tracking.mlflow", None),
     "tracking.experiment=10%": ("tracking.experiment", "10%"),
     "method.activation_bits=null": ("method.activation_bits", None),
-    "cluster.gpus_per_worker=0.5": ("cluster.gpus_per_worker", 0.5),
+    "cluster.gpus_per_worker=1": ("cluster.gpus_per_worker", 1),
     "cluster.gpus_per_worker=0": ("cluster.gpus_per_worker", 0),
     "cluster.cpus_per_worker=0.25": ("cluster.cpus_per_worker", 0.25),
     "cluster.hang_timeout=90": ("cluster.hang_timeout", 90),
@@ -561,8 +561,16 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "cluster.cpus_per_worker (nan) must be a finite number; write one, for example 1"),
     "fewer than no GPUs": (
         GOOD, ("cluster.gpus_per_worker=-1",),
-        "cluster.gpus_per_worker (-1) must be auto, or a number of GPUs from 0 up; write one, for "
-        "example auto"),
+        "cluster.gpus_per_worker (-1) must be auto, 0 or 1: a worker has a GPU of its own or "
+        "none; write auto"),
+    "workers that share a GPU": (
+        GOOD, ("cluster.gpus_per_worker=0.5",),
+        "cluster.gpus_per_worker (0.5) must be auto, 0 or 1: a worker has a GPU of its own or "
+        "none; write auto"),
+    "workers of two GPUs": (
+        GOOD, ("cluster.gpus_per_worker=2",),
+        "cluster.gpus_per_worker (2) must be auto, 0 or 1: a worker has a GPU of its own or "
+        "none; write auto"),
     "a misspelt auto": (
         GOOD, ("cluster.hang_timeout=atuo",),
         "cluster.hang_timeout ('atuo') must be auto, or a number of seconds from 1 up; write one, "

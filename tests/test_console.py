@@ -22,6 +22,7 @@ from lowbit_dist.memory import report
 
 ROW = {
     "loss": 4.6, "val_loss": 3.5, "tokens_per_second": 12345.0, "flip_rate": 0.0125,
+    "tokens_per_second_per_worker": 6172.5, "mfu": 0.3125,
     "resident_bytes": 17_000_000, "skipped_steps": 1, "rollbacks": 2, "restarts": 3, "resumes": 1,
 }  # fmt: skip
 
@@ -59,8 +60,8 @@ def test_a_line_fits_and_keeps_its_bar_and_step(width, name, step):
 def test_words_are_left_out_in_their_order_of_importance(small):
     words = progress.in_words({"step": 20, **ROW}, run(small, "quickstart", 40))
     assert list(words.values()) == [
-        "loss 4.600", "val 3.500", "12,345 tokens/s", "0:00 left", "flips 1.25%", "state 17 MB/worker",
-        "1 skipped", "2 rollbacks", "3 restarts", "1 resume",
+        "loss 4.600", "val 3.500", "12,345 tokens/s", "0:00 left", "6,172/worker", "MFU 31.2%",
+        "flips 1.25%", "state 17 MB/worker", "1 skipped", "2 rollbacks", "3 restarts", "1 resume",
     ]  # fmt: skip
     assert set(words) <= set(lines.WORDS)
     seen = []

@@ -271,15 +271,15 @@ def test_a_containers_limit_counts_less_its_use(version, tmp_path, monkeypatch):
     assert machine.available_memory() == 0.8 * GB - 0.05 * GB
 
 
-def test_the_share_of_a_gpu_is_what_a_worker_has(monkeypatch):
+def test_the_smallest_gpu_is_what_a_worker_has(monkeypatch):
     properties = namedtuple("Properties", "total_memory")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: properties((80 * GB, 40 * GB)[i]), raising=False
     )
-    for asked, each, most in (("auto", 40, 2), (0.5, 20, 4), (1, 40, 2), (2, 40, 1)):
+    for asked in ("auto", 1):
         budget = memory.local_budget(load(content_of(cluster={"gpus_per_worker": asked})))
-        assert (budget.on_gpu, budget.per_worker(2), budget.most_workers) == (True, each * GB, most)
+        assert (budget.on_gpu, budget.per_worker(2), budget.most_workers) == (True, 40 * GB, 2)
     budget = memory.local_budget(load(content_of(cluster={"gpus_per_worker": 0})))
     assert not budget.on_gpu
     assert budget.bytes < psutil.virtual_memory().total

@@ -37,7 +37,7 @@ pytest.importorskip("triton", reason="Triton is not installed: torch built for C
 
 import triton.language as tl
 
-from lowbit_dist.ops import kernels
+from lowbit_dist.ops import kernels, token_kernels
 
 pytestmark = pytest.mark.integration  # its interpreter and its compiler are other processes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -281,6 +281,42 @@ def test_decoded_weights_equal_the_reference(device: str, grid: Grid, dtype: tor
         assert_equal(our_out, out, f"weights with a scale for each {scale_every}")
 
 
+@on_each_device
+@every_float
+@pytest.mark.parametrize("k", [1, 77, 512, 5000])
+def test_tokens_are_rounded_as_the_reference_does(device: str, dtype: torch.dtype, k: int) -> None:
+    """Of all sizes, with ties and zeros, and some that are not finite."""
+    x = torch.randn(9, k, generator=generator(k)) * torch.logspace(-8, 37, 9)[:, None]
+    x[1], x[2], x[3] = torch.arange(k) / 2 - k // 4, 1e-40, -0.0
+    x[4, k // 2], x[5, k // 3] = torch.nan, -torch.inf
+    x = x.to(dtype)
+    for bits in (8, 4):
+        expected, actual = reference.round_tokens(x, bits), kernels.round_tokens(x.to(device), bits)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0), f"{bits} bits")
+        for of in (torch.float32, torch.bfloat16):
+            values = kernels.token_values(*actual, of)
+            wanted = reference.token_values(*expected, of)
+            assert_equal(values.nan_to_num(-1.0), wanted.nan_to_num(-1.0), f"values in {of}")
+            assert values[4:6].isnan().all() and not values[:4].isnan().any()
+    assert [t.numel() for t in kernels.round_tokens(x[:0].to(device))] == [0, 0]
+
+
+@on_each_device
+@every_float
+def test_the_sums_of_a_norm_equal_the_reference(device: str, dtype: torch.dtype) -> None:
+    gradients = [(torch.randn(n, generator=generator(n)) ** 3).to(dtype) for n in (1, 4096, 0, 9001)]
+    ours = [g.to(device) for g in gradients]
+    most = reference.largest(gradients)
+    assert_equal(kernels.largest(ours), most, "largest")
+    for unit in (2.0**55, 2.0**40):
+        expected = reference.square_sum(gradients, most, unit)
+        assert_equal(kernels.square_sum(ours, most.to(device), unit), expected, f"sum in units of {unit}")
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        ours[3][8999] = bad
+        assert kernels.largest(ours).tolist() == [torch.inf]
+
+
 def test_an_empty_shard_launches_nothing() -> None:
     grid, empty, rule = GRIDS["ternary"], torch.empty(0), RULES["adamw"]
     target = Codes(torch.empty(0, dtype=torch.uint8), torch.ones(3), 64, grid, 0, 9)
@@ -317,8 +353,11 @@ def compiled(
     options = getattr(request, "param", {})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", _PaperGPU())
-    for name in ("_step_codes", "_step_weights", "_decode"):
-        kernel = getattr(kernels, name)
+    for module, name in (
+        *((kernels, name) for name in ("_step_codes", "_step_weights", "_decode")),
+        *((token_kernels, name) for name in ("_round_tokens", "_token_values", "_largest", "_square_sum")),
+    ):
+        kernel = getattr(module, name)
 
         def compile_only(*args: Any, grid: Any, warmup: bool, run: Any = kernel.run, **named: Any) -> None:
             made.append(run(*args, grid=grid, warmup=True, **(named | options)))
@@ -409,6 +448,32 @@ def test_decoding_compiles_for_sm_90(compiled: list[Any], grid: Grid) -> None:
     assert len(compiled) == 3
     for kernel in compiled:
         assert_rounds_each_operation(kernel)
+
+
+@needs_compiler
+@every_float
+@pytest.mark.parametrize("k", [5120, 300])
+def test_tokens_and_norms_compile_for_sm_90(compiled: list[Any], dtype: torch.dtype, k: int) -> None:
+    """Without spills, in loads and stores of 16 bytes where rows begin at multiples of them."""
+    x = torch.zeros(3, k, dtype=dtype)
+    tokens = kernels.round_tokens(x)
+    kernels.token_values(*tokens, dtype)
+    most = kernels.largest([x])
+    kernels.square_sum([x], most, 2.0**40)
+    rounding, values, largest, squares = compiled
+    for kernel in (rounding, values):
+        assert_rounds_each_operation(kernel)
+        assert "div.rn.f32" in kernel.asm["ptx"]
+    for kernel in compiled:
+        assert spills(kernel) == 0
+        assert k % 16 or kernel is values or "ld.global.v4.b32" in kernel.asm["ptx"]
+    assert "div.rn.f64" in squares.asm["ptx"] and "fma.rn.f32" not in squares.asm["ptx"]
+    assert "red" in largest.asm["ptx"] or "atom" in largest.asm["ptx"]
+
+
+def spills(kernel: Any) -> int:
+    """Bytes of a compiled kernel's registers that it keeps in memory."""
+    return kernel.asm["ptx"].count(".local")
 
 
 @needs_compiler

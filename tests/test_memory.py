@@ -581,7 +581,7 @@ def state_of_the_process():
 
     group = dist.distributed_c10d._get_default_group() if dist.is_initialized() else None
     return (
-        [group, comm.cdb, get_accelerator(), sys.excepthook, ops._backend, ops.quantize, gc.collect],
+        [group, comm.cdb, get_accelerator(), sys.excepthook, ops._backend, ops._host_backend, gc.collect],
         [torch.nn.Module._apply, torch.cuda.is_available, dict(os.environ), gc.isenabled()],
         {name: value for name, value in vars(groups).items() if name.startswith("_")},
     )
@@ -653,6 +653,40 @@ def test_billions_of_parameters_are_planned_in_seconds(preset, workers, n_parame
         )
         assert plan[name]["states"] == states
     assert plan["saved_vs_adamw_fp32"] == pytest.approx(1 - n_bytes / 16, abs=0.002)
+
+
+@pytest.mark.parametrize(("preset", "sequences", "seq_len"), [("13m", 8, 256), ("1b", 8, 2048)])
+def test_rounded_inputs_take_no_more_than_those_of_full_precision(preset, sequences, seq_len):
+    """Saved as integers, once for all layers that read them."""
+    from lowbit_dist.memory.plan import planned
+
+    content = {
+        "model": {"preset": preset},
+        "data": {"path": "none", "seq_len": seq_len},
+        "train": {"micro_batch": sequences, "batch_tokens": sequences * seq_len},
+        "cluster": {"workers": 1},
+    }
+    activations, peak = {}, {}
+    for name in ("dense", "dqt"):
+        plan = planned(load(content | {"method": {"name": name}}), 32_000, 1)
+        activations[name] = plan["components"]["activations"]["bytes"]
+        peak[name] = activations[name] + plan["components"]["transient"]["bytes"]
+    assert activations["dqt"] <= activations["dense"] and peak["dqt"] <= peak["dense"], (activations, peak)
+
+
+@pytest.mark.parametrize("name", ["dqt", "dense"])
+def test_the_logits_of_a_large_vocabulary_are_not_in_the_plan(name):
+    """16,384 tokens of 128k: two bytes each would be 4.3 GB; they and their gradients were 27 GB."""
+    from lowbit_dist.memory.plan import planned
+
+    train = {"micro_batch": 8, "batch_tokens": 8 * 2048 * 8, "activation_checkpointing": True}
+    content = configuration(
+        data={"path": "none", "seq_len": 2048}, train=train, precision="bf16", method={"name": name}
+    )
+    content |= {"model": {"preset": "1b"}, "zero": {"stage": 3}}
+    plan = dict(planned(load(content), 2**17, 8))
+    above = plan["peak_bytes_per_worker"] - plan["resident_bytes_per_worker"]
+    assert 2e9 < above < 4e9
 
 
 def test_a_batch_that_cannot_be_divided_is_not_planned():

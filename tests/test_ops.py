@@ -109,12 +109,12 @@ def test_quantizing_takes_the_nearest_level_and_the_even_one_of_two(grid):
     # Powers of two, so that the products below are exact; a row of 192 ends inside each block.
     scale = torch.tensor([0.25, 0.5, 2.0])
     rows = weight * torch.from_numpy(scale_of_elements(scale, 2 * BLOCK, 0, 192))
-    levels = ops.quantize(rows, scale, grid=grid, scale_every=192)
-    assert levels.dtype == torch.int8
+    codes = ops.encode(rows, scale, grid=grid, scale_every=192)
+    levels = ops.unpack(codes, grid=grid)
     assert np.array_equal(levels.numpy(), np.clip(np.rint(weight.double().numpy()), grid.low, grid.high))
     # A later shard has the scales of its own rows.
-    later = ops.quantize(rows[BLOCK:], scale, grid=grid, first_block=1, scale_every=192)
-    assert torch.equal(later, levels[BLOCK:])
+    later = ops.encode(rows[BLOCK:], scale, grid=grid, first_block=1, scale_every=192)
+    assert torch.equal(later, codes[grid.bytes_per_block :])
 
 
 def rounded(backend, d, grid=GRIDS["int8"], level=0, n_blocks=64, **changes):

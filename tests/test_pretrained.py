@@ -231,7 +231,8 @@ def test_what_transformers_passes_over_is_passed_over(fresh, run):
 def test_what_a_run_does_otherwise_than_the_folder_says_is_said(folder, run, caplog):
     with caplog.at_level(logging.WARNING):
         model.check(run(folder("opt")), 500)
-    (chance, vocabulary) = [record.message for record in caplog.records]
+    (chance, whole, vocabulary) = [record.message for record in caplog.records]
+    assert "all logits of a micro-batch are in memory" in whole
     assert "dropout=0.1, layerdrop=0.1" in chance and "trains without" in chance
     assert "a vocabulary of 512, the data's tokenizer 500" in vocabulary and "never generated" in vocabulary
     caplog.clear()

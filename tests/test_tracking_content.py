@@ -45,6 +45,7 @@ def test_a_number_has_its_group_before_its_name():
         "flip_rate": "codes/flip_rate", "zero_fraction": "codes/zero_fraction", "entropy": "codes/entropy",
         "saturation": "codes/saturation", "resident_bytes": "memory/resident_bytes_per_worker",
         "memory/gradients": "memory/gradients", "anything": "train/anything", "val_samples": "val/samples",
+        "tokens_per_second_per_worker": "speed/tokens_per_second_per_worker", "mfu": "speed/mfu",
     }  # fmt: skip
     assert {key: content.name_of(key) for key in names} == names
     assert len({content.name_of(key) for key in gauges.ROW}) == len(gauges.ROW)

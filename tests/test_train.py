@@ -223,7 +223,7 @@ def test_a_resumed_run_logs_what_an_undisturbed_one_does(ranks, small):
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     for row in rows[0] + rows[1]:
         for key in list(row):
-            if key in ("time", "tokens_per_second") or key.endswith("_bytes"):
+            if key == "time" or key.startswith("tokens_per_second") or key.endswith("_bytes"):
                 del row[key]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [3, 6, 8]

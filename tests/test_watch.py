@@ -24,7 +24,8 @@ def row(step):
     return {
         "step": step, "time": time.time(), "tokens": step * 256, "loss": 6.0 - step / 10, "lr": 1e-3,
         "grad_norm": 1.5, "tokens_per_second": 128.0, "skipped_steps": 2, "rollbacks": 0, "restarts": 3,
-        "flip_rate": 0.0125, "resident_bytes": 600, **{f"memory/{name}": 100 for name in COMPONENTS},
+        "tokens_per_second_per_worker": 64.0, "mfu": 0.375, "flip_rate": 0.0125, "resident_bytes": 600,
+        **{f"memory/{name}": 100 for name in COMPONENTS},
     }  # fmt: skip
 
 
@@ -67,7 +68,8 @@ def test_a_run_in_training_is_told_as_json(folder, lowbit):
     found = json.loads(done.stdout)
     expected = {
         "run": "small", "state": "running", "step": 22, "steps": STEPS, "loss": 4.0, "val_loss": None,
-        "tokens": 5120, "tokens_per_second": 128.0, "flip_rate": 0.0125, "restarts": 3, "skipped_steps": 2,
+        "tokens": 5120, "tokens_per_second": 128.0, "tokens_per_second_per_worker": 64.0, "mfu": 0.375,
+        "flip_rate": 0.0125, "restarts": 3, "skipped_steps": 2,
         "resident_bytes": 600, "peak_bytes": 1000, "seconds_left": 18 * 256 / 128.0, "resumes": 0,
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
@@ -87,7 +89,7 @@ def test_it_is_drawn_once_where_nobody_watches(folder, lowbit):
     for words in (
         "small  dqt ternary  running", "step 22/40", "55%", "0:36 left", "4.0000", "1.250%", "step 10, 1:4",
         "state memory", "600 B/worker", "peak memory", "1 kB/worker", "dense", "machine1", "1:3", "5.500",
-        "step 5",
+        "step 5", "64/worker", "37.5%",
     ):  # fmt: skip
         assert words in done.stdout, f"{words!r} is missing in:\n{done.stdout}"
 
@@ -243,8 +245,8 @@ def test_a_log_gets_a_line_in_ten_seconds_and_all_that_matters(small, capsys, mo
     steps = [int(re.match(r"lowbit: step (\d+)/40  ", line)[1]) for line in printed]
     assert steps == [1, 5, 9, 13, 14, 18, 19, STEPS]
     assert printed[4] == (
-        "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  flips 1.25%  "
-        "state 600 B/worker  2 skipped  3 restarts"
+        "lowbit: step 14/40  loss 4.600  val 3.500  128 tokens/s  0:52 left  64/worker  "
+        "MFU 37.5%  flips 1.25%  state 600 B/worker  2 skipped  3 restarts"
     )
 
 

@@ -671,6 +671,19 @@ CASES = {
         NOTHING, "plan run.yaml --workers 0", ("cluster.workers", "0", "at least 1", "write 1")),
     "a plan for no pieces": (
         NOTHING, "plan run.yaml --vocab-size -3", ("--vocab-size (-3)", "at least 1", "write 32000")),
+    "GPUs that do not divide the batch": (
+        NOTHING, "plan run.yaml --gpus 1,24",
+        ("--gpus (24)", "must divide", "micro-batches", "write --gpus", "train.batch_tokens=")),
+    "no GPUs": (NOTHING, "plan run.yaml --gpus 0", ("--gpus (0)", "at least 1", "write 8")),
+    "GPUs in words": (NOTHING, "plan run.yaml --gpus 8,many", ("--gpus (8,many)", "a number", "write 8")),
+    "GPUs of no kind": (
+        NOTHING, "plan run.yaml --gpus 2 --gpu V100", ("--gpu (V100)", "one of H100", "did you mean H100?")),
+    "a kind of no GPUs": (NOTHING, "plan run.yaml --gpu A100", ("--gpu (A100)", "must go with --gpus")),
+    "GPUs beside workers": (
+        NOTHING, "plan run.yaml --gpus 2 --workers 2", ("--workers (2)", "beside --gpus", "leave it out")),
+    "8-bit floats on an A100": (
+        NOTHING, "plan run.yaml --gpus 2 --gpu A100 precision=fp8",
+        ("precision (fp8)", "A100", "write --gpu", "precision=bf16")),
     "a grid that does not exist": (
         NOTHING, "eval small --data data --forward int5", ("--forward (int5)", "ternary", "write one")),
     "an infinite temperature": (

@@ -23,20 +23,22 @@ if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and this needs none of i
 
 @dataclass(frozen=True)
 class WorkerFile:
-    """One worker's share of a checkpoint, in host memory."""
+    """One worker's share of a checkpoint, in host memory: of a GPU's tensors once `arrived` has happened."""
 
     file: str
     held: dict[str, Tensor]  # NAME/codes, NAME/weight, NAME/scale and NAME/slots/m ...
     holds: dict[str, list[int]]  # NAME -> [start, numel] of the unsharded tensor
     tensors: dict[str, dict[str, Any]]  # NAME -> shape, grid and scale_every of the unsharded tensor
+    arrived: torch.cuda.Event | None = None
 
     @classmethod
     def copied(cls, shards: Sequence[Shard], rank: int) -> WorkerFile:
+        """As the shards are now: what a GPU is given to do afterwards comes after the copies."""
         held: dict[str, Tensor] = {}
         holds: dict[str, list[int]] = {}
         for shard in shards:
             if rank == 0 and shard.scale is not None:
-                held[f"{shard.name}/scale"] = shard.scale.to("cpu", torch.float16)
+                held[f"{shard.name}/scale"] = _on_host(shard.scale.half())
             if not shard.numel:
                 continue
             holds[shard.name] = [shard.start, shard.numel]
@@ -48,24 +50,36 @@ class WorkerFile:
                 stored |= {values: slot_state.values, scale: slot_state.scale}
             for key, value in stored.items():
                 if value is not None:
-                    held[f"{shard.name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                    held[f"{shard.name}/{key}"] = _on_host(value.detach())
         tensors: dict[str, dict[str, Any]] = {
             s.name: {"shape": list(s.shape), "grid": s.grid.name, "scale_every": s.scale_every}
             if s.grid
             else {"shape": list(s.shape), "grid": None}
             for s in shards
         }
-        return cls(f"shard-{rank:05}.safetensors", held, holds, tensors)
+        arrived = None
+        if any(tensor.is_pinned() for tensor in held.values()):
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return cls(f"shard-{rank:05}.safetensors", held, holds, tensors, arrived)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """What worker 0 must know of the file, which is on the disk when this returns."""
         path = folder / self.file
+        if self.arrived is not None:
+            self.arrived.synchronize()
         with os_errors():
             save_file(self.held, path)
         sync(path)
         return {
             "file": self.file, "sha256": sha256(path), "bytes": path.stat().st_size, "holds": self.holds
         }  # fmt: skip
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy; of a GPU's tensor in pinned memory, which the GPU fills while training continues."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def publish(partial: Path, final: Path) -> None:

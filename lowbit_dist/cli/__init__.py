@@ -206,20 +206,43 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Predict speed, traffic and memory on so many GPUs instead, such as 8,64,1024.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="Of this kind: H100 if not given, H200, A100 or B200."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the memory that a run and two baselines need, by component, before anything is started.
+
+    With --gpus: how fast it would be on GPUs, by a cost model; predicted, never measured.
 
     Example: lowbit plan configs/quickstart.yaml --workers 4 model.preset=7b --vocab-size 32000
     """
     with console.answering(as_json, "planning") as answer:
         from lowbit_dist import memory, model
-        from lowbit_dist.cli import tables
+        from lowbit_dist.cli import predicting, tables
 
+        numbers, kind = predicting.gpus(gpus, gpu, workers)
         more = [] if workers is None else [f"cluster.workers={workers}"]
         loaded = load(config, [*(overrides or []), *more])
+        if numbers:
+            predicting.check(loaded, numbers, kind)
         n_pieces, used = vocabulary(loaded, vocab_size)
         model.check(loaded, n_pieces, used=used)
+        if numbers:
+            from lowbit_dist import cost
+
+            predicted = cost.plan(loaded, n_pieces, numbers, cost.GPUS[kind])
+            answer(predicted, lambda terminal: predicting.table(terminal, predicted))
+            return
         estimate = memory.plan(loaded, n_pieces) | memory.fits_here(loaded, n_pieces)
         answer(estimate, lambda terminal: tables.memory_table(terminal, estimate))
 

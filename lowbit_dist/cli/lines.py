@@ -7,7 +7,8 @@ BAR, LEAST_BAR = 24, 5  # cells of a bar, and in a very narrow terminal
 # What stands behind a bar, the most important first: what does not fit is left out, the last one of these
 # before all others.
 WORDS = (
-    "states", "loss", "left", "rate", "skipped", "val", "rollbacks", "restarts", "flips", "memory", "resumes",
+    "states", "loss", "left", "rate", "skipped", "val", "rollbacks", "restarts", "mfu", "flips", "memory",
+    "each", "resumes",
 )  # fmt: skip
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 COLOURS = {"finished": "green", "starting": "blue", "running": "cyan", "stopped": "yellow", "failed": "red"}

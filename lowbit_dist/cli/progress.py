@@ -143,7 +143,7 @@ def following(config: "RunConfig", waiting: Waiting) -> Iterator[LogLines | Bar]
 
 
 def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
-    """A row of `metrics.jsonl` as it is read: loss, speed, time left, flips, memory that stays allocated
+    """A row of `metrics.jsonl` as it is read: loss, speed, time left, MFU, flips, memory that stays allocated
     between steps, and what went otherwise than it should; by the names in `lines.WORDS`.
     """
     words = {}
@@ -155,6 +155,11 @@ def in_words(row: Mapping[str, Any], config: "RunConfig") -> dict[str, str]:
         words["rate"] = f"{rate:,.0f} tokens/s"
         left = (config.train.steps - row.get("step", 0)) * config.train.batch_tokens / rate
         words["left"] = f"{duration(left)} left"
+    of_one = row.get("tokens_per_second_per_worker")
+    if isinstance(of_one, int | float) and of_one != rate:
+        words["each"] = f"{of_one:,.0f}/worker"
+    if isinstance(row.get("mfu"), int | float):
+        words["mfu"] = f"MFU {row['mfu']:.1%}"
     if isinstance(row.get("flip_rate"), int | float):
         words["flips"] = f"flips {row['flip_rate']:.2%}"
     if isinstance(row.get("resident_bytes"), int | float):

@@ -31,7 +31,10 @@ RunName = Annotated[
 EVERY = 1.0  # seconds between looks
 CURVE = 8  # lines of the loss, where there is room
 HEARTBEAT_TIMEOUT = 15.0  # seconds after which a worker that trains would have written its heartbeat
-NUMBERS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_second", "lr", "grad_norm", "flip_rate")
+NUMBERS = (
+    "loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_second", "tokens_per_second_per_worker", "mfu",
+    "lr", "grad_norm", "flip_rate",
+)  # fmt: skip
 COUNTS = ("skipped_steps", "rollbacks")
 
 
@@ -236,12 +239,15 @@ def _numbers(seen: Mapping[str, Any], width: int) -> "RenderableType":
         return "  " + plots.spark([y for _, y in seen["curves"][key]], max(8, width // 5))
 
     rate, flips = number("tokens_per_second", ",.0f"), number("flip_rate", ".3%")
+    of_one = number("tokens_per_second_per_worker", ",.0f") if len(seen["workers"]) > 1 else None
     checkpoint = seen["checkpoint"]
     rows = {
         "loss": number("loss", ".4f"),
         "validation loss": number("val_loss", ".4f"),
         "tokens": number("tokens", ",d"),
         "tokens/s": rate and rate + curve("tokens_per_second"),
+        "tokens/s each": of_one and f"{of_one}/worker",
+        "MFU": number("mfu", ".1%"),
         "flip rate": flips and flips + curve("flip_rate"),
         "learning rate": number("lr", ".3g"),
         "gradient norm": number("grad_norm", ".3g"),

@@ -107,7 +107,7 @@ def how_many_fit(have: float, needed: float) -> float:
     return int(have / needed * (1 + 1e-9)) if needed else float("inf")
 
 
-def gpus_per_worker(config: RunConfig, gpus: float) -> float:
+def gpus_per_worker(config: RunConfig, gpus: float) -> int:
     """What `auto` means where there are `gpus` in all."""
     asked = config.cluster.gpus_per_worker
     if asked == "auto":

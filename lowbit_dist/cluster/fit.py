@@ -28,7 +28,13 @@ from lowbit_dist.heartbeat import Start
 from lowbit_dist.network import ray_address
 
 COLLECTIVE_TIMEOUT = 1800  # seconds
-HANDED_ON = ("LOWBIT_", "NCCL_", "GLOO_", "TORCH_")  # variables that workers on other machines get too
+# Variables that workers on other machines get, too: ours, those of the communication libraries and of the
+# fabrics below them (libfabric with AWS's EFA, UCX, InfiniBand), and where libraries are.
+HANDED_ON = (
+    "LOWBIT_", "NCCL_", "GLOO_", "TORCH_", "FI_", "UCX_", "OFI_", "RDMAV_", "IBV_", "LD_LIBRARY_PATH"
+)  # fmt: skip
+# With which cuBLAS gives the same bits each time: so many KiB, and how many of them, for each stream.
+CUBLAS_WORKSPACE = ":4096:8"
 
 
 def main() -> None:
@@ -159,7 +165,7 @@ class _Fit:
             return Change(watch.restart_reason)
         return outcome
 
-    def _probe(self, machines: list[str], gpus: float) -> None:
+    def _probe(self, machines: list[str], gpus: int) -> None:
         """ConfigError unless each machine that is new to the run can carry it."""
         new = [node for node in nodes(machines) if node.id not in self.probed]
         if not new:
@@ -188,8 +194,7 @@ class _Fit:
             cast(Any, self.work),  # the stub has no result
             train_loop_config=settings,
             torch_config=_process_group(
-                # Two processes cannot share a GPU under NCCL.
-                backend="nccl" if gpus >= 1 else "gloo",
+                backend="nccl" if gpus else "gloo",
                 # `Watchdog` is to notice first.
                 timeout=COLLECTIVE_TIMEOUT if timeout == "auto" else round(2 * timeout + COLLECTIVE_TIMEOUT),
             ),
@@ -233,7 +238,11 @@ def _environment(settings: dict[str, Any]) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "DS_ACCELERATOR": "cuda" if settings["gpus"] else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
-        **({} if settings["gpus"] else {"CUDA_VISIBLE_DEVICES": ""}),
+        **(
+            {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
+            if settings["gpus"]
+            else {"CUDA_VISIBLE_DEVICES": ""}
+        ),
     }
 
 

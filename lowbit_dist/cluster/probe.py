@@ -25,7 +25,7 @@ MARK = ".reach"  # in the run's folder, while machines look for it
 SECONDS = 120
 
 
-def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> MemoryBudget | None:
+def probe(config: RunConfig, machines: list[Node], *, gpus: int) -> MemoryBudget | None:
     """The memory of the smallest of `machines`, if known; ConfigError if one cannot carry the run.
 
     gpus: of each worker
@@ -66,7 +66,7 @@ def probe(config: RunConfig, machines: list[Node], *, gpus: float) -> MemoryBudg
     if not least:  # a GPU that a task without one is not shown
         return None
     if gpus:
-        return MemoryBudget("the smallest GPU of the cluster", int(least * min(1, gpus)), on_gpu=True)
+        return MemoryBudget("the smallest GPU of the cluster", least, on_gpu=True)
     return MemoryBudget("the smallest machine", least)
 
 

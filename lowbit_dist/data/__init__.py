@@ -18,13 +18,15 @@ function of (seed, s) alone.  So there is no iterator to save, any number of wor
 and each epoch is a permutation: shards are permuted, then samples are shuffled inside a window of shards,
 which keeps reading local.  Shards are read one by one through Streaming's reader; its `StreamingDataset` is
 not used, for it refuses a second run on the same folder and ties a host's processes by shared memory.
+`Feed` brings them to the device, to a GPU ahead of time.
 """
 
+from lowbit_dist.data.feed import Feed
 from lowbit_dist.data.manifest import Manifest, Split, check, copy_tokenizer, read_manifest
 from lowbit_dist.data.reading import IGNORED, Batches, DamagedData, Order, check_cache
 from lowbit_dist.data.writing import prepare
 
 __all__ = [
-    "IGNORED", "Batches", "DamagedData", "Manifest", "Order", "Split", "check", "check_cache",
+    "IGNORED", "Batches", "DamagedData", "Feed", "Manifest", "Order", "Split", "check", "check_cache",
     "copy_tokenizer", "prepare", "read_manifest",
 ]  # fmt: skip

@@ -132,6 +132,7 @@ class Batches:
         self.n_samples = self.order.n_samples
         self._ends = self.order.sizes.cumsum()
         self._ahead: tuple[int, int] | None = None
+        self._one_at_a_time = threading.Lock()  # what reads ahead is another thread
 
     def micro_batch(self, first_sample: int, size: int) -> Tensor:  # [size, seq_len] int64
         """Samples `first_sample`, ..., `first_sample + size - 1`, counted over all epochs."""
@@ -158,12 +159,13 @@ class Batches:
             raise ValueError(
                 f"a micro-batch needs first_sample >= 0 and size >= 1, not {first_sample}, {size}"
             )
-        self._read_ahead(first_sample)
         samples = []
-        for index in self.order.indices(first_sample, size).tolist():
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            begin = int(self._ends[shard] - self.order.sizes[shard])
-            samples.append(self._shards.sample(shard, index - begin))
+        with self._one_at_a_time:
+            self._read_ahead(first_sample)
+            for index in self.order.indices(first_sample, size).tolist():
+                shard = int(np.searchsorted(self._ends, index, side="right"))
+                begin = int(self._ends[shard] - self.order.sizes[shard])
+                samples.append(self._shards.sample(shard, index - begin))
         return samples
 
     def _read_ahead(self, first_sample: int) -> None:

@@ -9,7 +9,7 @@ answer with the same names (`report`).
 Before a run starts, `check_memory` refuses what does not fit (`fitting`, `machine`).
 """
 
-from lowbit_dist.memory.fitting import check_memory, fits_here
+from lowbit_dist.memory.fitting import CUDA_CONTEXT, check_memory, fits_here
 from lowbit_dist.memory.live import measure, track_peak
 from lowbit_dist.memory.machine import MemoryBudget, local_budget
 from lowbit_dist.memory.plan import baselines, compare, plan
@@ -17,6 +17,7 @@ from lowbit_dist.memory.report import COMPONENTS, largest, metrics
 
 __all__ = [
     "COMPONENTS",
+    "CUDA_CONTEXT",
     "MemoryBudget",
     "baselines",
     "check_memory",

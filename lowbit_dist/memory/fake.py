@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowbit_dist import ops
+from lowbit_dist import loss, ops
 from lowbit_dist.grid import Grid
 
 _one_at_a_time = threading.Lock()  # what is replaced is the whole process's
@@ -59,7 +59,8 @@ def fake_worker(rank: int, workers: int, *, experts: int = 1) -> Iterator[None]:
         # C and Triton read memory; the reference would take each tensor apart into thousands of chunks.
         enter(patch.object(ops, "_backend", lambda device: shapes))
         enter(patch.object(ops, "_host_backend", lambda device: shapes))
-        enter(patch.object(ops, "quantize", lambda w, scale, **_: torch.empty_like(w, dtype=torch.int8)))
+        # Rows of logits as on a GPU, a few thousand operations less.
+        enter(patch.dict(loss.BLOCKS, cpu=loss.BLOCKS["cuda"]))
         # DeepSpeed moves the module to its device, where it is; to swap a fake tensor's data is refused.
         enter(patch.object(nn.Module, "_apply", lambda self, *_, **__: self))
         enter(patch.object(dist, "all_gather_into_tensor", _gather))
@@ -116,6 +117,15 @@ class _Shapes:
 
     def decode(self, *_: Any, out: Tensor, **__: Any) -> Tensor:
         return out
+
+    def encode(self, weight: Tensor, scale: Tensor, *, grid: Grid, **_: Any) -> Tensor:
+        return torch.empty(weight.numel() * grid.bits // 8, dtype=torch.uint8)
+
+    def largest(self, *_: Any) -> Tensor:
+        return torch.empty(1, dtype=torch.float64)
+
+    def square_sum(self, *_: Any) -> Tensor:
+        return torch.empty(1, dtype=torch.int64)
 
     def pack(self, levels: Tensor, *, grid: Grid) -> Tensor:
         return torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)

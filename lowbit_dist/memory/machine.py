@@ -33,13 +33,11 @@ class MemoryBudget(NamedTuple):
 
 
 def local_budget(config: RunConfig) -> MemoryBudget:
-    """What this machine has for a run: of its smallest GPU a worker's share, or the memory that is free."""
-    gpus, asked = torch.cuda.device_count(), config.cluster.gpus_per_worker
-    if not gpus or asked == 0:
+    """What this machine has for a run: its smallest GPU, or the memory that is free."""
+    gpus = torch.cuda.device_count()
+    if not gpus or config.cluster.gpus_per_worker == 0:
         return MemoryBudget("this machine", max(0, available_memory() - RAY))
-    share = 1 if asked == "auto" else asked
-    least = int(smallest_gpu() * min(1, share))
-    return MemoryBudget("a GPU of this machine", least, on_gpu=True, most_workers=int(gpus / share))
+    return MemoryBudget("a GPU of this machine", smallest_gpu(), on_gpu=True, most_workers=gpus)
 
 
 def smallest_gpu() -> int:

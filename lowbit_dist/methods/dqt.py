@@ -50,7 +50,7 @@ So its grid can shrink, once every weight has left the highest level, and never 
 moved weight: that is another step by lr * weight_decay of it.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -69,6 +69,9 @@ from lowbit_dist.section import setting
 # Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
 # weights (QuEST, arXiv 2502.05003, released code).
 RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int6": 3.277, "int8": 3.885}
+
+
+PIECE = 2**15  # elements
 
 
 class DQT(Method):
@@ -281,11 +284,25 @@ class DQT(Method):
         size = {"tensor": weight.numel(), "row": weight.shape[-1], "group": self.group}[self.granularity]
         if self.granularity == "group" and weight.shape[-1] % size:
             raise ValueError(f"a group of {size:,} does not divide a row of {weight.shape[-1]:,}")
-        parts = weight.reshape(-1, size).double()  # a sum whose rounding cannot show in a float16
+        parts = weight.reshape(-1, size)
         if self.scale == "absmean":
-            scale = parts.abs().mean(1) / grid.high
+            scale = _mean(Tensor.abs_, parts) / grid.high
         elif self.scale == "absmax":
-            scale = parts.abs().amax(1) / grid.high
+            scale = parts.abs().amax(1).double() / grid.high
         else:
-            scale = parts.square().mean(1).sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
+            scale = _mean(Tensor.square_, parts).sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
         return representable((scale * factor).to(torch.float32))
+
+
+def _mean(of: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:  # [N, K] -> [N] float64
+    """The mean of each row's `of`, which changes what it is given.
+
+    In double, so that the rounding of the sum cannot show in a float16; by pieces that a core's cache holds.
+    """
+    size = rows.shape[1]
+    if size > PIECE:
+        of_row = ([of(part.double()).sum() for part in row.split(PIECE)] for row in rows)
+        sums = torch.stack([torch.stack(parts).sum() for parts in of_row])
+    else:
+        sums = torch.cat([of(few.double()).sum(1) for few in rows.split(PIECE // size)])
+    return sums / size

@@ -5,14 +5,26 @@ no compiler is found), CUDA tensors to the Triton of `kernels.py`, others to the
 from all.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lowbit_dist.grid import BLOCK, PLANE, Grid
-from lowbit_dist.ops import cpu, fused, reference
-from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
+from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.ops import cpu, reference
+from lowbit_dist.ops.checks import (
+    FLOATS,
+    check_codes,
+    check_one_device,
+    check_scale,
+    check_state,
+    check_target,
+    check_tensor,
+    check_whole_blocks,
+    tensors_of,
+)
+from lowbit_dist.ops.states import STATES, Slot, Stored
 from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
 
 __all__ = [
@@ -29,16 +41,19 @@ __all__ = [
     "apply_",
     "code_counts",
     "decode",
+    "encode",
+    "largest",
     "matmul",
     "multiplies",
     "pack",
-    "quantize",
+    "round_tokens",
+    "square_sum",
     "step_",
+    "token_values",
     "unpack",
     "whole_step_",
 ]
 
-_FLOATS = (torch.float32, torch.bfloat16)
 LONGEST_ROW = 2**17 - 1  # elements: sums of products of -128 and -128 that fit into 32 bits
 
 
@@ -59,10 +74,10 @@ def step_(
             f"{type(rule).__name__} sees a whole {rule.scope} at once; compute its direction from that, and "
             "pass it to ops.apply_"
         )
-    _check_target(target, grad.numel(), "grad")
-    _check_tensor("grad", grad, _FLOATS)
-    _check_state(state, rule, grad.numel())
-    _check_one_device(*_tensors(target), grad, *(tensor for slot in state for tensor in slot.tensors))
+    check_target(target, grad.numel(), "grad")
+    check_tensor("grad", grad, FLOATS)
+    check_state(state, rule, grad.numel())
+    check_one_device(*tensors_of(target), grad, *(tensor for slot in state for tensor in slot.tensors))
     backend = _updating(target, now, grad.device)
     if rule.fused is not None and not _is_special(target, now):
         return backend.step_(target, grad, state, rule=rule, now=now)
@@ -99,9 +114,9 @@ def apply_(
 
     For a rule whose direction is of a row or a matrix. It keeps no state; `now.grad_scale` is not used.
     """
-    _check_target(target, u.numel(), "u")
-    _check_tensor("u", u, (torch.float32,))
-    _check_one_device(*_tensors(target), u)
+    check_target(target, u.numel(), "u")
+    check_tensor("u", u, (torch.float32,))
+    check_one_device(*tensors_of(target), u)
     return _updating(target, now, u.device).apply_(target, u, now=now)
 
 
@@ -118,12 +133,30 @@ def decode(
 
     `scale` is the whole tensor's: its element e has scale[e // scale_every].
     """
-    _check_codes(codes, grid, out.numel())
-    _check_scale(scale, out.numel(), first_block, scale_every)
-    _check_tensor("out", out, _FLOATS)
-    _check_one_device(codes, scale, out)
+    check_codes(codes, grid, out.numel())
+    check_scale(scale, out.numel(), first_block, scale_every)
+    check_tensor("out", out, FLOATS)
+    check_one_device(codes, scale, out)
     return _backend(codes.device).decode(
         codes, scale, grid=grid, first_block=first_block, scale_every=scale_every, out=out
+    )
+
+
+def encode(
+    weight: Tensor,  # [256 B] float32
+    scale: Tensor,  # [scales of the whole tensor] float32
+    *,
+    grid: Grid,
+    scale_every: int,
+    first_block: int = 0,
+) -> Tensor:  # [B * grid.bytes_per_block] uint8
+    """The codes of the level nearest to each weight (ties to the even level), within the grid."""
+    check_tensor("weight", weight, (torch.float32,))
+    check_whole_blocks(weight.numel())
+    check_scale(scale, weight.numel(), first_block, scale_every)
+    check_one_device(weight, scale)
+    return _host_backend(weight.device).encode(
+        weight, scale, grid=grid, scale_every=scale_every, first_block=first_block
     )
 
 
@@ -141,10 +174,10 @@ def matmul(
     No weight becomes a number of its own.  A scale serves the whole tensor, a row or a whole part of one.
     """
     k = x.shape[1]
-    _check_tensor("x", x, _FLOATS)
-    _check_codes(codes, grid, n * k)
-    _check_scale(scale, n * k, 0, scale_every if len(scale) > 1 else BLOCK * n * k)
-    _check_one_device(x, codes, scale)
+    check_tensor("x", x, FLOATS)
+    check_codes(codes, grid, n * k)
+    check_scale(scale, n * k, 0, scale_every if len(scale) > 1 else BLOCK * n * k)
+    check_one_device(x, codes, scale)
     if len(scale) > 1 and k % scale_every:
         raise ValueError(f"a scale serves {scale_every} elements, which do not divide a row of {k}")
     if k > LONGEST_ROW:
@@ -157,38 +190,76 @@ def multiplies(device: torch.device) -> bool:
     return _host_backend(device) is cpu
 
 
+def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Each token (row) of x [T, K], of any float, in integers of 2 to 8 bits, [T, K] int8, and how many of
+    them a 1 is, [T] float32: NaN of a token that is not finite.
+    """
+    check_tensor("x", x, (x.dtype,))
+    return _round_tokens(x, bits)
+
+
+def token_values(
+    levels: Tensor,  # [T, K] int8
+    per_unit: Tensor,  # [T] float32
+    dtype: torch.dtype,
+) -> Tensor:  # [T, K], of `dtype`
+    """The numbers that rounded tokens stand for."""
+    check_tensor("levels", levels, (torch.int8,))
+    check_tensor("per_unit", per_unit, (torch.float32,))
+    return _token_values(levels, per_unit, dtype)
+
+
+# Ops of the forward pass, which PyTorch knows by name: so they work on tensors without values, too.
+@torch.library.custom_op("lowbit::round_tokens", mutates_args=())
+def _round_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return _float_backend(x.device, x.dtype).round_tokens(x, bits)  # type: ignore[no-any-return]
+
+
+@_round_tokens.register_fake
+def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
+
+
+@torch.library.custom_op("lowbit::token_values", mutates_args=())
+def _token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
+    return _float_backend(levels.device, dtype).token_values(levels, per_unit, dtype)  # type: ignore[no-any-return]
+
+
+@_token_values.register_fake
+def _(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
+    return levels.new_empty(levels.shape, dtype=dtype)
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64, on their device
+    """The largest magnitude of all elements of some tensors; infinity if one of them is not finite."""
+    return _summing(tensors).largest([x.contiguous() for x in tensors])
+
+
+def square_sum(
+    tensors: Sequence[Tensor],
+    most: Tensor,  # [1] float64: `largest`, of these and of others
+    unit: float,
+) -> Tensor:  # [1] int64
+    """The sum of round((x / most)^2 unit) over all elements: integers, so the same in any order."""
+    return _summing(tensors).square_sum([x.contiguous() for x in tensors], most, unit)
+
+
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:
     """The codes ([B * grid.bytes_per_block] uint8) of `levels` ([256 B] int8)."""
-    _check_tensor("levels", levels, (torch.int8,))
-    _check_whole_blocks(levels.numel())
+    check_tensor("levels", levels, (torch.int8,))
+    check_whole_blocks(levels.numel())
     return _host_backend(levels.device).pack(levels, grid=grid)
 
 
 def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     """The levels ([256 B] int8) of `codes` ([B * grid.bytes_per_block] uint8)."""
-    _check_codes(codes, grid, codes.numel() * 8 // grid.bits)
+    check_codes(codes, grid, codes.numel() * 8 // grid.bits)
     return _host_backend(codes.device).unpack(codes, grid=grid)
-
-
-def quantize(
-    weight: Tensor,  # [256 B] float32
-    scale: Tensor,  # [scales of the whole tensor] float32
-    *,
-    grid: Grid,
-    scale_every: int,
-    first_block: int = 0,
-) -> Tensor:  # [256 B] int8
-    """The level nearest to each weight (ties to the even level), within the grid."""
-    _check_tensor("weight", weight, (torch.float32,))
-    _check_whole_blocks(weight.numel())
-    _check_scale(scale, weight.numel(), first_block, scale_every)
-    _check_one_device(weight, scale)
-    return reference.quantize(weight, scale, grid=grid, scale_every=scale_every, first_block=first_block)
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
     """How many elements are at each level, from `grid.low` to `grid.high`: [grid.n_levels] int64."""
-    _check_codes(codes, grid, codes.numel() * 8 // grid.bits)
+    check_codes(codes, grid, codes.numel() * 8 // grid.bits)
     return _host_backend(codes.device).code_counts(codes, grid=grid)
 
 
@@ -198,6 +269,16 @@ def _backend(device: torch.device) -> ModuleType:
 
         return kernels
     return _host_backend(device)
+
+
+def _float_backend(device: torch.device, *dtypes: torch.dtype) -> ModuleType:
+    """Compiled code is for the types of training; others take plain torch."""
+    return _backend(device) if set(dtypes) <= set(FLOATS) else reference
+
+
+def _summing(tensors: Sequence[Tensor]) -> ModuleType:
+    check_one_device(*tensors)
+    return _float_backend(tensors[0].device, *(x.dtype for x in tensors))
 
 
 def _updating(target: Codes | Weights, now: Now, device: torch.device) -> ModuleType:
@@ -221,121 +302,3 @@ def _is_special(target: Codes | Weights, now: Now) -> bool:
 def _host_backend(device: torch.device) -> ModuleType:
     """For ops without a Triton kernel: on a GPU they are rare enough for plain torch, and exact there too."""
     return cpu if device.type == "cpu" and cpu.available() else reference
-
-
-def _tensors(target: Codes | Weights) -> tuple[Tensor, ...]:
-    if isinstance(target, Weights):
-        return (target.weight,)
-    residual = () if target.residual is None else (target.residual.values,)
-    next_scale = () if target.next_scale is None else (target.next_scale,)
-    return (target.codes, target.scale, *residual, *next_scale)
-
-
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {' or '.join(map(str, dtypes))}")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}; it must be contiguous: it is read as raw memory"
-        )
-
-
-def _check_whole_blocks(n: int) -> None:
-    if n % BLOCK:
-        raise ValueError(f"there are {n} elements; packed tensors have whole blocks of {BLOCK}: pad to them")
-
-
-def _check_target(target: Codes | Weights, n: int, name: str) -> None:
-    if isinstance(target, Weights):
-        _check_tensor("weight", target.weight, (torch.float32,))
-        if target.numel != n:
-            raise ValueError(f"weight has {target.numel} elements and {name} {n}; they must be equal")
-        return
-    _check_codes(target.codes, target.grid, n)
-    _check_scale(target.scale, n, target.first_block, target.scale_every)
-    if target.residual is not None:
-        _check_tensor("residual", target.residual.values, (target.residual.kept.dtype,))
-        _check_count("residual", target.residual.values, n, n)
-    if target.next_scale is not None:
-        _check_tensor("next_scale", target.next_scale, (torch.float32,))
-        if target.next_scale.shape != target.scale.shape or target.residual is not None:
-            raise ValueError(
-                f"next_scale has {target.next_scale.numel()} elements; it must have {target.scale.numel()}, "
-                "as scale has, and stand beside no residual"
-            )
-    if not 0 <= target.tensor < 2**32:
-        raise ValueError(f"tensor is {target.tensor}; it must be from 0 to 2**32 - 1")
-
-
-def _check_codes(codes: Tensor, grid: Grid, n: int) -> None:
-    _check_tensor("codes", codes, (torch.uint8,))
-    _check_whole_blocks(n)
-    if codes.numel() != n // BLOCK * grid.bytes_per_block:
-        raise ValueError(
-            f"codes has {codes.numel()} bytes; {n} elements of grid {grid.name} take "
-            f"{n // BLOCK * grid.bytes_per_block}"
-        )
-
-
-def _check_scale(scale: Tensor, n: int, first_block: int, scale_every: int) -> None:
-    _check_tensor("scale", scale, (torch.float32,))
-    if first_block < 0 or scale_every < 1 or scale_every % PLANE:
-        raise ValueError(
-            f"first_block is {first_block} and scale_every {scale_every}; the first must be at least 0, the "
-            f"second a multiple of {PLANE}"
-        )
-    last = first_block * BLOCK + n - 1
-    if n and last // scale_every >= scale.numel():
-        raise ValueError(
-            f"element {last} needs scale number {last // scale_every}, but there are {scale.numel()}; pass "
-            "the whole tensor's scales, and its number of elements as scale_every if there is one"
-        )
-
-
-def _check_state(state: list[Stored], rule: Rule, n: int) -> None:
-    name = type(rule).__name__
-    if [stored.slot for stored in state] != list(rule.slots):
-        raise ValueError(
-            f"state has {_names([stored.slot for stored in state])}; {name} has {_names(rule.slots)}"
-        )
-    if rule.fused is not None and fused.SLOTS.get(rule.fused) != tuple(slot.signed for slot in rule.slots):
-        raise ValueError(
-            f"{name} says that it is fused as {rule.fused!r}, which is none of {', '.join(fused.SLOTS)} or "
-            "has other slots; a rule without a kernel has fused = None"
-        )
-    for stored in state:
-        _check_tensor(
-            f"slot {stored.slot.name}", stored.values, tuple(dtype_of(stored.slot, s) for s in STATES)
-        )
-        if stored.states != state[0].states:
-            raise ValueError(
-                f"slot {stored.slot.name} is kept in {stored.states} and slot {state[0].slot.name} in "
-                f"{state[0].states}; a rule's slots are kept alike"
-            )
-        if (stored.scale is None) == (stored.states == "int8"):
-            raise ValueError(
-                f"slot {stored.slot.name} of {stored.values.dtype} "
-                f"{'needs' if stored.scale is None else 'has no'} scales: use Stored.zeros"
-            )
-        _check_count(f"slot {stored.slot.name}", stored.values, n, n)
-        if stored.scale is not None:
-            _check_tensor(f"the scale of slot {stored.slot.name}", stored.scale, (torch.float32,))
-            _check_count(f"the scale of slot {stored.slot.name}", stored.scale, -(-n // BLOCK), n)
-
-
-def _check_count(name: str, tensor: Tensor, wanted: int, n: int) -> None:
-    if tensor.numel() != wanted:
-        raise ValueError(f"{name} has {tensor.numel()} elements; {n} weights take {wanted}")
-
-
-def _names(slots: list[Slot] | tuple[Slot, ...]) -> str:
-    words = [f"{slot.name} ({'signed' if slot.signed else 'unsigned'})" for slot in slots]
-    return f"the slots {', '.join(words)}" if words else "no slots"
-
-
-def _check_one_device(*tensors: Tensor) -> None:
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the tensors are on {' and '.join(sorted(map(str, devices)))}; they must be on one device"
-        )

@@ -51,7 +51,7 @@ typedef struct {
     float m[BLOCK], v[BLOCK];
     float root[BLOCK]; /* of the bias-corrected v (AdamW) */
     float u[BLOCK];    /* the direction (Lion) */
-    int32_t level[BLOCK], next[BLOCK];
+    uint8_t code[BLOCK], next[BLOCK];
 } Work __attribute__((aligned(64)));
 
 INLINE float square(float x) { return x * x; }
@@ -94,7 +94,22 @@ INLINE Lanes upper(Lanes x) {
 #endif
 }
 
-INLINE Lanes interleave(const Lanes *pair) { return (pair[0] & 0xFFFFFFFF) | (pair[1] << 32); }
+/* The lower, or the upper, halves of two vectors, interleaved. */
+INLINE Lanes lower_halves(Lanes even, Lanes odd) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+#else
+    return (even & 0xFFFFFFFF) | (odd << 32);
+#endif
+}
+
+INLINE Lanes upper_halves(Lanes even, Lanes odd) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
+#else
+    return (even >> 32) | (odd & 0xFFFFFFFF00000000);
+#endif
+}
 
 /* Philox4x32-10 for the SPAN counters from q on: word i of counter q + k goes to word[i][k].
  *
@@ -111,8 +126,8 @@ INLINE void draw(uint32_t (*restrict word)[SPAN], uint64_t q, const Step *now) {
         c3[g] = (Lanes){0} + now->tensor;
     }
     uint32_t key0 = now->key0, key1 = now->key1;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 9
+    for (int round = 0; round < 9; round++) {
 #pragma GCC unroll 4
         for (int g = 0; g < VECTORS; g++) {
             const Lanes p0 = multiply(c0[g], 0xD2511F53), p2 = multiply(c2[g], 0xCD9E8D57);
@@ -124,82 +139,80 @@ INLINE void draw(uint32_t (*restrict word)[SPAN], uint64_t q, const Step *now) {
         key0 += 0x9E3779B9;
         key1 += 0xBB67AE85;
     }
+    /* The tenth, whose words are interleaved before they are mixed. */
+    const uint64_t both = 0x100000001;
 #pragma GCC unroll 2
     for (int g = 0; g < VECTORS; g += 2) {
-        const Lanes mixed[4] = {interleave(c0 + g), interleave(c1 + g), interleave(c2 + g), interleave(c3 + g)};
+        Lanes p0[2], p2[2];
+        for (int i = 0; i < 2; i++) {
+            p0[i] = multiply(c0[g + i], 0xD2511F53);
+            p2[i] = multiply(c2[g + i], 0xCD9E8D57);
+        }
+        const Lanes mixed[4] = {
+            upper_halves(p2[0], p2[1]) ^ lower_halves(c1[g], c1[g + 1]) ^ key0 * both,
+            lower_halves(p2[0], p2[1]),
+            upper_halves(p0[0], p0[1]) ^ lower_halves(c3[g], c3[g + 1]) ^ key1 * both,
+            lower_halves(p0[0], p0[1]),
+        };
         for (int i = 0; i < 4; i++) memcpy(&word[i][g * LANES], &mixed[i], sizeof(Lanes));
     }
 }
 
-static void unpack_block(const uint8_t *restrict codes, int32_t *restrict level, int bits, int low) {
+/* A block's codes between storage and work, where each is a byte. */
+static void unpack_block(const uint8_t *restrict packed, uint8_t *restrict code, int bits) {
     if (bits == 8) {
-        for (int j = 0; j < 256; j++) level[j] = codes[j] + low;
+        memcpy(code, packed, BLOCK);
     } else if (bits == 4 || bits == 6) {
         for (int j = 0; j < 128; j++) {
-            level[j] = (codes[j] & 15) + low;
-            level[j + 128] = (codes[j] >> 4) + low;
+            code[j] = packed[j] & 15;
+            code[j + 128] = packed[j] >> 4;
         }
         if (bits == 6)
-            for (int j = 0; j < 64; j++)
-                for (int i = 0; i < 4; i++) level[j + 64 * i] += ((codes[128 + j] >> (2 * i)) & 3) << 4;
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 64; j++) code[j + 64 * i] |= ((packed[128 + j] >> (2 * i)) & 3) << 4;
     } else {
         for (int j = 0; j < 64; j++) {
-            level[j] = (codes[j] & 3) + low;
-            level[j + 64] = ((codes[j] >> 2) & 3) + low;
-            level[j + 128] = ((codes[j] >> 4) & 3) + low;
-            level[j + 192] = (codes[j] >> 6) + low;
+            code[j] = packed[j] & 3;
+            code[j + 64] = (packed[j] >> 2) & 3;
+            code[j + 128] = (packed[j] >> 4) & 3;
+            code[j + 192] = packed[j] >> 6;
         }
         if (bits == 3)
             for (int i = 0; i < 8; i++)
-                for (int j = 0; j < 32; j++) level[j + 32 * i] += ((codes[64 + j] >> i) & 1) << 2;
+                for (int j = 0; j < 32; j++) code[j + 32 * i] |= ((packed[64 + j] >> i) & 1) << 2;
     }
 }
 
-static void pack_block(uint8_t *restrict codes, const int32_t *restrict level, int bits, int low) {
+static void pack_block(uint8_t *restrict packed, const uint8_t *restrict code, int bits) {
     if (bits == 8) {
-        for (int j = 0; j < 256; j++) codes[j] = (uint8_t)(level[j] - low);
+        memcpy(packed, code, BLOCK);
     } else if (bits == 4 || bits == 6) {
-        for (int j = 0; j < 128; j++)
-            codes[j] = (uint8_t)(((level[j] - low) & 15) | ((level[j + 128] - low) & 15) << 4);
+        for (int j = 0; j < 128; j++) packed[j] = (uint8_t)((code[j] & 15) | code[j + 128] << 4);
         if (bits == 6)
             for (int j = 0; j < 64; j++)
-                codes[128 + j] =
-                    (uint8_t)((level[j] - low) >> 4 | (level[j + 64] - low) >> 4 << 2 |
-                              (level[j + 128] - low) >> 4 << 4 | (level[j + 192] - low) >> 4 << 6);
+                packed[128 + j] = (uint8_t)(code[j] >> 4 | code[j + 64] >> 4 << 2 | code[j + 128] >> 4 << 4 |
+                                            code[j + 192] >> 4 << 6);
     } else {
         for (int j = 0; j < 64; j++)
-            codes[j] = (uint8_t)(((level[j] - low) & 3) | ((level[j + 64] - low) & 3) << 2 |
-                                 ((level[j + 128] - low) & 3) << 4 | ((level[j + 192] - low) & 3) << 6);
+            packed[j] = (uint8_t)((code[j] & 3) | (code[j + 64] & 3) << 2 | (code[j + 128] & 3) << 4 |
+                                  code[j + 192] << 6);
         if (bits == 3)
             for (int j = 0; j < 32; j++) {
-                uint32_t high = 0;
-                for (int i = 0; i < 8; i++) high |= (uint32_t)((level[j + 32 * i] - low) >> 2) << i;
-                codes[64 + j] = (uint8_t)high;
+                uint8_t high = 0;
+                for (int i = 0; i < 8; i++) high |= (uint8_t)(code[j + 32 * i] >> 2 << i);
+                packed[64 + j] = high;
             }
     }
 }
 
-/* How many codes differ: the bits of each code's difference are folded onto its lowest, which are counted. Planes (3
- * and 6 bits) do not keep a code's bits together, so levels are compared there. */
-static int64_t count_changes(const uint8_t *restrict old, const uint8_t *restrict new, const Work *restrict work,
-                             int bits) {
-    int64_t changes = 0;
-    if (bits == 3 || bits == 6) {
-        for (int j = 0; j < BLOCK; j++) changes += work->level[j] != work->next[j];
-        return changes;
-    }
-    for (int j = 0; j < BLOCK * bits / 8; j += 8) {
-        uint64_t x, y;
-        memcpy(&x, old + j, 8);
-        memcpy(&y, new + j, 8);
-        x ^= y;
-        if (bits == 8) x |= x >> 4;
-        if (bits >= 4) x |= x >> 2;
-        x |= x >> 1;
-        x &= bits == 8 ? 0x0101010101010101u : bits == 4 ? 0x1111111111111111u : 0x5555555555555555u;
-        changes += __builtin_popcountll(x);
-    }
-    return changes;
+static int64_t count_changes(const uint8_t *restrict old, const uint8_t *restrict new) {
+    uint8_t changes[COUNTERS];
+    int32_t sum = 0;
+    for (int j = 0; j < COUNTERS; j++)
+        changes[j] = (uint8_t)((old[j] != new[j]) + (old[j + 64] != new[j + 64]) + (old[j + 128] != new[j + 128]) +
+                               (old[j + 192] != new[j + 192]));
+    for (int j = 0; j < COUNTERS; j++) sum += changes[j];
+    return sum;
 }
 
 /* A square root that is too small, by 0.01 % to 0.2 %: the exponent halved, and one Newton step that overshoots from
@@ -230,36 +243,121 @@ INLINE float block_scale(uint32_t largest, float top) {
     return scale >= SMALLEST_SCALE ? scale : 0.0f;
 }
 
-/* Floats that are not negative are ordered as their bits are, and integer maxima vectorise. */
-INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
 
+/* Of 64 elements. */
+INLINE __mmask64 joined(const __mmask16 *of_plane) {
+    uint64_t mask;
+    memcpy(&mask, of_plane, sizeof mask);
+    return mask;
+}
+
+/* The bits of the largest absolute value. */
+INLINE uint32_t largest_of(const float *restrict x) {
+    __m512 largest[4];
+    for (int i = 0; i < 4; i++) largest[i] = _mm512_load_ps(x + 16 * i);
+    for (int j = 64; j < BLOCK; j += 64)
+        for (int i = 0; i < 4; i++) largest[i] = _mm512_range_ps(largest[i], _mm512_load_ps(x + j + 16 * i), 11);
+    for (int i = 1; i < 4; i++) largest[0] = _mm512_range_ps(largest[0], largest[i], 11);
+    return bits_of(_mm512_reduce_max_ps(_mm512_abs_ps(largest[0])));
+}
+
+/* code_of(y, low_root(for_root)) of 16 elements; their lowest bytes are the codes. */
+INLINE __m512i codes_of(__m512 y, __m512 for_root, int fourth) {
+    const __m512i halved = _mm512_srli_epi32(_mm512_castps_si512(for_root), 1);
+    const __m512 r = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(0x5F0B2895), halved));
+    const __m512 t = _mm512_mul_ps(for_root, r);
+    const __m512 rounded =
+        _mm512_fmadd_ps(t, _mm512_fnmadd_ps(t, r, _mm512_set1_ps(1.88975f)), _mm512_set1_ps(8388608.0f));
+    __m512 threshold = _mm512_sub_ps(rounded, _mm512_set1_ps(8388607.5f));
+    threshold = _mm512_mul_ps(threshold, threshold);
+    if (fourth) threshold = _mm512_mul_ps(threshold, threshold);
+    const __m512i code = _mm512_castps_si512(rounded);
+    return _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(y, threshold, _CMP_GE_OQ), code, _mm512_set1_epi32(1));
+}
+
+/* The lowest bytes of 64 elements. */
+INLINE __m512i lowest_bytes(const __m512i *x /* [4] */) {
+    const __m512i lowest = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0x00000000);
+    __m512i mixed = _mm512_mask_shuffle_epi8(x[0], 0x2222222222222222, x[1], lowest);
+    mixed = _mm512_mask_shuffle_epi8(mixed, 0x4444444444444444, x[2], lowest);
+    mixed = _mm512_mask_shuffle_epi8(mixed, 0x8888888888888888, x[3], lowest);
+    /* Byte k of element l is that of element 16 k + l. */
+    mixed = _mm512_shuffle_epi8(mixed, _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400));
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), mixed);
+}
+
+INLINE void encode_signed(const float *restrict m, int8_t *restrict code, float inverse) {
+    for (int j = 0; j < BLOCK; j += 64) {
+        __m512i codes[4];
+        __mmask16 negative[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m512 x = _mm512_load_ps(m + j + 16 * i);
+            const __m512 y = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(inverse));
+            negative[i] = _mm512_movepi32_mask(_mm512_castps_si512(x));
+            codes[i] = codes_of(y, y, 0);
+        }
+        const __m512i all = lowest_bytes(codes);
+        _mm512_storeu_si512(code + j, _mm512_mask_sub_epi8(all, joined(negative), _mm512_setzero_si512(), all));
+    }
+}
+
+INLINE void encode_unsigned(const float *restrict v, const float *restrict root, uint8_t *restrict code, float inverse,
+                            float root_of_scaled) {
+    for (int j = 0; j < BLOCK; j += 64) {
+        __m512i codes[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            codes[i] = codes_of(_mm512_mul_ps(_mm512_load_ps(v + j + 16 * i), _mm512_set1_ps(inverse)),
+                                _mm512_mul_ps(_mm512_load_ps(root + j + 16 * i), _mm512_set1_ps(root_of_scaled)), 1);
+        _mm512_storeu_si512(code + j, _mm512_max_epu8(lowest_bytes(codes), _mm512_set1_epi8(1)));
+    }
+}
+
+#else
+
+/* Floats that are not negative are ordered as their bits are, and integer maxima vectorise. */
+INLINE uint32_t largest_of(const float *restrict x) {
+    uint32_t largest = 0;
+    for (int j = 0; j < BLOCK; j++) {
+        uint32_t bits = bits_of(x[j]) & 0x7FFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+INLINE void encode_signed(const float *restrict m, int8_t *restrict code, float inverse) {
+    for (int j = 0; j < BLOCK; j++) {
+        float y = fabsf(m[j]) * inverse;
+        int32_t size = (int32_t)code_of(y, low_root(y), 0);
+        code[j] = (int8_t)(m[j] < 0 ? -size : size);
+    }
+}
+
+INLINE void encode_unsigned(const float *restrict v, const float *restrict root, uint8_t *restrict code, float inverse,
+                            float root_of_scaled) {
+    for (int j = 0; j < BLOCK; j++) {
+        uint32_t rounded = code_of(v[j] * inverse, low_root(root[j] * root_of_scaled), 1);
+        code[j] = (uint8_t)(rounded > 0x4B000001 ? rounded : 0x4B000001); /* the exponent's bits fall off */
+    }
+}
+
+#endif
+
+/* A mean of squares has a code of at least 1. */
 INLINE void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint8_t *restrict v_code,
                         float *restrict m_scale, float *restrict v_scale, float correction2, int rule) {
-    const float *restrict m = work->m, *restrict v = work->v, *restrict root = work->root;
-    uint32_t m_largest = 0, v_largest = 0;
-    for (int j = 0; j < BLOCK; j++) {
-        m_largest = larger(m_largest, bits_of(m[j]) & 0x7FFFFFFF);
-        if (rule == ADAMW) v_largest = larger(v_largest, bits_of(v[j]));
-    }
     /* Both slots' divisions come before the loops, which then need not wait for them. */
     float v_inverse = 0, root_of_scaled = 0;
     if (rule == ADAMW) {
-        *v_scale = block_scale(v_largest, UNSIGNED_FOURTH);
+        *v_scale = block_scale(largest_of(work->v), UNSIGNED_FOURTH);
         v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
         root_of_scaled = sqrtf(v_inverse / correction2);
     }
-    *m_scale = block_scale(m_largest, SIGNED_SQUARE);
-    const float m_inverse = *m_scale > 0 ? 1.0f / *m_scale : 0.0f;
-    for (int j = 0; j < BLOCK; j++) {
-        float y = fabsf(m[j]) * m_inverse;
-        int32_t code = (int32_t)code_of(y, low_root(y), 0);
-        m_code[j] = (int8_t)(m[j] < 0 ? -code : code);
-    }
-    if (rule != ADAMW) return;
-    for (int j = 0; j < BLOCK; j++) {
-        uint32_t code = code_of(v[j] * v_inverse, low_root(root[j] * root_of_scaled), 1);
-        v_code[j] = (uint8_t)(code > 0x4B000001 ? code : 0x4B000001); /* at least 1; the exponent's bits fall off */
-    }
+    *m_scale = block_scale(largest_of(work->m), SIGNED_SQUARE);
+    encode_signed(work->m, m_code, *m_scale > 0 ? 1.0f / *m_scale : 0.0f);
+    if (rule == ADAMW) encode_unsigned(work->v, work->root, v_code, v_inverse, root_of_scaled);
 }
 
 INLINE void store_slots(const Work *restrict work, const State *state, int64_t block, float correction2, int rule) {
@@ -357,6 +455,83 @@ INLINE float direction(Work *restrict work, const float *u, int j, const Step *n
     return (work->m[j] * now->correction1) / (root + now->eps);
 }
 
+/* Rounds a step of d levels: how many it moves, whichever way. */
+INLINE uint32_t rounded(float d, uint32_t word) {
+    uint32_t size = bits_of(d) & 0x7FFFFFFF;
+    float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
+    uint32_t whole = (uint32_t)(int32_t)a;
+    uint32_t threshold = (uint32_t)((a - (float)(int32_t)whole) * 0x1p32f);
+    return word < threshold ? whole + 1 : whole;
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+/* Where a block's steps go: bit j of each mask belongs to element j of its plane. */
+typedef struct {
+    __mmask16 moved[4][4], down[4][4];
+} Moves;
+
+/* Steps beyond a level: their whole levels are taken here. Bytes saturate, as levels do. */
+static __attribute__((noinline)) __mmask16 take_whole(uint8_t *next, __m512 size, __m512i words, __mmask16 down) {
+    const __m512 a = _mm512_mul_ps(size, _mm512_set1_ps(0x1p-32f));
+    const __m512i whole = _mm512_cvttps_epi32(a); /* one that is too large becomes the largest uint32 */
+    const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(0x1p32f));
+    const __m128i levels = _mm512_cvtusepi32_epi8(whole), old = _mm_loadu_si128((const __m128i *)next);
+    _mm_storeu_si128((__m128i *)next,
+                     _mm_mask_subs_epu8(_mm_adds_epu8(old, levels), down, old, levels));
+    return _mm512_cmplt_epu32_mask(words, _mm512_cvttps_epu32(rest));
+}
+
+INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const Step *step,
+                          const float *minus_levels_per_unit /* [4] */, int low, int high, int rule) {
+    uint32_t words[4][SPAN] __attribute__((aligned(64)));
+    Moves moves;
+    const __m512 correction1 = _mm512_set1_ps(step->correction1), correction2 = _mm512_set1_ps(step->correction2);
+    const __m512 eps = _mm512_set1_ps(step->eps), decay = _mm512_set1_ps(step->decay * 0x1p32f);
+    const __m512i lowest = _mm512_set1_epi32(low);
+    memcpy(work->next, work->code, BLOCK);
+    for (int start = 0; start < COUNTERS; start += SPAN) {
+        draw(words, q + (uint64_t)start, step);
+        for (int i = 0; i < 4; i++) {
+            const __m512 per_unit = _mm512_set1_ps(minus_levels_per_unit[i] * 0x1p32f);
+#pragma GCC unroll 2
+            for (int k = 0; k < SPAN; k += 16) {
+                const int j = start + COUNTERS * i + k;
+                __m512 unit;
+                if (rule == ADAMW) {
+                    const __m512 v = _mm512_load_ps(work->v + j), m = _mm512_load_ps(work->m + j);
+                    const __m512 root = _mm512_sqrt_ps(_mm512_mul_ps(v, correction2));
+                    _mm512_store_ps(work->root + j, root);
+                    unit = _mm512_div_ps(_mm512_mul_ps(m, correction1), _mm512_add_ps(root, eps));
+                } else {
+                    unit = _mm512_loadu_ps(u + j);
+                }
+                const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(work->code + j)));
+                const __m512 level = _mm512_cvtepi32_ps(_mm512_add_epi32(code, lowest));
+                const __m512 d = _mm512_sub_ps(_mm512_mul_ps(per_unit, unit), _mm512_mul_ps(decay, level));
+                const __m512 size = _mm512_abs_ps(d);
+                const __m512i word = _mm512_load_si512(words[i] + k);
+                const __mmask16 down = _mm512_movepi32_mask(_mm512_castps_si512(d));
+                __mmask16 moved = _mm512_cmplt_epu32_mask(word, _mm512_cvttps_epu32(size));
+                if (__builtin_expect(_mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p32f), _CMP_GE_OQ) != 0, 0))
+                    moved = take_whole(work->next + j, size, word, down);
+                moves.moved[i][j % 64 / 16] = moved;
+                moves.down[i][j % 64 / 16] = down;
+            }
+        }
+    }
+    const __m512i one = _mm512_set1_epi8(1), top = _mm512_set1_epi8((char)(high - low));
+    for (int i = 0; i < 4; i++) {
+        const __mmask64 moved = joined(moves.moved[i]), down = joined(moves.down[i]);
+        __m512i next = _mm512_load_si512(work->next + 64 * i);
+        next = _mm512_mask_adds_epu8(next, moved & ~down, next, one);
+        next = _mm512_mask_subs_epu8(next, moved & down, next, one);
+        _mm512_store_si512(work->next + 64 * i, _mm512_min_epu8(next, top));
+    }
+}
+
+#else
+
 /* Rounds the stepped levels to the grid. Drawing and updating alternate in small spans, so that a core multiplies for
  * the one while it divides for the other. */
 INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const Step *step,
@@ -371,20 +546,18 @@ INLINE void update_levels(Work *restrict work, const float *u, uint64_t q, const
             for (int k = 0; k < SPAN; k++) {
                 int j = start + COUNTERS * i + k;
                 float unit = direction(work, u, j, &now, rule);
-                int32_t level = work->level[j];
+                int32_t level = work->code[j] + low;
                 float d = per_unit * unit - now.decay * (float)level;
-                uint32_t size = bits_of(d) & 0x7FFFFFFF;
-                float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
-                int32_t whole = (int32_t)a;
-                uint32_t threshold = (uint32_t)((a - (float)whole) * 0x1p32f);
-                int32_t moved = word[k] < threshold ? whole + 1 : whole;
+                int32_t moved = (int32_t)rounded(d, word[k]);
                 int32_t next = d < 0 ? level - moved : level + moved;
                 next = next < low ? low : next;
-                work->next[j] = next > high ? high : next;
+                work->next[j] = (uint8_t)((next > high ? high : next) - low);
             }
         }
     }
 }
+
+#endif
 
 /* The scale of each plane of block `place` of the whole tensor, by at most one division. */
 INLINE void scales_of_block(float *of_plane /* [4] */, const float *scale, const Shard *shard, int64_t place) {
@@ -412,16 +585,13 @@ INLINE int64_t step_codes(uint8_t *codes, const float *scale, const State *state
     float per_unit[4];
     scales_of_block(per_unit, scale, shard, place);
     for (int i = 0; i < 4; i++) per_unit[i] = -(now->lr / per_unit[i]);
-    unpack_block(packed, work.level, shard->bits, shard->low);
+    unpack_block(packed, work.code, shard->bits);
     move_block(&work, &in, now, state->states, state->grad_is_bf16, rule);
     update_levels(&work, rule == APPLY ? (const float *)in.grad : work.u, (uint64_t)place * COUNTERS, now, per_unit,
                   shard->low, shard->high, rule);
-    uint8_t fresh[BLOCK];
-    pack_block(fresh, work.next, shard->bits, shard->low);
-    const int64_t flips = count_changes(packed, fresh, &work, shard->bits);
-    memcpy(packed, fresh, (size_t)(BLOCK * shard->bits / 8));
+    pack_block(packed, work.next, shard->bits);
     store_slots(&work, state, block, now->correction2, rule);
-    return flips;
+    return count_changes(work.code, work.next);
 }
 
 INLINE void step_weights(float *restrict weight, const State *state, const Step *step, int64_t block, int rule) {
@@ -502,7 +672,7 @@ INLINE int64_t accumulate_block(uint8_t *packed, void *restrict values, const fl
     const Residual by = *kept;
     const int32_t low = shard->low, high = shard->high;
     uint32_t words[4][SPAN] __attribute__((aligned(64)));
-    unpack_block(packed, work.level, shard->bits, low);
+    unpack_block(packed, work.code, shard->bits);
     for (int start = 0; start < COUNTERS; start += SPAN) {
         draw(words, q + (uint64_t)start, &now);
         for (int i = 0; i < 4; i++) {
@@ -510,7 +680,7 @@ INLINE int64_t accumulate_block(uint8_t *packed, void *restrict values, const fl
             const float levels_per_unit = now.lr / of_plane[i];
             for (int k = 0; k < SPAN; k++) {
                 int j = start + COUNTERS * i + k;
-                float level = (float)work.level[j];
+                float level = (float)(work.code[j] + low);
                 float x = level + residual_of(values, j, is_bf16) * by.kept;
                 x = x * now.keep - levels_per_unit * u[j];
                 float next = fabsf(x - level) > by.threshold ? rintf(x) : level;
@@ -522,15 +692,12 @@ INLINE int64_t accumulate_block(uint8_t *packed, void *restrict values, const fl
                 rest = rest * by.per_level;
                 rest = by.resets && next != level ? 0.0f : rest;
                 store_residual(values, j, rest, word[k], is_bf16);
-                work.next[j] = (int32_t)next;
+                work.next[j] = (uint8_t)((int32_t)next - low);
             }
         }
     }
-    uint8_t fresh[BLOCK];
-    pack_block(fresh, work.next, shard->bits, low);
-    const int64_t flips = count_changes(packed, fresh, &work, shard->bits);
-    memcpy(packed, fresh, (size_t)(BLOCK * shard->bits / 8));
-    return flips;
+    pack_block(packed, work.next, shard->bits);
+    return count_changes(work.code, work.next);
 }
 
 int64_t lowbit_accumulate(uint8_t *codes, const float *scale, const float *u, const Residual *kept,
@@ -592,61 +759,81 @@ void lowbit_step_weights(float *weight, const State *state, int64_t n, int32_t n
     if (n % BLOCK) step_short_block(step_run, weight, state, n_blocks, (size_t)(n % BLOCK), now);
 }
 
-static void scale_levels(const int32_t *restrict level, const float *restrict of_plane, float *restrict out) {
+static void scale_levels(const uint8_t *restrict code, int low, const float *restrict of_plane, float *restrict out) {
     for (int i = 0; i < BLOCK; i += PLANE)
-        for (int j = i; j < i + PLANE; j++) out[j] = (float)level[j] * of_plane[i / PLANE];
+        for (int j = i; j < i + PLANE; j++) out[j] = (float)(code[j] + low) * of_plane[i / PLANE];
 }
 
-static void scale_levels_bf16(const int32_t *restrict level, const float *restrict of_plane, uint16_t *restrict out) {
+static void scale_levels_bf16(const uint8_t *restrict code, int low, const float *restrict of_plane,
+                              uint16_t *restrict out) {
     for (int i = 0; i < BLOCK; i += PLANE)
-        for (int j = i; j < i + PLANE; j++) out[j] = to_bf16((float)level[j] * of_plane[i / PLANE]);
+        for (int j = i; j < i + PLANE; j++) out[j] = to_bf16((float)(code[j] + low) * of_plane[i / PLANE]);
 }
 
 void lowbit_decode(const uint8_t *codes, const float *scale, void *out, int32_t out_is_bf16, const Shard *shard) {
 #pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
     for (int64_t block = 0; block < shard->n_blocks; block++) {
+        uint8_t code[BLOCK] __attribute__((aligned(64)));
+        float of_plane[4];
+        scales_of_block(of_plane, scale, shard, shard->first_block + block);
+        unpack_block(codes + block * BLOCK * shard->bits / 8, code, shard->bits);
+        if (out_is_bf16)
+            scale_levels_bf16(code, shard->low, of_plane, (uint16_t *)out + block * BLOCK);
+        else
+            scale_levels(code, shard->low, of_plane, (float *)out + block * BLOCK);
+    }
+}
+
+/* The codes of the level nearest to each weight, ties to the even one. */
+void lowbit_encode(const float *restrict weight, const float *scale, uint8_t *restrict codes, const Shard *shard) {
+    const float low = (float)shard->low, high = (float)shard->high;
+#pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
+    for (int64_t block = 0; block < shard->n_blocks; block++) {
         int32_t level[BLOCK] __attribute__((aligned(64)));
         float of_plane[4];
         scales_of_block(of_plane, scale, shard, shard->first_block + block);
-        unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
-        if (out_is_bf16)
-            scale_levels_bf16(level, of_plane, (uint16_t *)out + block * BLOCK);
-        else
-            scale_levels(level, of_plane, (float *)out + block * BLOCK);
+        for (int i = 0; i < BLOCK; i += PLANE)
+            for (int j = i; j < i + PLANE; j++) {
+                float nearest = rintf(weight[block * BLOCK + j] / of_plane[i / PLANE]);
+                nearest = nearest < low ? low : nearest;
+                nearest = nearest > high ? high : nearest;
+                level[j] = (int8_t)(int32_t)nearest; /* of a NaN 0, as in PyTorch */
+            }
+        pack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
     }
 }
 
 void lowbit_pack(const int8_t *restrict levels, uint8_t *restrict codes, const Shard *shard) {
 #pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
     for (int64_t block = 0; block < shard->n_blocks; block++) {
-        int32_t level[BLOCK] __attribute__((aligned(64)));
-        for (int j = 0; j < BLOCK; j++) level[j] = levels[block * BLOCK + j];
-        pack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+        uint8_t code[BLOCK] __attribute__((aligned(64)));
+        for (int j = 0; j < BLOCK; j++) code[j] = (uint8_t)(levels[block * BLOCK + j] - shard->low);
+        pack_block(codes + block * BLOCK * shard->bits / 8, code, shard->bits);
     }
 }
 
 void lowbit_unpack(const uint8_t *restrict codes, int8_t *restrict levels, const Shard *shard) {
 #pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
     for (int64_t block = 0; block < shard->n_blocks; block++) {
-        int32_t level[BLOCK] __attribute__((aligned(64)));
-        unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
-        for (int j = 0; j < BLOCK; j++) levels[block * BLOCK + j] = (int8_t)level[j];
+        uint8_t code[BLOCK] __attribute__((aligned(64)));
+        unpack_block(codes + block * BLOCK * shard->bits / 8, code, shard->bits);
+        for (int j = 0; j < BLOCK; j++) levels[block * BLOCK + j] = (int8_t)(code[j] + shard->low);
     }
 }
 
 /* Adds to counts[high - low + 1] how often each level occurs. */
 void lowbit_code_counts(const uint8_t *codes, int64_t *counts, const Shard *shard) {
     for (int64_t block = 0; block < shard->n_blocks; block++) {
-        int32_t level[BLOCK] __attribute__((aligned(64)));
-        unpack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+        uint8_t code[BLOCK] __attribute__((aligned(64)));
+        unpack_block(codes + block * BLOCK * shard->bits / 8, code, shard->bits);
         if (shard->bits <= 4) {
-            for (int32_t wanted = shard->low; wanted <= shard->high; wanted++) {
+            for (int wanted = 0; wanted <= shard->high - shard->low; wanted++) {
                 int32_t count = 0;
-                for (int j = 0; j < BLOCK; j++) count += level[j] == wanted;
-                counts[wanted - shard->low] += count;
+                for (int j = 0; j < BLOCK; j++) count += code[j] == wanted;
+                counts[wanted] += count;
             }
         } else {
-            for (int j = 0; j < BLOCK; j++) counts[level[j] - shard->low]++;
+            for (int j = 0; j < BLOCK; j++) counts[code[j]]++;
         }
     }
 }

@@ -34,3 +34,18 @@ INLINE uint16_t to_bf16(float x) {
     uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
+
+#define PARALLEL_ELEMENTS 65536 /* of one cheap pass: less is not worth waking threads */
+
+/* The bits of max |x|: those of a NaN are above those of infinity, and these above all others. */
+INLINE uint32_t largest_of(const float *wide, const uint16_t *half, int is_bf16, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t k = 0; k < n; k++) {
+        const uint32_t size = (is_bf16 ? (uint32_t)half[k] << 16 : bits_of(wide[k])) & 0x7FFFFFFF;
+        largest = size > largest ? size : largest;
+    }
+    return largest;
+}
+
+/* A token in integers, in tokens.c. */
+void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, int8_t *levels, float *per_unit);

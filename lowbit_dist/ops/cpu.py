@@ -1,60 +1,24 @@
-"""The ops of reference.py on CPU tensors: `cpu.c` and `matmul.c`, compiled once on this machine and called
-through ctypes.
-
-The shared object is built for the very CPU it runs on, so it is never shipped: it is kept in the private
-folder `code` of $LOWBIT_CACHE (by default `folders.cache`), under a name that is a
-hash of the source, the compiler, its options and the CPU. Without a compiler the caller uses
-reference.py: the same bytes, many times slower.
-"""
+"""The ops of reference.py on CPU tensors: the C that `native` compiles, called through ctypes."""
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
-from pathlib import Path
+import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lowbit_dist import folders
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.native import available as available
+from lowbit_dist.ops.native import loaded
 from lowbit_dist.ops.states import STATES, Stored
 from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 
-_LOG = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "matmul.c")]
-_HEADER = Path(__file__).with_name("cpu.h")
 TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `ops.Codes`
 
-# Contraction would round fewer times than the reference does. Errno and traps stand in the way of vector
-# code. Blocks are copied through buffers of another type.
-_OPTIONS = [
-    "-std=gnu11",
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-shared",
-    "-fPIC",
-]
+_INFINITY = 0x7F800000  # the bits of a float32
 # A rounded token is as long as a multiple of this, in matmul.c.
 _STRIDE = 64
-# From the best to what every compiler takes; the first that compiles is used.
-_TUNINGS = [
-    ["-march=native", "-mprefer-vector-width=512", "-fopenmp"],
-    ["-march=native", "-mprefer-vector-width=512"],
-    ["-march=native", "-fopenmp"],
-    ["-march=native"],
-    [],
-]
 
 
 class _Step(ctypes.Structure):
@@ -101,11 +65,6 @@ class _Product(ctypes.Structure):
     ]
 
 
-def available() -> bool:
-    """Whether the compiled ops can be used; the first call compiles, and warns once if that fails."""
-    return _library() is not None
-
-
 def step_(target: Codes | Weights, grad: Tensor, state: list[Stored], *, rule: Rule, now: Now) -> Tensor:
     """`rule.fused` names one of fused.py."""
     return _step(target, _state(state, grad), factors(rule, now), RULES.index(rule.fused), now)
@@ -121,7 +80,7 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
     flips = 0
     code = ctypes.c_int32(rule)
     if isinstance(target, Weights):
-        _loaded().lowbit_step_weights(
+        loaded().lowbit_step_weights(
             _pointer(target.weight),
             state,
             ctypes.c_int64(target.numel),
@@ -130,7 +89,7 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
             code,
         )
     else:
-        flips = _loaded().lowbit_step_codes(
+        flips = loaded().lowbit_step_codes(
             _pointer(target.codes),
             _pointer(target.scale),
             state,
@@ -143,7 +102,7 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
 
 def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
     kept = residual.kept
-    flips = _loaded().lowbit_accumulate(
+    flips = loaded().lowbit_accumulate(
         _pointer(target.codes),
         _pointer(target.scale),
         _pointer(u),
@@ -169,7 +128,7 @@ def decode(
 ) -> Tensor:
     shard = _shard(grid, out.numel(), first_block, scale_every, scale)
     is_bf16 = ctypes.c_int32(out.dtype == torch.bfloat16)
-    _loaded().lowbit_decode(_pointer(codes), _pointer(scale), _pointer(out), is_bf16, shard)
+    loaded().lowbit_decode(_pointer(codes), _pointer(scale), _pointer(out), is_bf16, shard)
     return out
 
 
@@ -180,7 +139,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, *, grid: Grid, scale_every: 
     y = torch.empty(tokens, n, dtype=x.dtype)
     rounded = torch.empty(tokens * stride, dtype=torch.int8)
     per_token = torch.empty(tokens * (1 + groups), dtype=torch.int32)
-    failed = _loaded().lowbit_matmul(
+    failed = loaded().lowbit_matmul(
         ctypes.byref(
             _Product(
                 x=x.data_ptr(),
@@ -209,25 +168,75 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, *, grid: Grid, scale_every: 
     return y
 
 
+def encode(weight: Tensor, scale: Tensor, *, grid: Grid, scale_every: int, first_block: int) -> Tensor:
+    codes = torch.empty(weight.numel() * grid.bits // 8, dtype=torch.uint8)
+    shard = _shard(grid, weight.numel(), first_block, scale_every, scale)
+    loaded().lowbit_encode(_pointer(weight), _pointer(scale), _pointer(codes), shard)
+    return codes
+
+
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:
     codes = torch.empty(levels.numel() * grid.bits // 8, dtype=torch.uint8)
-    _loaded().lowbit_pack(_pointer(levels), _pointer(codes), _shard(grid, levels.numel()))
+    loaded().lowbit_pack(_pointer(levels), _pointer(codes), _shard(grid, levels.numel()))
     return codes
 
 
 def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     levels = torch.empty(codes.numel() * 8 // grid.bits, dtype=torch.int8)
-    _loaded().lowbit_unpack(_pointer(codes), _pointer(levels), _shard(grid, levels.numel()))
+    loaded().lowbit_unpack(_pointer(codes), _pointer(levels), _shard(grid, levels.numel()))
     return levels
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
     # A code has at most 2^bits values, of which a ternary grid leaves one unused.
     counts = torch.zeros(2**grid.bits, dtype=torch.int64)
-    _loaded().lowbit_code_counts(
+    loaded().lowbit_code_counts(
         _pointer(codes), _pointer(counts), _shard(grid, codes.numel() * 8 // grid.bits)
     )
     return counts[: grid.n_levels]
+
+
+def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    levels, per_unit = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    loaded().lowbit_round_tokens(
+        _pointer(x), _is_bf16(x.dtype), _pointer(levels), _pointer(per_unit),
+        *map(ctypes.c_int64, x.shape), ctypes.c_int32(2 ** (bits - 1) - 1), _threads(),
+    )  # fmt: skip
+    return levels, per_unit
+
+
+def token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
+    values = torch.empty(levels.shape, dtype=dtype)
+    loaded().lowbit_token_values(
+        _pointer(levels), _pointer(per_unit), _pointer(values), _is_bf16(dtype),
+        *map(ctypes.c_int64, levels.shape), _threads(),
+    )  # fmt: skip
+    return values
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    function, threads = loaded().lowbit_largest, _threads()
+    bits = max(function(*_elements(x), threads) for x in tensors)
+    (found,) = struct.unpack("<f", bits.to_bytes(4, "little"))
+    return torch.tensor([found if bits < _INFINITY else torch.inf], dtype=torch.float64)
+
+
+def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:
+    function, numbers = loaded().lowbit_square_sum, (ctypes.c_double(most.item()), ctypes.c_double(unit))
+    total = sum(function(*_elements(x), *numbers, _threads()) for x in tensors)
+    return torch.tensor([total], dtype=torch.int64)
+
+
+def _elements(x: Tensor) -> tuple[object, ...]:
+    return _pointer(x), _is_bf16(x.dtype), ctypes.c_int64(x.numel())
+
+
+def _is_bf16(dtype: torch.dtype) -> ctypes.c_int32:
+    return ctypes.c_int32(dtype == torch.bfloat16)
+
+
+def _threads() -> ctypes.c_int32:
+    return ctypes.c_int32(torch.get_num_threads())
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -280,119 +289,3 @@ def _state(state: list[Stored], grad: Tensor) -> object:
             grad_is_bf16=grad.dtype == torch.bfloat16,
         )
     )
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the C ops are not available; ask available() first, and use reference.py then")
-    return library
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    compiler = _compiler()
-    if compiler is None:
-        _warn("no C compiler was found (tried $CC, cc, gcc and clang)")
-        return None
-    try:
-        library = _open(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
-        _warn(f"{compiler} could not build them ({error})")
-        return None
-    for name in ("step_codes", "accumulate"):
-        getattr(library, f"lowbit_{name}").restype = ctypes.c_int64
-    for name in ("step_weights", "decode", "pack", "unpack", "code_counts"):
-        getattr(library, f"lowbit_{name}").restype = None
-    library.lowbit_matmul.restype = ctypes.c_int32
-    return library
-
-
-def _warn(reason: str) -> None:
-    _LOG.warning(
-        "the low-bit CPU ops run in plain torch, with the same results but 50 to 100 times slower: %s. "
-        "Install a C compiler (for example: apt-get install gcc libc6-dev)",
-        reason,
-    )
-
-
-def _compiler() -> str | None:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path:
-            return path
-    return None
-
-
-def _open(compiler: str) -> ctypes.CDLL:
-    """The compiled source, from the cache or into it."""
-    folder = _cache_folder()
-    if folder is None:  # nowhere safe to keep it: build it for this process alone
-        with tempfile.TemporaryDirectory(prefix="lowbit-") as temporary:
-            return ctypes.CDLL(str(_build(compiler, Path(temporary) / "cpu.so")))
-    path = folder / f"cpu-{_fingerprint(compiler)}.so"
-    if path.exists() and _is_private(path):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            _LOG.warning("%s cannot be loaded; it is built anew", path)
-    return ctypes.CDLL(str(_build(compiler, path)))
-
-
-def _fingerprint(compiler: str) -> str:
-    """What the shared object depends on: source, options, compiler and CPU."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=False).stdout
-    sources = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
-    parts = [*sources, repr((_OPTIONS, _TUNINGS, compiler)).encode(), version, _cpu().encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
-def _cpu() -> str:
-    """The machine and its instruction sets: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kinds = {
-        line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))
-    }
-    return "\n".join([platform.machine(), platform.processor(), *sorted(kinds)])
-
-
-def _build(compiler: str, path: Path) -> Path:
-    """Compile to `path`; several processes may do so at once, and none sees half a file."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        for tuning in _TUNINGS:
-            command = [compiler, *_OPTIONS, *tuning, *map(str, _SOURCES), "-o", temporary, "-lm"]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-            if result.returncode == 0:
-                os.chmod(temporary, 0o700)
-                os.replace(temporary, path)
-                return path
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    lines = result.stderr.strip().splitlines() or ["without a message"]
-    raise OSError(f"it exits with status {result.returncode}: {lines[0]}")
-
-
-def _cache_folder() -> Path | None:
-    """The folder for compiled code, if only this user can write there: who can, runs code as this user."""
-    folder = Path(os.environ.get("LOWBIT_CACHE") or folders.cache()) / "code"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        _LOG.info("compiled code is not kept: %s", error)
-        return None
-    if _is_private(folder) and os.access(folder, os.W_OK):
-        return folder
-    _LOG.warning(
-        "compiled code is not kept in %s: others may write there, or this user may not; chmod 700 it", folder
-    )
-    return None
-
-
-def _is_private(path: Path) -> bool:
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

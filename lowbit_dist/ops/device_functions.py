@@ -6,6 +6,9 @@ All are inlined into the kernels. What makes their bytes those of the reference 
 # Triton gives the parameters of these functions their types when it compiles them.
 # mypy: disable-error-code="no-untyped-def"
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 import triton.language as tl
 
@@ -29,6 +32,11 @@ LARGEST_SIGNED = tl.constexpr(SIGNED_SQUARE)
 LARGEST_UNSIGNED = tl.constexpr(UNSIGNED_FOURTH)
 ADAMW = tl.constexpr(RULES.index("adamw"))
 APPLY = tl.constexpr(RULES.index(None))
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' own; on a CPU it is the interpreter."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 @triton.jit

@@ -23,8 +23,6 @@ Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 # Triton gives the parameters of kernels their types when it compiles them.
 # mypy: disable-error-code="no-untyped-def"
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +40,7 @@ from lowbit_dist.ops.device_functions import (
     load_signed,
     load_unsigned,
     moved,
+    on,
     quantised_signed,
     quantised_unsigned,
     rounded_step,
@@ -52,6 +51,10 @@ from lowbit_dist.ops.device_functions import (
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
 from lowbit_dist.ops.states import Stored
 from lowbit_dist.ops.targets import Codes, Now, Rule, Weights
+from lowbit_dist.ops.token_kernels import largest as largest
+from lowbit_dist.ops.token_kernels import round_tokens as round_tokens
+from lowbit_dist.ops.token_kernels import square_sum as square_sum
+from lowbit_dist.ops.token_kernels import token_values as token_values
 
 # Blocks per program, powers of two. Twice as many would need twice the registers per thread; below 4 blocks
 # of codes several threads would hold the same element, and one could read what another has overwritten.
@@ -238,7 +241,7 @@ def _step(
         return n_flips
     slots = _slots(state)
     quantised = slots[2] is not None
-    with _on(grad.device):
+    with on(grad.device):
         if isinstance(target, Weights):
             _step_weights[(triton.cdiv(target.numel, WEIGHT_BLOCKS * BLOCK),)](
                 target.weight, grad, *slots, target.numel, *numbers, now.lr, 1.0 - now.decay,
@@ -275,18 +278,13 @@ def decode(
     if n_blocks == 0:
         return out
     scale, offset, units_per_scale, units = _scales_of_shard(scale, n_blocks, first_block, scale_every)
-    with _on(codes.device):
+    with on(codes.device):
         _decode[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
             codes, scale, out, n_blocks, offset, units_per_scale,
             LOW=grid.low, BITS=grid.bits, UNITS=units, BLOCKS=CODE_BLOCKS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors' own; on a CPU it is the interpreter."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _scales_of_shard(

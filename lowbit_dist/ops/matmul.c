@@ -93,33 +93,12 @@ INLINE Sum dot(Sum sum, const uint8_t *code, const int8_t *q, int bits) {
 INLINE void totals(int32_t *total, const Sum *sum) { memcpy(total, sum, ROWS * sizeof(int32_t)); }
 #endif
 
-/* A token in integers, as `round_tokens` of reference.py; one that is not finite becomes NaN. */
+/* A token in integers, zeros behind it, and its sums. */
 static void round_token(const Product *p, int64_t token) {
-    const int64_t n = p->in_features, start = token * n;
-    const float *wide = (const float *)p->x + start;
-    const uint16_t *half = (const uint16_t *)p->x + start;
-    int8_t *restrict q = p->rounded + token * p->stride;
-    uint32_t largest = 0;
-    if (p->is_bf16) {
-        for (int64_t k = 0; k < n; k++) {
-            const uint32_t size = (uint32_t)(half[k] & 0x7FFF) << 16;
-            largest = size > largest ? size : largest;
-        }
-    } else {
-        for (int64_t k = 0; k < n; k++) {
-            const uint32_t size = bits_of(wide[k]) & 0x7FFFFFFF;
-            largest = size > largest ? size : largest;
-        }
-    }
-    const float most = float_of(largest), per_unit = 1.0f / (most < 1e-5f ? 1e-5f : most) * 127.0f;
-    const int is_finite = largest < 0x7F800000;
-    p->per_unit[token] = is_finite ? per_unit : float_of(0x7FC00000);
-    memset(q, 0, (size_t)p->stride);
-    if (is_finite && p->is_bf16) {
-        for (int64_t k = 0; k < n; k++) q[k] = (int8_t)(int32_t)rintf(from_bf16(half[k]) * per_unit);
-    } else if (is_finite) {
-        for (int64_t k = 0; k < n; k++) q[k] = (int8_t)(int32_t)rintf(wide[k] * per_unit);
-    }
+    const int64_t n = p->in_features;
+    int8_t *q = p->rounded + token * p->stride;
+    lowbit_round_token((const char *)p->x + token * n * (p->is_bf16 ? 2 : 4), p->is_bf16, n, 127, q, p->per_unit + token);
+    memset(q + n, 0, (size_t)(p->stride - n));
     for (int64_t g = 0; g < p->groups; g++) {
         const int64_t end = (g + 1) * p->group; /* or of the zeros behind the row */
         int32_t sum = 0;

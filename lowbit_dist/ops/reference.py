@@ -71,7 +71,7 @@ are tested against this file by equality.  `rng.py` says which word is whose, `s
 Letters: N elements, B = N / 256 blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
 from lowbit_dist.ops.states import Stored
 from lowbit_dist.ops.targets import RESIDUAL_TOP, Accumulator, Codes, Now, Residual, Rule, Weights
+from lowbit_dist.ops.tokens import round_tokens
+from lowbit_dist.ops.tokens import token_values as token_values
 
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers
 
@@ -245,16 +247,6 @@ def decode(
     return out
 
 
-def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:  # [..., K], [..., 1] float32
-    """Each token (row) of x [..., K] in integers of `bits` bits, and how many of them a 1 is:
-
-    q = clip(round(a x), -2^(b-1), 2^(b-1) - 1)    a = (2^(b-1) - 1) / max(max|x|, 1e-5)
-    """
-    top = 2 ** (bits - 1) - 1
-    per_unit = top / x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-5)
-    return (x * per_unit).round_().clamp_(-top - 1, top), per_unit
-
-
 def matmul(
     x: Tensor,  # [T, K] float32 | bfloat16
     codes: Tensor,  # of a weight [n, K]
@@ -278,7 +270,7 @@ def matmul(
         part = slice(g * size, (g + 1) * size)
         sums = q[:, part].double() @ levels[:, part].double().t()  # below 2^53: exact
         y += sums.float() * scales[:, g]
-    return (y / per_unit).to(x.dtype)
+    return (y / per_unit[:, None]).to(x.dtype)
 
 
 def pack(levels: Tensor, *, grid: Grid) -> Tensor:
@@ -326,21 +318,21 @@ def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     return (plain.to(torch.int16) + grid.low).to(torch.int8).view(-1)
 
 
-def quantize(
+def encode(
     weight: Tensor,  # [N] float32
     scale: Tensor,  # [scales of the whole tensor] float32
     *,
     grid: Grid,
     scale_every: int,
-    first_block: int = 0,
-) -> Tensor:  # [N] int8
-    """The level nearest to each weight (ties to the even level), within the grid."""
+    first_block: int,
+) -> Tensor:  # [B * grid.bytes_per_block] uint8
+    """The codes of the level nearest to each weight (ties to the even level), within the grid."""
     levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start, stop in chunks(weight.numel(), weight.device):
         of_plane = scale_of_planes(scale, stop - start, first_block + start // BLOCK, scale_every)
         nearest = (weight[start:stop].view(-1, PLANE) / of_plane).round().clamp(grid.low, grid.high)
         levels[start:stop].view(-1, PLANE).copy_(nearest)
-    return levels
+    return pack(levels, grid=grid)
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int64
@@ -350,6 +342,29 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int6
         levels = unpack(codes[start * grid.bits // 8 : stop * grid.bits // 8], grid=grid)
         counts += torch.bincount(levels.int() - grid.low, minlength=grid.n_levels)[: grid.n_levels]
     return counts
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
+    """The largest magnitude of all elements; infinity if one of them is not finite."""
+    found = torch.zeros(1, dtype=torch.float64, device=tensors[0].device)
+    for x in tensors:
+        if x.numel():
+            low, high = torch.aminmax(x)
+            # maximum, unlike max(), keeps a NaN
+            found = torch.maximum(found, torch.maximum(-low, high).double())
+    # Not a NaN, which gloo's maximum would drop.
+    return torch.where(torch.isfinite(found), found, torch.inf)
+
+
+def square_sum(
+    tensors: Sequence[Tensor], most: Tensor, unit: float
+) -> Tensor:  # most: [1] float64; [1] int64
+    """The sum of round((x / most)^2 unit), in integers."""
+    total = torch.zeros(1, dtype=torch.int64, device=most.device)
+    for x in tensors:
+        for chunk in x.reshape(-1).split(1 << 20):  # bounds the float64 copies
+            total += (chunk.double() / most).square_().mul_(unit).round_().long().sum()
+    return total
 
 
 def scale_of_planes(scale: Tensor, n: int, first_block: int, scale_every: int) -> Tensor:

@@ -27,6 +27,8 @@ NAMES = {
     "bits_per_byte": "val/bits_per_byte",
     "diverged": "val/diverged",
     "tokens_per_second": "speed/tokens_per_second",
+    "tokens_per_second_per_worker": "speed/tokens_per_second_per_worker",
+    "mfu": "speed/mfu",
     "flip_rate": "codes/flip_rate",
     "zero_fraction": "codes/zero_fraction",
     "saturation": "codes/saturation",

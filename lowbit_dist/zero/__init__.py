@@ -3,8 +3,9 @@
 Under stage 3 a low-bit weight is an ordinary `nn.Parameter` whose shard (`ds_tensor`) IS its packed codes.
 DeepSpeed's hooks gather, release, bucket and accumulate; overridden is only what a shard is made of:
 
-* `shards.Partitioner` (DeepSpeed's `zero.Init`) cuts each parameter into shards as soon as it has a value, on
-  borders of 256 elements, and gathers packed bytes, decoded when the layer that needs them runs.
+* `shards.Partitioner` (DeepSpeed's `zero.Init`) cuts each parameter into shards on borders of 256 elements,
+  and gathers packed bytes, decoded when the layer that needs them runs.
+* `first` gives shards their first values, each tensor made by one worker for all.
 * `stage3.PackedZero3` (DeepSpeed's stage-3 optimizer) keeps no full-precision partition of low-bit
   parameters,
   sums gradients instead of averaging them, and updates every shard in place with `lowbit_dist.ops`.
@@ -21,7 +22,7 @@ function of position.
 
 from lowbit_dist.zero.contract import check_deepspeed
 from lowbit_dist.zero.engine import Engine
-from lowbit_dist.zero.shards import Shard
+from lowbit_dist.zero.shards import Initial, Shard
 from lowbit_dist.zero.stage3 import Update
 
-__all__ = ["Engine", "Shard", "Update", "check_deepspeed"]
+__all__ = ["Engine", "Initial", "Shard", "Update", "check_deepspeed"]

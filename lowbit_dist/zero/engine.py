@@ -25,8 +25,10 @@ from lowbit_dist import attention, float8, ops
 from lowbit_dist.compiled import compile_blocks
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear, decodes, values
+from lowbit_dist.loss import chunk_loss
 from lowbit_dist.model import DTYPES, blocks_of
 from lowbit_dist.tokenizer import Marks
+from lowbit_dist.zero import first
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
 from lowbit_dist.zero.gathers import lay_wires, packed_of
 from lowbit_dist.zero.shards import Initial, Partitioner
@@ -43,7 +45,7 @@ class Engine:
         self,
         config: RunConfig,
         model: nn.Module,  # on the meta device, from `model.build`
-        initial: Initial,
+        initial: Initial | None,  # None: weights are zeros until `initialize`, or a checkpoint, fills them
         low_bit: Sequence[str],  # names of the parameters that exist only as codes
         marks: Marks | None = None,  # around the documents within which attention is to stay
     ):
@@ -58,6 +60,7 @@ class Engine:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        chunk_loss(model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # before they are partitioned
         self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
@@ -73,9 +76,9 @@ class Engine:
                 set_z3_leaf_module(block, True)  # fetched and released as one
                 _add_up_in_norms(block)
             self._partitioner = Partitioner(settings, dtype, replicated=config.zero.residency == "replicated")
-            self._partitioner.adopt(model, initial, self.method, set(low_bit))
+            self._partitioner.adopt(model, self.method, set(low_bit))
         else:
-            materialize(model, initial, self.device, dtype)
+            materialize(model, self.device, dtype)
         groups = _parameter_groups(model)
         moving = self._moving(shapes)
         optimizer = _Unused(groups) if stage == 3 else RuleOptimizer(groups, config, stage, moving)
@@ -92,6 +95,16 @@ class Engine:
             self.shards = self._standard.shards
         else:
             self.shards = self._engine.optimizer.make_shards(config, self.method, sorted(self.numels), moving)
+        if initial is not None:
+            self.initialize(initial)
+
+    def initialize(self, initial: Initial, heartbeat: Callable[[], object] = lambda: None) -> None:
+        """Give all weights their first values, of step 1; on every worker.  `heartbeat` is called after each
+        tensor.
+        """
+        is_cut = self._standard is None
+        first.fill(self.shards, initial, self.method, self._dtype, is_cut=is_cut, heartbeat=heartbeat)
+        self.refresh(1)
 
     def _moving(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Moving]:
         """How each parameter is updated."""
@@ -148,9 +161,10 @@ class Engine:
         return self._last
 
     def _loss(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        labels = tokens if labels is None else labels.to(tokens.device)
+        labels = tokens if labels is None else labels.to(tokens.device, non_blocking=True)
         mask = {} if self._marks is None else attention.within_documents(tokens, self._marks, self._dtype)
-        loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
+        with attention.causal(tokens.device):
+            loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
         return loss
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:  # -> [] nats per token
@@ -194,7 +208,7 @@ class Engine:
             yield values(param)
         param.partition()
 
-    def compile(self, heartbeat: Callable[[], None]) -> None:
+    def compile(self, heartbeat: Callable[[], object]) -> None:
         """Let the training passes of the model's blocks run compiled from now on (compiled.py)."""
         compile_blocks(self.module, heartbeat)
         self.is_compiled = True

@@ -17,8 +17,9 @@ What two workers hold of a ternary weight [5, 256], which is 1,280 elements and 
     weight.data  one zero, seen as [5, 256]                                      the stub: 2 bytes in bf16
     in linear    scale * level, [5, 256] in bf16                                 2,560 bytes for one matmul
 
-1. At the start each worker makes the whole tensor, packs it (`Partitioner`) and keeps its own blocks
-   (`Packed.own`, which DeepSpeed knows as `ds_tensor`) and all scales, which are few.
+1. At the start each worker has room for its own blocks (`Packed.own`, which DeepSpeed knows as `ds_tensor`)
+   and for all scales, which are few.  Their first values are made by one worker for all (first.py), or come
+   from a checkpoint.
 2. Before a transformer block runs, DeepSpeed gathers its parameters, in one collective (gathers.py).  Of a
    low-bit one the codes are gathered: each worker receives 192 bytes here, where bf16 weights would be 1,536.
    They wait in `weight.packed.whole`.
@@ -54,7 +55,8 @@ from lowbit_dist import ops
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.linear import decodes
 from lowbit_dist.methods.method import Method
-from lowbit_dist.packed import PackedShard, PackedTensor
+from lowbit_dist.model import n_scales
+from lowbit_dist.packed import PackedShard
 from lowbit_dist.zero.gathers import Gathers, InflightGathers, lay_out, packed_of
 
 Initial = Callable[[str, torch.Size], Tensor]  # a parameter's first value, float32 on the CPU
@@ -127,7 +129,8 @@ class Packed:
 
     def __init__(
         self,
-        whole: PackedTensor,
+        shape: tuple[int, ...],
+        n_scales: int,
         padded: int,  # elements of all workers' shards together
         dtype: torch.dtype,  # in which its layer multiplies
         device: torch.device,
@@ -137,37 +140,30 @@ class Packed:
         in_layer: bool,  # its layer decodes it; else it is decoded when it is gathered
     ):
         world, rank = dist.get_world_size(), dist.get_rank()
-        grid, self.numel = whole.grid, padded // world
+        grid, self.numel = method.stored, padded // world
+        assert grid is not None, "a low-bit parameter is stored on a grid"
         self.in_layer = in_layer
         self.stub = torch.zeros(
             1, dtype=dtype, device=device
         )  # of a gathered weight, in the place of its values
         size = self.numel // BLOCK * grid.bytes_per_block
-        codes = torch.zeros(world * size, dtype=torch.uint8)
-        codes[: whole.codes.numel()] = whole.codes
-        codes = codes.view(world, size)
-        self.own = codes[rank].to(device, copy=True)  # this worker's codes, with padding
-        self.stored = self._without_padding(whole, rank)
+        self.own = torch.zeros(size, dtype=torch.uint8, device=device)  # this worker's codes, with padding
+        first, numel = rank * self.numel // BLOCK, prod(shape)
+        n_blocks = max(0, min(self.numel // BLOCK, numel // BLOCK - first))
+        codes, scale = self.own[: n_blocks * grid.bytes_per_block], torch.ones(n_scales, device=device)
+        self.stored = PackedShard(codes, scale, numel // n_scales, grid, shape, first, over_workers=True)
         self.sent, self.wire = self.stored, self.own  # what a gather moves, without and with padding
         self.replica: Tensor | None = None  # replicated: what every worker sends [workers, bytes]
-        self.complete = False  # replicated: `replica` is of this step
         self.whole: Tensor | None = None  # what every worker sent, from the parameter's gather to its release
-        if method.sent_grid != method.stored:
-            self.refresh(method)
-            self.replica = self.wire.new_zeros(world, self.wire.numel()) if replicated else None
-        elif replicated:
-            self.replica, self.complete = codes.to(device), True
-            self.move(self.replica[rank])
-
-    def _without_padding(self, whole: PackedTensor, rank: int) -> PackedShard:
-        first = rank * self.numel // BLOCK
-        n_blocks = max(0, min(self.numel // BLOCK, whole.numel // BLOCK - first))
-        codes, scale = self.own[: n_blocks * whole.grid.bytes_per_block], whole.scale.to(self.own.device)
-        return PackedShard(codes, scale, whole.scale_every, whole.grid, whole.shape, first, over_workers=True)
+        self.refresh(method)
+        if replicated:
+            self.replica = self.wire.new_zeros(world, self.wire.numel())
+            if self.wire is self.own:
+                self.move(self.replica[rank])
 
     def refresh(self, method: Method) -> None:
         """Let the next gather move what the codes have become; on every worker."""
-        self.complete = False
+        self.complete = False  # replicated: whether `replica` is of this step
         if method.sent_grid == method.stored:
             self.sent, self.wire = self.stored, self.own
             return
@@ -222,18 +218,18 @@ class Partitioner(Init):
         self.replicated = replicated
         self.gathered_bytes = 0
 
-    def adopt(self, model: nn.Module, initial: Initial, method: Method, low_bit: Collection[str]) -> None:
-        """Give each parameter its initial value and cut it into shards, one parameter at a time; those that
-        `low_bit` names are packed.
+    def adopt(self, model: nn.Module, method: Method, low_bit: Collection[str]) -> None:
+        """Make each parameter's shard, one parameter at a time, of zeros; those that `low_bit` names are
+        packed.
         """
         for name, shape, modules in owners(model):
-            value = initial(name, shape)
-            parameter = nn.Parameter(value.to(self.local_device, self.compute_dtype))
+            zeros = torch.zeros(shape, dtype=self.compute_dtype, device=self.local_device)
+            parameter = nn.Parameter(zeros)
             self._convert_to_deepspeed_param(parameter)
             parameter.lowbit_name = name  # type: ignore[attr-defined]
             if name in low_bit:
                 in_layer = all(decodes(module) for module, _ in modules)
-                self._pack(parameter, method.quantize(value), in_layer, method)
+                self._pack(parameter, in_layer, method)
             else:
                 parameter.partition()  # type: ignore[attr-defined]
             for module, key in modules:
@@ -246,16 +242,11 @@ class Partitioner(Init):
         # DeepSpeed adopts a registry that is already there.
         model.ds_inflight_param_registry = InflightGathers()  # type: ignore[assignment]
 
-    def _pack(
-        self,
-        parameter: nn.Parameter,
-        whole: PackedTensor,
-        in_layer: bool,
-        method: Method,
-    ) -> None:
-        aligned = self._aligned_size(parameter)
+    def _pack(self, parameter: nn.Parameter, in_layer: bool, method: Method) -> None:
+        aligned, shape = self._aligned_size(parameter), tuple(parameter.shape)
         packed = Packed(
-            whole,
+            shape,
+            n_scales(method, shape),
             aligned,
             self.compute_dtype,
             self.local_device,

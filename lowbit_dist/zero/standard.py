@@ -13,7 +13,7 @@ from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
-from lowbit_dist.zero.shards import Initial, Shard, owners
+from lowbit_dist.zero.shards import Shard, owners
 from lowbit_dist.zero.stage3 import Moving, Update, at_rates, square_sum
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
@@ -100,10 +100,10 @@ def part_of(state: list[ops.Stored], here: slice) -> list[ops.Stored]:
     return [ops.Stored(stored.slot, stored.values[here]) for stored in state]
 
 
-def materialize(model: nn.Module, initial: Initial, device: torch.device, dtype: torch.dtype) -> None:
-    """Give each parameter its initial value."""
+def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make each parameter, of zeros."""
     for name, shape, modules in owners(model):
-        parameter = nn.Parameter(initial(name, shape).to(device, dtype))
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
         parameter.lowbit_name = name  # type: ignore[attr-defined]
         for module, key in modules:
             module._parameters[key] = parameter

@@ -1,0 +1,135 @@
+"""Tokens in integers, and the exact sums behind a gradient's norm, in Triton: the reference's bytes.
+
+As kernels.py, which says what these rest on, **not yet run on a GPU**. A token is read twice, the second time
+from a cache. Quotients are correctly rounded; whole numbers are found by adding and subtracting the first
+float whose neighbours are whole.
+
+Letters: T tokens, K elements of each, N elements.
+"""
+
+# Triton gives the parameters of kernels their types when it compiles them.
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_dist.ops.device_functions import load, on, store
+
+LONGEST_PART = 4096  # elements of a token that a program holds at once
+SUM_BLOCK = 4096
+_INFINITY = tl.constexpr(0x7F800000)  # the bits of a float32
+_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: of a float32 beside it, the last bit is a 1
+_WHOLE_FROM = tl.constexpr(4503599627370496.0)  # 2^52: a float64 from here on is whole
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Those of |x|, float32: in the order of the magnitudes, and a NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _round_tokens(x_ptr, levels_ptr, per_unit_ptr, n, top, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    bits = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        x = load(x_ptr + token * n + start + j, start + j < n)
+        bits = tl.maximum(bits, magnitude_bits(x))
+    largest_bits = tl.max(bits, axis=0)
+    is_finite = largest_bits < _INFINITY
+    largest = tl.where(is_finite, largest_bits, 0).to(tl.float32, bitcast=True)
+    per_unit = tl.div_rn(1.0, tl.maximum(largest, 1e-5)) * top
+    tl.store(per_unit_ptr + token, tl.where(is_finite, per_unit, float("nan")))
+    for start in range(0, n, BLOCK):
+        mask = start + j < n
+        x = load(x_ptr + token * n + start + j, mask)
+        level = (x * per_unit + _WHOLE) - _WHOLE
+        level = tl.where(is_finite, level, 0.0).to(tl.int32).to(tl.int8)
+        tl.store(levels_ptr + token * n + start + j, level, mask=mask)
+
+
+@triton.jit
+def _token_values(levels_ptr, per_unit_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = j < n
+    level = tl.load(levels_ptr + token * n + j, mask=mask, other=0).to(tl.float32)
+    per_unit = tl.load(per_unit_ptr + token)
+    store(out_ptr + token * n + j, tl.div_rn(level, per_unit), mask)
+
+
+@triton.jit
+def _largest(x_ptr, bits_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = magnitude_bits(load(x_ptr + at, at < n))
+    tl.atomic_max(bits_ptr, tl.max(bits, axis=0), sem="relaxed")
+
+
+@triton.jit
+def _square_sum(x_ptr, most_ptr, total_ptr, n, unit, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    q = load(x_ptr + at, at < n).to(tl.float64) / tl.load(most_ptr)
+    square = q * q * unit
+    border = tl.full([BLOCK], _WHOLE_FROM, tl.float64)
+    whole = tl.where(square < border, (square + border) - border, square)
+    tl.atomic_add(total_ptr, tl.sum(whole.to(tl.int64), axis=0), sem="relaxed")
+
+
+def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:  # [T, K]; [T, K] int8, [T] float32
+    n_tokens, n = x.shape
+    levels, per_unit = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(n_tokens, dtype=torch.float32)
+    if x.numel():
+        with on(x.device):
+            block = min(triton.next_power_of_2(n), LONGEST_PART)
+            _round_tokens[(n_tokens,)](
+                x, levels, per_unit, n, float(2 ** (bits - 1) - 1),
+                BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False,
+            )  # fmt: skip
+    return levels, per_unit
+
+
+def token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:  # [T, K] of `dtype`
+    n_tokens, n = levels.shape
+    out = levels.new_empty(levels.shape, dtype=dtype)
+    if out.numel():
+        with on(levels.device):
+            block = min(triton.next_power_of_2(n), LONGEST_PART)
+            _token_values[(n_tokens, triton.cdiv(n, block))](
+                levels, per_unit, out, n,
+                BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
+    bits = tensors[0].new_zeros(1, dtype=torch.int32)
+    with on(bits.device):
+        for x in tensors:
+            if x.numel():
+                _largest[(triton.cdiv(x.numel(), SUM_BLOCK),)](
+                    x, bits, x.numel(), BLOCK=SUM_BLOCK, num_warps=8
+                )
+    found = bits.view(torch.float32).double()
+    return torch.where(torch.isfinite(found), found, torch.inf)
+
+
+def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:  # [1] float64; [1] int64
+    total = most.new_zeros(1, dtype=torch.int64)
+    with on(most.device):
+        for x in tensors:
+            if x.numel():
+                _square_sum[(triton.cdiv(x.numel(), SUM_BLOCK),)](
+                    x, most, total, x.numel(), unit,
+                    BLOCK=SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
+                )  # fmt: skip
+    return total
+
+
+def _warps(block: int) -> int:
+    """8 to 16 elements a thread: a vector of 16 bytes of each type."""
+    return max(1, min(8, block // 512))

@@ -1,0 +1,59 @@
+/* Tokens in integers, and what these stand for, in one pass each, as reference.py's `round_tokens` and `token_values`:
+ * the same bytes.
+ *
+ * A level is divided by `per_unit` as a product with its reciprocal in double, rounded to float: the same bits. For a
+ * level has at most 7 binary digits and `per_unit` 24, so that their quotient is at least 2^-49 of itself away from the
+ * middle between two floats; the product in double is at most 2^-52 of it away from the quotient.
+ */
+#include "cpu.h"
+
+INLINE void round_row(const float *wide, const uint16_t *half, int is_bf16, int64_t n, int32_t top,
+                      int8_t *restrict levels, float *restrict per_unit) {
+    const uint32_t largest = largest_of(wide, half, is_bf16, n);
+    if (largest >= 0x7F800000) { /* not finite: NaN, whatever the levels */
+        *per_unit = float_of(0x7FC00000);
+        memset(levels, 0, (size_t)n);
+        return;
+    }
+    const float most = float_of(largest), scale = 1.0f / (most < 1e-5f ? 1e-5f : most) * (float)top;
+    *per_unit = scale;
+    for (int64_t k = 0; k < n; k++) {
+        const float x = is_bf16 ? from_bf16(half[k]) : wide[k];
+        levels[k] = (int8_t)(int32_t)rintf(x * scale);
+    }
+}
+
+static void round_floats(const void *x, int64_t n, int32_t top, int8_t *levels, float *per_unit) {
+    round_row(x, NULL, 0, n, top, levels, per_unit);
+}
+
+static void round_halves(const void *x, int64_t n, int32_t top, int8_t *levels, float *per_unit) {
+    round_row(NULL, x, 1, n, top, levels, per_unit);
+}
+
+void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, int8_t *levels, float *per_unit) {
+    (is_bf16 ? round_halves : round_floats)(x, n, top, levels, per_unit);
+}
+
+void lowbit_round_tokens(const void *x, int32_t is_bf16, int8_t *levels, float *per_unit, int64_t tokens, int64_t n,
+                         int32_t top, int32_t n_threads) {
+    const int64_t bytes = n * (is_bf16 ? 2 : 4);
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
+    for (int64_t t = 0; t < tokens; t++)
+        lowbit_round_token((const char *)x + t * bytes, is_bf16, n, top, levels + t * n, per_unit + t);
+}
+
+void lowbit_token_values(const int8_t *restrict levels, const float *restrict per_unit, void *restrict out,
+                         int32_t is_bf16, int64_t tokens, int64_t n, int32_t n_threads) {
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
+    for (int64_t t = 0; t < tokens; t++) {
+        const double unit = 1.0 / (double)per_unit[t];
+        const int8_t *restrict level = levels + t * n;
+        uint16_t *restrict half = (uint16_t *)out + t * n;
+        float *restrict wide = (float *)out + t * n;
+        if (is_bf16)
+            for (int64_t k = 0; k < n; k++) half[k] = to_bf16((float)((double)level[k] * unit));
+        else
+            for (int64_t k = 0; k < n; k++) wide[k] = (float)((double)level[k] * unit);
+    }
+}

@@ -1,0 +1,35 @@
+"""Tokens in integers: what rounding them means, as a part of reference.py.
+
+Letters: T tokens, K elements of each.
+"""
+
+import torch
+from torch import Tensor
+
+
+def round_tokens(
+    x: Tensor,  # [T, K]
+    bits: int = 8,
+) -> tuple[Tensor, Tensor]:  # [T, K] int8, [T] float32
+    """Each token (row) in integers of `bits` bits, and how many of them a 1 is:
+
+    q = clip(round(a x), -2^(b-1), 2^(b-1) - 1)    a = (2^(b-1) - 1) / max(max|x|, 1e-5)
+
+    Of a token that is not finite a is NaN, and q is 0.
+    """
+    top = 2 ** (bits - 1) - 1
+    largest = x.abs().amax(-1, keepdim=True).float()
+    per_unit = top / largest.clamp(min=1e-5)
+    per_unit.masked_fill_(~largest.isfinite(), torch.nan)
+    levels = (x * per_unit).nan_to_num_(0.0).round_().clamp_(-top - 1, top)
+    return levels.to(torch.int8), per_unit.squeeze(-1)
+
+
+def token_values(
+    levels: Tensor,  # [T, K] int8
+    per_unit: Tensor,  # [T] float32
+    dtype: torch.dtype,
+) -> Tensor:  # [T, K], of `dtype`
+    """The numbers that rounded tokens stand for, q / a; there is one zero, +0."""
+    wide = levels.to(torch.promote_types(dtype, torch.float32))
+    return wide.div_(per_unit.unsqueeze(-1)).to(dtype)
