@@ -253,7 +253,7 @@ INLINE __mmask64 joined(const __mmask16 *of_plane) {
 }
 
 /* The bits of the largest absolute value. */
-INLINE uint32_t largest_of(const float *restrict x) {
+INLINE uint32_t largest_of_block(const float *restrict x) {
     __m512 largest[4];
     for (int i = 0; i < 4; i++) largest[i] = _mm512_load_ps(x + 16 * i);
     for (int j = 64; j < BLOCK; j += 64)
@@ -318,7 +318,7 @@ INLINE void encode_unsigned(const float *restrict v, const float *restrict root,
 #else
 
 /* Floats that are not negative are ordered as their bits are, and integer maxima vectorise. */
-INLINE uint32_t largest_of(const float *restrict x) {
+INLINE uint32_t largest_of_block(const float *restrict x) {
     uint32_t largest = 0;
     for (int j = 0; j < BLOCK; j++) {
         uint32_t bits = bits_of(x[j]) & 0x7FFFFFFF;
@@ -351,11 +351,11 @@ INLINE void store_8_bit(const Work *restrict work, int8_t *restrict m_code, uint
     /* Both slots' divisions come before the loops, which then need not wait for them. */
     float v_inverse = 0, root_of_scaled = 0;
     if (rule == ADAMW) {
-        *v_scale = block_scale(largest_of(work->v), UNSIGNED_FOURTH);
+        *v_scale = block_scale(largest_of_block(work->v), UNSIGNED_FOURTH);
         v_inverse = *v_scale > 0 ? 1.0f / *v_scale : 0.0f;
         root_of_scaled = sqrtf(v_inverse / correction2);
     }
-    *m_scale = block_scale(largest_of(work->m), SIGNED_SQUARE);
+    *m_scale = block_scale(largest_of_block(work->m), SIGNED_SQUARE);
     encode_signed(work->m, m_code, *m_scale > 0 ? 1.0f / *m_scale : 0.0f);
     if (rule == ADAMW) encode_unsigned(work->v, work->root, v_code, v_inverse, root_of_scaled);
 }
