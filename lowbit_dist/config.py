@@ -29,6 +29,7 @@ from lowbit_dist.section import (
     is_changeable,
     may_change,
     no_truth,
+    on_or_off,
     setting,
 )
 from lowbit_dist.shape import PRESETS, Model, Sizes
@@ -137,6 +138,11 @@ class Train(Section):
         "Whether weights are updated while the backward pass runs and gradients dropped at once, which saves "
         "their memory. Gradients are then clipped by the norm of the step before (a run's first ones not at "
         "all), and of a wrong step the parameters whose gradients come first are updated.",
+    )
+    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(on_or_off)] = setting(
+        "auto",
+        "Whether transformer blocks are compiled by PyTorch, which makes training faster after some seconds; "
+        "auto compiles runs of more than some minutes, where that works. It changes the bits of a run.",
     )
     log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
     eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")

@@ -47,6 +47,7 @@ def _findings() -> Iterator[Finding]:
     yield from _packages()
     yield _processors()
     yield _compiled_ops()
+    yield _compiled_blocks()
     yield from _gpus()
     yield from _space()
     yield _caches()
@@ -90,21 +91,12 @@ def _allows(specifier: str, version: str) -> bool:
 
 
 def _processors() -> Finding:
-    n, n_all, flags = machine.processors(), os.cpu_count() or 1, _cpu_flags()
-    fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    n, n_all, fast = machine.processors(), os.cpu_count() or 1, machine.instructions()
     logical = f"{n} logical" if n == n_all else f"{n} of {n_all} logical, by affinity, cpuset or quota"
-    result = f"{logical}, {', '.join(fast) or platform.machine()}"
-    if platform.machine() == "x86_64" and not {"avx512_bf16", "amx_bf16"} & flags:
+    result = f"{logical}, {fast}"
+    if platform.machine() == "x86_64" and "bf16" not in fast:
         return Finding("CPUs", "warning", result, "no bf16 arithmetic: precision: fp32 may be faster on CPUs")
     return Finding("CPUs", "ok", result)
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def _compiled_ops() -> Finding:
@@ -115,6 +107,17 @@ def _compiled_ops() -> Finding:
     return Finding(
         "C ops", "warning", "no compiler", "install gcc: CPU workers use slow PyTorch code meanwhile"
     )
+
+
+def _compiled_blocks() -> Finding:
+    import torch
+
+    from lowbit_dist import compiled
+
+    why = compiled.why_not("cuda" if torch.cuda.is_available() else "cpu")
+    if why is None:
+        return Finding("train.compile", "ok", "blocks can be compiled")
+    return Finding("train.compile", "warning", why[0], f"{why[1]}: blocks run uncompiled meanwhile")
 
 
 def _gpus() -> Iterator[Finding]:

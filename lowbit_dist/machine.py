@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 VMSTAT = Path("/proc/vmstat")
+CPUS = Path("/proc/cpuinfo")
 STATUS = Path("/proc/self/status")
 # The files of a control group's limit and use, and the count of pages that are given back.
 MEMORY = {
@@ -24,6 +26,17 @@ def processors() -> int:
     except AttributeError:  # another system than Linux
         allowed = os.cpu_count() or 1
     return max(1, min([allowed, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def instructions() -> str:
+    """Of this processor, those that decide how fast it computes, and on what bits."""
+    try:
+        lines = CPUS.read_text().splitlines()
+    except OSError:  # another system than Linux
+        lines = []
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return ", ".join(fast) or platform.machine()
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:

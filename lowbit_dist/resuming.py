@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, inputs
+from lowbit_dist import checkpoint, compiled, inputs
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.statistics import Layers
@@ -28,8 +28,22 @@ def start(
 ) -> Position:
     """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from.
 
-    First weights are made only where no checkpoint has others.
+    First weights are made only where no checkpoint has others.  Blocks are compiled from now on if the run
+    asks for it, or was until now.
     """
+    position = _start(config, engine, initial, layers, heartbeat)
+    device, n_parameters = engine.device.type, sum(engine.numels.values())
+    instructions = compiled.decide(
+        config, device, n_parameters, is_new=position.step == 0, before=position.compiled
+    )
+    if instructions is not None:
+        engine.compile(heartbeat)
+    return replace(position, compiled=instructions)
+
+
+def _start(
+    config: RunConfig, engine: Engine, initial: Initial, layers: Layers, heartbeat: Callable[[], object]
+) -> Position:
     if (path := _newest(config, engine)) is not None:
         if not layers.recall():
             engine.initialize(initial, heartbeat)

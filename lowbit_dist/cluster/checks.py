@@ -27,6 +27,9 @@ def check(config: RunConfig) -> None:
             from lowbit_dist import float8
 
             float8.check(float8.gpus(), "this machine")
+        from lowbit_dist import compiled
+
+        compiled.check(config, "cuda" if gpus_per_worker(config, _local_gpus()) else "cpu", "this machine")
     check_run(config)
     _check_prepared(config)
     from lowbit_dist import data

@@ -22,6 +22,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from lowbit_dist import attention, float8, ops
+from lowbit_dist.compiled import compile_blocks
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear, decodes, values
 from lowbit_dist.loss import chunk_loss
@@ -54,6 +55,7 @@ class Engine:
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.device = _device()
         self.micro_batches = config.micro_batches
+        self.is_compiled = False
         if config.train.activation_checkpointing:
             model.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -206,6 +208,11 @@ class Engine:
             yield values(param)
         param.partition()
 
+    def compile(self, heartbeat: Callable[[], object]) -> None:
+        """Let the training passes of the model's blocks run compiled from now on (compiled.py)."""
+        compile_blocks(self.module, heartbeat)
+        self.is_compiled = True
+
     def gradients(self) -> list[Tensor]:
         """Tensors that hold gradients between steps."""
         if self._standard is None:
@@ -242,6 +249,8 @@ class Engine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks, so that another engine can be made in this process."""
         self._engine.destroy()
+        if self.is_compiled:
+            torch._dynamo.reset()
 
 
 class Step:
