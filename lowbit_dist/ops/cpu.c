@@ -789,7 +789,7 @@ void lowbit_encode(const float *restrict weight, const float *scale, uint8_t *re
     const float low = (float)shard->low, high = (float)shard->high;
 #pragma omp parallel for schedule(static) num_threads(shard->n_threads) if (shard->n_blocks >= PARALLEL_BLOCKS)
     for (int64_t block = 0; block < shard->n_blocks; block++) {
-        int32_t level[BLOCK] __attribute__((aligned(64)));
+        uint8_t code[BLOCK] __attribute__((aligned(64)));
         float of_plane[4];
         scales_of_block(of_plane, scale, shard, shard->first_block + block);
         for (int i = 0; i < BLOCK; i += PLANE)
@@ -797,9 +797,9 @@ void lowbit_encode(const float *restrict weight, const float *scale, uint8_t *re
                 float nearest = rintf(weight[block * BLOCK + j] / of_plane[i / PLANE]);
                 nearest = nearest < low ? low : nearest;
                 nearest = nearest > high ? high : nearest;
-                level[j] = (int8_t)(int32_t)nearest; /* of a NaN 0, as in PyTorch */
+                code[j] = (uint8_t)((int8_t)(int32_t)nearest - shard->low); /* of a NaN 0's, as in PyTorch */
             }
-        pack_block(codes + block * BLOCK * shard->bits / 8, level, shard->bits, shard->low);
+        pack_block(codes + block * BLOCK * shard->bits / 8, code, shard->bits);
     }
 }
 
