@@ -179,7 +179,7 @@ def test_the_bytes_on_the_wire_are_those_that_an_engine_moves(sections, ranks):
     config = loaded(content)
     (received, _) = ranks(2).run(moved, content)
     work = cost.Work.of(config, VOCAB)
-    wire = cost.wire_bytes(config, work, 2, cost.execution_of(config))
+    wire = cost.wire_bytes(config, work, 2)
     assert wire["codes"] + wire["weights"] == received["gathers"]
     assert wire["gradients"] == received["reductions"]
 

@@ -6,9 +6,9 @@ import lowbit_dist
 from lowbit_dist import configfile
 
 PACKAGE = lowbit_dist.__path__[0]
-# Of the norm: whether it is finite, the largest gradient, how many there are, and itself; of the step: its
-# flips; of the passes: their losses.
-OF_A_STEP = 6
+# Of the norm: the largest gradient, how many there are, and itself; of the step: its flips; of the passes:
+# their losses.
+OF_A_STEP = 5
 ON_THE_HOST = 2  # asked of the losses when they are there
 
 

@@ -115,7 +115,8 @@ def test_the_drawing_of_a_packed_shard_is_true():
             padded = tensor.numel + shards.Partitioner._padding_size(None, parameter)
             packed.append(
                 shards.Packed(
-                    tensor,
+                    tensor.shape,
+                    tensor.scale.numel(),
                     padded,
                     torch.bfloat16,
                     torch.device("cpu"),
@@ -127,6 +128,9 @@ def test_the_drawing_of_a_packed_shard_is_true():
         finally:
             dist.destroy_process_group()
     first, second = packed
+    for part in packed:
+        start = part.stored.first_block * tensor.grid.bytes_per_block
+        part.stored.codes.copy_(tensor.codes[start : start + part.stored.codes.numel()])
     gathered = torch.cat([first.wire, second.wire])
     first.whole = gathered
     dense = first.dense(levels.shape, torch.bfloat16)

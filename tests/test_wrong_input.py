@@ -519,8 +519,8 @@ CASES = {
         NOTHING, "train run.yaml cluster.cpus_per_worker=4000",
         ("cluster.cpus_per_worker (4000)", f"has {processors()}", "write cluster.cpus_per_worker=")),
     "more GPUs than there are": (
-        NOTHING, "train run.yaml cluster.gpus_per_worker=1000",
-        ("cluster.gpus_per_worker (1000)", "1000 GPUs", "write cluster.gpus_per_worker=")),
+        NOTHING, "train run.yaml cluster.gpus_per_worker=1",
+        ("cluster.gpus_per_worker (1)", "GPU", "write cluster.gpus_per_worker=")),
     "a Ray that does not answer": (
         NOTHING, "RAY_ADDRESS=127.0.0.1:1 train run.yaml",
         ("RAY_ADDRESS (127.0.0.1:1)", "does not answer", "write")),

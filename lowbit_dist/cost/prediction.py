@@ -17,7 +17,9 @@ from lowbit_dist.cost.work import Parameter, Work
 
 # Of fused attention, of which a causal mask leaves half: products forward and, computed anew, backward.
 _ATTENTION_PASSES = (1.0, 2.5)
-_CHUNK = 2**20  # elements that the eager norm takes at once
+_USES = (
+    2  # of a parameter in a micro-batch: a block that is computed again stays gathered for its backward pass
+)
 _SYNCHRONISATIONS = 7  # of the host in a step
 
 
@@ -34,30 +36,28 @@ class Execution(NamedTuple):
     logits: float  # bytes for each logit
     shares_inputs: bool  # q, k and v round their input once, gate and up, too
     norm: float  # bytes for each gradient
-    is_chunked: bool  # the norm is computed in chunks of many launches
     operations: float  # of a layer in a micro-batch
     per_rounding: float  # operations more for each layer that rounds its inputs
     per_view: float  # and for each that looks at its weight
     modules: float  # hooked, of a layer
-    by_block: bool  # a block is gathered at once
     hook_seconds: float
 
 
 EAGER = Execution(
-    "eager", hidden=220, rotary=120, intermediate=34, rounding=42, view=56, cast=16, logits=34,
-    shares_inputs=False, norm=60, is_chunked=True, operations=121, per_rounding=13, per_view=25, modules=13,
-    by_block=False, hook_seconds=constant("hook"),
+    "eager", hidden=220, rotary=120, intermediate=34, rounding=6, view=56, cast=16, logits=34,
+    shares_inputs=True, norm=4, operations=121, per_rounding=2, per_view=25, modules=1,
+    hook_seconds=constant("hook"),
 )  # fmt: skip
 COMPILED = Execution(
     "compiled", hidden=52, rotary=16, intermediate=14, rounding=4, view=8, cast=4, logits=20,
-    shares_inputs=True, norm=4, is_chunked=False, operations=60, per_rounding=0, per_view=0, modules=1,
-    by_block=True, hook_seconds=constant("hook"),
+    shares_inputs=True, norm=4, operations=60, per_rounding=0, per_view=0, modules=1,
+    hook_seconds=constant("hook"),
 )  # fmt: skip
 
 
 def execution_of(config: RunConfig) -> Execution:
-    """How the engine runs this configuration today."""
-    return EAGER
+    """How the engine runs this configuration; a run that is worth predicting is long enough for `auto`."""
+    return EAGER if config.train.compile == "off" else COMPILED
 
 
 def predict(
@@ -79,8 +79,8 @@ def predict(
     tokens = config.train.micro_batch * config.data.seq_len
     computed = _gpu_seconds(config, work, gpu, tokens, execution, recomputed)
     seconds, host = sum(computed.values()), _host_seconds(work, execution, recomputed)
-    moved = wire_bytes(config, work, n, execution)
-    network = _network_seconds(config, work, n, gpu, moved, execution)
+    moved = wire_bytes(config, work, n)
+    network = _network_seconds(config, work, n, gpu, moved)
     longer, hidden = max(seconds, host), constant("overlap")
     exceeding = max(0.0, network - hidden * longer)
     of_pass = longer + exceeding + (1 - hidden) * network + constant("micro_batch")
@@ -104,7 +104,7 @@ def predict(
     }  # fmt: skip
 
 
-def wire_bytes(config: RunConfig, work: Work, n: int, execution: Execution) -> dict[str, float]:
+def wire_bytes(config: RunConfig, work: Work, n: int) -> dict[str, float]:
     """What each of n GPUs receives in a step, and sends: codes and weights gathered, gradients reduced."""
     share, passes = (n - 1) / n, config.accumulation(n)
     itemsize = 4 if config.precision == "fp32" else 2
@@ -118,7 +118,7 @@ def wire_bytes(config: RunConfig, work: Work, n: int, execution: Execution) -> d
     def gathered(p: Parameter) -> float:
         if p.is_code and config.zero.residency == "replicated":
             return p.padded(n) * p.wire
-        return passes * _uses(config, p, execution) * p.padded(n) * p.wire
+        return passes * _USES * p.padded(n) * p.wire
 
     of_gradient = 8 if config.train.reproducible else itemsize
     return {
@@ -126,14 +126,6 @@ def wire_bytes(config: RunConfig, work: Work, n: int, execution: Execution) -> d
         "weights": share * sum(gathered(p) for p in work.parameters if not p.is_code),
         "gradients": share * numel * of_gradient * passes,
     }
-
-
-def _uses(config: RunConfig, parameter: Parameter, execution: Execution) -> int:
-    """How often a parameter is gathered in a micro-batch.  A block that is one unit stays gathered between
-    what is computed again and its backward pass.
-    """
-    is_again = config.train.activation_checkpointing and parameter.is_recomputed and not execution.by_block
-    return 3 if is_again else 2
 
 
 def _gpu_seconds(
@@ -189,16 +181,11 @@ def _network_seconds(
     n: int,
     gpu: Gpu,
     moved: dict[str, float],
-    execution: Execution,
 ) -> float:
     """Of one micro-batch, its share of what happens once a step included."""
     if n == 1:
         return 0.0
-    gathers = sum(_uses(config, p, execution) for p in work.parameters)
-    if execution.by_block:
-        gathers = 2 * (work.layers + 2)
-    if config.zero.stage in (0, 1, 2):
-        gathers = 0
+    gathers = 0 if config.zero.stage in (0, 1, 2) else _USES * (work.layers + 2)
     collectives = gathers + work.layers + 2
     bytes_of_pass = sum(moved.values()) / config.accumulation(n)
     return collectives * latency(n) + bytes_of_pass / bus_bandwidth(gpu, n)
@@ -210,11 +197,8 @@ def _update_seconds(work: Work, n: int, gpu: Gpu, execution: Execution) -> float
     numel = sum(p.padded(n) for p in work.parameters) / n
     norm = numel * execution.norm / bandwidth
     launches = len(work.parameters) * constant("kernel")
-    if execution.is_chunked:
-        operations = 9 * (len(work.parameters) + numel / _CHUNK) + 7 * len(work.parameters)
-        norm = max(norm, operations * constant("operation"))
     update = sum(_seconds_of(p, gpu) * p.padded(n) / n for p in work.parameters)
-    waits = (_SYNCHRONISATIONS if execution.is_chunked else 2) * constant("synchronisation")
+    waits = _SYNCHRONISATIONS * constant("synchronisation")
     return norm + max(update, launches) + waits + 4 * latency(n)
 
 

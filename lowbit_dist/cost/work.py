@@ -14,7 +14,6 @@ from lowbit_dist import model as models
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.grid import BLOCK
 from lowbit_dist.linear import Linear
-from lowbit_dist.model import blocks_of
 
 
 class Parameter(NamedTuple):
@@ -23,7 +22,6 @@ class Parameter(NamedTuple):
     is_code: bool
     state: float  # bytes of an element in the optimizer
     stored: float  # bytes of an element that an update reads and writes: codes, or weights in float32
-    is_recomputed: bool  # gathered once more where activations are computed again
 
     def padded(self, n: int) -> int:
         """Elements of n shards, which are whole blocks; a single one is the parameter itself."""
@@ -152,10 +150,6 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 def _parameters(config: RunConfig, model: nn.Module, linear: set[str], low_bit: set[str]) -> list[Parameter]:
     itemsize = 4 if config.precision == "fp32" else 2
     stages = config.method.stages(config.train.steps)
-    blocks = blocks_of(model)
-    of_blocks = {id(p) for p in blocks.parameters()}
-    # A block that is computed again stops with the input of its last layer, which is gathered once then.
-    last = {id([m for m in block.modules() if isinstance(m, Linear)][-1].weight) for block in blocks}
     parameters = []
     for name, p in model.named_parameters():
         shape, rule = tuple(p.shape), config.optimizer.of(is_linear=name in linear)
@@ -168,6 +162,5 @@ def _parameters(config: RunConfig, model: nn.Module, linear: set[str], low_bit: 
             if (kept := config.method.accumulator) is not None:
                 stored += kept.dtype.itemsize
         state = rule.state_bytes(shape) / p.numel()
-        again = id(p) in of_blocks - last
-        parameters.append(Parameter(p.numel(), wire, name in low_bit, state, stored, again))
+        parameters.append(Parameter(p.numel(), wire, name in low_bit, state, stored))
     return parameters

@@ -814,7 +814,7 @@ void lowbit_encode(const float *restrict weight, const float *scale, uint8_t *re
                 float nearest = rintf(weight[block * BLOCK + j] / of_plane[i / PLANE]);
                 nearest = nearest < low ? low : nearest;
                 nearest = nearest > high ? high : nearest;
-                code[j] = (uint8_t)((int8_t)(int32_t)nearest - shard->low); /* of a NaN 0, as in PyTorch */
+                code[j] = (uint8_t)((int8_t)(int32_t)nearest - shard->low); /* of a NaN 0's, as in PyTorch */
             }
         pack_block(codes + block * BLOCK * shard->bits / 8, code, shard->bits);
     }

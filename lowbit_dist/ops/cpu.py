@@ -217,8 +217,8 @@ def token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor
 def largest(tensors: Sequence[Tensor]) -> Tensor:
     function, threads = loaded().lowbit_largest, _threads()
     bits = max(function(*_elements(x), threads) for x in tensors)
-    (found,) = struct.unpack("<f", bits.to_bytes(4, "little"))
-    return torch.full((1,), found if bits < _INFINITY else torch.inf, dtype=torch.float64)
+    (magnitude,) = struct.unpack("<f", bits.to_bytes(4, "little"))
+    return torch.full((1,), magnitude if bits < _INFINITY else torch.inf, dtype=torch.float64)
 
 
 def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:

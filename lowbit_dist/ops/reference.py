@@ -346,14 +346,14 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int6
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
     """The largest magnitude of all elements; infinity if one of them is not finite."""
-    found = torch.zeros(1, dtype=torch.float64, device=tensors[0].device)
+    most = torch.zeros(1, dtype=torch.float64, device=tensors[0].device)
     for x in tensors:
         if x.numel():
             low, high = torch.aminmax(x)
             # maximum, unlike max(), keeps a NaN
-            found = torch.maximum(found, torch.maximum(-low, high).double())
+            most = torch.maximum(most, torch.maximum(-low, high).double())
     # Not a NaN, which gloo's maximum would drop.
-    return torch.where(torch.isfinite(found), found, torch.inf)
+    return torch.where(torch.isfinite(most), most, torch.inf)
 
 
 def square_sum(

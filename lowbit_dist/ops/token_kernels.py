@@ -114,8 +114,8 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
                 _largest[(triton.cdiv(x.numel(), SUM_BLOCK),)](
                     x, bits, x.numel(), BLOCK=SUM_BLOCK, num_warps=8
                 )
-    found = bits.view(torch.float32).double()
-    return torch.where(torch.isfinite(found), found, torch.inf)
+    most = bits.view(torch.float32).double()
+    return torch.where(torch.isfinite(most), most, torch.inf)
 
 
 def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:  # [1] float64; [1] int64

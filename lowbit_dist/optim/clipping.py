@@ -1,5 +1,6 @@
 """The norm of all gradients, with the same bits however they are spread, and what it scales them by."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ def global_norm(gradients: Sequence[Tensor], *, copies: int = 1, over_workers: b
     if over_workers:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         dist.all_reduce(count)
-    if not torch.isfinite(largest).item() or largest.item() == 0.0:
+    if (most := largest.item()) == 0.0 or not math.isfinite(most):
         return largest
     unit = 2.0 ** (62 - max(1, int(count.item()) - 1).bit_length())
     total = ops.square_sum(gradients, largest, unit)
