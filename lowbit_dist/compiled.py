@@ -114,13 +114,16 @@ def instructions(device: str) -> str:
 
 def compile_blocks(model: nn.Module, heartbeat: Callable[[], object]) -> None:
     """Let the training passes of a model's blocks run compiled; `heartbeat` is called for each part."""
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     import torch._dynamo.config
     import torch._inductor.config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    # PyTorch writes its default there when it first asks.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     torch._dynamo.config.recompile_limit = RECOMPILATIONS
     torch._inductor.config.deterministic = True  # else what is fastest in a trial decides on sums
     torch._inductor.config.compile_threads = 1  # no further processes beside each worker
