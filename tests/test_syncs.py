@@ -9,7 +9,7 @@ PACKAGE = lowbit_dist.__path__[0]
 # Of the norm: the largest gradient, how many there are, and itself; of the step: its flips; of the passes:
 # their losses.
 OF_A_STEP = 5
-ON_THE_HOST = 2  # asked of the losses when they are there
+ON_THE_HOST = 3  # asked of the losses when they are there, and of what C sums up
 
 
 def asked(configuration):

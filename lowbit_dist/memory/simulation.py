@@ -38,8 +38,8 @@ class Step(NamedTuple):
     def peak(self, more: int = 0) -> Peak:
         """With so many blocks more: nothing else grows."""
         activations, early = self.activations + more * self.block, self.early + more * self.block
-        highest = max(early, self.late, self.update) + more * self.counters
-        return Peak(highest - activations, activations)
+        highest = max(early, self.late, self.update)
+        return Peak(highest - activations, activations + more * self.counters)
 
 
 def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
@@ -101,9 +101,12 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
         engine.close()
     if briefly:  # the first pass's loss is there until the second has its own
         meter.peaks |= {phase: meter.peaks[phase] + left for phase in ("early", "late")}
+    # Counts of flips are there before the sample begins.
+    counts = 0 if config.zero.stage in (0, 1, 2) else 8 * len(engine.shards)
+    meter.peaks = {phase: peak + counts for phase, peak in meter.peaks.items()}
     grows = ends[1] - ends[0] if len(blocks) > 1 else 0
     counters = 8 * len(list(blocks[0].parameters())) if len(blocks) else 0
-    return Step(sample["activations"], **meter.peaks, block=grows, counters=counters)
+    return Step(sample["activations"] + counts, **meter.peaks, block=grows, counters=counters)
 
 
 class _Phases(StorageMeter):
