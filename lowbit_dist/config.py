@@ -29,7 +29,6 @@ from lowbit_dist.section import (
     is_changeable,
     may_change,
     no_truth,
-    on_or_off,
     setting,
 )
 from lowbit_dist.shape import PRESETS, Model, Sizes
@@ -139,7 +138,7 @@ class Train(Section):
         "their memory. Gradients are then clipped by the norm of the step before (a run's first ones not at "
         "all), and of a wrong step the parameters whose gradients come first are updated.",
     )
-    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(on_or_off)] = setting(
+    compile: Literal["auto", "off", "on"] = setting(
         "auto",
         "Whether transformer blocks are compiled by PyTorch, which makes training faster after some seconds; "
         "auto compiles runs of more than some minutes, where that works. It changes the bits of a run.",

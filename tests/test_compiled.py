@@ -4,6 +4,7 @@ compiled twice; and what is said where compiling is impossible.
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 from cases import standing
@@ -215,6 +216,14 @@ def test_auto_goes_without_a_compiler_unless_the_run_was_compiled_until_now(rank
     )
 
 
-def test_yaml_words_for_true_and_false_are_taken(small):
-    for value, meaning in ((True, "on"), (False, "off"), ("auto", "auto")):
-        assert configfile.from_dict(small(train={"compile": value})).train.compile == meaning
+def test_a_launch_that_cannot_compile_ends_in_one_line(lowbit, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    done = lowbit("train", quickstart, "train.compile=on", "cluster.workers=1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "lowbit: train.compile (on) must go with what PyTorch compiles with, but this machine has no "
+        "compiler no-such-compiler; install one, or write train.compile: off"
+    ]
+    assert not any(tmp_path.iterdir()), "nothing is left"
