@@ -152,7 +152,7 @@ NEW = {"is_new": True, "before": None}
 def test_auto_compiles_long_runs_and_resumes_as_a_run_began(ranks, small, monkeypatch):
     from lowbit_dist import machine
 
-    short, long = (small(train={"steps": steps}) for steps in (300, 30_000_000))
+    short, long = (small(train={"steps": steps, "compile": "auto"}) for steps in (300, 30_000_000))
     here = machine.instructions()
     assert ranks(1).run(choice, short, **NEW) == [None]
     assert ranks(1).run(choice, long, **NEW) == [here]
