@@ -205,7 +205,7 @@ def without_compiler(configuration, **position):
 
 
 def test_auto_goes_without_a_compiler_unless_the_run_was_compiled_until_now(ranks, small):
-    long = small(train={"steps": 30_000_000})
+    long = small(train={"steps": 30_000_000, "compile": "auto"})
     ((choice, lines),) = ranks(1).run(without_compiler, long, **NEW)
     assert choice is None
     assert lines == ["blocks run uncompiled: worker 0 has no compiler no-such-compiler; install one"]
