@@ -139,9 +139,10 @@ class Train(Section):
         "all), and of a wrong step the parameters whose gradients come first are updated.",
     )
     compile: Literal["auto", "off", "on"] = setting(
-        "auto",
+        "off",
         "Whether transformer blocks are compiled by PyTorch, which makes training faster after some seconds; "
-        "auto compiles runs of more than some minutes, where that works. It changes the bits of a run.",
+        "auto compiles runs that begin with more than some minutes to go, where that works. It changes the "
+        "bits of a run.",
     )
     log_every: Count = may_change(10, "How often a row of metrics.jsonl is written.", unit="steps")
     eval_every: Count = may_change(100, "How often the validation loss is measured.", unit="steps")

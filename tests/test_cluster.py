@@ -506,7 +506,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
     assert (summary["restarts"], summary["resumes"]) == (2, 0)
     assert "worker 0: resumes from step" in " ".join(told.said)
     assert summary["digest"] == undisturbed
-    assert told_by_ray == set(gauges.GAUGES)
+    assert told_by_ray == set(gauges.GAUGES) - {"lowbit_mfu"}, "no peak is known of a CPU"
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log
     assert "does not run: no progress after step" in log

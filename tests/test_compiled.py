@@ -153,7 +153,7 @@ NEW = {"is_new": True, "before": None}
 def test_auto_compiles_long_runs_and_resumes_as_a_run_began(ranks, small, monkeypatch):
     from lowbit_dist import machine
 
-    short, long = (small(train={"steps": steps}) for steps in (300, 30_000_000))
+    short, long = (small(train={"steps": steps, "compile": "auto"}) for steps in (300, 30_000_000))
     here = machine.instructions()
     assert ranks(1).run(choice, short, **NEW) == [None]
     assert ranks(1).run(choice, long, **NEW) == [here]
@@ -206,7 +206,7 @@ def without_compiler(configuration, **position):
 
 
 def test_auto_goes_without_a_compiler_unless_the_run_was_compiled_until_now(ranks, small):
-    long = small(train={"steps": 30_000_000})
+    long = small(train={"steps": 30_000_000, "compile": "auto"})
     ((choice, lines),) = ranks(1).run(without_compiler, long, **NEW)
     assert choice is None
     assert lines == ["blocks run uncompiled: worker 0 has no compiler no-such-compiler; install one"]

@@ -48,12 +48,17 @@ def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     blocks = blocks_of(model)
     # Only ZeRO-3 treats all blocks alike: the other stages cut the flat model anywhere.
     if len(blocks) <= LONGEST or not _alike(blocks) or config.zero.stage in (0, 1, 2):
-        return simulate(config, model, workers).peak()
+        # The first worker's partition has its gradients last, when all others that it keeps are there.
+        candidates = {0, _largest_worker(config, model, workers)}
+        peaks = [simulate(config, model, workers, rank=rank).peak() for rank in sorted(candidates)]
+        return max(peaks, key=lambda peak: sum(peak))
     long = simulate(config, _shortened(model, LONGEST), workers, briefly=True)
     return long.peak(len(blocks) - LONGEST)
 
 
-def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool = False) -> Step:
+def simulate(
+    config: RunConfig, model: nn.Module, workers: int, *, rank: int = 0, briefly: bool = False
+) -> Step:
     """The second step of a worker whose model, on the meta device, this is.
 
     `briefly`: from the second pass of its first step, if there are two.
@@ -64,7 +69,7 @@ def simulate(config: RunConfig, model: nn.Module, workers: int, *, briefly: bool
     config, model = config.model_copy(update={"train": train}), copy.deepcopy(model)
     briefly = briefly and passes == 2 and config.zero.residency == "sharded"
     with (
-        fake_worker(_largest_worker(config, model, workers), workers, experts=number(model)),
+        fake_worker(rank, workers, experts=number(model)),
         ExitStack() as sampled,
     ):
         from lowbit_dist.zero import Engine
