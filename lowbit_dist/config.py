@@ -29,6 +29,7 @@ from lowbit_dist.section import (
     is_changeable,
     may_change,
     no_truth,
+    on_or_off,
     setting,
 )
 from lowbit_dist.shape import PRESETS, Model, Sizes
@@ -138,7 +139,7 @@ class Train(Section):
         "their memory. Gradients are then clipped by the norm of the step before (a run's first ones not at "
         "all), and of a wrong step the parameters whose gradients come first are updated.",
     )
-    compile: Literal["auto", "off", "on"] = setting(
+    compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(on_or_off)] = setting(
         "off",
         "Whether transformer blocks are compiled by PyTorch, which makes training faster after some seconds; "
         "auto compiles runs that begin with more than some minutes to go, where that works. It changes the "

@@ -99,6 +99,11 @@ def no_truth(value: Any) -> Any:
     return value
 
 
+def on_or_off(value: Any) -> Any:
+    """Other readers of YAML than ours take these words for true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Text = Annotated[str, AfterValidator(clean_text)]
 FolderOrUrl = Annotated[str, AfterValidator(clean_text), AfterValidator(from_home)]
 TrackingUri = Annotated[str, AfterValidator(clean_text), AfterValidator(_uri_from_home)]

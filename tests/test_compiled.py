@@ -227,3 +227,8 @@ def test_a_launch_that_cannot_compile_ends_in_one_line(lowbit, monkeypatch, tmp_
         "compiler no-such-compiler; install one, or write train.compile: off"
     ]
     assert not any(tmp_path.iterdir()), "nothing is left"
+
+
+def test_yaml_words_for_true_and_false_are_taken(small):
+    for value, meaning in ((True, "on"), (False, "off"), ("auto", "auto")):
+        assert configfile.from_dict(small(train={"compile": value})).train.compile == meaning
