@@ -80,7 +80,7 @@ _ANSWERS = {
     "random_seed manual_seed data_seed rng_seed": "write run.seed",
     "deterministic full_determinism use_deterministic_algorithms": "write train.reproducible",
     "max_restarts max_retries retries num_retries": "write cluster.max_failures",
-    "compile torch_compile use_compile": "leave it out: there is nothing to compile",
+    "torch_compile use_compile": "write train.compile: on",
     "flash_attention use_flash_attn flash_attn attn_implementation attention": (
         "leave it out: attention is PyTorch's own"
     ),

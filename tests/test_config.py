@@ -59,6 +59,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
         "train.activation_checkpointing": False, "train.reproducible": False, "train.gradient_release": False,
+        "train.compile": "off",
         "train.log_every": 10,
         "train.eval_every": 100, "train.eval_samples": 256, "train.save_every": 100, "train.keep_last": 3,
         "train.keep_every": None, "train.max_skipped": 20, "train.max_grad_ratio": 1000.0,
@@ -436,8 +437,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "a number for a name": (
         GOOD + "train: {5: 6}", (),
         "train: unknown name 5; known names are steps, batch_tokens, micro_batch, clip_norm, "
-        "activation_checkpointing, reproducible, gradient_release, log_every, eval_every, eval_samples, "
-        "save_every, keep_last, keep_every, max_skipped, max_grad_ratio, on_spike"),
+        "activation_checkpointing, reproducible, gradient_release, compile, log_every, eval_every, "
+        "eval_samples, save_every, keep_last, keep_every, max_skipped, max_grad_ratio, on_spike"),
     "nothing for a name": (
         GOOD + "null: 6", (),
         f"unknown name null; known names are {SECTIONS}"),
@@ -972,6 +973,7 @@ TEXTS += (
 TRUTHS = ("model.tie_embeddings", "method.sub_norms")
 TRUTHS += ("train.activation_checkpointing", "train.reproducible", "run.with_states", "data.document_mask")
 TRUTHS += ("tracking.tensorboard", "train.gradient_release", "optimizer.eps_before_correction")
+TRUTHS += ("train.compile",)  # YAML takes on and off for true and false
 
 
 @pytest.mark.parametrize("wrong", WRONG)
