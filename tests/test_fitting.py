@@ -61,17 +61,17 @@ REFUSED = {
     ),
     "activations": (
         content_of(model={"preset": "130m"}, train={"micro_batch": 32, "batch_tokens": 32 * 512}),
-        16,
+        9,
         "activations",
         ["train.activation_checkpointing"],
     ),
     "micro-batch": (
         content_of(
             model={"preset": "130m"},
-            train={"micro_batch": 64, "batch_tokens": 64 * 512, "activation_checkpointing": True},
+            train={"micro_batch": 256, "batch_tokens": 256 * 512, "activation_checkpointing": True},
         ),
-        12,
-        "activations",
+        10,
+        "transient",
         ["train.micro_batch"],
     ),
     "whole weights": (
@@ -227,7 +227,7 @@ def test_seventy_billion_parameters_are_refused_within_ten_seconds():
     text = refusal(memory.check_memory, config, VOCAB, memory.MemoryBudget("this machine", 24 * GB))
     assert process_time() - start < 10
     assert "need at least" in text
-    assert "write model.preset=320m, which needs" in text
+    assert "write model.preset=1b, which needs" in text
 
 
 # ------------------------------------------------------------------ what this machine has
