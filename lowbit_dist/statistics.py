@@ -16,12 +16,12 @@ latent weight or of finer codes, `Method.levels` is asked, before and after the 
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from zipfile import BadZipFile
+from contextlib import suppress
 
-import numpy
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit_dist import ops
@@ -36,7 +36,7 @@ LAYER_METRICS: dict[str, Callable[[Tensor, Grid], float]] = {
     "entropy": lambda counts, grid: _entropy(counts),
 }
 SAMPLE_BLOCKS = 16  # of each layer, whose first levels are kept on the host
-FIRST_LEVELS = ".first_levels.npz"  # in a run's folder: the same, as GRID/WEIGHT
+FIRST_LEVELS = ".first_levels.safetensors"  # in a run's folder: the same, as GRID/WEIGHT
 
 Levels = dict[str, Tensor]  # weight -> this worker's part of it as levels: int8 [numel of the shard]
 
@@ -59,10 +59,10 @@ class Layers:
         if self.engine.rank != 0 or not self.first:
             return
         named = {f"{grid}/{name}": part for grid, parts in self.first.items() for name, part in parts.items()}
-        with suppress(OSError):  # a full disk is reported elsewhere
+        with suppress(OSError, SafetensorError):  # a full disk is reported elsewhere
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.file) as draft, draft.open("wb") as opened:
-                numpy.savez(opened, **{name: part.numpy() for name, part in named.items()})
+            with atomic_write(self.file) as draft:
+                save_file(named, draft)
 
     def recall(self) -> bool:
         """Know the first levels from the run's folder; on every worker, as worker 0 has read them.
@@ -79,13 +79,12 @@ class Layers:
         grids = [method.forward_grid for method in config.method.stages(config.train.steps)]
         first: dict[str, Levels] = {grid.name: {} for grid in grids if grid is not None}
         try:
-            with numpy.load(self.file, allow_pickle=False) if first else nullcontext({}) as kept:
-                for key in kept:
-                    grid, _, name = key.partition("/")
-                    first[grid][name] = torch.from_numpy(kept[key])
-                    if len(first[grid][name]) != len(_sampled(self.engine.numels[name])):
-                        return None
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+            for key, part in load_file(self.file).items() if first else ():
+                grid, _, name = key.partition("/")
+                first[grid][name] = part
+                if len(part) != len(_sampled(self.engine.numels[name])):
+                    return None
+        except (OSError, KeyError, SafetensorError):
             return None
         return first if all(first.values()) else None
 

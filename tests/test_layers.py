@@ -53,7 +53,7 @@ HOMES = {
     "zstandard": {"documents"},
     "fcntl": {"files"},
     "grpc": {"network"},
-    "safetensors": {"checkpoint", "export", "pretrained"},
+    "safetensors": {"checkpoint", "export", "pretrained", "statistics"},
     "compressed_tensors": {"export"},
     "fastapi": {"serving"},
     "uvicorn": {"serving"},

@@ -36,7 +36,7 @@ def test_a_machine_that_takes_no_connection_is_left_out():
         ({"a": (1, 0), "b": (1.5, 0)}, {"cpus_per_worker": 0.5}, ["b", "b", "b", "a", "a"]),
         ({"a": (0.3, 0)}, {"cpus_per_worker": 0.1}, ["a", "a", "a"]),
         ({"a": (8, 2), "b": (8, 1), "c": (8, 0)}, {"gpus_per_worker": 1}, ["a", "a", "b"]),
-        ({"a": (1, 4)}, {"gpus_per_worker": 2}, ["a"]),
+        ({"a": (1, 4)}, {"gpus_per_worker": 1}, ["a"]),
         ({"a": (4, 1)}, {"gpus_per_worker": 0}, ["a", "a", "a", "a"]),
     ],
 )

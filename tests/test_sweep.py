@@ -338,7 +338,7 @@ def test_children_start_from_runs_beside_their_sweep(ranks, small, tmp_path, mon
         ({"workers": 4}, 2, 0, 0),
         ({"workers": 2, "cpus_per_worker": 0.1}, 0.6, 0, 3),
         ({"workers": 2}, 64, 4, 2),
-        ({"workers": 2, "gpus_per_worker": 0.5}, 64, 4, 4),
+        ({"workers": 2, "gpus_per_worker": 1}, 64, 5, 2),
         ({"workers": 2, "gpus_per_worker": 0}, 8, 4, 4),
     ],
 )
