@@ -393,6 +393,14 @@ def mlflow_run(uri, run_dir):
     return client.get_run(run_id).info.status, sorted(point.step for point in points)
 
 
+def assert_stopped_politely(stderr):
+    """What a launch says that was ended by a signal."""
+    assert "stopping after this step, with a checkpoint" in stderr
+    assert "resumes from the newest checkpoint" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert "OOM" not in stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # on a machine that does other things, too
 def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left_alone(
@@ -414,37 +422,29 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
         )
         return process
 
-    # A signal ends it after the step in hand, with a checkpoint of that step.
-    step = 0
-    for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
-        process = started_and_beyond(step)
-        if not step:
-            # Ray is there for this machine alone.  The store by which torch's workers meet is not.
-            family = {pid for pid, line in children(process.pid).items() if "RayTrainWorker" not in line}
-            places = {
-                each.laddr.ip
-                for each in psutil.net_connections("tcp")
-                if each.status == "LISTEN" and each.pid in family
-            }
-            assert {place.removeprefix("::ffff:") for place in places} == {"127.0.0.1"}
-        process.send_signal(how)
-        stdout, stderr = process.communicate(timeout=120)
-        assert process.returncode == code, stderr
-        assert stdout == ""
-        assert "stopping after this step, with a checkpoint" in stderr
-        assert "resumes from the newest checkpoint" in stderr.splitlines()[-1]
-        assert "Traceback" not in stderr
-        assert "OOM" not in stderr
-        assert (f"resumes from step {step}" in stderr) == bool(step)
-        assert left_behind(process.pid) == []
-        done = rows(folder)[-1]
-        assert step < done < STEPS, "it must have been stopped before its end"
-        assert (folder / "latest").read_text() == f"step-{done}"
-        assert mlflow_run(uri, folder) == ("KILLED", list(range(1, done + 1)))
-        step = done
+    # A signal ends it after the step in hand, with a checkpoint of that step: SIGINT and SIGHUP do, too, in
+    # test_outside.py and test_signals.py.
+    process = started_and_beyond(0)
+    # Ray is there for this machine alone.  The store by which torch's workers meet is not.
+    family = {pid for pid, line in children(process.pid).items() if "RayTrainWorker" not in line}
+    places = {
+        each.laddr.ip
+        for each in psutil.net_connections("tcp")
+        if each.status == "LISTEN" and each.pid in family
+    }
+    assert {place.removeprefix("::ffff:") for place in places} == {"127.0.0.1"}
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (143, ""), stderr
+    assert_stopped_politely(stderr)
+    assert left_behind(process.pid) == []
+    step = rows(folder)[-1]
+    assert 0 < step < STEPS, "it must have been stopped before its end"
+    assert (folder / "latest").read_text() == f"step-{step}"
+    assert mlflow_run(uri, folder) == ("KILLED", list(range(1, step + 1)))
 
     # The launcher dies: its processes do, too.
-    process = started_and_beyond(step)
+    first, process = step, started_and_beyond(step)
     process.kill()
     process.communicate(timeout=60)
     assert left_behind(process.pid, with_folder=False) == []
@@ -462,7 +462,8 @@ def test_a_run_that_is_stopped_and_killed_in_every_way_ends_as_one_that_was_left
     assert left_behind(process.pid) == []
     summary = json.loads(stdout)
     assert summary["digest"] == undisturbed
-    assert (summary["restarts"], summary["resumes"]) == (1, 4)
+    assert (summary["restarts"], summary["resumes"]) == (1, 2)
+    assert f"worker 0: resumes from step {first}" in (folder / "log.txt").read_text()
     assert mlflow_run(uri, folder) == ("FINISHED", list(range(1, STEPS + 1)))
     assert rows(folder) == list(range(1, STEPS + 1))
     assert not (folder / ".stop").exists()
@@ -476,7 +477,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
 
     from lowbit_dist.tracking import gauges
 
-    stopped, found, killed, told_by_ray = [], [], [], set()
+    stopped, found, killed, told_by_ray, with_memory = [], [], [], set(), set()
 
     def harm(row):
         if row["step"] >= 6 and not stopped:
@@ -488,7 +489,9 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
             assert len(workers) == 2
             killed.append(workers[-1])
             os.kill(killed[0], signal.SIGKILL)
-        told_by_ray.update(name for name, run, *_ in exported(ray) if run == "harmed")
+        shown = [(name, tags) for name, run, *tags in exported(ray) if run == "harmed"]
+        told_by_ray.update(name for name, _ in shown)
+        with_memory.update(tags[0] for name, tags in shown if name == "lowbit_memory_bytes" and tags)
 
     def note(text):
         if "does not run" in text and not found:
@@ -507,6 +510,7 @@ def test_a_worker_that_is_stopped_is_found_named_and_shown_and_one_that_is_kille
     assert "worker 0: resumes from step" in " ".join(told.said)
     assert summary["digest"] == undisturbed
     assert told_by_ray == set(gauges.GAUGES) - {"lowbit_mfu"}, "no peak is known of a CPU"
+    assert {"0", "1"} <= with_memory, "each worker tells of its memory"
     log = (config.run_dir / "log.txt").read_text()
     assert f"launcher: worker 1 (process {pid} on " in log
     assert "does not run: no progress after step" in log

@@ -23,7 +23,7 @@ from test_train import train
 import lowbit_dist
 from lowbit_dist import configfile, data, model, pretrained, tokenizer
 from lowbit_dist.checkpoint import Checkpoint
-from lowbit_dist.cluster import checks
+from lowbit_dist.cluster import checks, jobs
 from lowbit_dist.config import ConfigError
 from lowbit_dist.packed import PackedTensor
 
@@ -173,7 +173,7 @@ def test_a_token_without_an_embedding_is_refused_where_it_is_and_nowhere_else(te
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_the_same_on_the_command_line(documents, tmp_path):
+def test_the_same_on_the_command_line(documents, ranks, tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
     written(here / "model", "qwen3")
     run = {
@@ -206,7 +206,9 @@ def test_the_same_on_the_command_line(documents, tmp_path):
 
     prepare = ("data", "prepare", "--input", documents, "--tokenizer", "model", "--out", "data")
     lowbit(here, *prepare, "--seq-len", SEQ, "--val-fraction", 0.1)
-    whole = json.loads(lowbit(here, "train", "run.yaml", "--json"))
+    with monkeypatch.context() as patch:
+        patch.chdir(here)
+        whole = ranks(2).run(train, jobs.absolute(configfile.load("run.yaml")).to_dict())[0]
     lowbit(here, "train", "run.yaml", "run.name=stopped", f"train.steps={HALF}", "--json")
     before = said(here)
     assert before[0] == pytest.approx(whole["val_loss"], abs=1e-5)

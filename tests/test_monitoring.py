@@ -335,35 +335,6 @@ def test_every_query_of_the_dashboard_finds_its_data(ray_port, process, tmp_path
         process.wait()
 
 
-@pytest.mark.slow
-def test_a_run_that_is_launched_tells_all_of_its_gauges(ray_port, small, tmp_path):
-    """In a terminal's process, whose child talks to Ray."""
-    import ray
-
-    train = {"steps": 100_000, "log_every": 1, "eval_every": 2, "save_every": 2}
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(small(run={"name": "launched"}, train=train, cluster={"workers": 2})))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowbit_dist", "train", str(file)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-    )  # fmt: skip
-    try:
-
-        def missing():
-            assert process.poll() is None, process.communicate()[0]
-            told = {name for name, run, *_ in exported(ray_port) if run == "launched"}
-            return set(gauges.GAUGES) - told - {"lowbit_mfu"}  # no peak is known of a CPU
-
-        waited_for(lambda: not missing(), seconds=240, otherwise=missing)
-        ranks = {tags[0] for name, run, *tags in exported(ray_port) if name == "lowbit_memory_bytes" and tags}
-        assert {"0", "1"} <= ranks, "each worker tells of its memory"
-    finally:
-        process.terminate()
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, output
-
-
 def test_what_has_ended_is_forgotten(ray_port, process):
     import ray
 

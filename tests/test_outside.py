@@ -14,6 +14,7 @@ import time
 
 import pytest
 from ranks import search_path
+from test_cluster import assert_stopped_politely
 from test_train import train
 
 from lowbit_dist import configfile
@@ -330,6 +331,7 @@ def test_it_is_trained_by_two_workers_stopped_resumed_evaluated_and_inspected(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
+    assert_stopped_politely(stderr)
     assert 3 <= rows(folder)[-1]["step"] < STEPS, "it must have been stopped before its end"
 
     summary = answer_of("train", file)

@@ -444,8 +444,10 @@ def test_a_sweep_runs_once_at_a_time(small, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(900)
 def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
-    small, store, corpus, ray, tmp_path, monkeypatch, lowbit
+    small, store, corpus, ray, ranks, tmp_path, monkeypatch, lowbit
 ):
+    from test_train import train as train_here
+
     monkeypatch.chdir(tmp_path)
     train = {"steps": 12, "batch_tokens": 256, "log_every": 2, "eval_every": 12, "save_every": 12}
     tracking = {"mlflow": f"sqlite:///{store}", "experiment": "sweeps"}
@@ -456,6 +458,9 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     kept = "  first: {}\n  last: {method.grid: int8, train.steps: 120, train.eval_every: 120}\n"
     shutil.copytree(corpus, tmp_path / "gone")
     file.write_text(start + "  lost: {data.path: gone}\n" + kept)
+    # One that has ended, and of which MLflow knows nothing.
+    first = sweeping.load(file).children[1].config
+    ranks(1).run(train_here, first.to_dict())
 
     class Interrupting(Told):
         def begins(self, child):
@@ -469,7 +474,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
 
     told = Interrupting()
     outcome = running.run(sweeping.load(file), told)
-    assert told.begun == ["lost-seed0", "first-seed0", "last-seed0"]
+    assert told.begun == ["lost-seed0", "last-seed0"]
     assert outcome.signum == signal.SIGTERM
     assert outcome.states == {"lost-seed0": "failed", "first-seed0": "finished", "last-seed0": "stopped"}
     assert list(outcome.why) == ["lost-seed0"]
@@ -488,8 +493,8 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "last-seed0" in wrong.stderr
     assert "train.steps: 120 -> 160" in wrong.stderr
 
-    forgotten = (folder / "first-seed0" / ".mlflow_run_id").read_text()  # MLflow was down when it ended
-    (folder / "first-seed0" / ".tracked").unlink()
+    forgotten = (folder / "first-seed0" / ".mlflow_run_id").read_text()
+    (folder / "first-seed0" / ".tracked").unlink()  # its server was down when it ended
     client(store).update_run(forgotten, status="RUNNING")
     file.write_text(start + kept)
     done = lowbit("sweep", file, "--json")

@@ -215,6 +215,8 @@ def _line() -> str | None:
             line.encode()
             return line
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # Ctrl-D leaves the cursor behind the prompt
             return None
         except UnicodeError:
             print("lowbit: a line must be text in UTF-8; write it so", file=sys.stderr)
