@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from lowbit_dist import ops
 
+_WORTH_TRANSPOSING = 1 << 19  # elements; products of less are made sooner than a call of ours
 # The linears of a LLaMA block whose inputs no RMSNorm precedes; SubLN (as in BitNet) adds one there.
 INNER_LINEARS = ("o_proj", "down_proj")
 
@@ -71,6 +72,9 @@ class Product(Protocol):
 
 
 def plain_product(a: Tensor, b: Tensor, *, of_gradient: bool = False) -> Tensor:
+    is_slow = a.dtype == torch.bfloat16 and a.device.type == "cpu" and a.numel() >= _WORTH_TRANSPOSING
+    if is_slow and not a.is_contiguous() and a.t().is_contiguous():
+        a = ops.transposed(a.t())
     return a @ b.t()
 
 

@@ -270,3 +270,35 @@ def test_the_largest_of_what_is_not_finite_is_infinite(backend, dtype, bad):
     given[3][69_999] = bad
     assert backend.largest(given).tolist() == [torch.inf]
     assert backend.largest([torch.zeros(3, dtype=dtype), given[0]]).tolist() == [0.0]
+
+
+# ------------------------------------------------------------------ the first operand of a weight's gradient
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (8, 8), (33, 40), (40, 33), (257, 513), (2048, 1280)])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_matrix_is_laid_out_by_columns(shape, n_threads):
+    bits = torch.arange(shape[0] * shape[1]).mul_(40_503).to(torch.int16).view(shape)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found = cpu.transposed(bits.view(torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    assert found.is_contiguous()
+    assert torch.equal(found.view(torch.int16), reference.transposed(bits))
+
+
+@pytest.mark.parametrize("t", [200, 8192], ids=["small", "large"])
+def test_the_gradient_of_a_weight_is_that_of_its_operands_by_rows(t):
+    """In bfloat16, whatever the layout of the output's gradient."""
+    tokens, weight = torch.randn(t, 96), torch.randn(72, 96)
+    dy = torch.randn(t, 72, dtype=torch.bfloat16)
+    for given in (dy, dy.t().contiguous().t(), dy[:1].expand(t, 72)):
+        x, w = (t.bfloat16().requires_grad_() for t in (tokens, weight))
+        linear(x, w).backward(given)
+        by_rows = given.t().contiguous() @ x.detach()
+        assert torch.equal(w.grad, by_rows)
+        exact = given.double().t() @ x.detach().double()
+        assert (exact - w.grad.double()).abs().max() <= 2**-8 * exact.abs().max()

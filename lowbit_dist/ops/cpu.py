@@ -214,6 +214,12 @@ def token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor
     return values
 
 
+def transposed(x: Tensor) -> Tensor:
+    out = torch.empty(x.shape[::-1], dtype=x.dtype)
+    loaded().lowbit_transpose(_pointer(x), _pointer(out), *map(ctypes.c_int64, x.shape), _threads())
+    return out
+
+
 def largest(tensors: Sequence[Tensor]) -> Tensor:
     function, threads = loaded().lowbit_largest, _threads()
     bits = max(function(*_elements(x), threads) for x in tensors)

@@ -21,7 +21,9 @@ from pathlib import Path
 from lowbit_dist import folders
 
 _LOG = logging.getLogger(__name__)
-_SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("cpu", "matmul", "norm", "tokens")]
+_SOURCES = [
+    Path(__file__).with_name(f"{name}.c") for name in ("cpu", "matmul", "norm", "tokens", "transpose")
+]
 _HEADER = Path(__file__).with_name("cpu.h")
 # What functions return; the others nothing.
 _RESULTS = {
@@ -33,6 +35,7 @@ _RESULTS = {
 }
 _NOTHING = (
     "step_weights", "decode", "encode", "pack", "unpack", "code_counts", "round_tokens", "token_values",
+    "transpose",
 )  # fmt: skip
 
 # Contraction would round fewer times than the reference does. Errno and traps stand in the way of vector

@@ -344,6 +344,10 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int6
     return counts
 
 
+def transposed(x: Tensor) -> Tensor:  # [N, T] of [T, N], contiguous
+    return x.t().contiguous()
+
+
 def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
     """The largest magnitude of all elements; infinity if one of them is not finite."""
     most = torch.zeros(1, dtype=torch.float64, device=tensors[0].device)
