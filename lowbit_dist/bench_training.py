@@ -271,21 +271,22 @@ def _check_memory(preset: str, contents: dict[str, Any], n: int) -> None:
 
 def _train(*, device: str, contents: dict[str, Any], repetitions: int) -> dict[str, list[float]]:
     candidates = {
-        name: _training(configfile.from_dict(content), device) for name, content in contents.items()
+        name: step_of(configfile.from_dict(content), device, _VOCABULARY)
+        for name, content in contents.items()
     }
     return _turns_of_all(candidates, device, repetitions)
 
 
-def _training(config: RunConfig, device: str) -> Callable[[], object]:
+def step_of(config: RunConfig, device: str, vocabulary: int) -> Callable[[], object]:
     """A step of random tokens by an engine of its own."""
     from lowbit_dist import model, zero
 
-    built = model.build(config.model, _VOCABULARY, config.method, torch.bfloat16)
+    built = model.build(config.model, vocabulary, config.method, model.DTYPES[config.precision])
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = zero.Engine(config, built, initial, model.low_bit_names(built, config.method))
     generator = torch.Generator().manual_seed(engine.rank)
     size = (config.train.micro_batch, config.data.seq_len)
-    tokens = torch.randint(0, _VOCABULARY, size, generator=generator).to(device)
+    tokens = torch.randint(0, vocabulary, size, generator=generator).to(device)
     taken = 0
 
     def run() -> None:

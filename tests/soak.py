@@ -168,11 +168,13 @@ class Rain:
             self.cluster.link(i, "up")
 
 
-def prepared(folder, source=str(Path(json.__file__).parent), vocabulary=512):
+def prepared(folder, source=str(Path(json.__file__).parent), vocabulary=512, seq_len=64):
     from lowbit_dist import data, tokenizer
 
     tokenizer.train([source], vocabulary, folder / "tokenizer")
-    data.prepare([source], folder / "tokenizer", folder / "data", seq_len=64, workers=1, val_fraction=0.1)
+    data.prepare(
+        [source], folder / "tokenizer", folder / "data", seq_len=seq_len, workers=1, val_fraction=0.1
+    )
 
 
 def written(configuration, folder):
