@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 processes=3
 case "${1:-}" in
     quick) chosen="not slow and not integration"; shift ;;
-    all) chosen=""; shift ;;
+    all) chosen="" processes=2; shift ;;
     *) chosen="not slow" ;;
 esac
 ruff format --check lowbit_dist tests
