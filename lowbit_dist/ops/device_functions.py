@@ -36,9 +36,17 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 @triton.jit
+def _loaded(pointer, mask):
+    if mask is None:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=mask, other=0)
+
+
+@triton.jit
 def load(pointer, mask):
-    """float32 from float32 or bfloat16, exactly."""
-    x = tl.load(pointer, mask=mask, other=0)
+    """float32 from float32 or bfloat16, exactly; 0 where `mask` is not, which may be None."""
+    x = _loaded(pointer, mask)
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -76,16 +84,16 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
+def load_codes(codes_ptr, block, j, BITS: tl.constexpr):
     """The codes of elements j, j + 64, j + 128, j + 192 of each block: four int32 [blocks, 64]."""
     byte_ptr = codes_ptr + block.to(tl.int64)[:, None] * (32 * BITS)
     if BITS == 2:
-        byte = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
+        byte = tl.load(byte_ptr + j).to(tl.int32)
         return byte & 3, (byte >> 2) & 3, (byte >> 4) & 3, byte >> 6
     elif BITS == 3:
-        low = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
+        low = tl.load(byte_ptr + j).to(tl.int32)
         # Bit i of high byte j % 32 belongs to element j % 32 + 32 * i.
-        high = tl.load(byte_ptr + 64 + (j & 31), mask=mask, other=0).to(tl.int32) >> (j >> 5)
+        high = tl.load(byte_ptr + 64 + (j & 31)).to(tl.int32) >> (j >> 5)
         return (
             (low & 3) | ((high & 1) << 2),
             ((low >> 2) & 3) | (high & 4),
@@ -93,13 +101,13 @@ def load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
             (low >> 6) | ((high >> 4) & 4),
         )
     elif BITS == 4:
-        even = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
-        odd = tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32)
+        even = tl.load(byte_ptr + j).to(tl.int32)
+        odd = tl.load(byte_ptr + 64 + j).to(tl.int32)
         return even & 15, odd & 15, even >> 4, odd >> 4
     elif BITS == 6:
-        even = tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32)
-        odd = tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32)
-        high = tl.load(byte_ptr + 128 + j, mask=mask, other=0).to(tl.int32)
+        even = tl.load(byte_ptr + j).to(tl.int32)
+        odd = tl.load(byte_ptr + 64 + j).to(tl.int32)
+        high = tl.load(byte_ptr + 128 + j).to(tl.int32)
         return (
             (even & 15) | ((high & 3) << 4),
             (odd & 15) | ((high & 12) << 2),
@@ -108,10 +116,10 @@ def load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
         )
     else:
         return (
-            tl.load(byte_ptr + j, mask=mask, other=0).to(tl.int32),
-            tl.load(byte_ptr + 64 + j, mask=mask, other=0).to(tl.int32),
-            tl.load(byte_ptr + 128 + j, mask=mask, other=0).to(tl.int32),
-            tl.load(byte_ptr + 192 + j, mask=mask, other=0).to(tl.int32),
+            tl.load(byte_ptr + j).to(tl.int32),
+            tl.load(byte_ptr + 64 + j).to(tl.int32),
+            tl.load(byte_ptr + 128 + j).to(tl.int32),
+            tl.load(byte_ptr + 192 + j).to(tl.int32),
         )
 
 
@@ -119,7 +127,7 @@ def load_codes(codes_ptr, block, j, mask, BITS: tl.constexpr):
 def store_codes(codes_ptr, block, j, mask, c0, c1, c2, c3, BITS: tl.constexpr, BLOCKS: tl.constexpr):
     byte_ptr = codes_ptr + block.to(tl.int64)[:, None] * (32 * BITS)
     if BITS == 2:
-        byte = c0 | (c1 << 2) | (c2 << 4) | (c3 << 6)
+        byte = c0 + (c1 << 2) + (c2 << 4) + (c3 << 6)
         tl.store(byte_ptr + j, byte.to(tl.uint8), mask=mask)
     elif BITS == 3:
         low = (c0 & 3) | ((c1 & 3) << 2) | ((c2 & 3) << 4) | ((c3 & 3) << 6)
@@ -146,7 +154,7 @@ def store_codes(codes_ptr, block, j, mask, c0, c1, c2, c3, BITS: tl.constexpr, B
 @triton.jit
 def load_signed(pointer, scale, mask, QUANTISED: tl.constexpr):
     if QUANTISED:
-        q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
+        q = _loaded(pointer, mask).to(tl.float32)
         return (q * tl.abs(q)) * scale
     else:
         return load(pointer, mask)
@@ -155,7 +163,7 @@ def load_signed(pointer, scale, mask, QUANTISED: tl.constexpr):
 @triton.jit
 def load_unsigned(pointer, scale, mask, QUANTISED: tl.constexpr):
     if QUANTISED:
-        q = tl.load(pointer, mask=mask, other=0).to(tl.float32)
+        q = _loaded(pointer, mask).to(tl.float32)
         q = q * q
         return (q * q) * scale
     else:
@@ -164,8 +172,13 @@ def load_unsigned(pointer, scale, mask, QUANTISED: tl.constexpr):
 
 @triton.jit
 def block_scale(largest, DIVISOR: tl.constexpr):
-    """(scale, 1 / scale), both 0 for a block too small to be divided by its scale."""
-    scale = tl.div_rn(largest, DIVISOR)
+    """(scale, 1 / scale), both 0 for a block too small to be divided by its scale.
+
+    scale = largest / DIVISOR, correctly rounded for both divisors wherever it is usable: test_kernels.py
+    tries every mantissa.
+    """
+    scale = largest * (1.0 / DIVISOR)
+    scale = tl.fma(tl.fma(-DIVISOR, scale, largest), 1.0 / DIVISOR, scale)
     usable = scale >= _SMALLEST_SCALE
     inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
     return tl.where(usable, scale, 0.0), inverse
@@ -218,13 +231,13 @@ def moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RU
 
 
 @triton.jit
-def scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i: tl.constexpr, UNITS: tl.constexpr):
+def scale_of_plane(scale_ptr, block, offset, units_per_scale, i: tl.constexpr, UNITS: tl.constexpr):
     """The scale of plane `i` of each block, [blocks, 1]; the same for all, a scalar, if UNITS is 0."""
     if UNITS == 0:
         return tl.load(scale_ptr)
     else:
         unit = offset + block * UNITS + (i if UNITS > 1 else 0)
-        return tl.load(scale_ptr + unit // units_per_scale, mask=live, other=1.0)[:, None]
+        return tl.load(scale_ptr + unit // units_per_scale)[:, None]
 
 
 @triton.jit
@@ -234,20 +247,13 @@ def level_of(code, LOW: tl.constexpr):
 
 
 @triton.jit
-def code_of_level(level, LOW: tl.constexpr):
-    """The inverse, in the lowest byte of an int32."""
-    return (level + (8388608.0 - LOW)).to(tl.int32, bitcast=True)
+def rounded_step(code, step, random, TOP: tl.constexpr):
+    """`code` + `step` rounded stochastically: up with a probability that is
+    exact to 2^-32.
 
-
-@triton.jit
-def rounded_step(level, step, random, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """`level` + `step` rounded stochastically: up with a probability that is exact to 2^-32. Levels are whole
-    float32 numbers, which these sums leave exact.
+    In units of 2^-32 levels its 64-bit integer has whole levels above and the threshold of chance below;
+    adding 2^32 - 1 - `random` carries if `random` is below the threshold.
     """
-    size = tl.minimum(tl.abs(step), _LARGEST_STEP)
-    whole = tl.floor(size)
-    threshold = ((size - whole) * 4294967296.0).to(tl.uint32)
-    n = tl.where(random < threshold, whole + 1.0, whole)
-    sign = step.to(tl.uint32, bitcast=True) & 0x80000000
-    n = (n.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(level + n, LOW), HIGH)
+    size = (tl.minimum(tl.abs(step), _LARGEST_STEP) * 4294967296.0).to(tl.uint64)
+    n = ((size + (~random).to(tl.uint64)) >> 32).to(tl.int32)
+    return tl.maximum(tl.minimum(code + tl.where(step < 0, -n, n), TOP), 0)

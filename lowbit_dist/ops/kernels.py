@@ -35,7 +35,6 @@ from lowbit_dist.ops.device_functions import (
     LARGEST_SIGNED,
     LARGEST_UNSIGNED,
     block_scale,
-    code_of_level,
     level_of,
     load,
     load_codes,
@@ -79,19 +78,21 @@ def _step_codes(
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     live = block < n_blocks
+    # Blocks beyond the shard read its last one, and write nothing.
+    block = tl.minimum(block, n_blocks - 1)
     mask = live[:, None]
     j = tl.arange(0, 64)[None, :]
     element = block.to(tl.int64)[:, None] * 256 + j
 
-    levels_per_unit = tl.div_rn(lr, scale_of_plane(scale_ptr, block, live, offset, units_per_scale, 0, UNITS))
+    levels_per_unit = tl.div_rn(lr, scale_of_plane(scale_ptr, block, offset, units_per_scale, 0, UNITS))
     m_scale = 0.0
     v_scale = 0.0
     if QUANTISED:
-        m_scale = tl.load(m_scale_ptr + block, mask=live, other=0.0)[:, None]
+        m_scale = tl.load(m_scale_ptr + block)[:, None]
         if RULE == ADAMW:
-            v_scale = tl.load(v_scale_ptr + block, mask=live, other=0.0)[:, None]
+            v_scale = tl.load(v_scale_ptr + block)[:, None]
 
-    old = load_codes(codes_ptr, block, j, mask, BITS)
+    old = load_codes(codes_ptr, block, j, BITS)
     # A block's 64 counters begin at a multiple of 64: adding j never carries into the upper half.
     counter = (first_block.to(tl.int64) + block) * 64
     # No code has bits above its eighth: adding them keeps the words in the layout of what was loaded.
@@ -108,36 +109,45 @@ def _step_codes(
     ms = ()  # type: tuple[Tensor, ...]
     vs = ()  # type: tuple[Tensor, ...]
     largest_m = tl.zeros([BLOCKS, 64], tl.float32)
-    largest_v = tl.zeros([BLOCKS, 64], tl.float32)
+    largest_v = tl.zeros(
+        [BLOCKS, 64], tl.int32
+    )  # its bits: of three integers one instruction has the largest
     n_flips = tl.zeros([BLOCKS, 64], tl.float32)  # whole numbers
     for i in tl.static_range(4):
         at = element + 64 * i
         if RULE == APPLY:
-            u = tl.load(grad_ptr + at, mask=mask, other=0.0)
+            u = tl.load(grad_ptr + at)
         else:
+            # A mask that is not needed: without one, ptxas fetches each number anew for every use.
             g = load(grad_ptr + at, mask) * grad_scale
-            m = load_signed(m_ptr + at, m_scale, mask, QUANTISED)
+            m = load_signed(m_ptr + at, m_scale, None, QUANTISED)
             v = m
             if RULE == ADAMW:
-                v = load_unsigned(v_ptr + at, v_scale, mask, QUANTISED)
+                v = load_unsigned(v_ptr + at, v_scale, None, QUANTISED)
             u, m, v = moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
             if QUANTISED:
                 largest_m = tl.maximum(largest_m, tl.abs(m))
                 ms += (m,)
                 if RULE == ADAMW:
-                    largest_v = tl.maximum(largest_v, v)
+                    largest_v = tl.maximum(largest_v, v.to(tl.int32, bitcast=True))
                     vs += (v,)
             else:
                 store(m_ptr + at, m, mask)
                 if RULE == ADAMW:
                     store(v_ptr + at, v, mask)
         if UNITS > 1:
-            scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
+            scale = scale_of_plane(scale_ptr, block, offset, units_per_scale, i, UNITS)
             levels_per_unit = tl.div_rn(lr, scale)
         level = level_of(old[i], LOW)
-        moved_level = rounded_step(level, -(levels_per_unit * u) - decay * level, random[i], LOW, HIGH)
-        n_flips = tl.where(moved_level != level, n_flips + 1.0, n_flips)
-        new += (code_of_level(moved_level, LOW),)
+        if (
+            HIGH <= 2 and LOW >= -2
+        ):  # products with such levels are exact: rounding them once more changes nothing
+            d = tl.fma(-decay, level, -(levels_per_unit * u))
+        else:
+            d = -(levels_per_unit * u) - decay * level
+        code = rounded_step(old[i], d, random[i], HIGH - LOW)
+        n_flips = tl.where(code != old[i], n_flips + 1.0, n_flips)
+        new += (code,)
     store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
     tl.atomic_add(n_flips_ptr, tl.sum(tl.where(mask, n_flips, 0.0)).to(tl.int64), sem="relaxed")
 
@@ -147,7 +157,8 @@ def _step_codes(
         for i in tl.static_range(4):
             tl.store(m_ptr + element + 64 * i, quantised_signed(ms[i], m_inverse[:, None]), mask=mask)
         if RULE == ADAMW:
-            v_scale, v_inverse = block_scale(tl.max(largest_v, axis=1), LARGEST_UNSIGNED)
+            largest = tl.max(largest_v, axis=1).to(tl.float32, bitcast=True)
+            v_scale, v_inverse = block_scale(largest, LARGEST_UNSIGNED)
             tl.store(v_scale_ptr + block, v_scale, mask=live)
             for i in tl.static_range(4):
                 tl.store(v_ptr + element + 64 * i, quantised_unsigned(vs[i], v_inverse[:, None]), mask=mask)
@@ -202,14 +213,14 @@ def _decode(
     LOW: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    live = block < n_blocks
-    mask = live[:, None]
+    mask = (block < n_blocks)[:, None]
+    block = tl.minimum(block, n_blocks - 1)
     j = tl.arange(0, 64)[None, :]
-    scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, 0, UNITS)
-    codes = load_codes(codes_ptr, block, j, mask, BITS)
+    scale = scale_of_plane(scale_ptr, block, offset, units_per_scale, 0, UNITS)
+    codes = load_codes(codes_ptr, block, j, BITS)
     for i in tl.static_range(4):
         if UNITS > 1:
-            scale = scale_of_plane(scale_ptr, block, live, offset, units_per_scale, i, UNITS)
+            scale = scale_of_plane(scale_ptr, block, offset, units_per_scale, i, UNITS)
         at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
         store(out_ptr + at, scale * level_of(codes[i], LOW), mask, FINITE=True)
 
