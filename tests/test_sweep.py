@@ -13,6 +13,7 @@ import pytest
 
 from lowbit_dist import configfile, inputs, runs
 from lowbit_dist import sweep as sweeping
+from lowbit_dist.cluster import jobs
 from lowbit_dist.config import ConfigError
 from lowbit_dist.methods import METHODS
 from lowbit_dist.sweep import running
@@ -458,9 +459,9 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     kept = "  first: {}\n  last: {method.grid: int8, train.steps: 120, train.eval_every: 120}\n"
     shutil.copytree(corpus, tmp_path / "gone")
     file.write_text(start + "  lost: {data.path: gone}\n" + kept)
-    # One that has ended, and of which MLflow knows nothing.
+    # One that has ended while MLflow was down.
     first = sweeping.load(file).children[1].config
-    ranks(1).run(train_here, first.to_dict())
+    ranks(1).run(train_here, jobs.absolute(first).to_dict())
 
     class Interrupting(Told):
         def begins(self, child):
@@ -493,9 +494,6 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "last-seed0" in wrong.stderr
     assert "train.steps: 120 -> 160" in wrong.stderr
 
-    forgotten = (folder / "first-seed0" / ".mlflow_run_id").read_text()
-    (folder / "first-seed0" / ".tracked").unlink()  # its server was down when it ended
-    client(store).update_run(forgotten, status="RUNNING")
     file.write_text(start + kept)
     done = lowbit("sweep", file, "--json")
     assert done.returncode == 0, done.stderr
