@@ -17,7 +17,7 @@ from lowbit_dist.cluster import jobs
 from lowbit_dist.config import ConfigError
 from lowbit_dist.methods import METHODS
 from lowbit_dist.sweep import running
-from lowbit_dist.tracking import Parent
+from lowbit_dist.tracking import Parent, catch_up
 
 BASE = "data: {path: data}\nrun: {name: base}\ntrain: {steps: 10}\n"
 SMALL = "sweep: {name: s}\nbase: base.yaml\n"
@@ -459,9 +459,9 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     kept = "  first: {}\n  last: {method.grid: int8, train.steps: 120, train.eval_every: 120}\n"
     shutil.copytree(corpus, tmp_path / "gone")
     file.write_text(start + "  lost: {data.path: gone}\n" + kept)
-    # One that has ended while MLflow was down.
+    # One that has ended, and of which MLflow does not know.
     first = sweeping.load(file).children[1].config
-    ranks(1).run(train_here, jobs.absolute(first).to_dict())
+    (summary,) = ranks(1).run(train_here, jobs.absolute(first).to_dict())
 
     class Interrupting(Told):
         def begins(self, child):
@@ -494,6 +494,10 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     assert "last-seed0" in wrong.stderr
     assert "train.steps: 120 -> 160" in wrong.stderr
 
+    assert catch_up(first, summary)
+    forgotten = (folder / "first-seed0" / ".mlflow_run_id").read_text()  # MLflow was down when it ended
+    (folder / "first-seed0" / ".tracked").unlink()
+    client(store).update_run(forgotten, status="RUNNING")
     file.write_text(start + kept)
     done = lowbit("sweep", file, "--json")
     assert done.returncode == 0, done.stderr
