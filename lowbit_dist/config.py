@@ -23,6 +23,7 @@ from lowbit_dist.section import (
     FolderOrUrl,
     Fraction,
     MaybeFilePath,
+    PrecisionWords,
     RunName,
     Section,
     Tokens,
@@ -30,6 +31,7 @@ from lowbit_dist.section import (
     may_change,
     no_truth,
     on_or_off,
+    precision_section,
     setting,
 )
 from lowbit_dist.shape import PRESETS, Model, Sizes
@@ -171,6 +173,32 @@ class Train(Section):
     )
 
 
+class Precision(Section):
+    """What the forward and the backward pass compute in; a word alone, bf16, fp32 or fp8, is short for it."""
+
+    compute: Literal["bf16", "fp32"] = setting("bf16", "The numbers of all that is not said otherwise.")
+    matmul: Literal["auto", "bf16", "int8", "fp8"] = setting(
+        "auto",
+        "What linear layers other than the head multiply while the run trains and validates. auto: what is "
+        "computed in. int8: low-bit layers whose inputs are rounded to 8 bits multiply integers in the "
+        "forward pass, in exact sums, where a scale serves a tensor or a row. fp8: 8-bit floats in all "
+        "passes, on GPUs of compute capability 8.9 or more.",
+    )
+
+    @model_validator(mode="after")
+    def _products_are_of_what_is_computed(self) -> Self:
+        if self.compute == "fp32" and self.matmul in ("bf16", "fp8"):
+            raise ConfigError(
+                f"precision.matmul ({self.matmul}) must go with precision.compute bf16, not fp32; write "
+                "precision.compute: bf16, or precision.matmul: auto"
+            )
+        return self
+
+    def of_latent(self) -> Self:
+        """The same for a method whose weights are no integers."""
+        return self.model_copy(update={"matmul": "auto"}) if self.matmul == "int8" else self
+
+
 class RunConfig(Section):
     """The whole configuration of one run."""
 
@@ -180,11 +208,8 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp32", "fp8"] = setting(
-        "bf16",
-        "What the forward and the backward pass compute in. fp8 is bf16, but the linear layers except the "
-        "head multiply 8-bit floats while the run trains and validates, on GPUs of compute capability 8.9 "
-        "or more.",
+    precision: Annotated[Precision, BeforeValidator(precision_section, PrecisionWords | Precision | None)] = (
+        Precision()
     )
     zero: Zero = Zero()
     train: Train = Train()
@@ -237,11 +262,16 @@ class RunConfig(Section):
                 f"{why}: DeepSpeed's stage-1/2 partitions are flat; write zero.stage: 3, or 0"
             )
         passes = self.micro_batches // self.worker_counts()[-1]
-        if zero.stage in (0, 1) and self.precision != "fp32" and passes > 1:
+        if zero.stage in (0, 1) and self.precision.compute != "fp32" and passes > 1:
             raise ConfigError(
-                f"zero.stage ({zero.stage}) must not be used with precision {self.precision} and {passes:,} "
-                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
+                f"zero.stage ({zero.stage}) must not be used with precision {self.precision.compute} and "
+                f"{passes:,} micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if self.precision.matmul == "int8" and method.stored is None:
+            raise ConfigError(
+                "precision.matmul (int8) must go with a method whose weights are packed integers, such as "
+                f"dqt, not {method.name}; write precision.matmul: auto"
             )
         if self.train.gradient_release and zero.stage in (0, 1, 2):
             raise ConfigError(
@@ -267,10 +297,10 @@ class RunConfig(Section):
                 f"train.keep_every ({keep:,}) must be a multiple of train.save_every {save:,}; "
                 f"the nearest is {nearest_multiple(keep, save):,}"
             )
-        if self.train.reproducible and self.precision != "fp32":
+        if self.train.reproducible and self.precision.compute != "fp32":
             raise ConfigError(
-                f"train.reproducible (true) must go with precision fp32, not {self.precision}: rounded to "
-                "bf16, gradients depend on the number of workers; write precision: fp32"
+                f"train.reproducible (true) must go with precision fp32, not {self.precision.compute}: "
+                "rounded to bf16, gradients depend on the number of workers; write precision: fp32"
             )
         if self.train.reproducible and zero.stage in (0, 1, 2):
             raise ConfigError(
@@ -331,7 +361,7 @@ class RunConfig(Section):
         """
         if self.train.reproducible:
             return 8
-        return 2 if self.precision != "fp32" and self.micro_batches == world else 4
+        return 2 if self.precision.compute != "fp32" and self.micro_batches == world else 4
 
     @property
     def run_dir(self) -> Path:

@@ -26,7 +26,7 @@ FLOOR = {
     "packed": 2, "linear": 2, "float8": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
     "experts": 2, "attention": 2,
     "methods": 3, "optim": 3, "config": 3, "configfile": 3, "schedule": 3,
-    "model": 3, "data": 3, "loss": 3, "zero": 3, "statistics": 3, "compiled": 3,
+    "model": 3, "int8": 3, "data": 3, "loss": 3, "zero": 3, "statistics": 3, "compiled": 3,
     "memory": 4, "cost": 4, "checkpoint": 4, "runs": 4, "tracking": 4, "convert": 4,
     "inference": 4, "serving": 6, "harness": 6,
     "inputs": 5, "resuming": 5, "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5,

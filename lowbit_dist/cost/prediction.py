@@ -107,7 +107,7 @@ def predict(
 def wire_bytes(config: RunConfig, work: Work, n: int) -> dict[str, float]:
     """What each of n GPUs receives in a step, and sends: codes and weights gathered, gradients reduced."""
     share, passes = (n - 1) / n, config.accumulation(n)
-    itemsize = 4 if config.precision == "fp32" else 2
+    itemsize = 4 if config.precision.compute == "fp32" else 2
     numel = sum(p.padded(n) for p in work.parameters)
     stage = 3 if config.zero.stage is None else config.zero.stage
     if stage < 3:  # weights once a step, after the update; stage 0 keeps all, and reduces to everyone
@@ -133,7 +133,7 @@ def _gpu_seconds(
 ) -> dict[str, float]:
     """Of one micro-batch."""
     forwards, bandwidth = 1 + recomputed, gpu.bandwidth * constant("memory_efficiency")
-    is_fp32, is_fp8 = config.precision == "fp32", config.precision == "fp8"
+    is_fp32, is_fp8 = config.precision.compute == "fp32", config.precision.matmul == "fp8"
     plain = gpu.fp32 * constant("fp32_efficiency") if is_fp32 else gpu.bf16 * constant("bf16_efficiency")
     rate = plain if gpu.fp8 is None or not is_fp8 else gpu.fp8 * constant("fp8_efficiency")
     wide = 2 if is_fp32 else 1  # elements of float32 are twice as long

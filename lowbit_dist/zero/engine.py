@@ -21,7 +21,7 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
-from lowbit_dist import attention, float8, ops
+from lowbit_dist import attention, float8, int8, ops
 from lowbit_dist.compiled import compile_blocks
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import Linear, decodes, values
@@ -65,11 +65,13 @@ class Engine:
         self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
-        if config.precision == "fp8":
+        if config.precision.matmul == "fp8":
             _multiply_in_fp8(model, self.linear_weights)
+        for layer in int8.layers(config, model):
+            layer.in_integers = True
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
-        self._dtype = dtype = DTYPES[config.precision]
+        self._dtype = dtype = DTYPES[config.precision.compute]
         self._marks = marks
         if stage == 3:
             for block in blocks_of(model):
@@ -331,7 +333,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "steps_per_print": 10**12,
         "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
     }
-    if config.precision != "fp32":
+    if config.precision.compute != "fp32":
         settings["bf16"] = {"enabled": True}
         # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
         sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
