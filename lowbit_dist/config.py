@@ -17,13 +17,13 @@ from lowbit_dist.execution import Cluster, Run, Tracking
 from lowbit_dist.grid import BLOCK, GRIDS
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.rule import Rule
+from lowbit_dist.precision import MaybeWord, Precision
 from lowbit_dist.section import (
     Count,
     FilePath,
     FolderOrUrl,
     Fraction,
     MaybeFilePath,
-    PrecisionWords,
     RunName,
     Section,
     Tokens,
@@ -31,7 +31,6 @@ from lowbit_dist.section import (
     may_change,
     no_truth,
     on_or_off,
-    precision_section,
     setting,
 )
 from lowbit_dist.shape import PRESETS, Model, Sizes
@@ -173,32 +172,6 @@ class Train(Section):
     )
 
 
-class Precision(Section):
-    """What the forward and the backward pass compute in; a word alone, bf16, fp32 or fp8, is short for it."""
-
-    compute: Literal["bf16", "fp32"] = setting("bf16", "The numbers of all that is not said otherwise.")
-    matmul: Literal["auto", "bf16", "int8", "fp8"] = setting(
-        "auto",
-        "What linear layers other than the head multiply while the run trains and validates. auto: what is "
-        "computed in. int8: low-bit layers whose inputs are rounded to 8 bits multiply integers in the "
-        "forward pass, in exact sums, where a scale serves a tensor or a row. fp8: 8-bit floats in all "
-        "passes, on GPUs of compute capability 8.9 or more.",
-    )
-
-    @model_validator(mode="after")
-    def _products_are_of_what_is_computed(self) -> Self:
-        if self.compute == "fp32" and self.matmul in ("bf16", "fp8"):
-            raise ConfigError(
-                f"precision.matmul ({self.matmul}) must go with precision.compute bf16, not fp32; write "
-                "precision.compute: bf16, or precision.matmul: auto"
-            )
-        return self
-
-    def of_latent(self) -> Self:
-        """The same for a method whose weights are no integers."""
-        return self.model_copy(update={"matmul": "auto"}) if self.matmul == "int8" else self
-
-
 class RunConfig(Section):
     """The whole configuration of one run."""
 
@@ -208,9 +181,7 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Annotated[Precision, BeforeValidator(precision_section, PrecisionWords | Precision | None)] = (
-        Precision()
-    )
+    precision: MaybeWord = Precision()
     zero: Zero = Zero()
     train: Train = Train()
     cluster: Cluster = may_change(Cluster())

@@ -19,7 +19,7 @@ that are given the same tensor, as the projections of an attention are.
 
 `nn.functional.linear` on a CPU saves the transposed *view* of its weight; `linear` below saves the parameter.
 
-A layer that multiplies integers (int8.py) makes y of the rounded inputs and of the weight's levels, in
+A layer that multiplies integers (products.py) makes y of the rounded inputs and of the weight's levels, in
 exact sums; its gradients are those at the numbers that both stand for, as without.
 
 Letters: T tokens, K in_features, N out_features.
@@ -282,7 +282,7 @@ class Linear(nn.Module):
         self.view = view
         self.activation = activation
         self.product: Product = plain_product
-        self.in_integers = False  # whether y is made of rounded inputs and levels (int8.py)
+        self.in_integers = False  # whether y is made of rounded inputs and levels (products.py)
         self.norm: nn.Module | None = None
         if norm_eps is not None:
             self.norm = nn.RMSNorm(

@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from lowbit_dist.errors import nearest, quoted
+from lowbit_dist.errors import quoted
 
 
 def broken_rule(text: str) -> PydanticCustomError:
@@ -102,21 +102,6 @@ def no_truth(value: Any) -> Any:
 def on_or_off(value: Any) -> Any:
     """Other readers of YAML than ours take these words for true and false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-PrecisionWords = Literal["bf16", "fp32", "fp8"]
-
-
-def precision_section(value: Any) -> Any:
-    """The section that a word is short for; of an empty one, the defaults."""
-    if isinstance(value, str):
-        words = get_args(PrecisionWords)
-        if value not in words:
-            meant = nearest(value, words)
-            instead = f"did you mean {meant!r}?" if meant else "write bf16, for example"
-            raise broken_rule(f"must be one of {', '.join(words)}, or a section; {instead}")
-        return {"compute": "bf16", "matmul": "fp8"} if value == "fp8" else {"compute": value}
-    return {} if value is None else value
 
 
 Text = Annotated[str, AfterValidator(clean_text)]

@@ -94,6 +94,23 @@ tracking:  {mlflow: sqlite:///mlflow.db, experiment: lowbit}
     assert (shorter.train.steps, shorter.method.grid) == (20, "int8")
 
 
+def test_a_word_for_precision_is_short_for_a_section(tmp_path):
+    """As in the configurations of earlier runs, which resume."""
+    for word, section in {
+        "bf16": "{compute: bf16, matmul: auto}", "fp32": "{compute: fp32}", "fp8": "{matmul: fp8}", "": "{}"
+    }.items():  # fmt: skip
+        of_word = load(tmp_path, GOOD + f"precision: {word}")
+        of_section = load(tmp_path, GOOD + f"precision: {section}")
+        assert of_word == of_section and not of_word.differences(of_section)
+    changed = load(tmp_path, GOOD + "precision: fp32", "precision.matmul=int8")
+    assert changed.to_dict()["precision"] == {"compute": "fp32", "matmul": "int8"}
+    assert configfile.changed(of_word, {"precision": "fp32"}).precision.compute == "fp32"
+    assert configfile.from_dict(changed.to_dict()) == changed
+    assert of_word.differences(changed) == [
+        "precision.compute: bf16 -> fp32", "precision.matmul: auto -> int8"
+    ]  # fmt: skip
+
+
 READ = {
     # override: (field, value)
     "optimizer.lr=1e-3": ("optimizer.lr", 1e-3),

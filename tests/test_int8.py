@@ -13,7 +13,7 @@ from test_methods import rounded_tokens
 from test_train import digest, train
 from torch import nn
 
-from lowbit_dist import configfile, int8, model, ops
+from lowbit_dist import configfile, model, ops, products
 from lowbit_dist.config import ConfigError
 from lowbit_dist.convert import convert_
 from lowbit_dist.grid import GRIDS
@@ -285,9 +285,8 @@ def test_the_plan_knows_levels_and_its_baselines_have_none(ranks, small):
 )
 def test_layers_that_cannot_are_refused(sections, words, small):
     config = configfile.from_dict(small(precision=INT8, **sections))
-    shapes = model.shapes(config, 512)
     with pytest.raises(ConfigError, match=rf"^precision.matmul \(int8\) must go with .*{words} or .*auto$"):
-        int8.layers(config, shapes)
+        products.check(config, 512)
 
 
 def test_longer_rows_than_sums_can_have_are_refused(small):
@@ -296,12 +295,12 @@ def test_longer_rows_than_sums_can_have_are_refused(small):
         patch.object(ops, "LONGEST_ROW", 300),
         pytest.raises(ConfigError, match=r"rows of at most 300 elements, .* have 512; write precision"),
     ):
-        int8.layers(config, model.shapes(config, 512))
+        products.check(config, 512)
 
 
 def test_layers_of_other_code_are_refused(small):
     config = configfile.from_dict(small(precision=INT8))
     built = model.build(config.model, 512, config.method, torch.float32)
     built.model.layers[0].mlp.down_proj.view = object()
-    with pytest.raises(ConfigError, match=r"multiply with their codes alone, and .*down_proj.weight is not"):
-        int8.layers(config, built)
+    with pytest.raises(ConfigError, match=r"without a view .*down_proj.weight has one"):
+        products.choose_(config, built)

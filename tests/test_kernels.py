@@ -587,7 +587,7 @@ def test_levels_stay_within_their_budget_on_sm_90(compiled: list[Any], tmp_path:
 def test_products_of_integers_stay_within_their_budget_on_sm_90(
     compiled: list[Any], tmp_path: Path, dtype: torch.dtype, k: int, n_scales: int
 ) -> None:
-    """Tensor cores multiply them: each of two groups of warps makes 64 of 128 tokens, 32 elements at a time."""
+    """Tensor cores multiply them: each of two groups of warps 64 of 128 tokens, 32 elements at a time."""
     levels, weight = (torch.zeros(n, k, dtype=torch.int8) for n in (2048, 5120))
     kernels.int8_product(levels, torch.ones(2048), weight, torch.ones(n_scales), dtype)
     (kernel,) = compiled

@@ -285,7 +285,7 @@ CASES = {
         ("precision (fp8)", "GPUs of compute capability 8.9 or more", "has none; write precision: bf16")),
     "integers of weights that are none": (
         NOTHING, "train run.yaml run.name=new precision.matmul=int8 'method={name: dense}'",
-        ("precision.matmul (int8)", "packed integers, such as dqt, not dense", "write precision.matmul: auto")),
+        ("precision.matmul (int8)", "integers, such as dqt, not dense", "write precision.matmul: auto")),
     "integers with a scale for each group": (
         NOTHING, "train run.yaml run.name=new precision.matmul=int8 method.granularity=group",
         ("precision.matmul (int8)", "a scale for a tensor or a row", "write method.granularity: row or")),

@@ -41,12 +41,10 @@ def check(config: RunConfig) -> None:
     inputs.check_parent(config, manifest)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
-    from lowbit_dist import model
+    from lowbit_dist import model, products
 
     model.check(config, manifest.vocab_size, used=manifest.used)
-    from lowbit_dist import int8
-
-    int8.layers(config, model.shapes(config, manifest.vocab_size))
+    products.check(config, manifest.vocab_size)
     from lowbit_dist import tracking
 
     tracking.check(config)
