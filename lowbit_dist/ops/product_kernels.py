@@ -28,8 +28,9 @@ SIDE_BY_SIDE = 8  # programs along the tokens, which read the same rows while th
 def _unpack(codes_ptr, out_ptr, n_blocks, LOW: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     mask = (block < n_blocks)[:, None]
+    block = tl.minimum(block, n_blocks - 1)
     j = tl.arange(0, 64)[None, :]
-    codes = load_codes(codes_ptr, block, j, mask, BITS)
+    codes = load_codes(codes_ptr, block, j, BITS)
     for i in tl.static_range(4):
         at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
         tl.store(out_ptr + at, (codes[i] + LOW).to(tl.int8), mask=mask)
