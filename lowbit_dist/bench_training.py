@@ -281,7 +281,7 @@ def step_of(config: RunConfig, device: str, vocabulary: int) -> Callable[[], obj
     """A step of random tokens by an engine of its own."""
     from lowbit_dist import model, zero
 
-    built = model.build(config.model, vocabulary, config.method, model.DTYPES[config.precision])
+    built = model.build(config.model, vocabulary, config.method, model.DTYPES[config.precision.compute])
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = zero.Engine(config, built, initial, model.low_bit_names(built, config.method))
     generator = torch.Generator().manual_seed(engine.rank)

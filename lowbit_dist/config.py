@@ -17,6 +17,7 @@ from lowbit_dist.execution import Cluster, Run, Tracking
 from lowbit_dist.grid import BLOCK, GRIDS
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.rule import Rule
+from lowbit_dist.precision import MaybeWord, Precision
 from lowbit_dist.section import (
     Count,
     FilePath,
@@ -180,12 +181,7 @@ class RunConfig(Section):
     data: Data
     optimizer: SerializeAsAny[Rule]
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp32", "fp8"] = setting(
-        "bf16",
-        "What the forward and the backward pass compute in. fp8 is bf16, but the linear layers except the "
-        "head multiply 8-bit floats while the run trains and validates, on GPUs of compute capability 8.9 "
-        "or more.",
-    )
+    precision: MaybeWord = Precision()
     zero: Zero = Zero()
     train: Train = Train()
     cluster: Cluster = may_change(Cluster())
@@ -237,11 +233,16 @@ class RunConfig(Section):
                 f"{why}: DeepSpeed's stage-1/2 partitions are flat; write zero.stage: 3, or 0"
             )
         passes = self.micro_batches // self.worker_counts()[-1]
-        if zero.stage in (0, 1) and self.precision != "fp32" and passes > 1:
+        if zero.stage in (0, 1) and self.precision.compute != "fp32" and passes > 1:
             raise ConfigError(
-                f"zero.stage ({zero.stage}) must not be used with precision {self.precision} and {passes:,} "
-                "micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
+                f"zero.stage ({zero.stage}) must not be used with precision {self.precision.compute} and "
+                f"{passes:,} micro-batches a worker, whose gradients DeepSpeed would add up in bf16; write "
                 "zero.stage: 2, which adds them up in float32, or 3, or precision: fp32"
+            )
+        if self.precision.matmul == "int8" and method.stored is None:
+            raise ConfigError(
+                "precision.matmul (int8) must go with a method whose weights are packed integers, such as "
+                f"dqt, not {method.name}; write precision.matmul: auto"
             )
         if self.train.gradient_release and zero.stage in (0, 1, 2):
             raise ConfigError(
@@ -267,10 +268,10 @@ class RunConfig(Section):
                 f"train.keep_every ({keep:,}) must be a multiple of train.save_every {save:,}; "
                 f"the nearest is {nearest_multiple(keep, save):,}"
             )
-        if self.train.reproducible and self.precision != "fp32":
+        if self.train.reproducible and self.precision.compute != "fp32":
             raise ConfigError(
-                f"train.reproducible (true) must go with precision fp32, not {self.precision}: rounded to "
-                "bf16, gradients depend on the number of workers; write precision: fp32"
+                f"train.reproducible (true) must go with precision fp32, not {self.precision.compute}: "
+                "rounded to bf16, gradients depend on the number of workers; write precision: fp32"
             )
         if self.train.reproducible and zero.stage in (0, 1, 2):
             raise ConfigError(
@@ -331,7 +332,7 @@ class RunConfig(Section):
         """
         if self.train.reproducible:
             return 8
-        return 2 if self.precision != "fp32" and self.micro_batches == world else 4
+        return 2 if self.precision.compute != "fp32" and self.micro_batches == world else 4
 
     @property
     def run_dir(self) -> Path:

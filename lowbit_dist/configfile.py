@@ -18,6 +18,7 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.errors import ConfigError, format_error, nearest, plain, show
 from lowbit_dist.methods import METHODS, Method
 from lowbit_dist.optim import OPTIMIZERS, Rule
+from lowbit_dist.precision import is_word, written_out
 from lowbit_dist.registry import Registry
 from lowbit_dist.section import Section
 from lowbit_dist.yamlfile import parse, read_yaml
@@ -48,7 +49,7 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
     for name, content in data.items():
         if name not in RunConfig.model_fields:
             raise _unknown(None, name)
-        if name == "precision":
+        if name == "precision" and isinstance(content, str):  # short for a section
             sections[name] = content
             continue
         # An empty section of a file (`train:` with every line commented out) reads as None.
@@ -233,6 +234,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         empty = text.strip() in ("", "~", "null", "Null", "NULL")
         value = value if empty or isinstance(value, str) else text.strip()
     content = data.get(section)
+    if section == "precision" and is_word(content):
+        content = data[section] = written_out(content)
     if content is None:
         content = data[section] = {}
     if isinstance(content, dict):  # if not, the section itself is the mistake, and is said to be

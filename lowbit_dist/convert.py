@@ -60,6 +60,10 @@ class PackedWeight:
     def __init__(self, tensor: PackedTensor, seen: Callable[[PackedTensor], PackedTensor]):
         self.tensor, self.seen = tensor, seen  # `seen`: what the layer is given of it (`Method.seen`)
 
+    def levels(self, shape: torch.Size) -> tuple[Tensor, Tensor]:  # [N, K] int8, [1 or N] float32
+        seen = self.seen(self.tensor)
+        return seen.levels(), seen.scale
+
     def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         decoded = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
         return self.seen(self.tensor).dequantize(decoded).to(dtype)

@@ -19,6 +19,9 @@ that are given the same tensor, as the projections of an attention are.
 
 `nn.functional.linear` on a CPU saves the transposed *view* of its weight; `linear` below saves the parameter.
 
+A layer that multiplies integers (products.py) makes y of the rounded inputs and of the weight's levels, in
+exact sums; its gradients are those at the numbers that both stand for, as without.
+
 Letters: T tokens, K in_features, N out_features.
 """
 
@@ -117,16 +120,17 @@ class _Recent(threading.local):
 _recent = _Recent()
 
 
-def _round(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _round(x: Tensor, bits: int, *, in_numbers: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, K] in integers as `ops.round_tokens` gives them, and the numbers that these stand for, in x's
-    precision.
+    precision, or x itself.
     """
 
-    def compute() -> tuple[Tensor, Tensor, Tensor]:
+    def compute() -> tuple[Tensor, Tensor, Tensor | None]:
         levels, per_unit = ops.round_tokens(x.contiguous(), bits)
-        return levels, per_unit, ops.token_values(levels, per_unit, x.dtype)
+        return levels, per_unit, ops.token_values(levels, per_unit, x.dtype) if in_numbers else None
 
-    return _recent.rounded.of(x, bits, compute=compute)  # type: ignore[no-any-return]
+    levels, per_unit, numbers = _recent.rounded.of(x, bits, in_numbers, compute=compute)
+    return levels, per_unit, x if numbers is None else numbers
 
 
 def _values_again(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,24 +154,30 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype | None,  # of the products, where autocast asks for another than the operands'
         product: Product,
         bits: int | None,  # to which each token is rounded
+        in_integers: bool,  # y is made of rounded tokens and levels
     ) -> Tensor:
         given = x.dtype
         if bits is None:
             x = x if dtype is None else x.to(dtype)
             ctx.save_for_backward(x)
         else:
-            levels, per_unit, x = _round(x, bits)
+            levels, per_unit, x = _round(x, bits, in_numbers=not in_integers)
             ctx.save_for_backward(levels, per_unit)
-            x = x.to(dtype or given)
+            x = x if in_integers else x.to(dtype or given)
         # Not among the saved tensors: activation checkpointing aliases each, values and all, from its second
         # forward pass on, although DeepSpeed releases the weight after it and gathers it again.
         ctx.weight, ctx.view, ctx.product = weight, view, product  # type: ignore[attr-defined]
-        ctx.given, ctx.dtype, ctx.has_bias = given, x.dtype, bias is not None  # type: ignore[attr-defined]
-        w = values(weight)
+        dtype = x.dtype if bits is None else dtype or given
+        ctx.given, ctx.dtype, ctx.has_bias = given, dtype, bias is not None  # type: ignore[attr-defined]
         own = None
-        if view is not None:
-            w, own = view.forward(w)
-        y = product(x, w.to(x.dtype))
+        if in_integers:
+            w, scale = weight.packed.levels(weight.shape)  # type: ignore[attr-defined]
+            y = ops.int8_product(levels, per_unit, w, scale, dtype)
+        else:
+            w = values(weight)
+            if view is not None:
+                w, own = view.forward(w)
+            y = product(x, w.to(dtype))
         for term in (bias, own):
             y = y if term is None else y + term.to(y.dtype)
         return y
@@ -190,7 +200,7 @@ class _Linear(torch.autograd.Function):
             dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def linear(
@@ -201,15 +211,18 @@ def linear(
     view: View | None = None,
     product: Product = plain_product,
     bits: int | None = None,  # to which each token is rounded
+    in_integers: bool = False,
 ) -> Tensor:  # [..., N]
-    """`x . view(weight)^T + bias`; with `bits`, each token of x is rounded as `IntPerToken` says."""
+    """`x . view(weight)^T + bias`; with `bits`, each token of x is rounded as `IntPerToken` says, and
+    `in_integers` it is multiplied so (`ops.int8_product`) with a packed weight, which has no view.
+    """
     device, tokens = x.device.type, x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device)
-            y = _Linear.apply(tokens, weight, bias, view, dtype, product, bits)
+            y = _Linear.apply(tokens, weight, bias, view, dtype, product, bits, in_integers)
     else:
-        y = _Linear.apply(tokens, weight, bias, view, None, product, bits)
+        y = _Linear.apply(tokens, weight, bias, view, None, product, bits, in_integers)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -269,6 +282,7 @@ class Linear(nn.Module):
         self.view = view
         self.activation = activation
         self.product: Product = plain_product
+        self.in_integers = False  # whether y is made of rounded inputs and levels (products.py)
         self.norm: nn.Module | None = None
         if norm_eps is not None:
             self.norm = nn.RMSNorm(
@@ -281,7 +295,8 @@ class Linear(nn.Module):
             x = self.norm(x)
         operands: Any = {"view": self.view, "product": self.product}
         if type(self.activation) is IntPerToken and multiply is linear:
-            return linear(x, self.weight, self.bias, bits=self.activation.bits, **operands)
+            rounding: Any = {"bits": self.activation.bits, "in_integers": self.in_integers}
+            return linear(x, self.weight, self.bias, **rounding, **operands)
         if self.activation is not None:
             x = self.activation(x)
         return multiply(x, self.weight, self.bias, **operands)

@@ -94,7 +94,7 @@ class _Worker:
 
     def __init__(self, config: RunConfig, begun: Start, heartbeat: Beat):
         self.config, self.begun, self.heartbeat = config, begun, heartbeat
-        if config.precision == "fp8":
+        if config.precision.matmul == "fp8":
             float8.check(float8.gpus(), f"worker {dist.get_rank()}")
         self.manifest = inputs.agreed(config)
         self.engine, initial = _build(config, self.manifest)
@@ -327,7 +327,9 @@ def _worker(config: RunConfig, begun: Start, heartbeat: Beat) -> Iterator[_Worke
 
 def _build(config: RunConfig, manifest: data.Manifest) -> tuple[Engine, model.InitialWeights]:
     """An engine without values, and the first ones that its weights may get."""
-    built = model.build(config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision])
+    built = model.build(
+        config.model, manifest.vocab_size, config.method, model.DTYPES[config.precision.compute]
+    )
     initial = model.InitialWeights(built, config.method, config.run.seed, config.model.pretrained)
     marks = manifest.marks if config.data.document_mask else None
     low_bit = model.low_bit_names(built, config.method)

@@ -29,7 +29,7 @@ from lowbit_dist.pretrained import Pretrained
 log = logging.getLogger(__name__)
 
 # Of a run's precision; in fp8 are the products of linear layers alone.
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LEFT = 0.02  # of a low-bit model's layers: the share of matrices that may be in full precision
 DRAWN = 2**14  # numbers that are drawn in one call
 INITIAL_STD = 0.02  # LLaMA, BitNet b1.58 and the DQT paper alike
@@ -303,7 +303,7 @@ def _replace_linears(model: nn.Module, method: Method) -> None:
 
 def shapes(config: RunConfig, vocab_size: int) -> nn.Module:
     """The run's model on the meta device, made once for all who only read it."""
-    return _built(config.model, vocab_size, config.method, DTYPES[config.precision])
+    return _built(config.model, vocab_size, config.method, DTYPES[config.precision.compute])
 
 
 _built = lru_cache(maxsize=8)(build)

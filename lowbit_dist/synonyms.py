@@ -143,7 +143,7 @@ _ANSWERS = {
     "shuffle shuffle_seed": "leave it out: samples are shuffled, in an order that run.seed decides",
     # sections
     "training trainer training_args training_arguments": "write train",
-    "ray distributed parallelism resources compute": "write cluster",
+    "ray distributed parallelism resources": "write cluster",
     "logging monitoring": "write tracking",
     "arch architecture network": "write model",
 }

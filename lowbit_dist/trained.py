@@ -137,7 +137,7 @@ def open(run_or_folder: str | Path, runs_dir: str | Path = "runs") -> Trained:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> Trained:
-    """The model of a published checkpoint, in the compute precision of its run; of fp8 that is bf16."""
+    """The model of a published checkpoint, in the compute precision of its run."""
     config = checkpoint.config
 
     def read(name: str) -> PackedTensor | Tensor:
@@ -154,7 +154,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> Trained:
         step=checkpoint.step,
         hf_config=_own_config(checkpoint),
         method=config.method.at(max(1, checkpoint.step), config.train.steps),
-        precision="fp32" if config.precision == "fp32" else "bf16",
+        precision=config.precision.compute,
         names=checkpoint.names,
         read=read,
         open_tokenizer=partial(_run_tokenizer, checkpoint),

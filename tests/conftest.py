@@ -165,7 +165,8 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "tracking": {"mlflow": None},
         }
         for name, content in sections.items():
-            base[name] = {**base[name], **content} if isinstance(content, dict) else content
+            merges = isinstance(content, dict) and isinstance(base[name], dict)
+            base[name] = {**base[name], **content} if merges else content
         return base
 
     return configuration

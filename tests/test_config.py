@@ -55,7 +55,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
         "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
         "schedule.weight_decay_until": None,
-        "precision": "bf16",
+        "precision.compute": "bf16", "precision.matmul": "auto",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
         "train.activation_checkpointing": False, "train.reproducible": False, "train.gradient_release": False,
@@ -94,6 +94,23 @@ tracking:  {mlflow: sqlite:///mlflow.db, experiment: lowbit}
     assert (shorter.train.steps, shorter.method.grid) == (20, "int8")
 
 
+def test_a_word_for_precision_is_short_for_a_section(tmp_path):
+    """As in the configurations of earlier runs, which resume."""
+    for word, section in {
+        "bf16": "{compute: bf16, matmul: auto}", "fp32": "{compute: fp32}", "fp8": "{matmul: fp8}", "": "{}"
+    }.items():  # fmt: skip
+        of_word = load(tmp_path, GOOD + f"precision: {word}")
+        of_section = load(tmp_path, GOOD + f"precision: {section}")
+        assert of_word == of_section and not of_word.differences(of_section)
+    changed = load(tmp_path, GOOD + "precision: fp32", "precision.matmul=int8")
+    assert changed.to_dict()["precision"] == {"compute": "fp32", "matmul": "int8"}
+    assert configfile.changed(of_word, {"precision": "fp32"}).precision.compute == "fp32"
+    assert configfile.from_dict(changed.to_dict()) == changed
+    assert of_word.differences(changed) == [
+        "precision.compute: bf16 -> fp32", "precision.matmul: auto -> int8"
+    ]  # fmt: skip
+
+
 READ = {
     # override: (field, value)
     "optimizer.lr=1e-3": ("optimizer.lr", 1e-3),
@@ -124,7 +141,10 @@ READ = {
     "train.clip_norm=0": ("train.clip_norm", 0.0),
     "run.seed=9223372036854775807": ("run.seed", 2**63 - 1),
     "optimizer={states: bf16}": ("optimizer.states", "bf16"),
-    "precision=fp32": ("precision", "fp32"),
+    "precision=fp32": ("precision.compute", "fp32"),
+    "precision=fp8": ("precision.matmul", "fp8"),
+    "precision.matmul=int8": ("precision.matmul", "int8"),
+    "precision={compute: fp32, matmul: int8}": ("precision.compute", "fp32"),
     "model={hidden_size: 512, intermediate_size: 768, layers: 2, heads: 8, kv_heads: 2}": ("model.heads", 8),
     "model.pretrained=some/model": ("model.pretrained", "some/model"),
 }
@@ -277,7 +297,7 @@ def test_a_run_is_resumed_with_other_places_and_intervals_only(tmp_path):
         "run.seed: 0 -> 1",
         "method.activation_bits: 8 -> null",
         "optimizer.betas: [0.9, 0.95] -> [0.0, 0.5]",
-        "precision: bf16 -> fp32",
+        "precision.compute: bf16 -> fp32",
         "train.steps: 300 -> 20",
         "train.eval_samples: 256 -> 1",
     ]
@@ -511,9 +531,9 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "an override inside a section that is none": (
         GOOD + "train: fast", ("train.steps=3",),
         "train ('fast') must be a section of names and values; write train: {steps: 300}"),
-    "a section for precision": (
-        GOOD + "precision: {name: bf16}", (),
-        "precision ({'name': 'bf16'}) must be one of bf16, fp32, fp8; write bf16, for example"),
+    "a number for precision": (
+        GOOD + "precision: 16", (),
+        "precision (16) must be a section of names and values; write precision: {compute: bf16}"),
     # ranges
     "not a number": (
         GOOD, ("optimizer.lr=.nan",),
@@ -661,10 +681,21 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         "mean 'tiny'?"),
     "a precision that does not exist": (
         GOOD, ("precision=fp16",),
-        "precision ('fp16') must be one of bf16, fp32, fp8; did you mean 'bf16'?"),
+        "precision ('fp16') must be one of bf16, fp32, fp8, or a section; did you mean 'bf16'?"),
+    "products that do not exist": (
+        GOOD, ("precision.matmul=int4",),
+        "precision.matmul ('int4') must be one of auto, bf16, int8, fp8; did you mean 'int8'?"),
+    "products of fewer digits than their sums": (
+        GOOD, ("precision={compute: fp32, matmul: fp8}",),
+        "precision.matmul (fp8) must go with precision.compute bf16, not fp32; write precision.compute: "
+        "bf16, or precision.matmul: auto"),
+    "products of integers of weights that are none": (
+        GOOD, ("precision.matmul=int8", "method={name: bitnet}"),
+        "precision.matmul (int8) must go with a method whose weights are packed integers, such as dqt, not "
+        "bitnet; write precision.matmul: auto"),
     "a precision from elsewhere": (
         GOOD, ("precision=float32",),
-        "precision ('float32') must be one of bf16, fp32, fp8; did you mean 'fp32'?"),
+        "precision ('float32') must be one of bf16, fp32, fp8, or a section; did you mean 'fp32'?"),
     "a grid from elsewhere": (
         GOOD, ("method.grid=1.58bit",),
         "method.grid ('1.58bit') must be one of ternary, int2, int3, int4, int6, int8; did you mean "

@@ -130,7 +130,7 @@ def losses(content):
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(content)
-    built = model.build(config.model, 512, config.method, model.DTYPES[config.precision])
+    built = model.build(config.model, 512, config.method, model.DTYPES[config.precision.compute])
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
     products = {name: m.product for name, m in engine.module.named_modules() if hasattr(m, "product")}

@@ -41,7 +41,7 @@ pytest.importorskip("triton", reason="Triton is not installed: torch built for C
 import triton.language as tl
 from sass import Cost, cost_of
 
-from lowbit_dist.ops import kernels, token_kernels
+from lowbit_dist.ops import kernels, product_kernels, token_kernels
 
 pytestmark = pytest.mark.integration  # its interpreter and its compiler are other processes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -321,6 +321,36 @@ def test_tokens_are_rounded_as_the_reference_does(device: str, dtype: torch.dtyp
 
 
 @on_each_device
+@every_grid
+def test_levels_equal_the_reference(device: str, grid: Grid) -> None:
+    codes = random_codes(grid, 19).codes
+    assert_equal(kernels.unpack(codes.to(device), grid=grid), reference.unpack(codes, grid=grid), "levels")
+    assert kernels.unpack(codes[:0].to(device), grid=grid).numel() == 0
+
+
+@on_each_device
+@every_float
+@pytest.mark.parametrize(("t", "n", "k"), [(3, 5, 128), (130, 260, 77), (1, 1, 300)])
+def test_products_of_integers_equal_the_reference(
+    device: str, dtype: torch.dtype, t: int, n: int, k: int
+) -> None:
+    """In more than one program, of rows that do not fill the last piece; one token is not finite."""
+    levels, weight = (
+        torch.randint(-128, 128, (m, k), generator=generator(m), dtype=torch.int8) for m in (t, n)
+    )
+    levels[0], weight[0] = -128, -128
+    per_unit = torch.rand(t, generator=generator(1)) * 1e3 + 1
+    per_unit[1:2] = torch.nan
+    for scale in (torch.tensor([0.017]), torch.rand(n, generator=generator(2)) + 1e-3):
+        expected = reference.int8_product(levels, per_unit, weight, scale, dtype)
+        ours = [x.to(device) for x in (levels, per_unit, weight, scale)]
+        actual = kernels.int8_product(*ours, dtype)
+        assert_equal(actual.nan_to_num(-1.0), expected.nan_to_num(-1.0), f"{len(scale)} scales")
+        assert actual[1:2].isnan().all() and not actual[:1].isnan().any()
+    assert kernels.int8_product(ours[0][:0], ours[1][:0], *ours[2:], dtype).shape == (0, n)
+
+
+@on_each_device
 @every_float
 def test_the_sums_of_a_norm_equal_the_reference(device: str, dtype: torch.dtype) -> None:
     gradients = [(torch.randn(n, generator=generator(n)) ** 3).to(dtype) for n in (1, 4096, 0, 9001)]
@@ -374,6 +404,7 @@ def compiled(
     for module, name in (
         *((kernels, name) for name in ("_step_codes", "_step_weights", "_decode")),
         *((token_kernels, name) for name in ("_round_tokens", "_token_values", "_largest", "_square_sum")),
+        *((product_kernels, name) for name in ("_unpack", "_int8_product")),
     ):
         kernel = getattr(module, name)
 
@@ -535,6 +566,35 @@ def test_tokens_and_norms_compile_for_sm_90(
         assert k % 16 or kernel is values or "ld.global.v4.b32" in kernel.asm["ptx"]
     assert "div.rn.f64" in squares.asm["ptx"] and "fma.rn.f32" not in squares.asm["ptx"]
     assert "red" in largest.asm["ptx"] or "atom" in largest.asm["ptx"]
+
+
+@needs_compiler
+@every_grid
+def test_levels_stay_within_their_budget_on_sm_90(compiled: list[Any], tmp_path: Path, grid: Grid) -> None:
+    """A byte an element: it is written in pieces of 16."""
+    kernels.unpack(torch.zeros(1024 * grid.bytes_per_block, dtype=torch.uint8), grid=grid)
+    cost = cost_of(compiled[0], tmp_path)
+    assert cost.stack == 0 and cost.registers <= 64
+    assert cost.per_element(product_kernels.UNPACK_BLOCKS * BLOCK / 128) <= 12
+    assert accesses(cost, "STG") == {"STG.E.128": 4}
+
+
+@needs_compiler
+@every_float
+@pytest.mark.parametrize(("k", "n_scales"), [(2048, 1), (2048, 5120), (2000, 1)])
+def test_products_of_integers_stay_within_their_budget_on_sm_90(
+    compiled: list[Any], tmp_path: Path, dtype: torch.dtype, k: int, n_scales: int
+) -> None:
+    """Tensor cores multiply them: each of two groups of warps 64 of 128 tokens, 32 elements at a time."""
+    levels, weight = (torch.zeros(n, k, dtype=torch.int8) for n in (2048, 5120))
+    kernels.int8_product(levels, torch.ones(2048), weight, torch.ones(n_scales), dtype)
+    (kernel,) = compiled
+    assert_rounds_each_operation(kernel)
+    cost = cost_of(kernel, tmp_path)
+    assert cost.stack == 0 and cost.registers <= 255 and kernel.metadata.shared <= 227 * 1024
+    assert cost.instructions["IGMMA.64"] == 8, "a pass of the loop, of 128 elements"
+    assert cost.instructions.total() <= 2100, "of which 105 are a pass's"
+    assert {*accesses(cost, "STG"), *accesses(cost, "LDGSTS")} == {"STG.E.128", "LDGSTS.E.BYPASS.128"}
 
 
 @needs_compiler

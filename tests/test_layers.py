@@ -19,14 +19,14 @@ PACKAGE = Path(lowbit_dist.__file__).parent
 # A file imports its own floor or lower.
 FLOOR = {
     "grid": 0, "errors": 0, "files": 0, "network": 0, "yamlfile": 0, "section": 0, "shape": 0, "execution": 0,
-    "synonyms": 0, "timing": 0,
+    "precision": 0, "synonyms": 0, "timing": 0,
     "registry": 0, "naming": 0, "guard": 0, "heartbeat": 0, "record": 0, "machine": 0, "folders": 0,
     "clock": 0,
     "ops": 1, "documents": 1,
     "packed": 2, "linear": 2, "float8": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
     "experts": 2, "attention": 2,
     "methods": 3, "optim": 3, "config": 3, "configfile": 3, "schedule": 3,
-    "model": 3, "data": 3, "loss": 3, "zero": 3, "statistics": 3, "compiled": 3,
+    "model": 3, "products": 3, "data": 3, "loss": 3, "zero": 3, "statistics": 3, "compiled": 3,
     "memory": 4, "cost": 4, "checkpoint": 4, "runs": 4, "tracking": 4, "convert": 4,
     "inference": 4, "serving": 6, "harness": 6,
     "inputs": 5, "resuming": 5, "trained": 5, "loop": 5, "evaluate": 5, "generate": 5, "bench": 5,

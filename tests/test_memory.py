@@ -32,7 +32,8 @@ def configuration(**sections):
         "train": {"micro_batch": 2, "batch_tokens": 4 * SEQ_LEN},
     }
     for name, content in sections.items():
-        base[name] = {**base.get(name, {}), **content} if isinstance(content, dict) else content
+        merges = isinstance(content, dict) and name != "precision"
+        base[name] = {**base.get(name, {}), **content} if merges else content
     return base
 
 
@@ -64,7 +65,7 @@ class Training:
         from lowbit_dist import model, zero
 
         self.config = load(content)
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if self.config.precision.compute == "bf16" else torch.float32
         built = model.build(self.config.model, VOCAB, self.config.method, dtype)
         names = model.low_bit_names(built, self.config.method)
         initial = model.InitialWeights(built, self.config.method, 0, None)
@@ -418,6 +419,8 @@ CASES = [
     {"method": {"grid": "int8", "forward": "ternary"}, "zero": {"residency": "replicated"}},
     {"method": {"grid": "int8", "forward": "ternary", "granularity": "group"}, "precision": "bf16"},
     {"method": {"grid": "int8", "rules": "released"}},
+    {"precision": {"matmul": "int8"}, "method": {"grid": "int8", "granularity": "row"}},
+    {"precision": {"compute": "fp32", "matmul": "int8"}, "train": CHECKPOINTED},
 ]
 WORLDS = (2, 1, 2, 3)  # of one case after another
 
@@ -465,7 +468,7 @@ def test_what_is_measured_spans_all_that_decides_memory():
     assert len(CASES) >= 16
     for name in ("dqt", "bitnet", "dense"):
         assert {c.train.activation_checkpointing for c in seen if c.method.name == name} == {True, False}
-        assert {c.precision for c in seen if c.method.name == name} == {"fp32", "bf16"}
+        assert {c.precision.compute for c in seen if c.method.name == name} == {"fp32", "bf16"}
     low_bit = [c for c in seen if c.method.name == "dqt"]
     assert {c.method.grid for c in low_bit} == set(BITS)
     assert {c.zero.residency for c in low_bit} == {"sharded", "replicated"}

@@ -183,7 +183,7 @@ def races(configuration, without_edge):
             enter(patch.object(dist, function.__name__, collective(function)))
         enter(patch.object(ops, "decode", decode))
         enter(patch.object(ops, "step_", update(ops.step_)))
-        built = model.build(config.model, 256, config.method, model.DTYPES[config.precision])
+        built = model.build(config.model, 256, config.method, model.DTYPES[config.precision.compute])
         names = model.low_bit_names(built, config.method)
         engine = zero.Engine(config, built, model.InitialWeights(built, config.method, 0, None), names)
         gathers = next(stream for stream in streams if stream.name == "gathers")
@@ -194,7 +194,7 @@ def races(configuration, without_edge):
         for shard in engine.shards:
             for state in shard.state:
                 device.name(state.values, "states")
-            if shard.weight is not None and config.precision == "bf16":
+            if shard.weight is not None and config.precision.compute == "bf16":
                 device.name(shard.weight, "masters")
         for gradients in engine.gradients():
             device.name(gradients, "gradients")

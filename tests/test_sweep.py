@@ -69,7 +69,7 @@ def test_a_grid_is_every_combination_of_its_values_under_each_label(load):
     assert lr_and_grid == [(1e-3, "ternary"), (1e-3, "int8"), (4e-3, "ternary"), (4e-3, "int8")]
     both = load(SMALL + grid + "runs: {a: {precision: fp32}, b: {}}\n")
     assert [each.label for each in both.children] == [f"{label}-{name}" for label in "ab" for name in names]
-    assert [each.config.precision for each in both.children] == ["fp32"] * 4 + ["bf16"] * 4
+    assert [each.config.precision.compute for each in both.children] == ["fp32"] * 4 + ["bf16"] * 4
 
 
 @pytest.mark.parametrize(

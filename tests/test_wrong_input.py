@@ -283,6 +283,15 @@ CASES = {
     "8-bit floats on CPUs": (
         NOTHING, "train run.yaml run.name=new precision=fp8 cluster.gpus_per_worker=0",
         ("precision (fp8)", "GPUs of compute capability 8.9 or more", "has none; write precision: bf16")),
+    "integers of weights that are none": (
+        NOTHING, "train run.yaml run.name=new precision.matmul=int8 'method={name: dense}'",
+        ("precision.matmul (int8)", "integers, such as dqt, not dense", "write precision.matmul: auto")),
+    "integers with a scale for each group": (
+        NOTHING, "train run.yaml run.name=new precision.matmul=int8 method.granularity=group",
+        ("precision.matmul (int8)", "a scale for a tensor or a row", "write method.granularity: row or")),
+    "integers of inputs that are none": (
+        NOTHING, "plan run.yaml precision.matmul=int8 method.activation_bits=null",
+        ("precision.matmul (int8)", "inputs of 8 bits", "write method.activation_bits: 8 or precision.m")),
     "an end of a weight decay that does not end": (
         NOTHING, "train run.yaml schedule.weight_decay_until=0.667",
         ("schedule.weight_decay_until (0.667)", "go with schedule.name two_stage", "leave it out")),

@@ -228,7 +228,7 @@ def plan(
     Example: lowbit plan configs/quickstart.yaml --workers 4 model.preset=7b --vocab-size 32000
     """
     with console.answering(as_json, "planning") as answer:
-        from lowbit_dist import memory, model
+        from lowbit_dist import memory, model, products
         from lowbit_dist.cli import predicting, tables
 
         numbers, kind = predicting.gpus(gpus, gpu, workers)
@@ -238,6 +238,7 @@ def plan(
             predicting.check(loaded, numbers, kind)
         n_pieces, used = vocabulary(loaded, vocab_size)
         model.check(loaded, n_pieces, used=used)
+        products.check(loaded, n_pieces)
         if numbers:
             from lowbit_dist import cost
 

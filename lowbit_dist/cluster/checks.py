@@ -23,7 +23,7 @@ def check(config: RunConfig) -> None:
         check_ray_head(address)
     else:
         n = check_workers(config, cpus=processors(), gpus=_local_gpus(), place="this machine")
-        if config.precision == "fp8":
+        if config.precision.matmul == "fp8":
             from lowbit_dist import float8
 
             float8.check(float8.gpus(), "this machine")
@@ -41,9 +41,10 @@ def check(config: RunConfig) -> None:
     inputs.check_parent(config, manifest)
     if not address:  # the workers' machines are this one
         data.check_cache(config.data)
-    from lowbit_dist import model
+    from lowbit_dist import model, products
 
     model.check(config, manifest.vocab_size, used=manifest.used)
+    products.check(config, manifest.vocab_size)
     from lowbit_dist import tracking
 
     tracking.check(config)
@@ -91,7 +92,7 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             f"{place} has {have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; "
             f"write {' or '.join(ways)}"
         )
-    if config.precision == "fp8" and not gpus_per_worker(config, gpus):
+    if config.precision.matmul == "fp8" and not gpus_per_worker(config, gpus):
         from lowbit_dist import float8
 
         float8.check([], "a worker" if gpus else place)

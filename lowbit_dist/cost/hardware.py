@@ -17,6 +17,7 @@ class Gpu(NamedTuple):
     bf16: float  # FLOP/s, sums in float32
     fp32: float  # FLOP/s, without TF32, as PyTorch multiplies by default
     fp8: float | None  # FLOP/s; None: it cannot
+    int8: float  # operations/s, of integers
     bandwidth: float  # bytes/s, of its memory
     memory: int  # bytes
     nvlink: float  # bytes/s, one way, to the others of its machine
@@ -29,10 +30,14 @@ class Gpu(NamedTuple):
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 989.4e12, 66.9e12, 1978.9e12, 3.35e12, 80 * 10**9, 450e9, 400e9, 132 * 1.755e9),
-        Gpu("H200", 989.4e12, 66.9e12, 1978.9e12, 4.8e12, 141 * 10**9, 450e9, 400e9, 132 * 1.755e9),
-        Gpu("A100", 312e12, 19.5e12, None, 2.039e12, 80 * 10**9, 300e9, 200e9, 108 * 1.41e9),
-        Gpu("B200", 2250e12, 75e12, 4500e12, 7.7e12, 180 * 10**9, 900e9, 400e9, 148 * 1.85e9),
+        Gpu(
+            "H100", 989.4e12, 66.9e12, 1978.9e12, 1978.9e12, 3.35e12, 80 * 10**9, 450e9, 400e9, 132 * 1.755e9
+        ),
+        Gpu(
+            "H200", 989.4e12, 66.9e12, 1978.9e12, 1978.9e12, 4.8e12, 141 * 10**9, 450e9, 400e9, 132 * 1.755e9
+        ),
+        Gpu("A100", 312e12, 19.5e12, None, 624e12, 2.039e12, 80 * 10**9, 300e9, 200e9, 108 * 1.41e9),
+        Gpu("B200", 2250e12, 75e12, 4500e12, 4500e12, 7.7e12, 180 * 10**9, 900e9, 400e9, 148 * 1.85e9),
     )
 }
 # Words in a device's name that make it another product than the one that the data sheet is of.
@@ -54,6 +59,7 @@ CONSTANTS: dict[str, Constant] = {
         "39 % MFU in all on parts of 500 W",
     ),
     "fp8_efficiency": Constant(0.50, "of the peak", "assumed", "as int8 products of Triton on other GPUs"),
+    "int8_efficiency": Constant(0.50, "of the peak", "assumed", "as Triton reaches on other GPUs"),
     "fp32_efficiency": Constant(0.80, "of the peak", "assumed", "large float32 products without TF32"),
     "attention_efficiency": Constant(0.50, "of the bf16 peak", "assumed", "fused attention, both passes"),
     "memory_efficiency": Constant(0.82, "of the bandwidth", "measured", "a copy on one H100: 2.75 TB/s"),

@@ -34,7 +34,9 @@ def plan(
     execution = execution or execution_of(config)
     work = Work.of(config, vocab_size)
     # On equal terms: the same states and the same precision.
-    dense = configfile.changed(config, DENSE | EACH | {"precision": config.precision})
+    dense = configfile.changed(
+        config, DENSE | EACH | {"precision": config.precision.of_latent().model_dump()}
+    )
     rows, peaks = [], dict[bool, int]()
     for n in sorted(numbers):
         here = configfile.changed(config, {"cluster.workers": n})
@@ -68,7 +70,7 @@ def plan(
 
 def check_multiplies(config: RunConfig, gpu: Gpu) -> None:
     """ConfigError if the run asks for products that the GPU does not make."""
-    if config.precision == "fp8" and gpu.fp8 is None:
+    if config.precision.matmul == "fp8" and gpu.fp8 is None:
         able = ", ".join(kind.name for kind in GPUS.values() if kind.fp8 is not None)
         raise ConfigError(
             f"precision (fp8) must go with GPUs that multiply 8-bit floats, not {gpu.name}; write --gpu of "

@@ -107,7 +107,7 @@ def predict(
 def wire_bytes(config: RunConfig, work: Work, n: int) -> dict[str, float]:
     """What each of n GPUs receives in a step, and sends: codes and weights gathered, gradients reduced."""
     share, passes = (n - 1) / n, config.accumulation(n)
-    itemsize = 4 if config.precision == "fp32" else 2
+    itemsize = 4 if config.precision.compute == "fp32" else 2
     numel = sum(p.padded(n) for p in work.parameters)
     stage = 3 if config.zero.stage is None else config.zero.stage
     if stage < 3:  # weights once a step, after the update; stage 0 keeps all, and reduces to everyone
@@ -133,9 +133,10 @@ def _gpu_seconds(
 ) -> dict[str, float]:
     """Of one micro-batch."""
     forwards, bandwidth = 1 + recomputed, gpu.bandwidth * constant("memory_efficiency")
-    is_fp32, is_fp8 = config.precision == "fp32", config.precision == "fp8"
+    is_fp32, is_fp8 = config.precision.compute == "fp32", config.precision.matmul == "fp8"
     plain = gpu.fp32 * constant("fp32_efficiency") if is_fp32 else gpu.bf16 * constant("bf16_efficiency")
     rate = plain if gpu.fp8 is None or not is_fp8 else gpu.fp8 * constant("fp8_efficiency")
+    forward = gpu.int8 * constant("int8_efficiency") if config.precision.matmul == "int8" else rate
     wide = 2 if is_fp32 else 1  # elements of float32 are twice as long
     attention = plain if is_fp32 else gpu.bf16 * constant("attention_efficiency")
     scores = 4 * tokens * config.data.seq_len * work.attention * work.layers / 2  # of a causal mask
@@ -156,7 +157,7 @@ def _gpu_seconds(
         casts = execution.cast * (tokens * of_tokens + work.linear * uses)
     decoding = sum(p.numel * (p.wire + 2 * wide) for p in work.parameters if p.is_code) * uses
     return {
-        "products": 2 * tokens * work.linear * (forwards + 2) / rate,
+        "products": 2 * tokens * work.linear * (forwards / forward + 2 / rate),
         "head": 6 * tokens * work.head / plain,
         "attention": scores * (first * forwards + back) / attention,
         "elementwise": wide * tokens * elementwise / bandwidth,

@@ -148,7 +148,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
 
 
 def _parameters(config: RunConfig, model: nn.Module, linear: set[str], low_bit: set[str]) -> list[Parameter]:
-    itemsize = 4 if config.precision == "fp32" else 2
+    itemsize = 4 if config.precision.compute == "fp32" else 2
     stages = config.method.stages(config.train.steps)
     parameters = []
     for name, p in model.named_parameters():

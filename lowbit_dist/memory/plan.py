@@ -50,9 +50,10 @@ def baselines(
     """The same model on as many workers, trained otherwise.  No step of `plan_dense` is simulated: it differs
     from the other dense one in what is at rest.
     """
+    same = {"precision": config.precision.of_latent().model_dump()}
     return {
         name: planned(
-            configfile.changed(config, changes | EACH), vocab_size, workers,
+            configfile.changed(config, same | changes | EACH), vocab_size, workers,
             with_step=with_step and name != "plan_dense",
         )
         for name, changes in BASELINES.items()
@@ -95,7 +96,7 @@ def _peak(config: RunConfig, vocab_size: int, workers: int) -> Peak:
     try:
         return simulate_step(config, vocab_size, workers)
     except Exception as error:
-        if config.model.pretrained is None:
+        if config.model.pretrained is None or isinstance(error, ConfigError):
             raise
         architecture = type(shapes(config, vocab_size)).__name__
         raise ConfigError(

@@ -47,7 +47,7 @@ def resident(
     buffers = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model.buffers()}
     sizes["buffers"] = sum(buffers.values()) if only is None else 0
     stage = 3 if config.zero.stage is None else config.zero.stage
-    itemsize = 4 if config.precision == "fp32" else 2
+    itemsize = 4 if config.precision.compute == "fp32" else 2
     # In float32 the weights themselves are updated; behind others stand float32 ones.
     master = 0 if itemsize == 4 else 4
     linear = set(models.linear_weights(model))

@@ -15,8 +15,10 @@ from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops import cpu, reference
 from lowbit_dist.ops.checks import (
     FLOATS,
+    LONGEST_ROW,
     check_codes,
     check_one_device,
+    check_row,
     check_scale,
     check_state,
     check_target,
@@ -42,6 +44,7 @@ __all__ = [
     "code_counts",
     "decode",
     "encode",
+    "int8_product",
     "largest",
     "matmul",
     "multiplies",
@@ -54,8 +57,6 @@ __all__ = [
     "unpack",
     "whole_step_",
 ]
-
-LONGEST_ROW = 2**17 - 1  # elements: sums of products of -128 and -128 that fit into 32 bits
 
 
 def step_(
@@ -181,8 +182,7 @@ def matmul(
     check_one_device(x, codes, scale)
     if len(scale) > 1 and k % scale_every:
         raise ValueError(f"a scale serves {scale_every} elements, which do not divide a row of {k}")
-    if k > LONGEST_ROW:
-        raise ValueError(f"a row has {k:,} elements; sums of more than {LONGEST_ROW:,} may not fit 32 bits")
+    check_row(k)
     return _host_backend(x.device).matmul(x, codes, scale, grid=grid, scale_every=scale_every, n=n)
 
 
@@ -210,6 +210,31 @@ def token_values(
     return _token_values(levels, per_unit, dtype)
 
 
+def int8_product(
+    levels: Tensor,  # [T, K] int8, of tokens
+    per_unit: Tensor,  # [T] float32
+    weight: Tensor,  # [N, K] int8, levels
+    scale: Tensor,  # [1] float32, or [N] of each row
+    dtype: torch.dtype,
+) -> Tensor:  # [T, N], of `dtype`
+    """Rounded tokens times a weight, in exact sums of integers: the same bits in any order, on any number of
+    threads, however tokens are divided among calls.
+    """
+    for name, tensor in (("levels", levels), ("weight", weight)):
+        check_tensor(name, tensor, (torch.int8,))
+    for name, tensor in (("per_unit", per_unit), ("scale", scale)):
+        check_tensor(name, tensor, (torch.float32,))
+    check_one_device(levels, per_unit, weight, scale)
+    n, k = weight.shape
+    if levels.shape != (len(per_unit), k) or len(scale) not in (1, n):
+        raise ValueError(
+            f"levels {list(levels.shape)}, {len(per_unit):,} units and {len(scale):,} scales do not fit a "
+            f"weight {list(weight.shape)}"
+        )
+    check_row(k)
+    return _int8_product(levels, per_unit, weight, scale, dtype)
+
+
 # Ops of the forward pass, which PyTorch knows by name: so they work on tensors without values, too.
 @torch.library.custom_op("lowbit::round_tokens", mutates_args=())
 def _round_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -229,6 +254,19 @@ def _token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tenso
 @_token_values.register_fake
 def _(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
     return levels.new_empty(levels.shape, dtype=dtype)
+
+
+@torch.library.custom_op("lowbit::int8_product", mutates_args=())
+def _int8_product(
+    levels: Tensor, per_unit: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    backend = _float_backend(levels.device, dtype)
+    return backend.int8_product(levels, per_unit, weight, scale, dtype)  # type: ignore[no-any-return]
+
+
+@_int8_product.register_fake
+def _(levels: Tensor, per_unit: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return levels.new_empty(len(levels), len(weight), dtype=dtype)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -274,7 +312,7 @@ def pack(levels: Tensor, *, grid: Grid) -> Tensor:
 def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
     """The levels ([256 B] int8) of `codes` ([B * grid.bytes_per_block] uint8)."""
     check_codes(codes, grid, codes.numel() * 8 // grid.bits)
-    return _host_backend(codes.device).unpack(codes, grid=grid)
+    return _backend(codes.device).unpack(codes, grid=grid)
 
 
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:

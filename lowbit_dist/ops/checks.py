@@ -9,6 +9,7 @@ from lowbit_dist.ops.states import STATES, Slot, Stored, dtype_of
 from lowbit_dist.ops.targets import Codes, Rule, Weights
 
 FLOATS = (torch.float32, torch.bfloat16)  # of compiled code
+LONGEST_ROW = 2**17 - 1  # elements: sums of products of -128 and -128 that fit into 32 bits
 
 
 def tensors_of(target: Codes | Weights) -> tuple[Tensor, ...]:
@@ -26,6 +27,11 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
         raise ValueError(
             f"{name} has strides {tensor.stride()}; it must be contiguous: it is read as raw memory"
         )
+
+
+def check_row(k: int) -> None:
+    if k > LONGEST_ROW:
+        raise ValueError(f"a row has {k:,} elements; sums of more than {LONGEST_ROW:,} may not fit 32 bits")
 
 
 def check_whole_blocks(n: int) -> None:

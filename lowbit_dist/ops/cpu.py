@@ -3,11 +3,13 @@
 import ctypes
 import struct
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.ops import tokens as reference
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
 from lowbit_dist.ops.native import available as available
 from lowbit_dist.ops.native import loaded
@@ -19,6 +21,7 @@ TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `o
 _INFINITY = 0x7F800000  # the bits of a float32
 # A rounded token is as long as a multiple of this, in matmul.c.
 _STRIDE = 64
+_TOKENS = 256  # whose sums are made numbers at a time
 
 
 class _Step(ctypes.Structure):
@@ -218,6 +221,40 @@ def transposed(x: Tensor) -> Tensor:
     out = torch.empty(x.shape[::-1], dtype=x.dtype)
     loaded().lowbit_transpose(_pointer(x), _pointer(out), *map(ctypes.c_int64, x.shape), _threads())
     return out
+
+
+def int8_product(
+    levels: Tensor,  # [T, K] int8
+    per_unit: Tensor,  # [T] float32
+    weight: Tensor,  # [N, K] int8
+    scale: Tensor,  # [1] | [N] float32
+    dtype: torch.dtype,
+) -> Tensor:  # [T, N], of `dtype`
+    """Some tokens at a time, whose sums a core's cache holds."""
+    if not _sums_are_exact():
+        return reference.int8_product(levels, per_unit, weight, scale, dtype)
+    y = torch.empty(len(levels), len(weight), dtype=dtype)
+    parts = (x.split(_TOKENS) for x in (levels, per_unit, y))
+    for of_part, units, out in zip(*parts, strict=True):
+        sums = torch._int_mm(of_part, weight.t())
+        loaded().lowbit_scaled_sums(
+            *map(_pointer, (sums, scale, units, out)),
+            ctypes.c_int32(len(scale) > 1),
+            _is_bf16(dtype),
+            *map(ctypes.c_int64, sums.shape),
+            _threads(),
+        )
+    return y
+
+
+@cache
+def _sums_are_exact() -> bool:
+    """Whether PyTorch's are: on processors without instructions for 8-bit products two of them are added up
+    in 16 bits, where not all fit.
+    """
+    ends = torch.tensor([-128, 127], dtype=torch.int8).repeat_interleave(16)[:, None].expand(32, 256)
+    sums = torch._int_mm(ends.contiguous(), ends.contiguous().t())
+    return torch.equal(sums.double(), ends.double() @ ends.double().t())
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:

@@ -51,6 +51,8 @@ from lowbit_dist.ops.device_functions import (
     store_codes,
 )
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.product_kernels import int8_product as int8_product
+from lowbit_dist.ops.product_kernels import unpack as unpack
 from lowbit_dist.ops.states import Stored
 from lowbit_dist.ops.targets import Codes, Now, Rule, Weights
 from lowbit_dist.ops.token_kernels import largest as largest

@@ -80,6 +80,7 @@ from lowbit_dist.grid import BLOCK, PLANE, Grid
 from lowbit_dist.ops import rng
 from lowbit_dist.ops.states import Stored
 from lowbit_dist.ops.targets import RESIDUAL_TOP, Accumulator, Codes, Now, Residual, Rule, Weights
+from lowbit_dist.ops.tokens import int8_product as int8_product
 from lowbit_dist.ops.tokens import round_tokens
 from lowbit_dist.ops.tokens import token_values as token_values
 

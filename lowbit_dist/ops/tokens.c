@@ -57,3 +57,24 @@ void lowbit_token_values(const int8_t *restrict levels, const float *restrict pe
             for (int64_t k = 0; k < n; k++) wide[k] = (float)((double)level[k] * unit);
     }
 }
+
+/* Sums of integers in numbers, as reference.py's `int8_product`. */
+void lowbit_scaled_sums(const int32_t *restrict sums, const float *restrict scale, const float *restrict per_unit,
+                        void *restrict out, int32_t has_row_scales, int32_t is_bf16, int64_t tokens, int64_t n,
+                        int32_t n_threads) {
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
+    for (int64_t t = 0; t < tokens; t++) {
+        const int32_t *restrict sum = sums + t * n;
+        const float inverse = 1.0f / per_unit[t], one = scale[0];
+        uint16_t *restrict half = (uint16_t *)out + t * n;
+        float *restrict wide = (float *)out + t * n;
+        if (has_row_scales && is_bf16)
+            for (int64_t i = 0; i < n; i++) half[i] = to_bf16((float)sum[i] * scale[i] * inverse);
+        else if (has_row_scales)
+            for (int64_t i = 0; i < n; i++) wide[i] = (float)sum[i] * scale[i] * inverse;
+        else if (is_bf16)
+            for (int64_t i = 0; i < n; i++) half[i] = to_bf16((float)sum[i] * one * inverse);
+        else
+            for (int64_t i = 0; i < n; i++) wide[i] = (float)sum[i] * one * inverse;
+    }
+}

@@ -1,6 +1,6 @@
-"""Tokens in integers: what rounding them means, as a part of reference.py.
+"""Tokens in integers: what rounding and multiplying them means, as a part of reference.py.
 
-Letters: T tokens, K elements of each.
+Letters: T tokens, K elements of each, N rows of a weight.
 """
 
 import torch
@@ -33,3 +33,22 @@ def token_values(
     """The numbers that rounded tokens stand for, q / a; there is one zero, +0."""
     wide = levels.to(torch.promote_types(dtype, torch.float32))
     return wide.div_(per_unit.unsqueeze(-1)).to(dtype)
+
+
+def int8_product(
+    levels: Tensor,  # [T, K] int8
+    per_unit: Tensor,  # [T] float32
+    weight: Tensor,  # [N, K] int8
+    scale: Tensor,  # [1] | [N] float32
+    dtype: torch.dtype,
+) -> Tensor:  # [T, N], of `dtype`
+    """Rounded tokens times a weight's levels, in numbers:
+
+    y[t, n] = ((sum over k of levels[t, k] weight[n, k]) * scale[n]) * (1 / per_unit[t])
+
+    The sum is exact, then rounded to float32, as are the quotient and both products, the last of which is
+    rounded to `dtype`.  So an element has the same bits whatever the order of the sum is, and whatever other
+    tokens and rows stand beside it.
+    """
+    sums = levels.double() @ weight.double().t()  # below 2^53
+    return ((sums.float() * scale) * (1 / per_unit[:, None])).to(dtype)

@@ -21,10 +21,10 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
-from lowbit_dist import attention, float8, ops
+from lowbit_dist import attention, ops, products
 from lowbit_dist.compiled import compile_blocks
-from lowbit_dist.config import ConfigError, RunConfig
-from lowbit_dist.linear import Linear, decodes, values
+from lowbit_dist.config import RunConfig
+from lowbit_dist.linear import values
 from lowbit_dist.loss import chunk_loss
 from lowbit_dist.model import DTYPES, blocks_of
 from lowbit_dist.tokenizer import Marks
@@ -65,11 +65,10 @@ class Engine:
         self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
-        if config.precision == "fp8":
-            _multiply_in_fp8(model, self.linear_weights)
+        products.choose_(config, model)
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
-        self._dtype = dtype = DTYPES[config.precision]
+        self._dtype = dtype = DTYPES[config.precision.compute]
         self._marks = marks
         if stage == 3:
             for block in blocks_of(model):
@@ -331,7 +330,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "steps_per_print": 10**12,
         "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
     }
-    if config.precision != "fp32":
+    if config.precision.compute != "fp32":
         settings["bf16"] = {"enabled": True}
         # Stages 0 and 1 would add up in bf16, and are refused where there is something to add up.
         sums = "fp32" if stage == 2 and SUMS[config.gradient_bytes(world)] == torch.float32 else "bf16"
@@ -360,18 +359,6 @@ def _add_up_in_norms(block: nn.Module) -> None:
         gain = module._parameters.get("weight")
         if gain is not None and gain.dim() == 1:
             module.register_forward_pre_hook(lambda _, args: tuple(x.view_as(x) for x in args))
-
-
-def _multiply_in_fp8(model: nn.Module, weights: Sequence[str]) -> None:
-    """Of the layers that have these weights; ConfigError if one multiplies by itself."""
-    for name in weights:
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if not (isinstance(layer, Linear) and decodes(layer)):
-            raise ConfigError(
-                "precision (fp8) must go with layers that multiply as lowbit_dist.linear.Linear does, not "
-                f"with {type(layer).__name__}, which has {name}; write precision: bf16"
-            )
-        layer.product = float8.product
 
 
 class _Unused(torch.optim.Optimizer):

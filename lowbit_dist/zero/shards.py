@@ -194,18 +194,24 @@ class Packed:
         """All the packed bytes that this worker keeps between steps."""
         return [self.own, self.wire, *([] if self.replica is None else self.replica)]
 
+    def levels(self, shape: torch.Size) -> tuple[Tensor, Tensor]:  # `shape` int8, [scales] float32
+        """The weight's levels and scales, of what was gathered."""
+        return ops.unpack(self._codes(shape), grid=self.sent.grid).view(shape), self.sent.scale
+
     def dense(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The weight's values, decoded from what was gathered."""
-        assert self.whole is not None, "a weight is decoded between its gather and its release"
-        n_blocks = prod(shape) // BLOCK
         return ops.decode(
-            self.whole.reshape(-1)[: n_blocks * self.sent.grid.bytes_per_block],
+            self._codes(shape),
             self.sent.scale,
             grid=self.sent.grid,
             first_block=0,
             scale_every=self.sent.scale_every,
-            out=torch.empty(prod(shape), dtype=dtype, device=self.whole.device),
+            out=torch.empty(prod(shape), dtype=dtype, device=self.own.device),
         ).view(shape)
+
+    def _codes(self, shape: torch.Size) -> Tensor:  # [numel / 256 * bytes_per_block] uint8
+        assert self.whole is not None, "a weight is decoded between its gather and its release"
+        return self.whole.reshape(-1)[: prod(shape) // BLOCK * self.sent.grid.bytes_per_block]
 
 
 class Partitioner(Init):

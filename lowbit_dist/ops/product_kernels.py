@@ -1,0 +1,103 @@
+"""Products of integers on a GPU's tensor cores, and the levels that they are made of, in Triton: the
+reference's bytes.
+
+Shown for Triton's interpreter and compiled for sm_90, **not yet run on a GPU**; kernels.py says what equal
+bytes rest on.  Sums of products of 8 bits are exact in 32, in whichever order tensor cores make them.
+
+Letters: T tokens, K elements of each, N rows of a weight.
+"""
+
+# Triton gives the parameters of kernels their types when it compiles them.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_dist.grid import BLOCK, Grid
+from lowbit_dist.ops.device_functions import load_codes, on, store
+
+UNPACK_BLOCKS = 32  # of a program; a thread writes 16 bytes at a time
+# Of a program: tokens, rows, and elements of both at a time.
+TILE = {"BM": 128, "BN": 256, "BK": 128}
+SIDE_BY_SIDE = 8  # programs along the tokens, which read the same rows while these are in the L2 cache
+
+
+@triton.jit(do_not_specialize=["n_blocks"])
+def _unpack(codes_ptr, out_ptr, n_blocks, LOW: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    mask = (block < n_blocks)[:, None]
+    block = tl.minimum(block, n_blocks - 1)
+    j = tl.arange(0, 64)[None, :]
+    codes = load_codes(codes_ptr, block, j, BITS)
+    for i in tl.static_range(4):
+        at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
+        tl.store(out_ptr + at, (codes[i] + LOW).to(tl.int8), mask=mask)
+
+
+@triton.jit
+def _int8_product(
+    levels_ptr, per_unit_ptr, weight_ptr, scale_ptr, y_ptr, n_tokens, n, k,
+    HAS_ROW_SCALES: tl.constexpr, IS_WHOLE: tl.constexpr, SIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(n_tokens, BM), tl.cdiv(n, BN)
+    first = program // (SIDE * tiles_n) * SIDE
+    side = tl.minimum(tiles_m - first, SIDE)
+    token = (first + program % (SIDE * tiles_n) % side) * BM + tl.arange(0, BM)
+    row = (program % (SIDE * tiles_n) // side) * BN + tl.arange(0, BN)
+    j = tl.arange(0, BK)
+    # Beyond the last token and row others are read, whose products are not stored.
+    a_ptr = levels_ptr + (token % n_tokens).to(tl.int64)[:, None] * k + j[None, :]
+    b_ptr = weight_ptr + (row % n).to(tl.int64)[None, :] * k + j[:, None]
+    sums = tl.zeros((BM, BN), tl.int32)
+    for start in range(0, k, BK):
+        if IS_WHOLE:
+            a = tl.load(a_ptr)
+            b = tl.load(b_ptr)
+        else:
+            a = tl.load(a_ptr, mask=start + j[None, :] < k, other=0)
+            b = tl.load(b_ptr, mask=start + j[:, None] < k, other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        a_ptr += BK
+        b_ptr += BK
+    per_unit = tl.load(per_unit_ptr + token, mask=token < n_tokens, other=1.0)[:, None]
+    if HAS_ROW_SCALES:
+        scale = tl.load(scale_ptr + row, mask=row < n, other=1.0)[None, :]
+    else:
+        scale = tl.load(scale_ptr)
+    y = (sums.to(tl.float32) * scale) * tl.div_rn(1.0, per_unit)
+    at = token.to(tl.int64)[:, None] * n + row[None, :]
+    store(y_ptr + at, y, (token < n_tokens)[:, None] & (row < n)[None, :])
+
+
+def unpack(codes: Tensor, *, grid: Grid) -> Tensor:  # [256 B] int8
+    n_blocks = codes.numel() // grid.bytes_per_block
+    out = codes.new_empty(n_blocks * BLOCK, dtype=torch.int8)
+    if n_blocks:
+        with on(codes.device):
+            _unpack[(triton.cdiv(n_blocks, UNPACK_BLOCKS),)](
+                codes, out, n_blocks, LOW=grid.low, BITS=grid.bits, BLOCKS=UNPACK_BLOCKS, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def int8_product(
+    levels: Tensor,  # [T, K] int8
+    per_unit: Tensor,  # [T] float32
+    weight: Tensor,  # [N, K] int8
+    scale: Tensor,  # [1] | [N] float32
+    dtype: torch.dtype,
+) -> Tensor:  # [T, N], of `dtype`
+    (n_tokens, k), n = levels.shape, len(weight)
+    y = levels.new_empty(n_tokens, n, dtype=dtype)
+    if y.numel():
+        with on(levels.device):
+            _int8_product[(triton.cdiv(n_tokens, TILE["BM"]) * triton.cdiv(n, TILE["BN"]),)](
+                levels, per_unit, weight, scale, y, n_tokens, n, k,
+                HAS_ROW_SCALES=len(scale) > 1, IS_WHOLE=k % TILE["BK"] == 0, SIDE=SIDE_BY_SIDE, **TILE,
+                num_warps=8, num_stages=3, enable_fp_fusion=False,
+            )  # fmt: skip
+    return y

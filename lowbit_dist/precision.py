@@ -1,0 +1,59 @@
+"""What a run computes in: the section `precision`, which a word may stand for.
+
+precision: fp32                            precision: {compute: fp32, matmul: auto}
+precision: fp8                             precision: {compute: bf16, matmul: fp8}
+"""
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BeforeValidator, model_validator
+
+from lowbit_dist.errors import ConfigError, nearest
+from lowbit_dist.section import Section, broken_rule, setting
+
+Word = Literal["bf16", "fp32", "fp8"]
+
+
+class Precision(Section):
+    """What the forward and the backward pass compute in; a word alone, bf16, fp32 or fp8, is short for it."""
+
+    compute: Literal["bf16", "fp32"] = setting("bf16", "The numbers of all that is not said otherwise.")
+    matmul: Literal["auto", "bf16", "int8", "fp8"] = setting(
+        "auto",
+        "What linear layers other than the head multiply while the run trains and validates. auto: what is "
+        "computed in. int8: low-bit layers whose inputs are rounded to 8 bits multiply integers in the "
+        "forward pass, in exact sums, where a scale serves a tensor or a row. fp8: 8-bit floats in all "
+        "passes, on GPUs of compute capability 8.9 or more.",
+    )
+
+    @model_validator(mode="after")
+    def _products_are_of_what_is_computed(self) -> Self:
+        if self.compute == "fp32" and self.matmul in ("bf16", "fp8"):
+            raise ConfigError(
+                f"precision.matmul ({self.matmul}) must go with precision.compute bf16, not fp32; write "
+                "precision.compute: bf16, or precision.matmul: auto"
+            )
+        return self
+
+    def of_latent(self) -> Self:
+        """The same for a method whose weights are no integers."""
+        return self.model_copy(update={"matmul": "auto"}) if self.matmul == "int8" else self
+
+
+def is_word(value: Any) -> bool:
+    return value in get_args(Word)
+
+
+def written_out(value: Any) -> Any:
+    """The section that a word stands for; of an empty one, the defaults."""
+    if isinstance(value, str) and not is_word(value):
+        words = get_args(Word)
+        meant = nearest(value, words)
+        instead = f"did you mean {meant!r}?" if meant else f"write {words[0]}, for example"
+        raise broken_rule(f"must be one of {', '.join(words)}, or a section; {instead}")
+    if is_word(value):
+        return {"compute": "bf16", "matmul": "fp8"} if value == "fp8" else {"compute": value}
+    return {} if value is None else value
+
+
+MaybeWord = Annotated[Precision, BeforeValidator(written_out, Word | Precision | None)]

@@ -1,0 +1,81 @@
+"""How the layers of a run's model multiply while they train (`precision.matmul`).
+
+fp8: all linear layers but the head multiply 8-bit floats, forward and backward (float8.py).
+
+int8: low-bit layers multiply integers in the forward pass.
+
+    y = Q(x) . (s L)^T  =  (q . L^T) * s / a      q: integers of a token, a of them to 1;  L: levels, s: scale
+
+Both factors are integers already, so nothing is rounded that was not, and the sums are exact: y has the same
+bits in any order of the sum, on any number of threads, however a batch is cut.  It is what
+`inference.IntegerLinear` computes of a trained model, but for the last digit of 1 / a.  dx and dW are
+products of numbers, as they are without.
+
+It takes a method that stores codes (dqt and flip: any grid, and what `forward: ternary` makes of them),
+inputs of 8 bits, and a scale for a tensor or for each row: with one for each group the sum would be one of
+numbers.  Layers without low-bit weights multiply as before.
+"""
+
+from torch import nn
+
+from lowbit_dist import float8, ops
+from lowbit_dist.config import ConfigError, RunConfig
+from lowbit_dist.linear import IntPerToken, Linear, decodes
+from lowbit_dist.methods import Method
+from lowbit_dist.model import linear_weights, low_bit_names, scale_every, shapes
+
+
+def check(config: RunConfig, vocab_size: int) -> None:
+    """ConfigError if a layer of the run's model cannot multiply as it is asked to."""
+    _layers(config, shapes(config, vocab_size))
+
+
+def choose_(config: RunConfig, model: nn.Module) -> None:
+    """Let the layers of the run's model multiply as they are asked to; ConfigError if one of them cannot."""
+    for layer in _layers(config, model):
+        if config.precision.matmul == "int8":
+            layer.in_integers = True
+        else:
+            layer.product = float8.product
+
+
+def _layers(config: RunConfig, model: nn.Module) -> list[Linear]:
+    """Those that do not multiply in the numbers that they compute in."""
+    matmul, layers = config.precision.matmul, []
+    if matmul in ("auto", "bf16"):
+        return []
+    low_bit = set(low_bit_names(model, config.method))
+    for name in linear_weights(model):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if matmul == "int8" and name not in low_bit:
+            continue
+        if not (isinstance(layer, Linear) and decodes(layer)):
+            raise ConfigError(
+                f"precision ({matmul}) must go with layers that multiply as lowbit_dist.linear.Linear does, "
+                f"not with {type(layer).__name__}, which has {name}; write precision: bf16"
+            )
+        if matmul == "int8":
+            _check_integers(name, layer, config.method, tuple(model.get_parameter(name).shape))
+        layers.append(layer)
+    return layers
+
+
+def _check_integers(name: str, layer: Linear, method: Method, shape: tuple[int, ...]) -> None:
+    if layer.view is not None:
+        raise _no_integers(f"layers without a view of their codes, and that of {name} has one")
+    if not (type(layer.activation) is IntPerToken and layer.activation.bits == 8):
+        raise _no_integers(f"inputs of 8 bits, and those of {name} are not", "method.activation_bits: 8")
+    every = scale_every(method, shape)
+    if every not in (layer.weight.numel(), shape[-1]):
+        why = f"a scale for a tensor or a row, and {name} has one for each {every:,} elements"
+        raise _no_integers(why, "method.granularity: row")
+    if shape[-1] > ops.LONGEST_ROW:
+        raise _no_integers(
+            f"rows of at most {ops.LONGEST_ROW:,} elements, whose sums fit 32 bits, and those of {name} have "
+            f"{shape[-1]:,}"
+        )
+
+
+def _no_integers(rule: str, instead: str | None = None) -> ConfigError:
+    ways = " or ".join(filter(None, (instead, "precision.matmul: auto")))
+    return ConfigError(f"precision.matmul (int8) must go with {rule}; write {ways}")
