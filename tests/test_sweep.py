@@ -444,9 +444,11 @@ def test_a_sweep_runs_once_at_a_time(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("has_begun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
-    small, store, corpus, ray, ranks, tmp_path, monkeypatch, lowbit
+    has_begun, small, store, corpus, ray, ranks, tmp_path, monkeypatch, lowbit
 ):
+    """Interrupted while its last child resumes, or, in a start of Ray more, while that trains."""
     from test_train import train as train_here
 
     monkeypatch.chdir(tmp_path)
@@ -460,17 +462,21 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     shutil.copytree(corpus, tmp_path / "gone")
     file.write_text(start + "  lost: {data.path: gone}\n" + kept)
     # One that has ended, and of which MLflow does not know.
-    first = sweeping.load(file).children[1].config
-    (summary,) = ranks(1).run(train_here, jobs.absolute(first).to_dict())
+    first, last = (jobs.absolute(child.config) for child in sweeping.load(file).children[1:])
+    (summary,) = ranks(1).run(train_here, first.to_dict())
+    if not has_begun:
+        ranks(1).run(train_here, last.to_dict(), stop_at=12)
 
     class Interrupting(Told):
         def begins(self, child):
             super().begins(child)
             if child.label == "lost":  # it was there when the children were checked
                 shutil.rmtree(tmp_path / "gone")
+            elif not has_begun:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         def row(self, child, row):
-            if child.label == "last" and row["step"] == 4:
+            if has_begun and child.label == "last" and row["step"] == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     told = Interrupting()
@@ -485,7 +491,7 @@ def test_an_interrupted_sweep_goes_on_and_a_child_that_fails_stops_no_other(
     folder = tmp_path / "runs" / "s"
     stopped = runs.read(folder / "last-seed0")
     assert stopped.state == "stopped"
-    assert 4 <= stopped.step < 120
+    assert 4 <= stopped.step < 120 if has_begun else stopped.step == 12
     before = (folder / "first-seed0" / "summary.json").stat()
 
     file.write_text(start + kept.replace("120", "160"))  # another number of steps is another run
