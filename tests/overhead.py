@@ -3,9 +3,10 @@
     python tests/overhead.py --steps 100 --turns 3
 
 The run is launched by Ray, reads its tokens by Streaming and is recorded by MLflow; in each turn it goes on
-for so many steps more.  The bare engine makes as many steps with the same options in two processes, of tokens
-that lie in memory, and does nothing else.  The first tenth of a turn does not count: it has the first
-allocations.
+for so many steps more. The bare engine makes as many steps with the same options in two processes, of
+tokens that lie in memory, and does nothing else. Between the two, the training loop makes them without Ray
+and MLflow, of the tokens that Streaming reads, so that one sees whose the difference is. The first tenth of
+a turn does not count: it has the first allocations.
 
 Exit code 1 if the run takes more than 2 % longer than the engine, on average.
 """
@@ -50,10 +51,22 @@ def launched(content, folder, turn, steps):
     command = [sys.executable, "-m", "lowbit_dist", "train", written(content, folder), "--json"]
     with (folder / "launched.txt").open("a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True)
-    rows = {row["step"]: row for row in rows_of(folder / "launched" / METRICS)}
-    # The last row waits for the evaluation of its step.
-    first, last = (turn - 1) * steps + every, turn * steps - every
+    return between_rows(folder / "launched", (turn - 1) * steps + every, turn * steps - every)
+
+
+def between_rows(folder, first, last):
+    """Seconds of a step.  A turn's last row waits for the evaluation of its step, and is not asked for."""
+    rows = {row["step"]: row for row in rows_of(folder / METRICS)}
     return (rows[last]["time"] - rows[first]["time"]) / (last - first)
+
+
+def looped(content, folder):
+    """Seconds of a step of the loop alone, in this process and another one."""
+    from lowbit_dist import configfile, loop
+
+    train = content["train"]
+    loop.run(configfile.from_dict(content | {"run": {"name": "looped", "dir": folder}}))
+    return between_rows(Path(folder) / "looped", train["log_every"], train["steps"] - train["log_every"])
 
 
 def bare(content, steps):
@@ -92,11 +105,13 @@ def main():
         with tempfile.TemporaryDirectory() as store:
             ranks = Ranks(2, f"{store}/file")
             of_engine = max(ranks.run(bare, content, options.steps))
+            once = configuration(folder, options.preset, options.steps)
+            of_loop = max(ranks.run(looped, once, store))
             ranks.close()
         ratios.append(of_run / of_engine)
         print(
-            f"turn {turn}: {1000 * of_run:.1f} ms a step, {1000 * of_engine:.1f} of the bare engine, "
-            f"{ratios[-1]:.4f}",
+            f"turn {turn}: {1000 * of_run:.1f} ms a step, {1000 * of_loop:.1f} of the loop alone, "
+            f"{1000 * of_engine:.1f} of the bare engine, {ratios[-1]:.4f}",
             flush=True,
         )
     mean = statistics.mean(ratios)

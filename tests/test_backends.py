@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cases import slow
 from op_cases import (
     COMBINATIONS,
     GRANULARITIES,
@@ -261,9 +262,12 @@ def test_workers_that_start_at_once_do_not_disturb_each_other(fresh_library):
 @needs_compiler
 @pytest.mark.parametrize(
     "tuning",
-    [[], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-mavxvnni"], ["-march=native", "-fopenmp"]],
+    [
+        [], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-mavxvnni"],
+        *slow((["-march=native", "-fopenmp"],)),  # as it is built for every other test
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_code_for_other_cpus_gives_the_same_bytes(fresh_library, monkeypatch, tuning):
     """With the baseline's vector extensions only, with AVX2, with that and its products of bytes, and with
     all that this machine has.

@@ -46,9 +46,27 @@ from lowbit_dist.ops import kernels, product_kernels, token_kernels
 pytestmark = pytest.mark.integration  # its interpreter and its compiler are other processes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+SHOWN = {
+    ("adamw", "fp32", "ternary"),
+    ("adamw", "bf16", "int4"),
+    ("lion", "int8", "ternary"),
+    ("lion", "bf16", "int8"),
+}
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 every_states = pytest.mark.parametrize("states", STATES)
 every_rule = pytest.mark.parametrize("rule", RULES)
+# Some of all combinations of the three stand for the others: every grid, rule and precision is among them.
+each_update = pytest.mark.parametrize(
+    ("rule", "grid", "states"),
+    [
+        pytest.param(
+            rule, grid, states, id=f"{rule}-{states}-{grid.name}",
+            marks=[] if (rule, states) == ("adamw", "int8") or (rule, states, grid.name) in SHOWN
+            else [pytest.mark.slow],
+        )
+        for rule in RULES for states in STATES for grid in GRIDS.values()
+    ],
+)  # fmt: skip
 every_float = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is on: nothing is compiled")
 
@@ -132,9 +150,7 @@ def compare_two_shards(
 
 
 @on_each_device
-@every_grid
-@every_states
-@every_rule
+@each_update
 def test_two_shards_of_codes_equal_the_whole_of_the_reference(
     device: str, rule: str, grid: Grid, states: str
 ) -> None:
@@ -446,9 +462,7 @@ def assert_rounds_each_operation(kernel: Any, n_fma: int = 0) -> None:
 
 
 @needs_compiler
-@every_grid
-@every_states
-@every_rule
+@each_update
 def test_codes_compile_for_sm_90_without_fused_multiply_adds(
     compiled: list[Any], rule: str, grid: Grid, states: str
 ) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import toys
+from cases import slow
 
 from lowbit_dist import ops
 from lowbit_dist.methods import METHODS
@@ -658,7 +659,7 @@ def test_billions_of_parameters_are_planned_in_seconds(preset, workers, n_parame
     assert plan["saved_vs_adamw_fp32"] == pytest.approx(1 - n_bytes / 16, abs=0.002)
 
 
-@pytest.mark.parametrize(("preset", "sequences", "seq_len"), [("13m", 8, 256), ("1b", 8, 2048)])
+@pytest.mark.parametrize(("preset", "sequences", "seq_len"), [("13m", 8, 256), *slow(("1b", 8, 2048))])
 def test_rounded_inputs_take_no_more_than_those_of_full_precision(preset, sequences, seq_len):
     """Saved as integers, once for all layers that read them."""
     from lowbit_dist.memory.plan import planned

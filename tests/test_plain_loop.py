@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from cases import slow
 from torch import nn
 
 from lowbit_dist import configfile, data, model
@@ -197,8 +198,13 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("skips", [(), (SKIPPED,)], ids=["every step", "one skipped"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "skips"),
+    [
+        *((method, (SKIPPED,)) for method in METHODS),  # of those before it none is
+        *slow(*((method, ()) for method in METHODS)),
+    ],
+)
 def test_each_step_is_that_of_a_plain_loop(method, skips, ranks, small):
     section, tolerance = METHODS[method]
     content = small(
