@@ -300,7 +300,8 @@ class Optimizer(torch.optim.Optimizer):
         moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
             return loss
-        norm = global_norm([p.grad for p, _ in moved if p.grad is not None], over_workers=False).item()
+        gradients = [p.grad for p, _ in moved if p.grad is not None]
+        norm = global_norm(gradients, sum(g.numel() for g in gradients), over_workers=False).item()
         if not math.isfinite(norm):
             return loss
         for group in self.param_groups:

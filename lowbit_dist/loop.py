@@ -65,7 +65,7 @@ def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbe
             before = worker.layers.viewed(now.step) if logs else {}  # gradients may be applied in the passes
             with (
                 worker.sampled(now.step),
-                worker.engine.step(now, limit, norms=logs, previous_norm=previous_norm) as step,
+                worker.engine.step(now, limit, each=logs, previous_norm=previous_norm) as step,
             ):
                 loss = worker.passes(step, position)
                 spike = guard.is_spike(loss, position.losses)
@@ -114,6 +114,7 @@ class _Worker:
             facts["hf_config"] = pretrained.as_mapping(hf_config)
         self.saver = checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
         self.stops = False  # asked to, by the stop file
+        self.flips = torch.zeros((), dtype=torch.int64, device=engine.device)  # not yet in the position
         self.metrics: dict[str, float | None] = {}
         self.of_layers: dict[str, dict[str, float]] = {}
         self.peak: dict[str, Any] = {}
@@ -147,7 +148,7 @@ class _Worker:
             self.heartbeat("start" if is_first else "step", position.step + 1)
         losses[-1] = float(engine.rank == 0 and self.config.stop_file.exists())
         dist.all_reduce(losses)
-        losses = losses.cpu()  # the only time that the passes of a step wait for a GPU
+        losses = step.read(losses)
         self.stops = bool(losses[-1] > 0)
         self.clock.count(engine.micro_batches * size * self.config.data.seq_len)
         return losses[:-1].mean().item()
@@ -181,6 +182,7 @@ class _Worker:
             )
         log.warning("back to step %d, skipping the batches up to that of step %d", earlier.step, step)
         self.record.rewind(earlier.step)
+        self.flips.zero_()
         samples = position.samples + self._samples_of_a_step
         return replace(earlier, samples=samples, rollbacks=position.rollbacks + 1)
 
@@ -189,7 +191,8 @@ class _Worker:
         return self.engine.micro_batches * self.config.train.micro_batch
 
     def advance(self, position: Position, loss: float, update: Update) -> Position:
-        """After one step, applied or skipped."""
+        """After one step, applied or skipped; its flips stay on the device until they are asked for."""
+        self.flips += update.flips
         position = replace(
             position,
             step=position.step + 1,
@@ -201,21 +204,19 @@ class _Worker:
                 position,
                 skipped_steps=position.skipped_steps + 1,
                 skipped_in_a_row=position.skipped_in_a_row + 1,
-                flips=position.flips + update.flips,  # of what was released
             )
         return replace(
             position,
             skipped_in_a_row=0,
             loss_sum=position.loss_sum + loss,
             loss_count=position.loss_count + 1,
-            flips=position.flips + update.flips,
             losses=guard.append(position.losses, loss),
             norms=guard.append(position.norms, update.grad_norm),
         )
 
     def log(self, position: Position, lr: float, before: statistics.Levels, update: Update) -> Position:
         """Measure this step for the record; the means since the last one begin anew."""
-        engine, n = self.engine, position.loss_count
+        position, engine, n = self._counted(position), self.engine, position.loss_count
         self.metrics = {
             "tokens": position.tokens,
             "loss": position.loss_sum / n if n else None,
@@ -235,7 +236,12 @@ class _Worker:
         sizes = {name: part["bytes"] for name, part in measured["components"].items()}
         known = {name: n_bytes for name, n_bytes in sizes.items() if n_bytes is not None}
         self.heartbeat("step", position.step, known)
+        self.flips.zero_()
         return replace(position, loss_sum=0.0, loss_count=0, flips=0)
+
+    def _counted(self, position: Position) -> Position:
+        """With the flips that are on the device."""
+        return replace(position, flips=position.flips + int(self.flips))
 
     def evaluate(self, step: int) -> None:
         """The validation loss, for the record and the summary."""
@@ -265,7 +271,7 @@ class _Worker:
     def save(self, position: Position) -> None:
         self.heartbeat("save", position.step)
         with self.clock.paused():
-            self.saver.save(self.engine.shards, position)
+            self.saver.save(self.engine.shards, self._counted(position))
         self.heartbeat("step", position.step)
 
     def finish(self, position: Position) -> dict[str, Any] | None:
@@ -274,7 +280,7 @@ class _Worker:
         self.heartbeat("end", position.step)
         is_stopped = position.step < config.train.steps
         if is_stopped or position.step > self.start.step:
-            self.saver.finish(engine.shards, position)
+            self.saver.finish(engine.shards, self._counted(position))
         if is_stopped:
             log.info("stopped at step %d: its checkpoint is saved", position.step)
             return None

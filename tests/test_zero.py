@@ -31,7 +31,7 @@ def norm_of_part(values, cuts):
 
     first, last = cuts[dist.get_rank()], cuts[dist.get_rank() + 1]
     mine = values[first:last]
-    return global_norm([mine[: len(mine) // 3], mine[len(mine) // 3 :], mine[:0]]).item()
+    return global_norm([mine[: len(mine) // 3], mine[len(mine) // 3 :], mine[:0]], len(values)).item()
 
 
 def test_the_norm_has_the_same_bits_for_any_split(ranks):
@@ -121,7 +121,7 @@ def flips_of_one_step(configuration):
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
     packed = [shard for shard in engine.shards if shard.codes is not None]
     before = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
-    with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=1, seed=0)) as step:
+    with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=1, seed=0), each=True) as step:
         for _ in range(engine.micro_batches // engine.world):
             step.backward(tokens)
     update = step.done

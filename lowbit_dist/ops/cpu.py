@@ -1,6 +1,7 @@
 """The ops of reference.py on CPU tensors: the C that `native` compiles, called through ctypes."""
 
 import ctypes
+import math
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -265,7 +266,9 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:
-    function, numbers = loaded().lowbit_square_sum, (ctypes.c_double(most.item()), ctypes.c_double(unit))
+    if not math.isfinite(longest := most.item()):
+        return torch.zeros(1, dtype=torch.int64)  # C has no integer for a NaN
+    function, numbers = loaded().lowbit_square_sum, (ctypes.c_double(longest), ctypes.c_double(unit))
     total = sum(function(*_elements(x), *numbers, _threads()) for x in tensors)
     return torch.full((1,), total, dtype=torch.int64)
 

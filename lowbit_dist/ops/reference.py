@@ -364,7 +364,7 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
 def square_sum(
     tensors: Sequence[Tensor], most: Tensor, unit: float
 ) -> Tensor:  # most: [1] float64; [1] int64
-    """The sum of round((x / most)^2 unit), in integers."""
+    """The sum of round((x / most)^2 unit), in integers; of an infinite `most`, any number."""
     total = torch.zeros(1, dtype=torch.int64, device=most.device)
     for x in tensors:
         for chunk in x.reshape(-1).split(1 << 20):  # bounds the float64 copies

@@ -83,8 +83,9 @@ class Adafactor(Rule):
         of_row = (rows.double() / _mean(rows.double())).sqrt().float()[first : first + len(g), None]
         u = g.div_(of_row * columns.double().sqrt().float()).view(-1)[before : before + n]
         if self.clip_rms:
-            rms = global_norm([u], over_workers=over_workers).item() / math.sqrt(math.prod(shape))
-            u.div_(max(1.0, rms / self.clip_rms))
+            count = math.prod(shape)
+            rms = global_norm([u], count, over_workers=over_workers) / math.sqrt(count)
+            u.div_((rms / self.clip_rms).clamp_(min=1).float())
         return ops.apply_(target, u, now=now) if n else torch.zeros(1, dtype=torch.int64, device=u.device)
 
 

@@ -1,6 +1,5 @@
 """The norm of all gradients, with the same bits however they are spread, and what it scales them by."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,23 +14,22 @@ def clip_factor(norm: float, clip_norm: float) -> float:
     return min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
 
 
-def global_norm(gradients: Sequence[Tensor], *, copies: int = 1, over_workers: bool = True) -> Tensor:
-    """L2 norm over the gradients of all workers (or of this process), float64 [1]: the same bits however the
-    elements are spread over workers.  `copies` of each element are there, where workers hold the same ones.
+def global_norm(
+    gradients: Sequence[Tensor], count: int, *, copies: int = 1, over_workers: bool = True
+) -> Tensor:  # [1] float64, on their device; infinity if an element is not finite
+    """L2 norm over the `count` elements of the gradients of all workers (or of this process): the same bits
+    however they are spread over workers.  `copies` of each element are among them, where workers hold the
+    same ones.  Nothing waits for the device.
 
     Squares are rounded to integers in units of max^2 / 2^k, whose sum does not depend on its order; k leaves
     headroom for as many elements as there are, so the error of a sum is below its count in those units.
     """
     largest = ops.largest(gradients)
-    n = sum(g.numel() for g in gradients)
-    count = torch.full((1,), n, dtype=torch.int64, device=largest.device)
     if over_workers:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        dist.all_reduce(count)
-    if (most := largest.item()) == 0.0 or not math.isfinite(most):
-        return largest
-    unit = 2.0 ** (62 - max(1, int(count.item()) - 1).bit_length())
-    total = ops.square_sum(gradients, largest, unit)
+    unit = 2.0 ** (62 - max(1, count - 1).bit_length())
+    total = ops.square_sum(gradients, torch.where(largest > 0, largest, 1.0), unit)
     if over_workers:
         dist.all_reduce(total)
-    return ((total // copies).double() / unit).sqrt() * largest
+    norm = ((total // copies).double() / unit).sqrt() * largest
+    return torch.where(torch.isfinite(largest), norm, largest)

@@ -118,14 +118,14 @@ class Engine:
 
     @contextmanager
     def step(
-        self, now: ops.Now, limit: float = math.inf, *, norms: bool = False, previous_norm: float = 0.0
+        self, now: ops.Now, limit: float = math.inf, *, each: bool = False, previous_norm: float = 0.0
     ) -> Iterator["Step"]:
         """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped
         to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
-        the gradient is lost.  An exception inside leaves everything as it is.  With `norms`, the update tells
-        the gradient's norm of each parameter, too.
+        the gradient is lost.  An exception inside leaves everything as it is.  With `each`, the update tells
+        the gradient's norm and the flips of each parameter, too.
 
         Under `train.gradient_release` the passes update: parameters whose gradients come before one that is
         not finite or lifts the norm above `limit`, before the step is dropped or before an exception, stay
@@ -133,14 +133,22 @@ class Engine:
         """
         self.turn(now.step)
         if self._standard is None:
-            self._engine.optimizer.begin(now, limit, norms=norms, previous_norm=previous_norm)
+            self._engine.optimizer.begin(now, limit, each=each, previous_norm=previous_norm)
         step = Step(self)
         yield step
-        step.done = self._update(now, -1.0 if step.is_dropped else limit, norms)  # no norm is below 0
+        step.done = self._update(now, -1.0 if step.is_dropped else limit, each)  # no norm is below 0
 
-    def _update(self, now: ops.Now, limit: float, norms: bool = False) -> Update:
+    def _read(self, numbers: Tensor) -> Tensor:
+        if self._standard is not None or self.config.train.gradient_release:
+            return numbers.cpu()  # the norm is not known yet, or is already
+        optimizer = self._engine.optimizer
+        read = torch.cat([numbers, optimizer.gradient_norm()]).cpu()
+        optimizer.norms = [read[-1].item()]
+        return read[:-1]
+
+    def _update(self, now: ops.Now, limit: float, each: bool = False) -> Update:
         if self._standard is not None:
-            return self._standard.step(now, limit, norms=norms)
+            return self._standard.step(now, limit, each=each)
         optimizer = self._engine.optimizer
         optimizer.limit = limit
         self._engine.step()
@@ -271,6 +279,12 @@ class Step:
         times its mean negative log-likelihood.  Without `labels` the loss counts every token.
         """
         return self.engine._backward(tokens, labels, weight)
+
+    def read(self, numbers: Tensor) -> Tensor:  # [n] float64 -> the same on the host
+        """When the passes are over: what decides about the update, the norm of the step's gradient and these
+        numbers, in one copy.  It is all that a step waits for.
+        """
+        return self.engine._read(numbers)
 
     def drop(self) -> None:
         """Leave this step's update out; what `train.gradient_release` has updated stays so."""

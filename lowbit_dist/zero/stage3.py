@@ -31,10 +31,11 @@ class Update:
     """What one optimizer step did, over all workers."""
 
     grad_norm: float  # before clipping, of the mean gradient; infinite or NaN if that is not finite
-    flips: int  # codes that changed
     skipped: bool  # the norm was not finite or above the limit: nothing was changed, but for `n_released`
-    flips_of: Mapping[str, int] = field(default_factory=dict)  # the same of each low-bit parameter, by name
-    norms_of: Mapping[str, float] = field(default_factory=dict)  # of each parameter's mean gradient, if asked
+    flips: Tensor | int = 0  # [] int64: codes that changed; on the device, for which it does not wait
+    # If asked for: how many changed of each low-bit parameter; the norm of each parameter's mean gradient.
+    flips_of: Mapping[str, int] = field(default_factory=dict)
+    norms_of: Mapping[str, float] = field(default_factory=dict)
     n_released: int = 0  # parameters that a skipped step had updated before that was known
 
 
@@ -56,7 +57,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     now: ops.Now  # set before each step
     limit: float  # set before each step: a larger gradient norm leaves the step out
-    wants_norms: bool  # set before each step: of each parameter's gradient
+    wants_each: bool  # set before each step: what each parameter's gradient and update were
     last_update: Update
     method: Method  # the run's, as it is now
     shards: list[Shard]
@@ -190,11 +191,11 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         partitions = [g for i in range(len(self.fp16_groups)) for g in self.averaged_gradients[i]]
         return [g[: shard.numel] for g, shard in zip(partitions, self.shards, strict=True)]
 
-    def begin(self, now: ops.Now, limit: float, *, norms: bool, previous_norm: float) -> None:
+    def begin(self, now: ops.Now, limit: float, *, each: bool, previous_norm: float) -> None:
         """Before the passes of a step: the numbers that its gradients are applied with.  Released ones are
         clipped by `previous_norm`, that of the last step that was applied.
         """
-        self.now, self.limit, self.wants_norms, self.previous_norm = now, limit, norms, previous_norm
+        self.now, self.limit, self.wants_each, self.previous_norm = now, limit, each, previous_norm
         self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
         self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
         self.flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)  # of each shard
@@ -206,7 +207,9 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             kept: list[Tensor] = super().partition_grads(params_to_release, grad_partitions)
             return kept
         places = [self.places[p.ds_id] for p in params_to_release]
-        self._apply({i: g[: self.shards[i].numel] for i, g in zip(places, grad_partitions, strict=True)})
+        gradients = {i: g[: self.shards[i].numel] for i, g in zip(places, grad_partitions, strict=True)}
+        self.norms.append(self._norm_of(gradients).item())
+        self._apply(gradients)
         for p in params_to_release:
             if p.grad.is_cuda:  # made by the pass's stream, read by that of the reduction
                 p.grad.record_stream(torch.cuda.current_stream())
@@ -222,27 +225,34 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self._partition_all_parameters()
         _wait(get_accelerator().current_stream(), self.reduce_and_partition_stream)
         if not self.releases:
+            if not self.norms:
+                self.norms = [self.gradient_norm().item()]
             self._apply(dict(enumerate(self._gradients())))
         norm = self._norm
         self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
         dist.all_reduce(self.flips)
-        norms_of = self._norms_of() if self.wants_norms else {}
+        flips_of, norms_of = (self._flips_of(), self._norms_of()) if self.wants_each else ({}, {})
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
         self.squares = {}
-        of_shards = zip(self.shards, self.flips.tolist(), strict=True)
+        flips = self.flips.sum()
         del self.flips  # until the next step
-        flips_of = {shard.name: n for shard, n in of_shards if shard.codes is not None}
         n_released = self.n_updated if self.overflow else 0
-        self.last_update = Update(
-            norm, sum(flips_of.values()), self.overflow, flips_of, norms_of, n_released=n_released
-        )
+        self.last_update = Update(norm, self.overflow, flips, flips_of, norms_of, n_released=n_released)
+
+    def gradient_norm(self) -> Tensor:  # [1] float64
+        """Of the step's mean gradient, when its passes are over and nothing was released."""
+        _wait(get_accelerator().current_stream(), self.reduce_and_partition_stream)
+        return self._norm_of(dict(enumerate(self._gradients())))
+
+    def _norm_of(self, gradients: Mapping[int, Tensor]) -> Tensor:  # [1] float64
+        count = sum(self.params[i].ds_numel for i in gradients)
+        return global_norm(list(gradients.values()), count) / self.micro_batches
 
     def _apply(self, gradients: Mapping[int, Tensor]) -> None:
         """Update shards with their summed gradients, unless what is known of the step's norm forbids it."""
-        self.norms.append(global_norm(list(gradients.values())).item() / self.micro_batches)
-        if self.wants_norms:
+        if self.wants_each:
             self.squares |= {i: square_sum(gradient) for i, gradient in gradients.items()}
         if not self._is_fit(self._norm):
             return
@@ -286,6 +296,10 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def _is_fit(self, norm: float) -> bool:
         return math.isfinite(norm) and norm <= self.limit
+
+    def _flips_of(self) -> dict[str, int]:
+        of_shards = zip(self.shards, self.flips.tolist(), strict=True)
+        return {shard.name: n for shard, n in of_shards if shard.codes is not None}
 
     def _norms_of(self) -> dict[str, float]:
         none = torch.zeros((), dtype=torch.float64, device=self.device)

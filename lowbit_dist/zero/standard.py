@@ -17,7 +17,7 @@ from lowbit_dist.zero.shards import Shard, owners
 from lowbit_dist.zero.stage3 import Moving, Update, at_rates, square_sum
 
 # DeepSpeed itself leaves out a step whose gradient is not finite.
-LEFT_OUT = Update(math.inf, flips=0, skipped=True)
+LEFT_OUT = Update(math.inf, skipped=True)
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -27,7 +27,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     now: ops.Now | None = None  # set before each step
     limit = math.inf  # set before each step
-    wants_norms = False  # set before each step
+    wants_each = False  # set before each step
     last_update = LEFT_OUT  # set by each step
 
     def __init__(
@@ -50,18 +50,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.now is None:  # DeepSpeed's bf16 wrapper steps once while it sets up
             return
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm([p.grad for p in params], copies=self.copies).item()
+        gradients = [p.grad for p in params]
+        count = sum(g.numel() for g in gradients) * dist.get_world_size()  # padded, of each worker as many
+        norm = global_norm(gradients, count, copies=self.copies).item()
         apply = math.isfinite(norm) and norm <= self.limit
         if apply:
             for p in params:
                 for here, name in self.parts[p]:
                     rule, rates = self.moving[name]
                     self._move(p, here, rule, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
-        if self.wants_norms:
+        if self.wants_each:
             self.square_sums = {
                 name: square_sum(p.grad.view(-1)[here]) for p in params for here, name in self.parts[p]
             }
-        self.last_update = Update(norm, flips=0, skipped=not apply)
+        self.last_update = Update(norm, skipped=not apply)
 
     def _move(self, p: Tensor, here: slice, rule: Rule, now: ops.Now) -> None:
         assert p.grad is not None, "parameters without a gradient are left out"
@@ -163,12 +165,12 @@ class StandardZero:
                 for p, master in zip(group, masters, strict=True):
                     p.data.copy_(master)
 
-    def step(self, now: ops.Now, limit: float, *, norms: bool = False) -> Update:
-        self.optimizer.now, self.optimizer.limit, self.optimizer.wants_norms = now, limit, norms
+    def step(self, now: ops.Now, limit: float, *, each: bool = False) -> Update:
+        self.optimizer.now, self.optimizer.limit, self.optimizer.wants_each = now, limit, each
         self.optimizer.last_update = LEFT_OUT
         self.engine.step()
         update = self.optimizer.last_update
-        return replace(update, norms_of=self._norms_of()) if norms and update is not LEFT_OUT else update
+        return replace(update, norms_of=self._norms_of()) if each and update is not LEFT_OUT else update
 
     def _norms_of(self) -> dict[str, float]:
         zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
