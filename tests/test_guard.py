@@ -49,34 +49,38 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
     from lowbit_dist.zero import Engine
     from lowbit_dist.zero.engine import Step
 
-    update, backward = Engine._update, Step.backward
+    update, read, backward = Engine._update, Engine._read, Step.backward
 
-    def spoiled_update(engine, now, limit, norms):
-        fault = faults.get(now.step)
-        if fault == "skip":
-            limit = -1.0
-        elif fault not in (None, "loss") and (engine.rank == on_rank or engine.config.zero.stage == 0):
+    def skipping_update(engine, now, limit, each):
+        return update(engine, now, -1.0 if faults.get(now.step) == "skip" else limit, each)
+
+    def fault_of(engine):
+        return faults.get((engine.n_passes - 1) // (engine.micro_batches // engine.world) + 1)
+
+    def spoiled_read(engine, numbers):  # before the gradients' norm is known
+        fault = fault_of(engine)
+        is_spoiled = engine.rank == on_rank or engine.config.zero.stage == 0
+        if fault not in (None, "loss", "skip") and is_spoiled:
             gradients = [g for g in engine.gradients() if g.numel()]
             if fault == "times":
                 for g in gradients:
                     g.mul_(1e6)
             else:
                 gradients[0].view(-1)[3] = float(fault)
-        return update(engine, now, limit, norms)
+        return read(engine, numbers)
 
     def spoiled_backward(passes, *batch):
         loss, engine = backward(passes, *batch), passes.engine
         engine.n_passes = getattr(engine, "n_passes", 0) + 1
-        step = (engine.n_passes - 1) // (engine.micro_batches // engine.world) + 1
-        if faults.get(step) == "loss" and engine.rank == on_rank:
+        if fault_of(engine) == "loss" and engine.rank == on_rank:
             loss = loss * math.nan
         return loss
 
-    Engine._update, Step.backward = spoiled_update, spoiled_backward
+    Engine._update, Engine._read, Step.backward = skipping_update, spoiled_read, spoiled_backward
     try:
         return train(configuration, stop_at)
     finally:
-        Engine._update, Step.backward = update, backward
+        Engine._update, Engine._read, Step.backward = update, read, backward
 
 
 STEPS = (3, 4, 6)

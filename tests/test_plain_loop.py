@@ -4,6 +4,7 @@ words: transformers' LLaMA, PyTorch's AdamW, and each method's formula written o
 
 import json
 import math
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 
@@ -172,19 +173,19 @@ def train_without(configuration, skips):
     from lowbit_dist import loop
     from lowbit_dist.zero import Engine
 
-    update = Engine._update
+    read, steps = Engine._read, count(1)
 
-    def spoiled(engine, now, limit, norms):
-        if now.step in skips:
+    def spoiled(engine, numbers):
+        if next(steps) in skips:
             for gradient in engine.gradients():
                 gradient.fill_(math.nan)
-        return update(engine, now, limit, norms)
+        return read(engine, numbers)
 
-    Engine._update = spoiled
+    Engine._read = spoiled
     try:
         return loop.run(configfile.from_dict(configuration))
     finally:
-        Engine._update = update
+        Engine._read = read
 
 
 # -> the section, and how closely losses agree.  A latent weight or an activation that differs in its last bit
