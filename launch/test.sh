@@ -11,6 +11,9 @@ source "$(dirname "$0")/setup.sh"
 # Two cores serve every process of a test; libraries that each take both slow one another down.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Hundreds of processes import the package, which each of them would compile.
+unset PYTHONDONTWRITEBYTECODE
+
 # Files of tests at a time: while one waits for processes that start, the others compute.  On hosts whose power
 # fails, times count.
 processes=3

@@ -65,7 +65,7 @@ def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbe
             before = worker.layers.viewed(now.step) if logs else {}  # gradients may be applied in the passes
             with (
                 worker.sampled(now.step),
-                worker.engine.step(now, limit, each=logs, previous_norm=previous_norm) as step,
+                worker.engine.step(now, limit, details=logs, previous_norm=previous_norm) as step,
             ):
                 loss = worker.passes(step, position)
                 spike = guard.is_spike(loss, position.losses)

@@ -386,7 +386,7 @@ REPRODUCIBLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", standing(METHODS, "tequila", "flip", "dqt, ternary forward by rows"))
+@pytest.mark.parametrize("method", standing(METHODS, "tequila", "flip"))
 def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, ranks, small, tmp_path):
     optimizer = {"linear_lr_ratio": 0.25}
     if method["name"] == "flip":  # from 0, a residual has more than half a level to go

@@ -593,6 +593,7 @@ def test_workers_get_their_folder_threads_and_interface_and_a_mistake_that_one_f
     }  # fmt: skip
 
 
+@pytest.mark.slow  # attempts after a failure, and errors in a worker's own words, are in the tests around it
 def test_the_same_error_at_the_same_place_is_tried_twice_and_ends_in_the_workers_own_words(run, ray):
     def work(settings):
         raise ValueError("weights do not fit\nwrong shape (3, 4)")

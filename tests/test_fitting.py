@@ -142,6 +142,7 @@ LATER = {
     "several, of which one is never right",
     "sizes",
     "activations",
+    "whole weights",
     "latent weights with options",
 }  # others say the same of their kinds
 

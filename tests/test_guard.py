@@ -51,8 +51,8 @@ def train_with(configuration, faults, *, on_rank=0, stop_at=None):
 
     update, read, backward = Engine._update, Engine._read, Step.backward
 
-    def skipping_update(engine, now, limit, each):
-        return update(engine, now, -1.0 if faults.get(now.step) == "skip" else limit, each)
+    def skipping_update(engine, now, limit, details):
+        return update(engine, now, -1.0 if faults.get(now.step) == "skip" else limit, details)
 
     def fault_of(engine):
         return faults.get((engine.n_passes - 1) // (engine.micro_batches // engine.world) + 1)

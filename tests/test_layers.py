@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,11 @@ FILES = {
     ): path
     for path in PACKAGE.rglob("*.py")
 }
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text())
 
 
 def part(name: str) -> str:
@@ -78,7 +83,7 @@ def part(name: str) -> str:
 def imports(name: str) -> set[str]:
     """What a module imports when it runs, inside functions too: modules, and names of packages."""
     found: set[str] = set()
-    nodes: list[ast.AST] = [TREES[name]]
+    nodes: list[ast.AST] = [tree(name)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -108,7 +113,7 @@ def needs(name: str) -> set[str]:
 def calls(name: str, *functions: str) -> list[ast.Call]:
     return [
         node
-        for node in ast.walk(TREES[name])
+        for node in ast.walk(tree(name))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from preparing import prepare_alone
 from test_plain_loop import EVAL_SAMPLES, METHODS, SAMPLES, STEPS, plain_loop, train_without
 
@@ -308,7 +309,9 @@ def test_what_is_counted_and_left_out_is_shown(prompted, words, lowbit):
 # --- training ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "zero"), [("dense", {}), ("dense", {"stage": 2}), ("dqt int8", {})])
+@pytest.mark.parametrize(
+    ("method", "zero"), [("dense", {"stage": 2}), ("dqt int8", {}), *slow(("dense", {}))]
+)
 def test_each_step_is_that_of_a_plain_loop_over_the_tokens_that_count(method, zero, ranks, small, prompted):
     section, tolerance = METHODS[method]
     exact, summaries, measured = not zero, [], []

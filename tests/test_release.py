@@ -233,7 +233,7 @@ def parameters_after(configuration, fault=None, limit=math.inf):
         if n == 2 and fault == "nan":
             engine.module.model.layers[0].mlp.up_proj.weight.register_hook(spoil)
         now = ops.Now(lr=2e-2, weight_decay=0.0, step=n, seed=0)
-        with engine.step(now, limit if n == 2 else math.inf, each=True) as step:
+        with engine.step(now, limit if n == 2 else math.inf, details=True) as step:
             step.backward(torch.randint(512, (2, 64), generator=generator))
             if n == 2 and fault == "drop":
                 step.drop()

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import re
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,6 @@ from lowbit_dist.packed import PackedTensor
 
 PACKAGE = Path(lowbit_dist.__file__).parent
 ROOT = Path(__file__).parent.parent
-TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-
 EMPTY_NAMES = {"found", "each", "cfg", "opt", "ckpt"}
 OLD_WORDS = """
     answers.py Pulse pulse.py rehearse Room room_here of_each Way _mildest _without_needless that_answer
@@ -29,6 +28,14 @@ OLD_WORDS = """
 OLD_PHRASES = ("goes on where", "of a full disk, others speak")
 
 ONE_MEANING = {"Watch", "Stock", "Part", "Outcome", "Progress", "State", "Run", "Lines"}
+
+
+@cache
+def trees():
+    """The code of each file of the package."""
+    return {
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
+    }
 
 
 def bound_names(tree):
@@ -61,7 +68,7 @@ def written():
 def test_nothing_is_called_found_or_each_or_by_an_abbreviation():
     wrong = [
         f"{file}:{line} {name}"
-        for file, tree in TREES.items()
+        for file, tree in trees().items()
         for name, line in bound_names(tree)
         if name in EMPTY_NAMES
     ]
@@ -86,7 +93,7 @@ def test_old_phrases_are_gone():
 
 def test_one_name_is_one_thing():
     homes = {}
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         for node in tree.body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]

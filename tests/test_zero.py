@@ -121,7 +121,7 @@ def flips_of_one_step(configuration):
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
     packed = [shard for shard in engine.shards if shard.codes is not None]
     before = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
-    with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=1, seed=0), each=True) as step:
+    with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=1, seed=0), details=True) as step:
         for _ in range(engine.micro_batches // engine.world):
             step.backward(tokens)
     update = step.done

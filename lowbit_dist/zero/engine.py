@@ -118,13 +118,13 @@ class Engine:
 
     @contextmanager
     def step(
-        self, now: ops.Now, limit: float = math.inf, *, each: bool = False, previous_norm: float = 0.0
+        self, now: ops.Now, limit: float = math.inf, *, details: bool = False, previous_norm: float = 0.0
     ) -> Iterator["Step"]:
         """One optimizer step: inside, the passes; when it ends, the update with their mean gradient, clipped
         to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
-        the gradient is lost.  An exception inside leaves everything as it is.  With `each`, the update tells
+        the gradient is lost.  An exception inside leaves everything as it is.  With `details`, the update tells
         the gradient's norm and the flips of each parameter, too.
 
         Under `train.gradient_release` the passes update: parameters whose gradients come before one that is
@@ -133,10 +133,10 @@ class Engine:
         """
         self.turn(now.step)
         if self._standard is None:
-            self._engine.optimizer.begin(now, limit, each=each, previous_norm=previous_norm)
+            self._engine.optimizer.begin(now, limit, details=details, previous_norm=previous_norm)
         step = Step(self)
         yield step
-        step.done = self._update(now, -1.0 if step.is_dropped else limit, each)  # no norm is below 0
+        step.done = self._update(now, -1.0 if step.is_dropped else limit, details)  # no norm is below 0
 
     def _read(self, numbers: Tensor) -> Tensor:
         if self._standard is not None or self.config.train.gradient_release:
@@ -146,9 +146,9 @@ class Engine:
         optimizer.norms = [read[-1].item()]
         return read[:-1]
 
-    def _update(self, now: ops.Now, limit: float, each: bool = False) -> Update:
+    def _update(self, now: ops.Now, limit: float, details: bool = False) -> Update:
         if self._standard is not None:
-            return self._standard.step(now, limit, each=each)
+            return self._standard.step(now, limit, details=details)
         optimizer = self._engine.optimizer
         optimizer.limit = limit
         self._engine.step()

@@ -57,7 +57,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     now: ops.Now  # set before each step
     limit: float  # set before each step: a larger gradient norm leaves the step out
-    wants_each: bool  # set before each step: what each parameter's gradient and update were
+    wants_details: bool  # set before each step: what each parameter's gradient and update were
     last_update: Update
     method: Method  # the run's, as it is now
     shards: list[Shard]
@@ -191,11 +191,11 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         partitions = [g for i in range(len(self.fp16_groups)) for g in self.averaged_gradients[i]]
         return [g[: shard.numel] for g, shard in zip(partitions, self.shards, strict=True)]
 
-    def begin(self, now: ops.Now, limit: float, *, each: bool, previous_norm: float) -> None:
+    def begin(self, now: ops.Now, limit: float, *, details: bool, previous_norm: float) -> None:
         """Before the passes of a step: the numbers that its gradients are applied with.  Released ones are
         clipped by `previous_norm`, that of the last step that was applied.
         """
-        self.now, self.limit, self.wants_each, self.previous_norm = now, limit, each, previous_norm
+        self.now, self.limit, self.wants_details, self.previous_norm = now, limit, details, previous_norm
         self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
         self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
         self.flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)  # of each shard
@@ -232,7 +232,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
         dist.all_reduce(self.flips)
-        flips_of, norms_of = (self._flips_of(), self._norms_of()) if self.wants_each else ({}, {})
+        flips_of, norms_of = (self._flips_of(), self._norms_of()) if self.wants_details else ({}, {})
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
         self.squares = {}
@@ -252,7 +252,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def _apply(self, gradients: Mapping[int, Tensor]) -> None:
         """Update shards with their summed gradients, unless what is known of the step's norm forbids it."""
-        if self.wants_each:
+        if self.wants_details:
             self.squares |= {i: square_sum(gradient) for i, gradient in gradients.items()}
         if not self._is_fit(self._norm):
             return

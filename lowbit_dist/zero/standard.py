@@ -27,7 +27,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     now: ops.Now | None = None  # set before each step
     limit = math.inf  # set before each step
-    wants_each = False  # set before each step
+    wants_details = False  # set before each step
     last_update = LEFT_OUT  # set by each step
 
     def __init__(
@@ -59,7 +59,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 for here, name in self.parts[p]:
                     rule, rates = self.moving[name]
                     self._move(p, here, rule, at_rates(self.now, rates, clip_factor(norm, self.clip_norm)))
-        if self.wants_each:
+        if self.wants_details:
             self.square_sums = {
                 name: square_sum(p.grad.view(-1)[here]) for p in params for here, name in self.parts[p]
             }
@@ -165,12 +165,12 @@ class StandardZero:
                 for p, master in zip(group, masters, strict=True):
                     p.data.copy_(master)
 
-    def step(self, now: ops.Now, limit: float, *, each: bool = False) -> Update:
-        self.optimizer.now, self.optimizer.limit, self.optimizer.wants_each = now, limit, each
+    def step(self, now: ops.Now, limit: float, *, details: bool = False) -> Update:
+        self.optimizer.now, self.optimizer.limit, self.optimizer.wants_details = now, limit, details
         self.optimizer.last_update = LEFT_OUT
         self.engine.step()
         update = self.optimizer.last_update
-        return replace(update, norms_of=self._norms_of()) if each and update is not LEFT_OUT else update
+        return replace(update, norms_of=self._norms_of()) if details and update is not LEFT_OUT else update
 
     def _norms_of(self) -> dict[str, float]:
         zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
