@@ -124,8 +124,8 @@ class Engine:
         to `train.clip_norm`.
 
         If the gradient's norm is not finite or above `limit`, or the step was dropped, nothing changes and
-        the gradient is lost.  An exception inside leaves everything as it is.  With `details`, the update tells
-        the gradient's norm and the flips of each parameter, too.
+        the gradient is lost.  An exception inside leaves everything as it is.  With `details`, the update
+        tells the gradient's norm and the flips of each parameter, too.
 
         Under `train.gradient_release` the passes update: parameters whose gradients come before one that is
         not finite or lifts the norm above `limit`, before the step is dropped or before an exception, stay
