@@ -1,9 +1,9 @@
-"""What Ray, Streaming and MLflow cost: a launched run of two workers, in turns with the bare engine.
+"""What Ray, Streaming and MLflow cost: a launched run, in turns with the bare engine.
 
     python tests/overhead.py --steps 100 --turns 3
 
 The run is launched by Ray, reads its tokens by Streaming and is recorded by MLflow; in each turn it goes on
-for so many steps more. The bare engine makes as many steps with the same options in two processes, of
+for so many steps more. The bare engine makes as many steps with the same options in as many processes, of
 tokens that lie in memory, and does nothing else. Between the two, the training loop makes them without Ray
 and MLflow, of the tokens that Streaming reads, so that one sees whose the difference is. The first tenth of
 a turn does not count: it has the first allocations.
@@ -29,17 +29,17 @@ MOST = 1.02
 VOCABULARY, SEQ_LEN = 2048, 256
 
 
-def configuration(folder, preset, steps):
+def configuration(folder, preset, workers, steps):
     return {
         "run": {"name": "launched", "dir": str(folder)},
         "model": {"preset": preset},
         "data": {"path": str(folder / "data"), "seq_len": SEQ_LEN},
         "schedule": {"name": "constant", "warmup_steps": 10},
         "train": {
-            "steps": steps, "batch_tokens": 16 * SEQ_LEN, "micro_batch": 8, "log_every": steps // 10,
+            "steps": steps, "batch_tokens": 8 * workers * SEQ_LEN, "micro_batch": 8, "log_every": steps // 10,
             "eval_every": steps, "eval_samples": 4, "save_every": steps,
         },
-        "cluster": {"workers": 2},
+        "cluster": {"workers": workers},
         "tracking": {"mlflow": f"sqlite:///{folder}/mlflow.db"},
     }  # fmt: skip
 
@@ -61,7 +61,7 @@ def between_rows(folder, first, last):
 
 
 def looped(content, folder):
-    """Seconds of a step of the loop alone, in this process and another one."""
+    """Seconds of a step of the loop alone, in the processes of its workers."""
     from lowbit_dist import configfile, loop
 
     train = content["train"]
@@ -91,21 +91,22 @@ def main():
     parser.add_argument("--steps", type=int, default=100, help="of each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--preset", default="13m")
+    parser.add_argument("--workers", type=int, default=2, help="as many as processors: Ray shares them")
     parser.add_argument("--folder", type=Path, help="where its data are, or are made")
     options = parser.parse_args()
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="overhead-"))).absolute()
     print(f"in {folder}", flush=True)
     if not (folder / "data").exists():
         prepared(folder, "stdlib", VOCABULARY, seq_len=SEQ_LEN)
-    content = configuration(folder, options.preset, options.steps)
+    content = configuration(folder, options.preset, options.workers, options.steps)
     start_server()
     ratios = []
     for turn in range(1, options.turns + 1):
         of_run = launched(content, folder, turn, options.steps)
         with tempfile.TemporaryDirectory() as store:
-            ranks = Ranks(2, f"{store}/file")
+            ranks = Ranks(options.workers, f"{store}/file")
             of_engine = max(ranks.run(bare, content, options.steps))
-            once = configuration(folder, options.preset, options.steps)
+            once = configuration(folder, options.preset, options.workers, options.steps)
             of_loop = max(ranks.run(looped, once, store))
             ranks.close()
         ratios.append(of_run / of_engine)

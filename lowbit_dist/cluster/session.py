@@ -21,6 +21,7 @@ RAY_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor more: nodes.py watches for machines that are to go
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the configuration are those of the shell
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
