@@ -1,7 +1,7 @@
 """One step of a run on a simulated worker: the bytes that it allocates above the resident ones.
 
-Engine, model, autograd, activation checkpointing and optimizer are the real ones (`fake`), and what measures
-a worker's step measures this one (`live`).
+Engine, model, autograd, activation checkpointing and optimizer are the real ones (`zero.fake`), and what
+measures a worker's step measures this one (`live`).
 """
 
 import copy
@@ -15,7 +15,6 @@ from torch import nn
 from lowbit_dist import ops
 from lowbit_dist.config import RunConfig
 from lowbit_dist.experts import number
-from lowbit_dist.memory.fake import fake_worker
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
@@ -68,12 +67,10 @@ def simulate(
     train = config.train.model_copy(update={"batch_tokens": numel})
     config, model = config.model_copy(update={"train": train}), copy.deepcopy(model)
     briefly = briefly and passes == 2 and config.zero.residency == "sharded"
-    with (
-        fake_worker(rank, workers, experts=number(model)),
-        ExitStack() as sampled,
-    ):
-        from lowbit_dist.zero import Engine
+    from lowbit_dist.zero import Engine
+    from lowbit_dist.zero.fake import fake_worker
 
+    with fake_worker(rank, workers, experts=number(model)), ExitStack() as sampled:
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device="cpu")

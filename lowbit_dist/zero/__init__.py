@@ -13,6 +13,7 @@ DeepSpeed's hooks gather, release, bucket and accumulate; overridden is only wha
 * `whole` makes matrices whole on one worker each, for rules that must see them so.
 * `standard` runs latent-weight methods on DeepSpeed's own stages 0 to 2 (on stage 3 they share the classes
   above).
+* `fake` is a worker that is not there, whose engine is simulated for a plan.
 * `contract` names the private methods that this depends on, and checks them when a run starts.
 
 What makes a run independent of the number of workers: shards end on block borders, gradients are summed over
