@@ -480,7 +480,11 @@ def test_codes_compile_for_sm_90_without_fused_multiply_adds(
 
 @needs_compiler
 @every_grid
-@pytest.mark.parametrize("scale_every", [10**12, BLOCK, 64], ids=["tensor", "blocks", "planes"])
+@pytest.mark.parametrize(
+    "scale_every",
+    [10**12, pytest.param(BLOCK, marks=pytest.mark.slow), 64],
+    ids=["tensor", "blocks", "planes"],
+)
 def test_directions_that_are_given_compile_for_sm_90(
     compiled: list[Any], grid: Grid, scale_every: int
 ) -> None:
@@ -560,7 +564,7 @@ def test_decoding_stays_within_its_budget_on_sm_90(compiled: list[Any], tmp_path
 
 @needs_compiler
 @every_float
-@pytest.mark.parametrize("k", [5120, 300])
+@pytest.mark.parametrize("k", [5120, pytest.param(300, marks=pytest.mark.slow)])
 def test_tokens_and_norms_compile_for_sm_90(
     compiled: list[Any], dtype: torch.dtype, k: int, tmp_path: Path
 ) -> None:
