@@ -46,16 +46,16 @@ from lowbit_dist.ops import kernels, product_kernels, token_kernels
 pytestmark = pytest.mark.integration  # its interpreter and its compiler are other processes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+every_states = pytest.mark.parametrize("states", STATES)
+every_rule = pytest.mark.parametrize("rule", RULES)
+# Some of all combinations of the three stand for the others: every grid, rule and precision is among them.
 SHOWN = {
     ("adamw", "fp32", "ternary"),
     ("adamw", "bf16", "int4"),
     ("lion", "int8", "ternary"),
     ("lion", "bf16", "int8"),
 }
-every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
-every_states = pytest.mark.parametrize("states", STATES)
-every_rule = pytest.mark.parametrize("rule", RULES)
-# Some of all combinations of the three stand for the others: every grid, rule and precision is among them.
 each_update = pytest.mark.parametrize(
     ("rule", "grid", "states"),
     [

@@ -281,8 +281,8 @@ class Step:
         return self.engine._backward(tokens, labels, weight)
 
     def read(self, numbers: Tensor) -> Tensor:  # [n] float64 -> the same on the host
-        """When the passes are over: what decides about the update, the norm of the step's gradient and these
-        numbers, in one copy.  It is all that a step waits for.
+        """When the passes are over: these numbers, and in one copy with them the norm that decides about the
+        update, if it is known only now; DeepSpeed's own stages have it later.  Nothing else waits.
         """
         return self.engine._read(numbers)
 
