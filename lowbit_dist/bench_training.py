@@ -7,23 +7,25 @@ them; each result has the median, the middle half and the least of its times, an
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowbit_dist import configfile, ops
+from lowbit_dist import compiled, configfile, ops
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.convert import convert_
 from lowbit_dist.errors import in_bytes
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
+from lowbit_dist.machine import REPEATING, repeat_on_gpus
 from lowbit_dist.memory.machine import available_memory, smallest_gpu
 from lowbit_dist.memory.plan import planned
 from lowbit_dist.methods.bitnet import BitNet
@@ -31,15 +33,15 @@ from lowbit_dist.methods.dqt import DQT
 from lowbit_dist.shape import PRESETS
 from lowbit_dist.timing import clock_of, compared, take_turns, threads
 
-# Method -> its section of a configuration; the first one is the others' peer.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"name": "dense"},
-    "dqt ternary": {"name": "dqt"},
-    "dqt int8": {"name": "dqt", "grid": "int8"},
-    "bitnet": {"name": "bitnet"},
+# What a step is timed of -> its sections of a configuration; the first one is the others' peer.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "dense": {"method": {"name": "dense"}},
+    "dqt ternary": {"method": {"name": "dqt"}},
+    "dqt ternary, int8 matmul": {"method": {"name": "dqt"}, "precision": {"matmul": "int8"}},
+    "dqt int8": {"method": {"name": "dqt", "grid": "int8"}},
+    "bitnet": {"method": {"name": "bitnet"}},
 }
 _VOCABULARY = 2048
-_SEQ_LEN = 256
 
 
 def linear(
@@ -129,8 +131,7 @@ def _in_workers(work: Work, n: int, n_threads: int, **arguments: Any) -> dict[st
 
 def _worker(rank: int, n: int, n_threads: int, folder: str, work: Work, arguments: dict[str, Any]) -> None:
     on_gpus = torch.cuda.device_count() >= n
-    if not on_gpus:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    os.environ |= REPEATING if on_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)
     }  # fmt: skip
@@ -138,6 +139,7 @@ def _worker(rank: int, n: int, n_threads: int, folder: str, work: Work, argument
     torch.set_num_threads(n_threads)
     if on_gpus:
         torch.cuda.set_device(rank)
+        repeat_on_gpus()  # as a run does
     backend = "nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=n)
     times = work(device="cuda" if on_gpus else "cpu", **arguments)
@@ -220,52 +222,69 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class Batch(NamedTuple):
+    """What a worker's step is of: passes over micro-batches of samples of so many tokens."""
+
+    seq_len: int = 256
+    micro_batch: int = 8
+    passes: int = 2
+
+
 def step(
-    preset: str = "13m", n_threads: int = 1, repetitions: int = 9, micro_batch: int = 8, passes: int = 2
+    preset: str = "13m", n_threads: int = 1, repetitions: int = 9, *, compiles: bool = False, **batch: int
 ) -> dict[str, Any]:
-    """Times one worker's optimizer step by each method, against the dense one with the same optimizer."""
-    return _steps(1, preset, n_threads, repetitions, micro_batch, passes)
+    """Times one worker's optimizer step by each method, against the dense one with the same optimizer.
+
+    `batch` is a `Batch`'s.  ConfigError if blocks are to be compiled and cannot be, or if the models have no
+    room together.
+    """
+    return _steps(1, preset, n_threads, repetitions, Batch(**batch), compiles)
 
 
 def train(
-    preset: str = "13m", n_threads: int = 1, repetitions: int = 9, micro_batch: int = 8, passes: int = 2
+    preset: str = "13m", n_threads: int = 1, repetitions: int = 9, *, compiles: bool = False, **batch: int
 ) -> dict[str, Any]:
     """Times training on two workers by each method, against the dense one: gathers and all."""
-    return _steps(2, preset, n_threads, repetitions, micro_batch, passes)
+    return _steps(2, preset, n_threads, repetitions, Batch(**batch), compiles)
 
 
 def _steps(
-    n: int, preset: str, n_threads: int, repetitions: int, micro_batch: int, passes: int
+    n: int, preset: str, n_threads: int, repetitions: int, batch: Batch, compiles: bool
 ) -> dict[str, Any]:
-    tokens = n * micro_batch * passes * _SEQ_LEN
+    tokens = n * math.prod(batch)
     contents = {
         name: {
             "model": {"preset": preset},
-            "method": method,
-            "data": {"path": "none", "seq_len": _SEQ_LEN},
-            "train": {"micro_batch": micro_batch, "batch_tokens": tokens},
+            "data": {"path": "none", "seq_len": batch.seq_len},
+            "train": {
+                "micro_batch": batch.micro_batch,
+                "batch_tokens": tokens,
+                "compile": "on" if compiles else "off",
+            },
             "cluster": {"workers": n},
+            **sections,
         }
-        for name, method in METHODS.items()
+        for name, sections in CANDIDATES.items()
     }
-    _check_memory(preset, contents, n)
+    configs = [configfile.from_dict(content) for content in contents.values()]
+    compiled.check(configs[0], "cuda" if torch.cuda.device_count() >= n else "cpu", "this machine")
+    _check_memory(preset, configs, n)
     times = _in_workers(_train, n, n_threads, contents=contents, repetitions=repetitions)
-    return _told(f"a step of {preset}, {tokens:,} tokens", n, n_threads, repetitions) | {
-        "peer": "dense", "rows": _rows(times, "dense", tokens),
-    }  # fmt: skip
+    how = "compiled, " if compiles else ""
+    what = f"a step of {preset}, {how}{tokens:,} tokens in samples of {batch.seq_len:,}"
+    return _told(what, n, n_threads, repetitions) | {"peer": "dense", "rows": _rows(times, "dense", tokens)}
 
 
-def _check_memory(preset: str, contents: dict[str, Any], n: int) -> None:
+def _check_memory(preset: str, configs: Sequence[RunConfig], n: int) -> None:
     """ConfigError unless all that the methods keep, whose engines take turns, has room."""
     on_gpus = torch.cuda.device_count() >= n
     free = smallest_gpu() if on_gpus else available_memory() // n
-    configs = [configfile.from_dict(content) for content in contents.values()]
     plans = [planned(config, _VOCABULARY, n, with_step=False) for config in configs]
     needed = sum(plan["resident_bytes_per_worker"] for plan in plans)
     if needed > free:
         raise ConfigError(
             f"--preset ({preset}) needs more than {in_bytes(needed)} on each worker for the models of "
-            f"{len(plans)} methods, and {in_bytes(free)} are free; write a smaller one"
+            f"{len(plans)} candidates, and {in_bytes(free)} are free; write a smaller one"
         )
 
 
@@ -284,6 +303,8 @@ def step_of(config: RunConfig, device: str, vocabulary: int) -> Callable[[], obj
     built = model.build(config.model, vocabulary, config.method, model.DTYPES[config.precision.compute])
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = zero.Engine(config, built, initial, model.low_bit_names(built, config.method))
+    if config.train.compile == "on":
+        engine.compile(lambda: None)
     generator = torch.Generator().manual_seed(engine.rank)
     size = (config.train.micro_batch, config.data.seq_len)
     tokens = torch.randint(0, vocabulary, size, generator=generator).to(device)

@@ -126,8 +126,9 @@ def _round(x: Tensor, bits: int, *, in_numbers: bool) -> tuple[Tensor, Tensor, T
     """
 
     def compute() -> tuple[Tensor, Tensor, Tensor | None]:
-        levels, per_unit = ops.round_tokens(x.contiguous(), bits)
-        return levels, per_unit, ops.token_values(levels, per_unit, x.dtype) if in_numbers else None
+        if in_numbers:
+            return ops.rounded_tokens(x.contiguous(), bits)
+        return *ops.round_tokens(x.contiguous(), bits), None
 
     levels, per_unit, numbers = _recent.rounded.of(x, bits, in_numbers, compute=compute)
     return levels, per_unit, x if numbers is None else numbers
@@ -252,8 +253,8 @@ class IntPerToken(nn.Module):
 class _RoundTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bits: int) -> Tensor:
-        tokens = ops.round_tokens(x.reshape(-1, x.shape[-1]).contiguous(), bits)
-        return ops.token_values(*tokens, x.dtype).view(x.shape)
+        *_, values = ops.rounded_tokens(x.reshape(-1, x.shape[-1]).contiguous(), bits)
+        return values.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]

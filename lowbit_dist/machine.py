@@ -135,3 +135,23 @@ def _counts(file: Path) -> dict[str, int]:
     except OSError:
         return {}
     return {name: int(number) for name, number in (line for line in words if len(line) == 2)}
+
+
+# Needed in the environment, before CUDA starts, for `repeat_on_gpus`: so many KiB for cuBLAS, and how many of
+# them, for each stream.
+REPEATING = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def repeat_on_gpus() -> None:
+    """Let a GPU's operations have the same bits each time, or fail: those whose sums depend on which thread
+    comes first are left out, of attention's backward pass too, and float32 is multiplied in float32.
+
+    cuBLAS needs `REPEATING` for it.
+    """
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written, and to fill each new tensor with NaN takes a launch.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,5 +1,7 @@
-"""Real gloo ranks for tests: processes that stay alive between tests, forked from one that has imported what
-they need, so that imports are paid for once.
+"""Real ranks for tests: processes that stay alive between tests.
+
+Those of CPUs, in a gloo group, are forked from one that has imported what they need, so that imports are paid
+for once; those of GPUs, in an NCCL group, are not.
 """
 
 import gc
@@ -31,14 +33,15 @@ def start_server() -> None:
 
 
 class Ranks:
-    """`world` processes in one gloo group; `run(f, *args)` is f(*args) of each, by rank."""
+    """`world` processes in one group; `run(f, *args)` is f(*args) of each, by rank."""
 
-    def __init__(self, world: int, store: str):
+    def __init__(self, world: int, store: str, device: str = "cpu"):
         self.world = world
         self._pipes, self._processes = [], []
+        context = _context if device == "cpu" else multiprocessing.get_context("spawn")
         for rank in range(world):
-            here, there = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, world, store, there), daemon=True)
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, store, there, device), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -61,23 +64,34 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, world: int, store: str, pipe: Any, device: str) -> None:
+    is_cpu = device == "cpu"
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    assert "preloaded" in sys.modules, "the server passes over what it cannot import without a word"
+    if is_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        assert "preloaded" in sys.modules, "the server passes over what it cannot import without a word"
+    else:
+        from lowbit_dist.machine import REPEATING, repeat_on_gpus
+
+        os.environ |= REPEATING
     import torch
     import torch.distributed as dist
 
     gc.freeze()  # DeepSpeed collects garbage for each engine, which takes the longer the more is imported
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    if not is_cpu:
+        torch.cuda.set_device(rank)
+        repeat_on_gpus()
+    backend = "gloo" if is_cpu else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
         try:
             function, args, kwargs = pipe.recv()

@@ -151,15 +151,15 @@ def test_gathers_and_steps_take_turns_on_two_workers(ranks):
     contents = {
         name: {
             "model": sizes,
-            "method": method,
             "data": {"path": "none", "seq_len": 16},
             "train": {"micro_batch": 1, "batch_tokens": 64},
             "cluster": {"workers": 2},
+            **sections,
         }
-        for name, method in bench_training.METHODS.items()
+        for name, sections in bench_training.CANDIDATES.items()
     }
     steps = ranks(2).run(bench_training._train, device="cpu", contents=contents, repetitions=2)[0]
-    assert list(steps) == list(bench_training.METHODS)
+    assert list(steps) == list(bench_training.CANDIDATES)
     for of_one in (*times.values(), *steps.values()):
         assert len(of_one) == 2 and min(of_one) > 0
 
@@ -183,5 +183,5 @@ def test_a_benchmark_starts_workers_of_its_own():
 
 
 def test_models_that_have_no_room_together_are_refused_before_a_worker_starts():
-    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* for the models of 4 methods"):
+    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* of 5 candidates"):
         bench_training.train("70b")

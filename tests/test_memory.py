@@ -72,7 +72,8 @@ class Training:
         initial = model.InitialWeights(built, self.config.method, 0, None)
         self.engine = zero.Engine(self.config, built, initial, names)
         generator = torch.Generator().manual_seed(self.engine.rank)
-        self.tokens = torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator)
+        tokens = torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator)
+        self.tokens = tokens.to(self.engine.device)
         self.n_steps = 0
 
     def step(self):

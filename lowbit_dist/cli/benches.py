@@ -102,24 +102,50 @@ def gather(
     _measure("gather", as_json, preset, n_threads=threads, repetitions=repetitions)
 
 
+SeqLen = Annotated[int, typer.Option(metavar="N", min=2, help="Train on samples of so many tokens.")]
+MicroBatch = Annotated[int, typer.Option(metavar="N", min=1, help="Pass so many samples at once.")]
+Passes = Annotated[int, typer.Option(metavar="N", min=1, help="Pass so often before an update.")]
+Compiles = Annotated[bool, typer.Option("--compile", help="Compile the blocks, as train.compile does.")]
+
+
 def step(
-    preset: Preset = "13m", threads: Threads = 1, repetitions: Repetitions = 9, as_json: Json = False
+    preset: Preset = "13m",
+    seq_len: SeqLen = 256,
+    micro_batch: MicroBatch = 8,
+    passes: Passes = 2,
+    compiles: Compiles = False,
+    threads: Threads = 1,
+    repetitions: Repetitions = 9,
+    as_json: Json = False,
 ) -> None:
     """Time one worker's training step by each method, against dense training with the same optimizer.
 
-    Example: lowbit bench step --preset 130m
+    Example: lowbit bench step --preset 130m --seq-len 512
     """
-    _measure("step", as_json, preset, n_threads=threads, repetitions=repetitions)
+    _measure(
+        "step", as_json, preset, seq_len=seq_len, micro_batch=micro_batch, passes=passes, compiles=compiles,
+        n_threads=threads, repetitions=repetitions,
+    )  # fmt: skip
 
 
 def train(
-    preset: Preset = "13m", threads: Threads = 1, repetitions: Repetitions = 9, as_json: Json = False
+    preset: Preset = "13m",
+    seq_len: SeqLen = 256,
+    micro_batch: MicroBatch = 8,
+    passes: Passes = 2,
+    compiles: Compiles = False,
+    threads: Threads = 1,
+    repetitions: Repetitions = 9,
+    as_json: Json = False,
 ) -> None:
     """Time training on two workers by each method, against dense training, in turns.
 
-    Example: lowbit bench train --preset 130m
+    Example: lowbit bench train --preset 130m --compile
     """
-    _measure("train", as_json, preset, n_threads=threads, repetitions=repetitions)
+    _measure(
+        "train", as_json, preset, seq_len=seq_len, micro_batch=micro_batch, passes=passes, compiles=compiles,
+        n_threads=threads, repetitions=repetitions,
+    )  # fmt: skip
 
 
 def _measure(name: str, as_json: bool, preset: str, **options: Any) -> None:

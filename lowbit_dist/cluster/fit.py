@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
-from lowbit_dist import data, memory, tracking
+from lowbit_dist import data, machine, memory, tracking
 from lowbit_dist.cluster.checks import check_workers, gpus_per_worker
 from lowbit_dist.cluster.driver import Change, Failure, Outcome, Work
 from lowbit_dist.cluster.failures import failure, last_line
@@ -33,8 +33,6 @@ COLLECTIVE_TIMEOUT = 1800  # seconds
 HANDED_ON = (
     "LOWBIT_", "NCCL_", "GLOO_", "TORCH_", "FI_", "UCX_", "OFI_", "RDMAV_", "IBV_", "LD_LIBRARY_PATH"
 )  # fmt: skip
-# With which cuBLAS gives the same bits each time: so many KiB, and how many of them, for each stream.
-CUBLAS_WORKSPACE = ":4096:8"
 
 
 def main() -> None:
@@ -238,11 +236,7 @@ def _environment(settings: dict[str, Any]) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "DS_ACCELERATOR": "cuda" if settings["gpus"] else "cpu",
         "TOKENIZERS_PARALLELISM": "false",
-        **(
-            {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
-            if settings["gpus"]
-            else {"CUDA_VISIBLE_DEVICES": ""}
-        ),
+        **(machine.REPEATING if settings["gpus"] else {"CUDA_VISIBLE_DEVICES": ""}),
     }
 
 

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from lowbit_dist import machine
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.files import locked
 from lowbit_dist.folders import provide_home
@@ -73,7 +74,7 @@ def prepare(settings: dict[str, Any]) -> None:
         os.chdir(settings["folder"])
     torch.set_num_threads(settings["threads"])
     if settings["gpus"]:
-        _repeat_on_gpus()
+        machine.repeat_on_gpus()
     rank = dist.get_rank()
     handler = logging.FileHandler(settings["log"])
     handler.setFormatter(logging.Formatter(f"%(asctime)s worker {rank}: %(message)s", "%H:%M:%S"))
@@ -82,18 +83,3 @@ def prepare(settings: dict[str, Any]) -> None:
     package = logging.getLogger("lowbit_dist")
     package.handlers, package.propagate = [handler], False
     package.setLevel(logging.INFO)
-
-
-def _repeat_on_gpus() -> None:
-    """Let a GPU's operations have the same bits each time, or fail: those whose sums depend on which thread
-    comes first are left out, of attention's backward pass too, and float32 is multiplied in float32.
-
-    cuBLAS needs CUBLAS_WORKSPACE_CONFIG for it, which the launcher sets before CUDA starts.
-    """
-    import torch
-
-    torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory before it is written, and to fill each new tensor with NaN takes a launch.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_float32_matmul_precision("highest")  # no TF32
-    torch.backends.cudnn.allow_tf32 = False

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops import cpu, reference
@@ -50,6 +51,7 @@ __all__ = [
     "multiplies",
     "pack",
     "round_tokens",
+    "rounded_tokens",
     "square_sum",
     "step_",
     "token_values",
@@ -196,7 +198,19 @@ def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     them a 1 is, [T] float32: NaN of a token that is not finite.
     """
     check_tensor("x", x, (x.dtype,))
+    if _is_plain(x):
+        return _float_backend(x.device, x.dtype).round_tokens(x, bits)  # type: ignore[no-any-return]
     return _round_tokens(x, bits)
+
+
+def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """`round_tokens`, and as the third `token_values` of its results, in its precision; on a GPU in one pass."""
+    backend = _float_backend(x.device, x.dtype)
+    if _is_plain(x) and hasattr(backend, "rounded_tokens"):
+        check_tensor("x", x, FLOATS)
+        return backend.rounded_tokens(x, bits)  # type: ignore[no-any-return]
+    levels, per_unit = round_tokens(x, bits)
+    return levels, per_unit, token_values(levels, per_unit, x.dtype)
 
 
 def token_values(
@@ -207,6 +221,8 @@ def token_values(
     """The numbers that rounded tokens stand for."""
     check_tensor("levels", levels, (torch.int8,))
     check_tensor("per_unit", per_unit, (torch.float32,))
+    if _is_plain(levels):
+        return _float_backend(levels.device, dtype).token_values(levels, per_unit, dtype)  # type: ignore[no-any-return]
     return _token_values(levels, per_unit, dtype)
 
 
@@ -232,10 +248,18 @@ def int8_product(
             f"weight {list(weight.shape)}"
         )
     check_row(k)
+    if _is_plain(levels):
+        backend = _float_backend(levels.device, dtype)
+        return backend.int8_product(levels, per_unit, weight, scale, dtype)  # type: ignore[no-any-return]
     return _int8_product(levels, per_unit, weight, scale, dtype)
 
 
-# Ops of the forward pass, which PyTorch knows by name: so they work on tensors without values, too.
+# Ops of the forward pass, which PyTorch knows by name: so they work on tensors without values, too.  To be
+# called by name costs as much again as a launch, so tensors that nothing watches go straight to the backend.
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
+
+
 @torch.library.custom_op("lowbit::round_tokens", mutates_args=())
 def _round_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return _float_backend(x.device, x.dtype).round_tokens(x, bits)  # type: ignore[no-any-return]

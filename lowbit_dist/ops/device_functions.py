@@ -32,7 +32,8 @@ APPLY = tl.constexpr(RULES.index(None))
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever the tensors' own; on a CPU it is the interpreter."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    is_there = device.type == "cpu" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_there else torch.cuda.device(device)
 
 
 @triton.jit
@@ -185,6 +186,15 @@ def block_scale(largest, DIVISOR: tl.constexpr):
 
 
 @triton.jit
+def quotient(a, b, inverse):
+    """a / b, correctly rounded, as `inverse` = 1 / b is; all far from the ends of float32's range, or a is 0.
+    test_kernels.py tries the whole numbers of 8 bits over every b.
+    """
+    q = a * inverse
+    return tl.fma(tl.fma(-q, b, a), inverse, q)
+
+
+@triton.jit
 def code_of(y, FOURTH: tl.constexpr):
     """2^23 + the number of k >= 1 with y >= (k - 1/2)^p, p = 2 or 4: that number is its lowest byte.
 
@@ -217,12 +227,51 @@ def quantised_unsigned(x, inverse_scale):
 
 
 @triton.jit
-def moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE: tl.constexpr):
+def adaptive(a, x, eps, USUAL: tl.constexpr):
+    """a / (sqrt(x) + eps), each operation correctly rounded.
+
+    USUAL (`is_usual`) does without the guards of tl.div_rn and tl.sqrt_rn, between which nothing else can be
+    computed.  Both begin with an approximate root, and end with the rest that is left, which fused
+    multiply-adds have exactly.  What they give is right
+
+    * of a root, if x is at least 2^-104. Below, it is less than 2^-51.9 whatever it is, and adding eps gives
+      eps.
+    * of a quotient, if a is 0, or at least 2^-102 and the quotient normal. Else it is below 2^-74.9, as it
+      should be, but its last bits may be wrong: no code depends on them.
+
+    That a GPU's approximate roots are near enough for every x and divisor is tried on it (test_kernels.py).
+    """
+    if USUAL:
+        r = tl.rsqrt(tl.maximum(x, _SMALLEST_SCALE))
+        root = x * r
+        root = tl.fma(tl.fma(-root, root, x), 0.5 * r, root)
+        b = root + eps
+        inverse = tl.rsqrt(b * b)
+        return quotient(a, b, tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse))
+    else:
+        return tl.div_rn(a, tl.sqrt_rn(x) + eps)
+
+
+def is_usual(eps: float, lr: float, decay: float) -> bool:
+    """Whether no code depends on the last bits of a direction below 2^-74.9, as scales are at least 2^-14.
+
+    Without decay such a direction moves nothing: it is less than 2^-32 levels. With decay, a level other than
+    0 decays by more than 2^27 times as much, and the sum of both is the decay.
+    """
+    decays = decay == 0 or max(2.0**-90, lr * 2.0**-33) < decay <= 1
+    return 2.0**-27 <= eps <= 1 and lr < 2.0**28 and decays
+
+
+@triton.jit
+def moved(
+    g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE: tl.constexpr,
+    USUAL: tl.constexpr = False,
+):  # fmt: skip
     """The direction, and the slots' new values; v with AdamW only."""
     if RULE == ADAMW:
         m = m * beta1 + g * rest1
         v = v * beta2 + (g * g) * rest2
-        u = tl.div_rn(m * correction1, tl.sqrt_rn(v * correction2) + eps)
+        u = adaptive(m * correction1, v * correction2, eps, USUAL)
     else:
         mixed = m * beta1 + g * rest1
         u = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)

@@ -1,10 +1,10 @@
 """The ops of reference.py and states.py in Triton, for NVIDIA GPUs, with the rules of optim/adamw.py and
 optim/lion.py fused in: the same bytes; see there for what they mean.
 
-Shown for Triton's interpreter on a CPU, and compiled for sm_90 (H100, H200): **not yet run on a GPU**.
-What makes the bytes equal everywhere, and must stay:
+Shown for Triton's interpreter on a CPU and, with PyTorch 2.11 and Triton 3.6, on an H200.  What makes the
+bytes equal everywhere, and must stay:
 
-* division and square root of the update are the correctly rounded ones (`tl.div_rn`, `tl.sqrt_rn`);
+* division and square root of the update are the correctly rounded ones (`tl.div_rn`, `adaptive`);
 * every kernel is launched with `enable_fp_fusion=False`: a multiply-add that rounds once instead of twice
   gives another number, and in Triton before 3.10 fusing is the default;
 * 8-bit slots are rounded by comparing with exact thresholds, so that the square root behind the first
@@ -35,6 +35,7 @@ from lowbit_dist.ops.device_functions import (
     LARGEST_SIGNED,
     LARGEST_UNSIGNED,
     block_scale,
+    is_usual,
     level_of,
     load,
     load_codes,
@@ -57,6 +58,7 @@ from lowbit_dist.ops.states import Stored
 from lowbit_dist.ops.targets import Codes, Now, Rule, Weights
 from lowbit_dist.ops.token_kernels import largest as largest
 from lowbit_dist.ops.token_kernels import round_tokens as round_tokens
+from lowbit_dist.ops.token_kernels import rounded_tokens as rounded_tokens
 from lowbit_dist.ops.token_kernels import square_sum as square_sum
 from lowbit_dist.ops.token_kernels import token_values as token_values
 
@@ -76,7 +78,7 @@ def _step_codes(
     n_blocks, first_block, offset, units_per_scale, seed, step, tensor,
     grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay,
     LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, RULE: tl.constexpr,
-    QUANTISED: tl.constexpr, BLOCKS: tl.constexpr,
+    QUANTISED: tl.constexpr, USUAL: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     live = block < n_blocks
@@ -126,7 +128,9 @@ def _step_codes(
             v = m
             if RULE == ADAMW:
                 v = load_unsigned(v_ptr + at, v_scale, None, QUANTISED)
-            u, m, v = moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE)
+            u, m, v = moved(
+                g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE, USUAL
+            )
             if QUANTISED:
                 largest_m = tl.maximum(largest_m, tl.abs(m))
                 ms += (m,)
@@ -274,7 +278,7 @@ def _step(
                 n_blocks, target.first_block, offset, units_per_scale,
                 _signed(now.seed), now.step, target.tensor, *numbers, now.lr, now.decay,
                 LOW=grid.low, HIGH=grid.high, BITS=grid.bits, UNITS=units, RULE=rule,
-                QUANTISED=quantised, BLOCKS=CODE_BLOCKS,
+                QUANTISED=quantised, USUAL=is_usual(numbers.eps, now.lr, now.decay), BLOCKS=CODE_BLOCKS,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return n_flips

@@ -1,8 +1,8 @@
 """Products of integers on a GPU's tensor cores, and the levels that they are made of, in Triton: the
 reference's bytes.
 
-Shown for Triton's interpreter and compiled for sm_90, **not yet run on a GPU**; kernels.py says what equal
-bytes rest on.  Sums of products of 8 bits are exact in 32, in whichever order tensor cores make them.
+kernels.py says what equal bytes rest on, and where they were shown.  Sums of products of 8 bits are exact in
+32, in whichever order tensor cores make them.
 
 Letters: T tokens, K elements of each, N rows of a weight.
 """

@@ -1,8 +1,8 @@
 """Tokens in integers, and the exact sums behind a gradient's norm, in Triton: the reference's bytes.
 
-Shown for Triton's interpreter and compiled for sm_90, **not yet run on a GPU**; kernels.py says what equal
-bytes rest on. A token is read twice, the second time from a cache. Quotients are correctly rounded; to the
-nearest whole number goes what a float is added to that has no fractions, and taken away from.
+kernels.py says what equal bytes rest on, and where they were shown. A token is read twice, the second time
+from a cache. Quotients are correctly rounded; to the nearest whole number goes what a float is added to that
+has no fractions, and taken away from.
 
 Letters: T tokens, K elements of each, N elements.
 """
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_dist.ops.device_functions import load, on, store
+from lowbit_dist.ops.device_functions import load, on, quotient, store
 
 LONGEST_PART = 4096  # elements of a token that a program holds at once
 SUM_BLOCK = 4096
@@ -33,7 +33,9 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def _round_tokens(x_ptr, levels_ptr, per_unit_ptr, n, top, BLOCK: tl.constexpr):
+def _round_tokens(
+    x_ptr, levels_ptr, per_unit_ptr, values_ptr, n, top, WITH_VALUES: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
     bits = tl.zeros([BLOCK], tl.int32)
@@ -44,13 +46,17 @@ def _round_tokens(x_ptr, levels_ptr, per_unit_ptr, n, top, BLOCK: tl.constexpr):
     is_finite = largest_bits < _INFINITY
     largest = tl.where(is_finite, largest_bits, 0).to(tl.float32, bitcast=True)
     per_unit = tl.div_rn(1.0, tl.maximum(largest, 1e-5)) * top
-    tl.store(per_unit_ptr + token, tl.where(is_finite, per_unit, float("nan")))
+    told = tl.where(is_finite, per_unit, float("nan"))
+    tl.store(per_unit_ptr + token, told)
+    inverse = tl.div_rn(1.0, told)
     for start in range(0, n, BLOCK):
         mask = start + j < n
         x = load(x_ptr + token * n + start + j, mask)
         level = (x * per_unit + _WHOLE) - _WHOLE
-        level = tl.where(is_finite, level, 0.0).to(tl.int32).to(tl.int8)
-        tl.store(levels_ptr + token * n + start + j, level, mask=mask)
+        level = tl.where(is_finite, level, 0.0)
+        tl.store(levels_ptr + token * n + start + j, level.to(tl.int32).to(tl.int8), mask=mask)
+        if WITH_VALUES:
+            store(values_ptr + token * n + start + j, quotient(level, told, inverse), mask)
 
 
 @triton.jit
@@ -58,9 +64,11 @@ def _token_values(levels_ptr, per_unit_ptr, out_ptr, n, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = j < n
-    level = tl.load(levels_ptr + token * n + j, mask=mask, other=0).to(tl.float32)
+    byte = tl.load(levels_ptr + token * n + j, mask=mask, other=0).to(tl.uint8, bitcast=True).to(tl.int32)
+    # The number of 2^23 + 128 and a level has the level, its sign turned round, as its lowest byte.
+    level = ((byte ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
     per_unit = tl.load(per_unit_ptr + token)
-    store(out_ptr + token * n + j, tl.div_rn(level, per_unit), mask)
+    store(out_ptr + token * n + j, quotient(level, per_unit, tl.div_rn(1.0, per_unit)), mask)
 
 
 @triton.jit
@@ -81,16 +89,28 @@ def _square_sum(x_ptr, most_ptr, total_ptr, n, unit, BLOCK: tl.constexpr):
 
 
 def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:  # [T, K]; [T, K] int8, [T] float32
+    levels, per_unit, _ = _rounded(x, bits, None)
+    return levels, per_unit
+
+
+def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Those, and what they stand for, [T, K] of x's type, in one pass."""
+    levels, per_unit, values = _rounded(x, bits, torch.empty_like(x))
+    assert values is not None
+    return levels, per_unit, values
+
+
+def _rounded(x: Tensor, bits: int, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     n_tokens, n = x.shape
     levels, per_unit = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(n_tokens, dtype=torch.float32)
     if x.numel():
         with on(x.device):
             block = min(triton.next_power_of_2(n), LONGEST_PART)
             _round_tokens[(n_tokens,)](
-                x, levels, per_unit, n, float(2 ** (bits - 1) - 1),
-                BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False,
+                x, levels, per_unit, values, n, float(2 ** (bits - 1) - 1),
+                WITH_VALUES=values is not None, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False,
             )  # fmt: skip
-    return levels, per_unit
+    return levels, per_unit, values
 
 
 def token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:  # [T, K] of `dtype`
