@@ -89,7 +89,7 @@ def test_what_stays_between_steps_is_the_plans(case, gpus):
     plan, (found,) = planned(load(content), VOCAB, 1), gpus(1).run(measured, content)
     resident = {"low_bit_weights", "scales", "other_weights", "optimizer_states"}
     assert {n: plan["components"][n] for n in resident} == {n: found["components"][n] for n in resident}
-    assert found["peak_bytes_per_worker"] <= plan["peak_bytes_per_worker"] * 1.05
+    assert found["peak_bytes_per_worker"] <= plan["peak_bytes_per_worker"] * 1.1
 
 
 def test_a_7b_ternary_step_with_gradient_release_peaks_below_24_gigabytes(gpus):

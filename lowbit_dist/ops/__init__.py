@@ -204,7 +204,7 @@ def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """`round_tokens`, and as the third `token_values` of its results, in its precision; on a GPU in one pass."""
+    """`round_tokens`, and `token_values` of its results in x's precision; on a GPU in one pass."""
     backend = _float_backend(x.device, x.dtype)
     if _is_plain(x) and hasattr(backend, "rounded_tokens"):
         check_tensor("x", x, FLOATS)
