@@ -37,7 +37,7 @@ from lowbit_dist.timing import clock_of, compared, take_turns, threads
 CANDIDATES: dict[str, dict[str, Any]] = {
     "dense": {"method": {"name": "dense"}},
     "dqt ternary": {"method": {"name": "dqt"}},
-    "dqt ternary, int8 matmul": {"method": {"name": "dqt"}, "precision": {"matmul": "int8"}},
+    "dqt, int8 matmul": {"method": {"name": "dqt"}, "precision": {"matmul": "int8"}},
     "dqt int8": {"method": {"name": "dqt", "grid": "int8"}},
     "bitnet": {"method": {"name": "bitnet"}},
 }
