@@ -22,7 +22,7 @@ static uint32_t halved(uint32_t x, uint32_t b, int n) {
     return x;
 }
 
-/* How many quotients A / B are wrong; near[i] is about 2^23 / B of B = 2^23 + i, both integers of 24 bits.
+/* How many quotients A / B are wrong; near[i] is about 2^23 / B of B = 2^23 + i; both are integers of 24 bits.
  *
  * With an inverse that differs from 1 / B by at most 2^-24 (1 + 2^-20) of it, q differs from the quotient Q by 1.5 units
  * in its last place, and so the sum before its rounding by 2^-23.4 of them. It is rounded as Q is unless a midpoint
@@ -33,7 +33,7 @@ static uint32_t halved(uint32_t x, uint32_t b, int n) {
 int64_t wrong_quotients(const float *near) {
     int64_t wrong = 0;
     for (uint32_t B = ONE; B < 2 * ONE; B++) {
-        const float b = (float)B / ONE, y = near[B - ONE], inverse = fmaf(fmaf(-b, y, 1.0f), y, y);
+        const float b = (float)B / ONE, y = near[B - ONE], inverse = fmaf(fmaf(-b, y, 1.0f) + 0x1p-43f, y, y);
         if (fabs((double)inverse * b - 1) > 0x1p-24 * (1 + 0x1p-20)) {
             for (uint32_t A = ONE; A < 2 * ONE; A++) {
                 const float a = (float)A / ONE, q = a * inverse;

@@ -180,8 +180,12 @@ def test_an_unusual_eps_changes_nothing(device: str) -> None:
     )
 
 
+# Of each rule, grid and precision three granularities of eight, which take turns: each pair is among them.
+THREE_OF_EIGHT = [case for i, case in enumerate(COMBINATIONS) if (i + 3 * (i // 8)) % 8 < 3]
+
+
 @on_each_device
-@pytest.mark.parametrize(("rule", "grid", "states", "granularity"), COMBINATIONS, ids=str)
+@pytest.mark.parametrize(("rule", "grid", "states", "granularity"), THREE_OF_EIGHT, ids=str)
 def test_all_combinations_equal_the_reference(
     device: str, rule: str, grid: str, states: str, granularity: str
 ) -> None:
@@ -313,22 +317,25 @@ def quotients() -> ctypes.CDLL:
     return opened
 
 
+ONE_TO_FOUR = torch.arange(0x3F800000, 0x40800000, dtype=torch.int32).view(torch.float32)  # all floats
+ONE_TO_TWO = ONE_TO_FOUR[: 1 << 23]
+
+
 @on_each_device
 def test_roots_and_quotients_without_guards_are_correctly_rounded(device: str) -> None:
     """For every mantissa of either, with the approximate roots of this device."""
+    for wrong, x in (("wrong_roots", ONE_TO_FOUR), ("wrong_quotients", ONE_TO_TWO * ONE_TO_TWO)):
+        near, n = torch.empty_like(x, device=device), 1 << (20 if device == "cpu" else 10)
+        _near_roots[(x.numel() // n,)](x.to(device), near, N=n)
+        near = near.cpu()
+        assert getattr(quotients(), wrong)(ctypes.c_void_p(near.data_ptr())) == 0, wrong
 
-    def near(x: torch.Tensor) -> ctypes.c_void_p:
-        x = x.to(device)
-        out, n = torch.empty_like(x), 1 << (20 if device == "cpu" else 10)
-        _near_roots[(x.numel() // n,)](x, out, N=n)
-        kept.append(out.cpu())
-        return ctypes.c_void_p(kept[-1].data_ptr())
 
-    kept: list[torch.Tensor] = []
-    x = torch.arange(0x3F800000, 0x40800000, dtype=torch.int32).view(torch.float32)  # from 1 to 4
-    b = x[: 1 << 23]
-    assert quotients().wrong_roots(near(x)) == 0
-    assert quotients().wrong_quotients(near(b * b)) == 0
+@pytest.mark.parametrize("off", range(-2, 3))
+def test_quotients_without_guards_are_correctly_rounded_for_any_root_that_ptx_allows(off: int) -> None:
+    """Its error, 2^-22.9, is two units in the last place."""
+    near = (1 / ONE_TO_TWO.double()).float().view(torch.int32).add(off).view(torch.float32)
+    assert quotients().wrong_quotients(ctypes.c_void_p(near.data_ptr())) == 0
 
 
 def test_values_of_rounded_tokens_are_correctly_rounded() -> None:
@@ -599,7 +606,7 @@ def accesses(cost: Cost, kind: str) -> Counter[str]:
 @needs_compiler
 @pytest.mark.parametrize(
     ("rule", "grid", "states", "most"),
-    [("adamw", "ternary", "int8", 99.5), ("adamw", "int8", "int8", 99), ("lion", "ternary", "int8", 67)],
+    [("adamw", "ternary", "int8", 100), ("adamw", "int8", "int8", 99), ("lion", "ternary", "int8", 67)],
 )
 def test_an_update_stays_within_its_budget_on_sm_90(
     compiled: list[Any], tmp_path: Any, rule: str, grid: str, states: str, most: float
@@ -611,7 +618,7 @@ def test_an_update_stays_within_its_budget_on_sm_90(
     state = zeros(RULES[rule], n, states)
     kernels.step_(target, torch.zeros(n, dtype=torch.bfloat16), state, rule=RULES[rule], now=now())
     cost = cost_of(compiled[0], tmp_path)
-    assert cost.stack == 0 and cost.registers <= 80, "six programs have room beside each other"
+    assert cost.stack == 0 and cost.registers <= 96, "five programs have room beside each other"
     assert cost.per_element(kernels.CODE_BLOCKS * BLOCK / 128) <= most
     # Words are drawn where they are used, with no exchange between threads.
     assert not any(name.startswith(("STSM", "LDSM")) for name in cost.instructions)

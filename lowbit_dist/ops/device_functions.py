@@ -239,7 +239,8 @@ def adaptive(a, x, eps, USUAL: tl.constexpr):
     * of a quotient, if a is 0, or at least 2^-102 and the quotient normal. Else it is below 2^-74.9, as it
       should be, but its last bits may be wrong: no code depends on them.
 
-    That a GPU's approximate roots are near enough for every x and divisor is tried on it (test_kernels.py).
+    test_kernels.py tries every divisor, with any root that PTX allows (off by 2^-22.9), and every x, with
+    those of the GPU that it runs on.
     """
     if USUAL:
         r = tl.rsqrt(tl.maximum(x, _SMALLEST_SCALE))
@@ -247,7 +248,8 @@ def adaptive(a, x, eps, USUAL: tl.constexpr):
         root = tl.fma(tl.fma(-root, root, x), 0.5 * r, root)
         b = root + eps
         inverse = tl.rsqrt(b * b)
-        return quotient(a, b, tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse))
+        rest = tl.fma(-b, inverse, 1.0) + 1.1368683772161603e-13  # 2^-43, which decides ties
+        return quotient(a, b, tl.fma(rest, inverse, inverse))
     else:
         return tl.div_rn(a, tl.sqrt_rn(x) + eps)
 
@@ -296,13 +298,15 @@ def level_of(code, LOW: tl.constexpr):
 
 
 @triton.jit
-def rounded_step(code, step, random, TOP: tl.constexpr):
-    """`code` + `step` rounded stochastically: up with a probability that is
-    exact to 2^-32.
+def rounded_step(code, step, random, TOP: tl.constexpr, SCALED: tl.constexpr):
+    """`code` + `step` rounded stochastically: up with a probability that is exact to 2^-32.
 
-    In units of 2^-32 levels its 64-bit integer has whole levels above and the threshold of chance below;
-    adding 2^32 - 1 - `random` carries if `random` is below the threshold.
+    In units of 2^-32 levels, in which a SCALED step is, its 64-bit integer has whole levels above and the
+    threshold of chance below; adding 2^32 - 1 - `random` carries if `random` is below the threshold.
     """
-    size = (tl.minimum(tl.abs(step), _LARGEST_STEP) * 4294967296.0).to(tl.uint64)
+    if SCALED:
+        size = tl.minimum(tl.abs(step), _LARGEST_STEP * 4294967296.0).to(tl.uint64)
+    else:
+        size = (tl.minimum(tl.abs(step), _LARGEST_STEP) * 4294967296.0).to(tl.uint64)
     n = ((size + (~random).to(tl.uint64)) >> 32).to(tl.int32)
     return tl.maximum(tl.minimum(code + tl.where(step < 0, -n, n), TOP), 0)

@@ -88,7 +88,12 @@ def _step_codes(
     j = tl.arange(0, 64)[None, :]
     element = block.to(tl.int64)[:, None] * 256 + j
 
-    levels_per_unit = tl.div_rn(lr, scale_of_plane(scale_ptr, block, offset, units_per_scale, 0, UNITS))
+    # In USUAL numbers, steps are far from the ends of float32's range: units of 2^-32 levels change no bit.
+    unit = 4294967296.0 if USUAL else 1.0
+    decay *= unit
+    levels_per_unit = unit * tl.div_rn(
+        lr, scale_of_plane(scale_ptr, block, offset, units_per_scale, 0, UNITS)
+    )
     m_scale = 0.0
     v_scale = 0.0
     if QUANTISED:
@@ -128,9 +133,7 @@ def _step_codes(
             v = m
             if RULE == ADAMW:
                 v = load_unsigned(v_ptr + at, v_scale, None, QUANTISED)
-            u, m, v = moved(
-                g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE, USUAL
-            )
+            u, m, v = moved(g, m, v, beta1, rest1, beta2, rest2, correction1, correction2, eps, RULE, USUAL)
             if QUANTISED:
                 largest_m = tl.maximum(largest_m, tl.abs(m))
                 ms += (m,)
@@ -143,7 +146,7 @@ def _step_codes(
                     store(v_ptr + at, v, mask)
         if UNITS > 1:
             scale = scale_of_plane(scale_ptr, block, offset, units_per_scale, i, UNITS)
-            levels_per_unit = tl.div_rn(lr, scale)
+            levels_per_unit = unit * tl.div_rn(lr, scale)
         level = level_of(old[i], LOW)
         if (
             HIGH <= 2 and LOW >= -2
@@ -151,7 +154,7 @@ def _step_codes(
             d = tl.fma(-decay, level, -(levels_per_unit * u))
         else:
             d = -(levels_per_unit * u) - decay * level
-        code = rounded_step(old[i], d, random[i], HIGH - LOW)
+        code = rounded_step(old[i], d, random[i], HIGH - LOW, USUAL)
         n_flips = tl.where(code != old[i], n_flips + 1.0, n_flips)
         new += (code,)
     store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
