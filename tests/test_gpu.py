@@ -141,6 +141,7 @@ def test_a_run_on_rays_gpu_is_stopped_and_resumed_from_the_command_line(small, t
         for n in steps:
             content = small(run={"name": name}, schedule={"warmup_steps": 2, "name": "constant"})
             content["train"] |= {"steps": n, "save_every": 4, "eval_every": 4}
+            content["cluster"] = {"workers": 1}
             file = tmp_path / f"{name}.json"
             file.write_text(json.dumps(content))
             done = subprocess.run(
