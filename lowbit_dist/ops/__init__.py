@@ -205,10 +205,9 @@ def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """`round_tokens`, and `token_values` of its results in x's precision; on a GPU in one pass."""
-    backend = _float_backend(x.device, x.dtype)
-    if _is_plain(x) and hasattr(backend, "rounded_tokens"):
+    if x.device.type == "cuda" and x.dtype in FLOATS and _is_plain(x):
         check_tensor("x", x, FLOATS)
-        return backend.rounded_tokens(x, bits)  # type: ignore[no-any-return]
+        return _backend(x.device).rounded_tokens(x, bits)  # type: ignore[no-any-return]
     levels, per_unit = round_tokens(x, bits)
     return levels, per_unit, token_values(levels, per_unit, x.dtype)
 
