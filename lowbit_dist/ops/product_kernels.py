@@ -21,7 +21,7 @@ from lowbit_dist.ops.device_functions import load_codes, on, store
 UNPACK_BLOCKS = 32  # of a program; a thread writes 16 bytes at a time
 # Of a program: tokens, rows, and elements of both at a time.
 TILE = {"BM": 128, "BN": 256, "BK": 128}
-SIDE_BY_SIDE = 8  # programs along the tokens, which read the same rows while these are in the L2 cache
+SIDE_BY_SIDE = 16  # programs along the tokens, which read the same rows while these are in the L2 cache
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
