@@ -657,7 +657,8 @@ def test_tokens_and_norms_compile_for_sm_90(
         assert "div.rn.f32" in kernel.asm["ptx"]
     for kernel in compiled:
         cost = cost_of(kernel, tmp_path)
-        assert cost.stack == 0 and cost.registers <= 64
+        # Of the two results of a row that begins anywhere, each byte is written by itself.
+        assert cost.stack == 0 and cost.registers <= (96 if kernel is both and k % 16 else 64)
         assert k % 16 or kernel is values or "ld.global.v4.b32" in kernel.asm["ptx"]
     assert "div.rn.f64" in squares.asm["ptx"] and "fma.rn.f32" not in squares.asm["ptx"]
     assert "red" in largest.asm["ptx"] or "atom" in largest.asm["ptx"]
