@@ -23,6 +23,8 @@ Shapes: B = blocks of this shard, K = scales of the whole tensor, N = elements.
 # Triton gives the parameters of kernels their types when it compiles them.
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -259,7 +261,10 @@ def apply_(
 def _step(
     target: Codes | Weights, grad: Tensor, state: list[Stored], numbers: Factors, rule: int, now: Now
 ) -> Tensor:
-    n_flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    if isinstance(target, Weights) or target.numel == 0:
+        n_flips = _no_flips(grad.device)
+    else:
+        n_flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     if target.numel == 0:
         return n_flips
     slots = _slots(state)
@@ -285,6 +290,11 @@ def _step(
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return n_flips
+
+
+@cache
+def _no_flips(device: torch.device) -> Tensor:  # [1] int64
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def decode(

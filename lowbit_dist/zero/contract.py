@@ -28,6 +28,7 @@ def _without(module: str) -> Iterator[None]:
 # Its autotuner imports all of MLflow if it can, which takes as long as DeepSpeed itself, at every restart.
 with _without("mlflow"):
     import deepspeed
+    import deepspeed.utils.nvtx
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.runtime.zero.partitioned_param_coordinator import (
@@ -39,6 +40,9 @@ with _without("mlflow"):
     # imports its whole compiler.
     with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
         import deepspeed.runtime.zero.muon.original_muon
+
+# Else each of its functions makes a range for NVIDIA's profiler, hundreds of times a step.
+deepspeed.utils.nvtx.enable_nvtx = False
 
 DEEPSPEED_VERSION = "0.19.8"
 # Private methods overridden or called below, with the parameters they must have ("args, kwargs": DeepSpeed's
@@ -60,11 +64,16 @@ CONTRACT: tuple[tuple[type, str, str], ...] = (
     (Stage3, "_partition_all_parameters", "args, kwargs"),
     (Stage3, "zero_grad", "args, kwargs"),
     (Stage3, "step", "args, kwargs"),
-    (Stage3, "_get_param_coordinator", "self"),
     (Stage3, "create_reduce_and_remove_grad_hooks", "self"),
-    (Coordinator, "_PartitionedParameterCoordinator__params_to_release", "args, kwargs"),
-    (Coordinator, "_PartitionedParameterCoordinator__all_gather_params", "args, kwargs"),
-    (Coordinator, "_PartitionedParameterCoordinator__all_gather_params_", "self, params, forward, quantize"),
+    # What coordinator.py does in its place.
+    (Coordinator, "reset_step", "self"),
+    (Coordinator, "trace_prologue", "self, sub_module"),
+    (Coordinator, "is_record_trace", "self"),
+    (Coordinator, "is_invalid_trace", "self"),
+    (Coordinator, "fetch_sub_module", "args, kwargs"),
+    (Coordinator, "release_sub_module", "args, kwargs"),
+    (Coordinator, "release_backward_leftovers", "args, kwargs"),
+    (Coordinator, "release_and_reset_all", "args, kwargs"),
     (DeepSpeedEngine, "_configure_zero_optimizer", "self, optimizer"),
 )
 

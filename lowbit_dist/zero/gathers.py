@@ -13,15 +13,14 @@ Neighbours are gathered together (`Gathers`).  Codes stay in that buffer until t
 layer that decodes a weight reads its columns; ordinary parameters are copied out of it.
 """
 
-from collections import UserDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from lowbit_dist.model import blocks_of
@@ -107,30 +106,58 @@ def _runs(params: Sequence[Any]) -> list[list[Any]]:
     return neighbours
 
 
-class Gathers(MultipleAllGatherHandles):
-    """The gathers of several parameters, started together, each waited for by itself; a low-bit one is
-    decoded when it is waited for, not before.
+class Gathers:
+    """The gathers of several parameters, started together; a low-bit one that no layer decodes is decoded
+    when it is waited for, not before.
     """
 
     def __init__(self, params: Sequence[Any]):
-        self.of: dict[Any, _Gather] = {}
+        # What every worker sent of a parameter [workers, bytes], and the collective that brings it, if any.
+        self.of: dict[Any, tuple[Tensor, _Work | None]] = {}
         self.packed_bytes = 0  # that this worker receives
         world, missing = dist.get_world_size(), []
         for p in sorted(params, key=lambda p: p.ds_id):
             p.ds_status = ZeroParamStatus.INFLIGHT
             packed = packed_of(p)
             if packed is not None and packed.replica is not None and packed.complete:
-                self.of[p] = _Gather(p, packed.replica)
+                self.of[p] = packed.replica, None
             elif world == 1:
-                self.of[p] = _Gather(p, wire_of(p)[None])
+                self.of[p] = wire_of(p)[None], None
             else:
                 missing.append(p)
         for run in _runs(missing):
             work = _Work([wire_of(p) for p in run])
-            self.of |= {p: _Gather(p, part, work) for p, part in zip(run, work.parts, strict=True)}
+            self.of |= {p: (part, work) for p, part in zip(run, work.parts, strict=True)}
             packed_bytes = sum(wire_of(p).numel() for p in run if packed_of(p) is not None)
             self.packed_bytes += (world - 1) * packed_bytes
-        super().__init__(list(self.of.values()))
+
+    @torch.no_grad()
+    def wait(self, params: Iterable[Any] | None = None) -> None:
+        """Some of the parameters are there, by default all; in the stream that reads them."""
+        accelerator = get_accelerator()
+        for p in self.of if params is None else params:
+            if p.ds_status is not ZeroParamStatus.INFLIGHT:
+                continue
+            whole, work = self.of[p]
+            if work is not None:
+                work.wait()
+                if not accelerator.is_synchronized_device():
+                    whole.record_stream(accelerator.current_stream())
+            _unpack(p, packed_of(p), whole)
+            p.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def _unpack(param: Any, packed: Any, whole: Tensor) -> None:
+    if packed is None:
+        param.data = whole.reshape(-1).view(param.dtype)[: param.ds_numel].view(param.ds_shape)
+        return
+    packed.whole = packed.arrived(whole)
+    if packed.in_layer:
+        # One element of storage stands for the weight: autograd wants its shape alone.
+        param.data = packed.stub.expand(param.ds_shape)
+    else:
+        param.data = packed.dense(param.ds_shape, param.dtype)
+        packed.whole = None
 
 
 class _Work:
@@ -144,48 +171,7 @@ class _Work:
         self.parts = whole.view(-1, sum(sizes)).split(sizes, dim=1)
 
     def wait(self) -> None:
-        self.work.wait()
-
-
-class _Gather:
-    """The gather of one parameter: every worker's shard, in order."""
-
-    def __init__(self, param: Any, whole: Tensor, work: _Work | None = None):
-        self.param, self.whole, self.work = param, whole, work
-
-    @torch.no_grad()
-    def wait(self, handle_dependency: bool = True) -> None:
-        param = self.param
-        if param.ds_status != ZeroParamStatus.INFLIGHT:
-            return
-        accelerator = get_accelerator()
-        # DeepSpeed waits in the gathers' stream. What is made of a gather here belongs to those that read it.
-        with accelerator.stream(accelerator.default_stream()):
-            if self.work is not None:
-                self.work.wait()
-            if not accelerator.is_synchronized_device():
-                self.whole.record_stream(accelerator.current_stream())
-            self._unpack(param, packed_of(param))
-        param.ds_status = ZeroParamStatus.AVAILABLE
-
-    def _unpack(self, param: Any, packed: Any) -> None:
-        if packed is None:
-            whole = self.whole.reshape(-1).view(param.dtype)
-            param.data = whole[: param.ds_numel].view(param.ds_shape)
-            return
-        packed.whole = packed.arrived(self.whole)
-        if packed.in_layer:
-            # One element of storage stands for the weight: autograd wants its shape alone.
-            param.data = packed.stub.expand(param.ds_shape)
-        else:
-            param.data = packed.dense(param.ds_shape, param.dtype)
-            packed.whole = None
-
-
-class InflightGathers(UserDict):
-    """DeepSpeed's registry of started gathers: waiting for one parameter must not decode those fetched
-    ahead with it.
-    """
-
-    def __setitem__(self, param: Any, handle: Any) -> None:
-        super().__setitem__(param, handle.of[param])
+        """Once: what it brings is there for all of its parameters."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None

@@ -57,7 +57,7 @@ from lowbit_dist.linear import decodes
 from lowbit_dist.methods.method import Method
 from lowbit_dist.model import n_scales
 from lowbit_dist.packed import PackedShard
-from lowbit_dist.zero.gathers import Gathers, InflightGathers, lay_out, packed_of
+from lowbit_dist.zero.gathers import Gathers, lay_out, packed_of
 
 # A parameter's first value, float32 on the CPU: of its name and shape, and memory in which it may be made.
 Initial = Callable[[str, torch.Size, Tensor | None], Tensor]
@@ -246,8 +246,6 @@ class Partitioner(Init):
                 if buffer is not None:
                     module._buffers[key] = buffer.to(self.local_device)
         lay_out(model)
-        # DeepSpeed adopts a registry that is already there.
-        model.ds_inflight_param_registry = InflightGathers()  # type: ignore[assignment]
 
     def _pack(self, parameter: nn.Parameter, in_layer: bool, method: Method) -> None:
         aligned, shape = self._aligned_size(parameter), tuple(parameter.shape)

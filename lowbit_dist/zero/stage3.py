@@ -4,7 +4,7 @@ update in place.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from lowbit_dist import ops
@@ -21,6 +20,7 @@ from lowbit_dist.config import RunConfig
 from lowbit_dist.methods.method import Method
 from lowbit_dist.optim.clipping import clip_factor, global_norm
 from lowbit_dist.optim.rule import Rule
+from lowbit_dist.zero.coordinator import Coordinator, wait_for_stream
 from lowbit_dist.zero.gathers import packed_of
 from lowbit_dist.zero.shards import Shard
 from lowbit_dist.zero.whole import Matrix, updated
@@ -67,25 +67,12 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.releases = releases
         kwargs["gradient_accumulation_dtype"] = accumulation
         super().__init__(*args, **kwargs)
-        # DeepSpeed keeps what its prefetcher will want again: when a forward pass ends, that is more than one
-        # block of decoded weights, and after an evaluation it would stay. Here a weight lives while it works.
-        coordinator = self._get_param_coordinator()
-        coordinator._PartitionedParameterCoordinator__params_to_release = _own_parameters
-        coordinator._PartitionedParameterCoordinator__all_gather_params = self._gather_units
-
-    def _gather_units(self, params: Collection[Any], forward: bool) -> None:
-        """DeepSpeed fetches these: with each of them all that lies with it.
-
-        The gather waits for all that computes until now: for the update that changed what it moves, and, of a
-        block that is fetched ahead, for the release of the one before that which is about to work.  So no
-        more than two are there, however far Python is ahead of the device.
-        """
-        coordinator = self._get_param_coordinator()
-        _wait(
-            coordinator._PartitionedParameterCoordinator__allgather_stream, get_accelerator().current_stream()
+        hooks = self.parameter_offload
+        theirs = vars(hooks.param_coordinator)
+        prefix = "_PartitionedParameterCoordinator__"
+        hooks.param_coordinator = Coordinator(
+            theirs[f"{prefix}allgather_stream"], theirs[f"{prefix}max_n_available_params"]
         )
-        gather = coordinator._PartitionedParameterCoordinator__all_gather_params_
-        gather({p for param in params for p in param.unit}, forward)
 
     def create_reduce_and_remove_grad_hooks(self) -> None:
         # Of a block that is fetched as one, DeepSpeed would reduce the gradients when all are there, and take
@@ -198,7 +185,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.now, self.limit, self.wants_details, self.previous_norm = now, limit, details, previous_norm
         self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
         self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
-        self.flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)  # of each shard
+        self.flips: dict[int, Tensor] = {}  # [1] int64, of shards of codes: how many changed
         self.n_updated = 0  # shards
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> list[Tensor]:
@@ -223,7 +210,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         """
         self._pre_step()
         self._partition_all_parameters()
-        _wait(get_accelerator().current_stream(), self.reduce_and_partition_stream)
+        wait_for_stream(get_accelerator().current_stream(), self.reduce_and_partition_stream)
         if not self.releases:
             if not self.norms:
                 self.norms = [self.gradient_norm().item()]
@@ -231,19 +218,18 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norm = self._norm
         self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
-        dist.all_reduce(self.flips)
-        flips_of, norms_of = (self._flips_of(), self._norms_of()) if self.wants_details else ({}, {})
+        flips = self._all_flips()
+        flips_of, norms_of = (self._flips_of(flips), self._norms_of()) if self.wants_details else ({}, {})
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
         self.squares = {}
-        flips = self.flips.sum()
-        del self.flips  # until the next step
+        self.flips = {}
         n_released = self.n_updated if self.overflow else 0
-        self.last_update = Update(norm, self.overflow, flips, flips_of, norms_of, n_released=n_released)
+        self.last_update = Update(norm, self.overflow, flips.sum(), flips_of, norms_of, n_released=n_released)
 
     def gradient_norm(self) -> Tensor:  # [1] float64
         """Of the step's mean gradient, when its passes are over and nothing was released."""
-        _wait(get_accelerator().current_stream(), self.reduce_and_partition_stream)
+        wait_for_stream(get_accelerator().current_stream(), self.reduce_and_partition_stream)
         return self._norm_of(dict(enumerate(self._gradients())))
 
     def _norm_of(self, gradients: Mapping[int, Tensor]) -> Tensor:  # [1] float64
@@ -260,7 +246,9 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
         for i, given in self._given(gradients, grad_scale):
             now = at_rates(self.now, self.moving[i].rates, grad_scale)
-            self.flips[i : i + 1] += self._update_shard(i, given, now)
+            flips = self._update_shard(i, given, now)
+            if isinstance(flips, Tensor) and self.shards[i].codes is not None:
+                self.flips[i] = flips
             self._refresh(i)
         self.n_updated += len(gradients)
 
@@ -297,9 +285,17 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def _is_fit(self, norm: float) -> bool:
         return math.isfinite(norm) and norm <= self.limit
 
-    def _flips_of(self) -> dict[str, int]:
-        of_shards = zip(self.shards, self.flips.tolist(), strict=True)
-        return {shard.name: n for shard, n in of_shards if shard.codes is not None}
+    def _all_flips(self) -> Tensor:  # [low-bit parameters] int64
+        """How many codes of each changed, on all workers."""
+        none = torch.zeros(1, dtype=torch.int64, device=self.device)
+        coded = [i for i, shard in enumerate(self.shards) if shard.codes is not None]
+        flips = torch.cat([none[:0], *(self.flips.get(i, none) for i in coded)])
+        dist.all_reduce(flips)
+        return flips
+
+    def _flips_of(self, flips: Tensor) -> dict[str, int]:
+        names = [shard.name for shard in self.shards if shard.codes is not None]
+        return dict(zip(names, flips.tolist(), strict=True))
 
     def _norms_of(self) -> dict[str, float]:
         none = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -332,20 +328,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         return ops.step_(target, given, shard.slots, rule=rule, now=now)
 
 
-def _wait(later: Any, earlier: Any) -> None:
-    """Streams: what `later` is given from now on waits for what `earlier` has been given; None: a device
-    without streams.
-    """
-    if later is not None:
-        later.wait_stream(earlier)
-
-
 def square_sum(gradient: Tensor) -> Tensor:  # [] float64
     return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-
-
-def _own_parameters(module: nn.Module, step: int) -> set[int]:
-    return {p.ds_id for p in module.parameters(recurse=z3_leaf_module(module))}  # type: ignore[attr-defined]
 
 
 def _shard(param: Any, rule: Rule, accumulator: ops.Accumulator | None) -> Shard:

@@ -1,0 +1,151 @@
+"""When weights come and go: DeepSpeed's hooks ask for a module's parameters before it runs, forward and
+backward, and say when it has run.
+
+What lies together comes together (`gathers.units`): a block, or what stands between blocks.  While it works,
+the next one is gathered, as modules ran in the pass before; its codes wait for the layers that decode them.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import z3_leaf_module
+from torch import nn
+
+from lowbit_dist.zero.gathers import Gathers, packed_of
+
+
+class Coordinator:
+    """In the place of DeepSpeed's `PartitionedParameterCoordinator`, which keeps account of each parameter by
+    itself: in streams, events and collections that take longer than the products of a small block.
+
+    Here a unit is started, waited for and counted as one.  What DeepSpeed calls has its names.
+    """
+
+    hierarchy = 0  # DeepSpeed sets it
+
+    def __init__(self, stream: Any, most: int):
+        """`stream`: of the gathers.  Nothing is gathered ahead while `most` elements or more are there."""
+        self.stream, self.most = stream, most
+        self.there = 0  # elements of parameters that are gathered, or on their way
+        self._inflight: dict[Any, Gathers] = {}
+        self._order: list[Any] = []  # in which modules ran in the pass before
+        self._seen: list[Any] = []  # in this one
+        self._is_known = True  # whether this pass goes as that one did, until now
+        self._backward: dict[int, Any] = {}  # whose backward passes have begun
+        self._params: dict[Any, list[Any]] = {}
+
+    def reset_step(self) -> None:
+        """A pass begins."""
+        self._drop_inflight()
+        if self._seen:
+            self._order, self._seen = self._seen, []
+        self._is_known = True
+
+    def trace_prologue(self, module: Any) -> None:
+        """A module is about to run."""
+        at = len(self._seen)
+        self._seen.append(module)
+        self._is_known = self._is_known and at < len(self._order) and self._order[at] is module
+
+    def is_record_trace(self) -> bool:
+        return False  # `trace_prologue` has seen to it
+
+    def is_invalid_trace(self) -> bool:
+        return True  # hooks of other modules ask nothing more of what was seen until now
+
+    def fetch_sub_module(self, module: Any, forward: bool) -> None:
+        """Returns when the module's parameters are there."""
+        params = self._of(module)
+        if not forward:
+            self._backward[module.ds_id] = module
+        self._gather(params)
+        for p in params:
+            p.ds_active_sub_modules.add(module.ds_id)
+        self._wait(params)
+        if self._is_known and self.there < self.most:
+            self._gather_next()
+
+    def release_sub_module(self, module: Any, forward: bool = False) -> None:
+        """Parameters that no other module works with go."""
+        if not forward:
+            self._backward.pop(module.ds_id, None)
+        for p in self._of(module):
+            p.ds_active_sub_modules.discard(module.ds_id)
+            self._release(p)
+
+    def release_backward_leftovers(self) -> None:
+        """The same for modules whose backward pass nobody said the end of: inputs without gradients."""
+        while self._backward:
+            self.release_sub_module(next(reversed(self._backward.values())))
+
+    def release_and_reset_all(self, model: nn.Module) -> None:
+        self._drop_inflight()
+        for p in model.parameters():
+            p.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+            self._release(p)
+
+    def _of(self, module: Any) -> list[Any]:
+        """A block's parameters, or those that are a module's own."""
+        if module not in self._params:
+            self._params[module] = list(module.parameters(recurse=z3_leaf_module(module)))  # type: ignore[no-untyped-call]
+        return self._params[module]
+
+    def _gather(self, params: Iterable[Any]) -> None:
+        """Begin to gather what is neither there nor on its way: with each parameter all that lies with it.
+
+        The gather waits for all that computes until now: for the update that changed what it moves, and, of a
+        block that is fetched ahead, for the release of the one before that which is about to work.  So no
+        more than two are there, however far Python is ahead of the device.
+        """
+        missing = [p for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if not missing:
+            return
+        units = {id(p.unit): p.unit for p in missing}.values()
+        whole = [p for unit in units for p in unit if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        accelerator = get_accelerator()
+        wait_for_stream(self.stream, accelerator.current_stream())
+        with accelerator.stream(self.stream):
+            started = whole[0].all_gather_coalesced(whole)
+        self._inflight |= dict.fromkeys(whole, started)
+        self.there += sum(p.ds_numel for p in whole)
+
+    def _gather_next(self) -> None:
+        for module in self._order[len(self._seen) :]:
+            params = self._of(module)
+            if any(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in params):
+                self._gather(params)
+                return
+
+    def _wait(self, params: Sequence[Any]) -> None:
+        awaited = [p for p in params if p.ds_status is ZeroParamStatus.INFLIGHT]
+        for started in {id(s): s for s in map(self._inflight.get, awaited) if s is not None}.values():
+            started.wait([p for p in awaited if self._inflight[p] is started])
+        for p in awaited:
+            del self._inflight[p]
+
+    def _drop_inflight(self) -> None:
+        """What was gathered ahead and is not wanted."""
+        unwanted = list(self._inflight)
+        self._wait(unwanted)
+        for p in unwanted:
+            self._release(p)
+
+    def _release(self, param: Any) -> None:
+        """A parameter's values go, unless they are not there or a module works with them."""
+        if param.ds_status is not ZeroParamStatus.AVAILABLE or param.ds_active_sub_modules:
+            return
+        if (packed := packed_of(param)) is not None:
+            packed.whole = None
+        param.data = param.data.new_empty(0)
+        param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        self.there -= param.ds_numel
+
+
+def wait_for_stream(later: Any, earlier: Any) -> None:
+    """Streams: what `later` is given from now on waits for what `earlier` has been given; None: a device
+    without streams.
+    """
+    if later is not None:
+        later.wait_stream(earlier)
