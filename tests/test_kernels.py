@@ -432,16 +432,46 @@ def test_products_of_integers_equal_the_reference(
 @on_each_device
 @every_float
 def test_the_sums_of_a_norm_equal_the_reference(device: str, dtype: torch.dtype) -> None:
-    gradients = [(torch.randn(n, generator=generator(n)) ** 3).to(dtype) for n in (1, 4096, 0, 9001)]
+    """Of tensors that fill some of the programs, all, and each several times; one begins anywhere."""
+    sizes = (1, 4096, 0, 9001, 4 * token_kernels.SUM_BLOCK)
+    gradients = [(torch.randn(n, generator=generator(n)) ** 3).to(dtype) for n in sizes]
     ours = [g.to(device) for g in gradients]
+    gradients += [gradients[3][1:5000], gradients[0].to(torch.float32)]
+    ours += [ours[3][1:5000], ours[0].to(torch.float32)]
+    assert ours[5].data_ptr() % 16, "it begins between those that are loaded at once"
     most = reference.largest(gradients)
-    assert_equal(kernels.largest(ours), most, "largest")
-    for unit in (2.0**55, 2.0**40):
-        expected = reference.square_sum(gradients, most, unit)
-        assert_equal(kernels.square_sum(ours, most.to(device), unit), expected, f"sum in units of {unit}")
+    for n_programs in (1, 3, token_kernels.SUM_PROGRAMS):
+        with mock.patch.object(token_kernels, "SUM_PROGRAMS", n_programs):
+            assert_equal(kernels.largest(ours), most, "largest")
+            for unit in (2.0**55, 2.0**40):
+                expected = reference.square_sum(gradients, most, unit)
+                actual = kernels.square_sum(ours, most.to(device), unit)
+                assert_equal(actual, expected, f"{n_programs} programs, sum in units of {unit}")
+            for at in range(len(ours)):  # each element of each tensor is seen
+                if ours[at].numel():
+                    last, ours[at][-1] = ours[at][-1].clone(), 1e4
+                    assert kernels.largest(ours).tolist() == [torch.tensor(1e4).to(ours[at].dtype).item()]
+                    ours[at][-1] = last
     for bad in (torch.nan, torch.inf, -torch.inf):
         ours[3][8999] = bad
         assert kernels.largest(ours).tolist() == [torch.inf]
+
+
+@on_each_device
+def test_flips_are_added_where_the_target_says(device: str) -> None:
+    """So that they need no number of their own; of a part of a target they do."""
+    grid, n = GRIDS["ternary"], 4 * BLOCK
+    codes = reference.pack(torch.randint(-1, 2, (n,), generator=generator(0), dtype=torch.int8), grid=grid)
+    u, scale = torch.randn(n, generator=generator(1)), torch.tensor([0.02])
+    target = Codes(codes.clone(), scale, n, grid, tensor=3, first_block=0)
+    expected = reference.apply_(target, u, now=now())
+    counts = torch.tensor([5, 7], device=device)
+    ours = Codes(codes.to(device), scale.to(device), n, grid, tensor=3, first_block=0, flips=counts[1:])
+    flips = kernels.apply_(ours, u.to(device), now=now())
+    assert flips is ours.flips and expected.item() > 0
+    assert_equal(counts, torch.tensor([5, 7 + expected.item()]), "flips")
+    assert_equal(ours.codes, target.codes, "codes")
+    assert ours.part(0, BLOCK).flips is None
 
 
 def test_an_empty_shard_launches_nothing() -> None:

@@ -198,3 +198,69 @@ def test_the_flips_of_each_parameter_are_counted_over_all_workers(world, ranks, 
     for update, _ in found:
         assert update.flips_of == counted
         assert update.flips == sum(counted.values())
+
+
+def gathers_of_passes(configuration):
+    """What is gathered, in which order, and what is there after each pass; of an engine's training passes,
+    evaluations and a forward pass that was left in the middle.
+    """
+    from lowbit_dist import configfile, model, ops
+    from lowbit_dist.zero import Engine
+
+    config = configfile.from_dict(configuration)
+    built = model.build(config.model, 512, config.method, torch.float32)
+    initial = model.InitialWeights(built, config.method, 0, None)
+    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
+    coordinator = engine._engine.optimizer.parameter_offload.param_coordinator
+    tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
+    gather, units, left = coordinator._gather, [], []
+    names = [id(unit) for unit in {id(p.unit): p.unit for p in engine.module.parameters()}.values()]
+
+    def noted(params):
+        before = set(coordinator._inflight)
+        gather(params)
+        units.extend(dict.fromkeys(names.index(id(p.unit)) for p in coordinator._inflight if p not in before))
+
+    coordinator._gather = noted
+
+    def ended():
+        left.append((coordinator.there, len(coordinator._inflight)))
+        units.append("|")
+
+    def train(n):
+        with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=n, seed=0)) as step:
+            for _ in range(engine.micro_batches // engine.world):
+                step.backward(tokens)
+        ended()
+
+    train(1)
+    train(2)
+    engine.forward(tokens)
+    ended()
+    block = model.blocks_of(engine.module)[1]
+    stop = block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.forward(tokens)
+    stop.remove()
+    units.append("|")
+    train(3)
+    train(4)
+    engine.close()
+    return " ".join(map(str, units)), left
+
+
+@pytest.mark.parametrize("residency", ["sharded", "replicated"])
+def test_a_block_is_gathered_once_a_pass_while_the_one_before_it_works(residency, ranks, small):
+    """Units of a model of three blocks: 0 embeddings, 1 to 3 the blocks, 4 norm and head."""
+    sections = {
+        "zero": {"residency": residency},
+        "train": {"micro_batch": 2, "batch_tokens": 256},
+        "model": {"layers": 3, "tie_embeddings": False},
+    }
+    of_two = ranks(2).run(gathers_of_passes, small(**sections, cluster={"workers": 2}))
+    (order, left), (other, _) = of_two
+    assert order == other, "collectives match only if all workers begin them in one order"
+    passes = order.removesuffix(" |").split(" | ")
+    new, known = "0 1 2 3 4 4 3 2 1 0", "0 1 2 3 4 3 4 2 1 0"  # the last block before norm and head work
+    assert passes == [new, known, "0 1 2 3 4 3", "0 1 2 3", new, known]
+    assert left == [(0, 0)] * 5, "nothing stays, whatever the pass before did"

@@ -71,10 +71,13 @@ WEIGHT_BLOCKS = 4
 DECODE_BLOCKS = 16  # a thread writes 16 bytes of bfloat16 at a time
 
 
-# Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16).
+# Numbers that change from call to call must not be compiled in (Triton would, for 1 and multiples of 16), nor
+# where flips are counted, one parameter's beside another's.
 @triton.jit(
-    do_not_specialize=["n_blocks", "first_block", "offset", "units_per_scale", "seed", "step", "tensor"]
-)
+    do_not_specialize=[
+        "n_flips_ptr", "n_blocks", "first_block", "offset", "units_per_scale", "seed", "step", "tensor"
+    ]
+)  # fmt: skip
 def _step_codes(
     codes_ptr, scale_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n_flips_ptr,
     n_blocks, first_block, offset, units_per_scale, seed, step, tensor,
@@ -261,8 +264,10 @@ def apply_(
 def _step(
     target: Codes | Weights, grad: Tensor, state: list[Stored], numbers: Factors, rule: int, now: Now
 ) -> Tensor:
-    if isinstance(target, Weights) or target.numel == 0:
+    if isinstance(target, Weights):
         n_flips = _no_flips(grad.device)
+    elif target.flips is not None:
+        n_flips = target.flips
     else:
         n_flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     if target.numel == 0:

@@ -106,6 +106,7 @@ class Codes:
     first_block: int  # place of the first block within the whole tensor
     residual: Residual | None = None  # None: a step is rounded to whole levels by chance
     next_scale: Tensor | None = None  # of the codes after a step, in the shape of `scale`; None: the same
+    flips: Tensor | None = None  # [1] int64, to which a kernel may add those of a step, and return it
 
     @property
     def numel(self) -> int:
@@ -116,7 +117,7 @@ class Codes:
         codes = self.codes[start * self.grid.bits // 8 : stop * self.grid.bits // 8]
         block = self.first_block + start // BLOCK
         residual = self.residual and Residual(self.residual.values[start:stop], self.residual.kept)
-        return replace(self, codes=codes, first_block=block, residual=residual)
+        return replace(self, codes=codes, first_block=block, residual=residual, flips=None)
 
 
 @dataclass(frozen=True)

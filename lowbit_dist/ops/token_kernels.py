@@ -11,6 +11,7 @@ Letters: T tokens, K elements of each, N elements.
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -20,7 +21,8 @@ from torch import Tensor
 from lowbit_dist.ops.device_functions import load, on, quotient, store
 
 LONGEST_PART = 4096  # elements of a token that a program holds at once
-SUM_BLOCK = 4096
+SUM_BLOCK = 2048
+SUM_PROGRAMS = 1024  # several for each multiprocessor of a large GPU
 _INFINITY = tl.constexpr(0x7F800000)  # the bits of a float32
 _WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: of a float32 beside it, the last bit is a 1
 _WHOLE_FROM = tl.constexpr(4503599627370496.0)  # 2^52: a float64 from here on is whole
@@ -71,21 +73,62 @@ def _token_values(levels_ptr, per_unit_ptr, out_ptr, n, BLOCK: tl.constexpr):
     store(out_ptr + token * n + j, quotient(level, per_unit, tl.div_rn(1.0, per_unit)), mask)
 
 
-@triton.jit
-def _largest(x_ptr, bits_ptr, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = magnitude_bits(load(x_ptr + at, at < n))
+# Tensors of one type come in one launch: each program walks over all of them, and takes every G-th piece, G
+# being how many programs there are.  `table` has three rows of P numbers: where a tensor begins, how many
+# elements it has, and how many pieces those before it, so that small ones go to programs by turns.
+@triton.jit(do_not_specialize=["n_tensors", "n_programs"])
+def _largest(
+    table_ptr, bits_ptr, n_tensors, n_programs,
+    IS_BF16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    j = tl.arange(0, BLOCK)
+    bits = tl.zeros([BLOCK], tl.int32)
+    for i in range(n_tensors):
+        x_ptr, n, first = _tensor(table_ptr + i, n_tensors, n_programs, IS_BF16, ALIGNED)
+        full = n // BLOCK
+        for piece in range(first, full, n_programs):
+            bits = tl.maximum(bits, magnitude_bits(load(x_ptr + piece * BLOCK + j, None)))
+        if first == full % n_programs:
+            bits = tl.maximum(bits, magnitude_bits(load(x_ptr + full * BLOCK + j, full * BLOCK + j < n)))
     tl.atomic_max(bits_ptr, tl.max(bits, axis=0), sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["n_tensors", "n_programs"])
+def _square_sum(
+    table_ptr, most_ptr, total_ptr, n_tensors, n_programs, unit,
+    IS_BF16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    most = tl.load(most_ptr)
+    j = tl.arange(0, BLOCK)
+    total = tl.zeros([1], tl.int64)  # of 64 bits for each element there are no registers
+    for i in range(n_tensors):
+        x_ptr, n, first = _tensor(table_ptr + i, n_tensors, n_programs, IS_BF16, ALIGNED)
+        full = n // BLOCK
+        for piece in range(first, full, n_programs):
+            total += tl.sum(_squares(load(x_ptr + piece * BLOCK + j, None), most, unit), axis=0)
+        if first == full % n_programs:
+            x = load(x_ptr + full * BLOCK + j, full * BLOCK + j < n)
+            total += tl.sum(_squares(x, most, unit), axis=0)
+    tl.atomic_add(total_ptr, tl.sum(total, axis=0), sem="relaxed")
+
+
 @triton.jit
-def _square_sum(x_ptr, most_ptr, total_ptr, n, unit, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    q = load(x_ptr + at, at < n).to(tl.float64) / tl.load(most_ptr)
+def _squares(x, most, unit):  # -> int64
+    q = x.to(tl.float64) / most
     square = q * q * unit
-    border = tl.full([BLOCK], _WHOLE_FROM, tl.float64)
-    whole = tl.where(square < border, (square + border) - border, square)
-    tl.atomic_add(total_ptr, tl.sum(whole.to(tl.int64), axis=0), sem="relaxed")
+    border = tl.full(square.shape, _WHOLE_FROM, tl.float64)
+    return tl.where(square < border, (square + border) - border, square).to(tl.int64)
+
+
+@triton.jit
+def _tensor(row_ptr, n_tensors, n_programs, IS_BF16: tl.constexpr, ALIGNED: tl.constexpr):
+    """A tensor's address, its elements, and the first of its pieces that is this program's."""
+    x_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.bfloat16 if IS_BF16 else tl.float32))
+    if ALIGNED:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+    before = tl.load(row_ptr + 2 * n_tensors)
+    first = (tl.program_id(0) + n_programs - before % n_programs) % n_programs
+    return x_ptr, tl.load(row_ptr + n_tensors), first
 
 
 def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:  # [T, K]; [T, K] int8, [T] float32
@@ -129,11 +172,10 @@ def token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor
 def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
     bits = tensors[0].new_zeros(1, dtype=torch.int32)
     with on(bits.device):
-        for x in tensors:
-            if x.numel():
-                _largest[(triton.cdiv(x.numel(), SUM_BLOCK),)](
-                    x, bits, x.numel(), BLOCK=SUM_BLOCK, num_warps=8
-                )
+        for table, n_programs, kind in _tables(tensors):
+            _largest[(n_programs,)](
+                table, bits, table.shape[1], n_programs, **kind, BLOCK=SUM_BLOCK, num_warps=8
+            )
     most = bits.view(torch.float32).double()
     return torch.where(torch.isfinite(most), most, torch.inf)
 
@@ -141,13 +183,31 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64
 def square_sum(tensors: Sequence[Tensor], most: Tensor, unit: float) -> Tensor:  # [1] float64; [1] int64
     total = most.new_zeros(1, dtype=torch.int64)
     with on(most.device):
-        for x in tensors:
-            if x.numel():
-                _square_sum[(triton.cdiv(x.numel(), SUM_BLOCK),)](
-                    x, most, total, x.numel(), unit,
-                    BLOCK=SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
-                )  # fmt: skip
+        for table, n_programs, kind in _tables(tensors):
+            _square_sum[(n_programs,)](
+                table, most, total, table.shape[1], n_programs, unit, **kind,
+                BLOCK=SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
     return total
+
+
+def _tables(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int, dict[str, bool]]]:
+    """For a launch over tensors of one type: [3, P] int64 on their device, how many programs, which type."""
+    of_kind: dict[tuple[bool, bool], list[Tensor]] = {}
+    for x in tensors:
+        if x.numel():
+            of_kind.setdefault((x.dtype == torch.bfloat16, x.data_ptr() % 16 == 0), []).append(x)
+    tables = []
+    for (is_bf16, aligned), several in of_kind.items():
+        pieces = [triton.cdiv(x.numel(), SUM_BLOCK) for x in several]
+        before = [0, *accumulate(pieces)]
+        rows = [[x.data_ptr() for x in several], [x.numel() for x in several], before[:-1]]
+        device = several[0].device
+        # From pinned memory, else the host would wait for all that the device was given before.
+        table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        kind = {"IS_BF16": is_bf16, "ALIGNED": aligned}
+        tables.append((table.to(device, non_blocking=True), min(before[-1], SUM_PROGRAMS), kind))
+    return tables
 
 
 def _warps(block: int) -> int:

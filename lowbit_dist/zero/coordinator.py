@@ -11,7 +11,6 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
-from torch import nn
 
 from lowbit_dist.zero.gathers import Gathers, packed_of
 
@@ -30,6 +29,7 @@ class Coordinator:
         self.stream, self.most = stream, most
         self.there = 0  # elements of parameters that are gathered, or on their way
         self._inflight: dict[Any, Gathers] = {}
+        self._gathered: dict[Any, None] = {}
         self._order: list[Any] = []  # in which modules ran in the pass before
         self._seen: list[Any] = []  # in this one
         self._is_known = True  # whether this pass goes as that one did, until now
@@ -37,8 +37,8 @@ class Coordinator:
         self._params: dict[Any, list[Any]] = {}
 
     def reset_step(self) -> None:
-        """A pass begins."""
-        self._drop_inflight()
+        """A pass begins; the one before may have ended anywhere."""
+        self._release_all()
         if self._seen:
             self._order, self._seen = self._seen, []
         self._is_known = True
@@ -80,10 +80,17 @@ class Coordinator:
         while self._backward:
             self.release_sub_module(next(reversed(self._backward.values())))
 
-    def release_and_reset_all(self, model: nn.Module) -> None:
-        self._drop_inflight()
-        for p in model.parameters():
-            p.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+    def release_and_reset_all(self, model: Any) -> None:
+        """What is there goes, whoever works with it."""
+        self._release_all()
+
+    def _release_all(self) -> None:
+        self._backward.clear()
+        for started, of in self._started(list(self._inflight)):
+            started.drop(of)
+            self.there -= sum(p.ds_numel for p in of)
+        for p in list(self._gathered):
+            p.ds_active_sub_modules.clear()
             self._release(p)
 
     def _of(self, module: Any) -> list[Any]:
@@ -112,35 +119,38 @@ class Coordinator:
         self.there += sum(p.ds_numel for p in whole)
 
     def _gather_next(self) -> None:
+        """What is needed next; nothing, if a part of its unit is still there, for it comes as a whole."""
         for module in self._order[len(self._seen) :]:
-            params = self._of(module)
-            if any(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in params):
-                self._gather(params)
+            missing = [p for p in self._of(module) if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+            if missing:
+                if all(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in missing[0].unit):
+                    self._gather(missing)
                 return
 
     def _wait(self, params: Sequence[Any]) -> None:
         awaited = [p for p in params if p.ds_status is ZeroParamStatus.INFLIGHT]
-        for started in {id(s): s for s in map(self._inflight.get, awaited) if s is not None}.values():
-            started.wait([p for p in awaited if self._inflight[p] is started])
-        for p in awaited:
-            del self._inflight[p]
+        for started, of in self._started(awaited):
+            started.wait(of)
+            self._gathered |= dict.fromkeys(of)
 
-    def _drop_inflight(self) -> None:
-        """What was gathered ahead and is not wanted."""
-        unwanted = list(self._inflight)
-        self._wait(unwanted)
-        for p in unwanted:
-            self._release(p)
+    def _started(self, params: Sequence[Any]) -> list[tuple[Gathers, list[Any]]]:
+        """The gathers that bring some parameters, which are no more on their way then."""
+        of: dict[int, tuple[Gathers, list[Any]]] = {}
+        for p in params:
+            started = self._inflight.pop(p)
+            of.setdefault(id(started), (started, []))[1].append(p)
+        return list(of.values())
 
     def _release(self, param: Any) -> None:
         """A parameter's values go, unless they are not there or a module works with them."""
-        if param.ds_status is not ZeroParamStatus.AVAILABLE or param.ds_active_sub_modules:
+        if param not in self._gathered or param.ds_active_sub_modules:
             return
         if (packed := packed_of(param)) is not None:
             packed.whole = None
         param.data = param.data.new_empty(0)
         param.ds_status = ZeroParamStatus.NOT_AVAILABLE
         self.there -= param.ds_numel
+        del self._gathered[param]
 
 
 def wait_for_stream(later: Any, earlier: Any) -> None:

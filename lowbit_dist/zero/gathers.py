@@ -146,6 +146,14 @@ class Gathers:
             _unpack(p, packed_of(p), whole)
             p.ds_status = ZeroParamStatus.AVAILABLE
 
+    def drop(self, params: Iterable[Any]) -> None:
+        """Some of the parameters are not wanted; other workers wait for what this one sends."""
+        for p in params:
+            _, work = self.of[p]
+            if work is not None:
+                work.wait()
+            p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
 
 def _unpack(param: Any, packed: Any, whole: Tensor) -> None:
     if packed is None:

@@ -89,9 +89,11 @@ class Shard:
         """The state that is the rule's."""
         return self.state if self.accumulator is None else self.state[:-1]
 
-    def target(self, tensor: int, next_scale: Tensor | None = None) -> ops.Codes | ops.Weights:
+    def target(
+        self, tensor: int, next_scale: Tensor | None = None, flips: Tensor | None = None
+    ) -> ops.Codes | ops.Weights:
         """What an update changes; `tensor` is the parameter's number in the random counter, `next_scale` what
-        the codes' scale will be if it changes, too.
+        the codes' scale will be if it changes, too, `flips` where they may be counted.
         """
         if self.codes is None:
             assert self.weight is not None, f"{self.name} has neither codes nor a weight"
@@ -108,6 +110,7 @@ class Shard:
             first_block=self.start // BLOCK,
             residual=self.accumulator and ops.Residual(self.state[-1].values, self.accumulator),
             next_scale=next_scale,
+            flips=flips,
         )
 
     def level_counts(self) -> Tensor:  # [grid.n_levels] int64, on the device

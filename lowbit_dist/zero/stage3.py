@@ -4,7 +4,7 @@ update in place.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -133,16 +133,21 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def refresh(self) -> None:
         """Make the forward pass see what `shards` now hold."""
-        for i in range(len(self.shards)):
-            self._refresh(i)
+        self._refresh(range(len(self.shards)))
 
-    def _refresh(self, i: int) -> None:
-        param, shard = self.params[i], self.shards[i]
-        if (packed := packed_of(param)) is not None:
-            packed.refresh(self.method)
-        elif param.ds_tensor.dtype != torch.float32:
-            assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
-            param.ds_tensor[: shard.numel].copy_(shard.weight)
+    def _refresh(self, places: Iterable[int]) -> None:
+        rounded: list[Tensor] = []
+        weights: list[Tensor] = []
+        for i in places:
+            param, shard = self.params[i], self.shards[i]
+            if (packed := packed_of(param)) is not None:
+                packed.refresh(self.method)
+            elif param.ds_tensor.dtype != torch.float32:
+                assert shard.weight is not None, f"{shard.name} has neither codes nor a weight"
+                rounded.append(param.ds_tensor[: shard.numel])
+                weights.append(shard.weight)
+        if rounded:
+            torch._foreach_copy_(rounded, weights)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype
@@ -185,7 +190,7 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.now, self.limit, self.wants_details, self.previous_norm = now, limit, details, previous_norm
         self.norms: list[float] = []  # of the mean gradients that were seen, together the step's
         self.squares: dict[int, Tensor] = {}  # of the shards' gradients, if wanted
-        self.flips: dict[int, Tensor] = {}  # [1] int64, of shards of codes: how many changed
+        self.flips = torch.zeros(len(self.shards), dtype=torch.int64, device=self.device)  # of each shard
         self.n_updated = 0  # shards
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> list[Tensor]:
@@ -218,14 +223,15 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norm = self._norm
         self.overflow = not self._is_fit(norm)
         self._global_grad_norm = norm
-        flips = self._all_flips()
-        flips_of, norms_of = (self._flips_of(flips), self._norms_of()) if self.wants_details else ({}, {})
+        dist.all_reduce(self.flips)
+        flips_of, norms_of = (self._flips_of(), self._norms_of()) if self.wants_details else ({}, {})
         self.zero_grad(set_to_none=True)
         self.averaged_gradients: dict[int, Any] = {}
         self.squares = {}
-        self.flips = {}
+        flips = self.flips.sum()
+        del self.flips  # until the next step
         n_released = self.n_updated if self.overflow else 0
-        self.last_update = Update(norm, self.overflow, flips.sum(), flips_of, norms_of, n_released=n_released)
+        self.last_update = Update(norm, self.overflow, flips, flips_of, norms_of, n_released=n_released)
 
     def gradient_norm(self) -> Tensor:  # [1] float64
         """Of the step's mean gradient, when its passes are over and nothing was released."""
@@ -246,10 +252,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         grad_scale = clip_factor(clipped_by, self.clip_norm) / self.micro_batches
         for i, given in self._given(gradients, grad_scale):
             now = at_rates(self.now, self.moving[i].rates, grad_scale)
-            flips = self._update_shard(i, given, now)
-            if isinstance(flips, Tensor) and self.shards[i].codes is not None:
-                self.flips[i] = flips
-            self._refresh(i)
+            self._update_shard(i, given, now)
+        self._refresh(gradients)
         self.n_updated += len(gradients)
 
     def _given(self, gradients: Mapping[int, Tensor], grad_scale: float) -> Iterator[tuple[int, Tensor]]:
@@ -285,17 +289,9 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
     def _is_fit(self, norm: float) -> bool:
         return math.isfinite(norm) and norm <= self.limit
 
-    def _all_flips(self) -> Tensor:  # [low-bit parameters] int64
-        """How many codes of each changed, on all workers."""
-        none = torch.zeros(1, dtype=torch.int64, device=self.device)
-        coded = [i for i, shard in enumerate(self.shards) if shard.codes is not None]
-        flips = torch.cat([none[:0], *(self.flips.get(i, none) for i in coded)])
-        dist.all_reduce(flips)
-        return flips
-
-    def _flips_of(self, flips: Tensor) -> dict[str, int]:
-        names = [shard.name for shard in self.shards if shard.codes is not None]
-        return dict(zip(names, flips.tolist(), strict=True))
+    def _flips_of(self) -> dict[str, int]:
+        of_shards = zip(self.shards, self.flips.tolist(), strict=True)
+        return {shard.name: n for shard, n in of_shards if shard.codes is not None}
 
     def _norms_of(self) -> dict[str, float]:
         none = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -304,13 +300,15 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         norms = (squares.sqrt() / self.micro_batches).tolist()
         return {shard.name: norm for shard, norm in zip(self.shards, norms, strict=True)}
 
-    def _update_shard(self, i: int, given: Tensor, now: ops.Now) -> Tensor | int:
+    def _update_shard(self, i: int, given: Tensor, now: ops.Now) -> None:
         shard, packed = self.shards[i], packed_of(self.params[i])
         scale = None if packed is None else self.method.rescaled(packed.stored)
-        flips = self._move(i, shard.target(self.tensor_ids[shard.name], scale), given, now)
+        counted = self.flips[i : i + 1]
+        flips = self._move(i, shard.target(self.tensor_ids[shard.name], scale, counted), given, now)
+        if shard.codes is not None and flips is not counted:
+            counted += flips
         if scale is not None and shard.scale is not None:
             shard.scale.copy_(scale)
-        return flips
 
     def _move(self, i: int, target: ops.Codes | ops.Weights, given: Tensor, now: ops.Now) -> Tensor | int:
         shard, rule = self.shards[i], self.moving[i].rule
