@@ -1,15 +1,17 @@
 """DeepSpeed ZeRO with packed low-bit shards: the only package that knows DeepSpeed.
 
 Under stage 3 a low-bit weight is an ordinary `nn.Parameter` whose shard (`ds_tensor`) IS its packed codes.
-DeepSpeed's hooks gather, release, bucket and accumulate; overridden is only what a shard is made of:
+DeepSpeed's hooks say when a module needs its parameters, and bucket and accumulate gradients; ours is what a
+shard is made of, and its way from worker to worker:
 
 * `shards.Partitioner` (DeepSpeed's `zero.Init`) cuts each parameter into shards on borders of 256 elements,
   and gathers packed bytes, decoded when the layer that needs them runs.
+* `coordinator` begins gathers, waits for them and releases what they brought, block by block; `gathers` are
+  these collectives.
 * `first` gives shards their first values, each tensor made by one worker for all.
 * `stage3.PackedZero3` (DeepSpeed's stage-3 optimizer) keeps no full-precision partition of low-bit
-  parameters,
-  sums gradients instead of averaging them, and updates every shard in place with `lowbit_dist.ops`.
-  Under `train.gradient_release` it does so bucket by bucket, within the backward pass.
+  parameters, sums gradients instead of averaging them, and updates every shard in place with
+  `lowbit_dist.ops`.  Under `train.gradient_release` it does so bucket by bucket, within the backward pass.
 * `whole` makes matrices whole on one worker each, for rules that must see them so.
 * `standard` runs latent-weight methods on DeepSpeed's own stages 0 to 2 (on stage 3 they share the classes
   above).

@@ -20,7 +20,7 @@ What two workers hold of a ternary weight [5, 256], which is 1,280 elements and 
 1. At the start each worker has room for its own blocks (`Packed.own`, which DeepSpeed knows as `ds_tensor`)
    and for all scales, which are few.  Their first values are made by one worker for all (first.py), or come
    from a checkpoint.
-2. Before a transformer block runs, DeepSpeed gathers its parameters, in one collective (gathers.py).  Of a
+2. Before a transformer block runs, its parameters are gathered, in one collective (coordinator.py).  Of a
    low-bit one the codes are gathered: each worker receives 192 bytes here, where bf16 weights would be 1,536.
    They wait in `weight.packed.whole`.
 3. Autograd asks a weight for its shape and dtype, and nobody reads its values: `weight.data` is the *stub*,
@@ -33,7 +33,7 @@ What two workers hold of a ternary weight [5, 256], which is 1,280 elements and 
 `replicated` keeps the gathered codes, so that a step gathers once.  A method whose forward grid is coarser
 than its stored one sends that (`wire`, made by `Method.sent`) instead of its shard.
 
-DeepSpeed gathers, prefetches, releases, buckets and reduces; here is only what a shard is made of.
+DeepSpeed's hooks say when, and it buckets gradients; here is only what a shard is made of.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
