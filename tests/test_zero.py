@@ -235,8 +235,9 @@ def gathers_of_passes(configuration):
 
     train(1)
     train(2)
-    engine.forward(tokens)
-    ended()
+    for _ in range(2):
+        engine.forward(tokens)
+        ended()
     block = model.blocks_of(engine.module)[1]
     stop = block.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -262,5 +263,40 @@ def test_a_block_is_gathered_once_a_pass_while_the_one_before_it_works(residency
     assert order == other, "collectives match only if all workers begin them in one order"
     passes = order.removesuffix(" |").split(" | ")
     new, known = "0 1 2 3 4 4 3 2 1 0", "0 1 2 3 4 3 4 2 1 0"  # the last block before norm and head work
-    assert passes == [new, known, "0 1 2 3 4 3", "0 1 2 3", new, known]
-    assert left == [(0, 0)] * 5, "nothing stays, whatever the pass before did"
+    assert passes == [new, known, "0 1 2 3 4", "0 1 2 3 4", "0 1 2 3", known, known]
+    assert left == [(0, 0)] * 6, "nothing stays, whatever the pass before did"
+
+
+def losses_of_steps(configuration, reads):
+    """Of two steps and an evaluation.  `reads`: the model asks for the embeddings before they run, as some do
+    for their device; DeepSpeed then gathers them at once.
+    """
+    from lowbit_dist import configfile, model, ops
+    from lowbit_dist.zero import Engine
+
+    config = configfile.from_dict(configuration)
+    built = model.build(config.model, 512, config.method, torch.float32)
+    initial = model.InitialWeights(built, config.method, 0, None)
+    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
+    if reads:
+        engine.module.model.register_forward_pre_hook(
+            lambda model, _: model.embed_tokens.weight.device and None
+        )
+    tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
+    losses = []
+    for n in (1, 2):
+        with engine.step(ops.Now(lr=5e-3, weight_decay=0.0, step=n, seed=0)) as step:
+            for _ in range(engine.micro_batches // engine.world):
+                losses.append(step.backward(tokens).item())
+    losses.append(engine.forward(tokens).item())
+    coordinator = engine._engine.optimizer.parameter_offload.param_coordinator
+    left = coordinator.there, len(coordinator._inflight)
+    engine.close()
+    return losses, left
+
+
+def test_a_weight_that_is_asked_for_before_it_runs_is_released(ranks, small):
+    plain = ranks(2).run(losses_of_steps, small(cluster={"workers": 2}), False)
+    asked = ranks(2).run(losses_of_steps, small(cluster={"workers": 2}), True)
+    assert asked == plain
+    assert [left for _, left in asked] == [(0, 0)] * 2

@@ -8,6 +8,7 @@ the next one is gathered, as modules ran in the pass before; its codes wait for 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
@@ -30,8 +31,10 @@ class Coordinator:
         self.there = 0  # elements of parameters that are gathered, or on their way
         self._inflight: dict[Any, Gathers] = {}
         self._gathered: dict[Any, None] = {}
-        self._order: list[Any] = []  # in which modules ran in the pass before
-        self._seen: list[Any] = []  # in this one
+        # In which modules ran: in this pass, and in the one before it of its kind, with gradients or without.
+        self._seen: list[Any] = []
+        self._orders: dict[bool, list[Any]] = {False: [], True: []}
+        self._is_training = False
         self._is_known = True  # whether this pass goes as that one did, until now
         self._backward: dict[int, Any] = {}  # whose backward passes have begun
         self._params: dict[Any, list[Any]] = {}
@@ -40,14 +43,14 @@ class Coordinator:
         """A pass begins; the one before may have ended anywhere."""
         self._release_all()
         if self._seen:
-            self._order, self._seen = self._seen, []
-        self._is_known = True
+            self._orders[self._is_training], self._seen = self._seen, []
+        self._is_training, self._is_known = torch.is_grad_enabled(), True
 
     def trace_prologue(self, module: Any) -> None:
         """A module is about to run."""
-        at = len(self._seen)
+        at, order = len(self._seen), self._orders[self._is_training]
         self._seen.append(module)
-        self._is_known = self._is_known and at < len(self._order) and self._order[at] is module
+        self._is_known = self._is_known and at < len(order) and order[at] is module
 
     def is_record_trace(self) -> bool:
         return False  # `trace_prologue` has seen to it
@@ -82,13 +85,15 @@ class Coordinator:
 
     def release_and_reset_all(self, model: Any) -> None:
         """What is there goes, whoever works with it."""
+        self._adopt(model.parameters())
         self._release_all()
 
     def _release_all(self) -> None:
         self._backward.clear()
-        for started, of in self._started(list(self._inflight)):
+        for started, of in self._started(self._inflight):
             started.drop(of)
             self.there -= sum(p.ds_numel for p in of)
+        self._inflight.clear()
         for p in list(self._gathered):
             p.ds_active_sub_modules.clear()
             self._release(p)
@@ -97,14 +102,25 @@ class Coordinator:
         """A block's parameters, or those that are a module's own."""
         if module not in self._params:
             self._params[module] = list(module.parameters(recurse=z3_leaf_module(module)))  # type: ignore[no-untyped-call]
-        return self._params[module]
+        own = self._params[module]
+        # What it reads of a module that does not run then, as DeepSpeed has found.
+        others = module.ds_external_parameters()
+        return [*own, *(p for _, p in others)] if others else own
+
+    def _adopt(self, params: Iterable[Any]) -> None:
+        """Some that were gathered by themselves, when something asked for their values."""
+        for p in params:
+            if p.ds_status is ZeroParamStatus.AVAILABLE and p not in self._gathered:
+                self._gathered[p] = None
+                self.there += p.ds_numel
 
     def _gather(self, params: Iterable[Any]) -> None:
         """Begin to gather what is neither there nor on its way: with each parameter all that lies with it.
 
         The gather waits for all that computes until now: for the update that changed what it moves, and, of a
         block that is fetched ahead, for the release of the one before that which is about to work.  So no
-        more than two are there, however far Python is ahead of the device.
+        more than two are there, however far Python is ahead of the device; and as all that is gathered is
+        allocated for one stream, a released block's memory is the next gather's at once.
         """
         missing = [p for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if not missing:
@@ -120,7 +136,7 @@ class Coordinator:
 
     def _gather_next(self) -> None:
         """What is needed next; nothing, if a part of its unit is still there, for it comes as a whole."""
-        for module in self._order[len(self._seen) :]:
+        for module in self._orders[self._is_training][len(self._seen) :]:
             missing = [p for p in self._of(module) if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
             if missing:
                 if all(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in missing[0].unit):
@@ -128,16 +144,18 @@ class Coordinator:
                 return
 
     def _wait(self, params: Sequence[Any]) -> None:
-        awaited = [p for p in params if p.ds_status is ZeroParamStatus.INFLIGHT]
-        for started, of in self._started(awaited):
+        for started, of in self._started(p for p in params if p in self._inflight):
             started.wait(of)
-            self._gathered |= dict.fromkeys(of)
+            for p in of:
+                del self._inflight[p]
+                self._gathered[p] = None
+        self._adopt(params)
 
-    def _started(self, params: Sequence[Any]) -> list[tuple[Gathers, list[Any]]]:
-        """The gathers that bring some parameters, which are no more on their way then."""
+    def _started(self, params: Iterable[Any]) -> list[tuple[Gathers, list[Any]]]:
+        """The gathers that bring some parameters."""
         of: dict[int, tuple[Gathers, list[Any]]] = {}
         for p in params:
-            started = self._inflight.pop(p)
+            started = self._inflight[p]
             of.setdefault(id(started), (started, []))[1].append(p)
         return list(of.values())
 

@@ -30,7 +30,7 @@ from lowbit_dist.model import DTYPES, blocks_of
 from lowbit_dist.tokenizer import Marks
 from lowbit_dist.zero import first
 from lowbit_dist.zero.contract import DeepSpeedEngine, check_deepspeed, deepspeed
-from lowbit_dist.zero.gathers import lay_wires, packed_of
+from lowbit_dist.zero.gathers import gathered_alone, lay_wires, packed_of
 from lowbit_dist.zero.shards import Initial, Partitioner
 from lowbit_dist.zero.stage3 import Moving, PackedZero3, Update
 from lowbit_dist.zero.standard import RuleOptimizer, StandardZero, materialize
@@ -210,10 +210,8 @@ class Engine:
         if self._standard is not None:
             yield param.detach()
             return
-        param.all_gather()
-        with torch.no_grad():
+        with torch.no_grad(), gathered_alone(param):
             yield values(param)
-        param.partition()
 
     def compile(self, heartbeat: Callable[[], object]) -> None:
         """Let the training passes of the model's blocks run compiled from now on (compiled.py)."""

@@ -13,13 +13,13 @@ Neighbours are gathered together (`Gathers`).  Codes stay in that buffer until t
 layer that decodes a weight reads its columns; ordinary parameters are copied out of it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
@@ -133,16 +133,17 @@ class Gathers:
 
     @torch.no_grad()
     def wait(self, params: Iterable[Any] | None = None) -> None:
-        """Some of the parameters are there, by default all; in the stream that reads them."""
-        accelerator = get_accelerator()
+        """Some of the parameters are there, by default all; in the stream that reads them.
+
+        The allocator is not told of that stream (`record_stream`): what reuses this memory is a later gather,
+        which waits for it (coordinator.py).
+        """
         for p in self.of if params is None else params:
             if p.ds_status is not ZeroParamStatus.INFLIGHT:
                 continue
             whole, work = self.of[p]
             if work is not None:
                 work.wait()
-                if not accelerator.is_synchronized_device():
-                    whole.record_stream(accelerator.current_stream())
             _unpack(p, packed_of(p), whole)
             p.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -153,6 +154,16 @@ class Gathers:
             if work is not None:
                 work.wait()
             p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+@contextmanager
+def gathered_alone(param: Any) -> Iterator[None]:
+    """Inside, a parameter is there, between passes; on every worker at once."""
+    param.all_gather()
+    try:
+        yield
+    finally:
+        param.partition()
 
 
 def _unpack(param: Any, packed: Any, whole: Tensor) -> None:
