@@ -109,15 +109,22 @@ def test_a_pretrained_folder_of_pickles_is_refused(tmp_path, small):
         model.InitialWeights(torch.nn.Linear(2, 2), Dense(), 0, tmp_path)
 
 
-def flips_of_one_step(configuration):
-    """What a step says of its flips, and the codes of this rank's shards that it changed."""
-    from lowbit_dist import configfile, model, ops
+def engine_of(configuration):
+    """In float32, with the first weights of seed 0."""
+    from lowbit_dist import configfile, model
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.float32)
     initial = model.InitialWeights(built, config.method, 0, None)
-    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
+    return Engine(config, built, initial, model.low_bit_names(built, config.method))
+
+
+def flips_of_one_step(configuration):
+    """What a step says of its flips, and the codes of this rank's shards that it changed."""
+    from lowbit_dist import ops
+
+    engine = engine_of(configuration)
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
     packed = [shard for shard in engine.shards if shard.codes is not None]
     before = [ops.unpack(shard.codes, grid=shard.grid) for shard in packed]
@@ -204,13 +211,9 @@ def gathers_of_passes(configuration):
     """What is gathered, in which order, and what is there after each pass; of an engine's training passes,
     evaluations and a forward pass that was left in the middle.
     """
-    from lowbit_dist import configfile, model, ops
-    from lowbit_dist.zero import Engine
+    from lowbit_dist import model, ops
 
-    config = configfile.from_dict(configuration)
-    built = model.build(config.model, 512, config.method, torch.float32)
-    initial = model.InitialWeights(built, config.method, 0, None)
-    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
+    engine = engine_of(configuration)
     coordinator = engine._engine.optimizer.parameter_offload.param_coordinator
     tokens = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(engine.rank))
     gather, units, left = coordinator._gather, [], []
@@ -271,13 +274,9 @@ def losses_of_steps(configuration, reads):
     """Of two steps and an evaluation.  `reads`: the model asks for the embeddings before they run, as some do
     for their device; DeepSpeed then gathers them at once.
     """
-    from lowbit_dist import configfile, model, ops
-    from lowbit_dist.zero import Engine
+    from lowbit_dist import ops
 
-    config = configfile.from_dict(configuration)
-    built = model.build(config.model, 512, config.method, torch.float32)
-    initial = model.InitialWeights(built, config.method, 0, None)
-    engine = Engine(config, built, initial, model.low_bit_names(built, config.method))
+    engine = engine_of(configuration)
     if reads:
         engine.module.model.register_forward_pre_hook(
             lambda model, _: model.embed_tokens.weight.device and None

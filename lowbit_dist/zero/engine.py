@@ -324,10 +324,8 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
     if stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,  # every parameter is a shard
-            "stage3_max_reuse_distance": 0,  # else decoded weights stay alive from forward to backward
             # Beside what works, the next is gathered: packed bytes only, for decoding waits for the layer.
             "stage3_max_live_parameters": 2 * block,
-            "stage3_prefetch_bucket_size": 1,  # which becomes all that is gathered with it
             "reduce_bucket_size": block,
             "contiguous_gradients": False,  # else a dense bucket is allocated for good
             "sub_group_size": 10**15,  # shards are updated one by one anyway
