@@ -38,9 +38,12 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "dense": {"method": {"name": "dense"}},
     "dqt ternary": {"method": {"name": "dqt"}},
     "dqt, int8 matmul": {"method": {"name": "dqt"}, "precision": {"matmul": "int8"}},
+    "dqt, int8 grad_input": {
+        "method": {"name": "dqt"}, "precision": {"matmul": "int8", "grad_input": "int8"}
+    },
     "dqt int8": {"method": {"name": "dqt", "grid": "int8"}},
     "bitnet": {"method": {"name": "bitnet"}},
-}
+}  # fmt: skip
 _VOCABULARY = 2048
 
 

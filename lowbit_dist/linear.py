@@ -20,7 +20,10 @@ that are given the same tensor, as the projections of an attention are.
 `nn.functional.linear` on a CPU saves the transposed *view* of its weight; `linear` below saves the parameter.
 
 A layer that multiplies integers (products.py) makes y of the rounded inputs and of the weight's levels, in
-exact sums; its gradients are those at the numbers that both stand for, as without.
+exact sums; its gradients are those at the numbers that both stand for, as without.  With `grad_in_integers`
+that of its input is one of integers, too, of rounded rows of dy (SwitchBack, arXiv 2304.13013):
+
+    dx = Q(dy s) . L       L: levels;  s: their scale, which is left to the sums where it is one for all
 
 Letters: T tokens, K in_features, N out_features.
 """
@@ -156,6 +159,7 @@ class _Linear(torch.autograd.Function):
         product: Product,
         bits: int | None,  # to which each token is rounded
         in_integers: bool,  # y is made of rounded tokens and levels
+        grad_in_integers: bool,  # and so is the gradient of x
     ) -> Tensor:
         given = x.dtype
         if bits is None:
@@ -170,6 +174,7 @@ class _Linear(torch.autograd.Function):
         ctx.weight, ctx.view, ctx.product = weight, view, product  # type: ignore[attr-defined]
         dtype = x.dtype if bits is None else dtype or given
         ctx.given, ctx.dtype, ctx.has_bias = given, dtype, bias is not None  # type: ignore[attr-defined]
+        ctx.grad_in_integers = grad_in_integers  # type: ignore[attr-defined]
         own = None
         if in_integers:
             w, scale = weight.packed.levels(weight.shape)  # type: ignore[attr-defined]
@@ -187,12 +192,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
         (x, *per_unit), view, product = ctx.saved_tensors, ctx.view, ctx.product
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dweight = dbias = None
-        w = values(ctx.weight)
-        viewed, own = (w, None) if view is None else view.forward(w)
-        if ctx.needs_input_grad[0]:
-            dx = product(dy, viewed.to(dy.dtype).t(), of_gradient=True)
-        del viewed
+        dx = dweight = dbias = w = own = None
+        if not ctx.grad_in_integers:
+            w = values(ctx.weight)
+            viewed, own = (w, None) if view is None else view.forward(w)
+            if ctx.needs_input_grad[0]:
+                dx = product(dy, viewed.to(dy.dtype).t(), of_gradient=True)
+            del viewed
+        elif ctx.needs_input_grad[0]:
+            dx = _int8_input_gradient(dy, *ctx.weight.packed.levels(ctx.weight.shape))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.needs_input_grad[1]:
@@ -201,7 +209,18 @@ class _Linear(torch.autograd.Function):
             dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
-        return dx, dweight, dbias, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None, None
+
+
+def _int8_input_gradient(
+    dy: Tensor,  # [T, N]
+    levels: Tensor,  # [N, K] int8
+    scale: Tensor,  # [1] | [N] float32
+) -> Tensor:  # [T, K], of dy's type
+    if len(scale) > 1:  # the sum is over what has scales of its own
+        dy, scale = (dy * scale).to(dy.dtype), torch.ones_like(scale[:1])
+    rounded = ops.round_tokens(dy.contiguous(), least=ops.LEAST_OF_GRADIENT)
+    return ops.int8_product(*rounded, levels.t(), scale, dy.dtype)
 
 
 def linear(
@@ -213,17 +232,20 @@ def linear(
     product: Product = plain_product,
     bits: int | None = None,  # to which each token is rounded
     in_integers: bool = False,
+    grad_in_integers: bool = False,
 ) -> Tensor:  # [..., N]
     """`x . view(weight)^T + bias`; with `bits`, each token of x is rounded as `IntPerToken` says, and
-    `in_integers` it is multiplied so (`ops.int8_product`) with a packed weight, which has no view.
+    `in_integers` it is multiplied so (`ops.int8_product`) with a packed weight, which has no view; with
+    `grad_in_integers` its gradient is made so, too.
     """
     device, tokens = x.device.type, x.reshape(-1, x.shape[-1])
+    integers = bits, in_integers, grad_in_integers
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device)
-            y = _Linear.apply(tokens, weight, bias, view, dtype, product, bits, in_integers)
+            y = _Linear.apply(tokens, weight, bias, view, dtype, product, *integers)
     else:
-        y = _Linear.apply(tokens, weight, bias, view, None, product, bits, in_integers)
+        y = _Linear.apply(tokens, weight, bias, view, None, product, *integers)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -283,7 +305,8 @@ class Linear(nn.Module):
         self.view = view
         self.activation = activation
         self.product: Product = plain_product
-        self.in_integers = False  # whether y is made of rounded inputs and levels (products.py)
+        # Whether y is made of rounded inputs and levels, and the gradient of x of rounded ones (products.py).
+        self.in_integers = self.grad_in_integers = False
         self.norm: nn.Module | None = None
         if norm_eps is not None:
             self.norm = nn.RMSNorm(
@@ -296,8 +319,8 @@ class Linear(nn.Module):
             x = self.norm(x)
         operands: Any = {"view": self.view, "product": self.product}
         if type(self.activation) is IntPerToken and multiply is linear:
-            rounding: Any = {"bits": self.activation.bits, "in_integers": self.in_integers}
-            return linear(x, self.weight, self.bias, **rounding, **operands)
+            operands |= {"in_integers": self.in_integers, "grad_in_integers": self.grad_in_integers}
+            return linear(x, self.weight, self.bias, bits=self.activation.bits, **operands)
         if self.activation is not None:
             x = self.activation(x)
         return multiply(x, self.weight, self.bias, **operands)

@@ -25,6 +25,11 @@ class Precision(Section):
         "forward pass, in exact sums, where a scale serves a tensor or a row. fp8: 8-bit floats in all "
         "passes, on GPUs of compute capability 8.9 or more.",
     )
+    grad_input: Literal["auto", "int8"] = setting(
+        "auto",
+        "What the gradients of these layers' inputs are made of. auto: what is computed in, or fp8 with "
+        "matmul: fp8. int8, with matmul: int8: the rows of an output's gradient are rounded to 8 bits, too.",
+    )
 
     @model_validator(mode="after")
     def _products_are_of_what_is_computed(self) -> Self:
@@ -33,11 +38,17 @@ class Precision(Section):
                 f"precision.matmul ({self.matmul}) must go with precision.compute bf16, not fp32; write "
                 "precision.compute: bf16, or precision.matmul: auto"
             )
+        if self.grad_input == "int8" and self.matmul != "int8":
+            raise ConfigError(
+                f"precision.grad_input (int8) must go with precision.matmul int8, not {self.matmul}; write "
+                "precision.matmul: int8, or precision.grad_input: auto"
+            )
         return self
 
     def of_latent(self) -> Self:
         """The same for a method whose weights are no integers."""
-        return self.model_copy(update={"matmul": "auto"}) if self.matmul == "int8" else self
+        in_numbers = {"matmul": "auto", "grad_input": "auto"}
+        return self.model_copy(update=in_numbers) if self.matmul == "int8" else self
 
 
 def is_word(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How the layers of a run's model multiply while they train (`precision.matmul`).
+"""How the layers of a run's model multiply while they train (`precision.matmul`, `precision.grad_input`).
 
 fp8: all linear layers but the head multiply 8-bit floats, forward and backward (float8.py).
 
@@ -8,8 +8,8 @@ int8: low-bit layers multiply integers in the forward pass.
 
 Both factors are integers already, so nothing is rounded that was not, and the sums are exact: y has the same
 bits in any order of the sum, on any number of threads, however a batch is cut.  It is what
-`inference.IntegerLinear` computes of a trained model, but for the last digit of 1 / a.  dx and dW are
-products of numbers, as they are without.
+`inference.IntegerLinear` computes of a trained model, but for the last digit of 1 / a.  dW is a product of
+numbers, as it is without; so is dx, unless `grad_input` has the rows of dy rounded as tokens are.
 
 It takes a method that stores codes (dqt and flip: any grid, and what `forward: ternary` makes of them),
 inputs of 8 bits, and a scale for a tensor or for each row: with one for each group the sum would be one of
@@ -21,7 +21,6 @@ from torch import nn
 from lowbit_dist import float8, ops
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import IntPerToken, Linear, decodes
-from lowbit_dist.methods import Method
 from lowbit_dist.model import linear_weights, low_bit_names, scale_every, shapes
 
 
@@ -35,6 +34,7 @@ def choose_(config: RunConfig, model: nn.Module) -> None:
     for layer in _layers(config, model):
         if config.precision.matmul == "int8":
             layer.in_integers = True
+            layer.grad_in_integers = config.precision.grad_input == "int8"
         else:
             layer.product = float8.product
 
@@ -55,25 +55,29 @@ def _layers(config: RunConfig, model: nn.Module) -> list[Linear]:
                 f"not with {type(layer).__name__}, which has {name}; write precision: bf16"
             )
         if matmul == "int8":
-            _check_integers(name, layer, config.method, tuple(model.get_parameter(name).shape))
+            _check_integers(name, layer, config, tuple(model.get_parameter(name).shape))
         layers.append(layer)
     return layers
 
 
-def _check_integers(name: str, layer: Linear, method: Method, shape: tuple[int, ...]) -> None:
+def _check_integers(name: str, layer: Linear, config: RunConfig, shape: tuple[int, ...]) -> None:
     if layer.view is not None:
         raise _no_integers(f"layers without a view of their codes, and that of {name} has one")
     if not (type(layer.activation) is IntPerToken and layer.activation.bits == 8):
         raise _no_integers(f"inputs of 8 bits, and those of {name} are not", "method.activation_bits: 8")
-    every = scale_every(method, shape)
+    every = scale_every(config.method, shape)
     if every not in (layer.weight.numel(), shape[-1]):
         why = f"a scale for a tensor or a row, and {name} has one for each {every:,} elements"
         raise _no_integers(why, "method.granularity: row")
-    if shape[-1] > ops.LONGEST_ROW:
-        raise _no_integers(
-            f"rows of at most {ops.LONGEST_ROW:,} elements, whose sums fit 32 bits, and those of {name} have "
-            f"{shape[-1]:,}"
-        )
+    lengths = {"rows": shape[-1]}
+    if config.precision.grad_input == "int8":
+        lengths["columns"] = shape[0]
+    for what, length in lengths.items():
+        if length > ops.LONGEST_ROW:
+            raise _no_integers(
+                f"{what} of at most {ops.LONGEST_ROW:,} elements, whose sums fit 32 bits, and those of "
+                f"{name} have {length:,}"
+            )
 
 
 def _no_integers(rule: str, instead: str | None = None) -> ConfigError:

@@ -128,7 +128,9 @@ def test_factored_rmsprop_is_adafactor_with_its_beta_on_linear_layers_alone():
     rule = RMSProp(beta=0.9, eps=1e-8, second_moment="factored", states="int8")
     linear, other = (rule.of(is_linear=is_linear) for is_linear in (True, False))
     assert linear == Adafactor(beta=0.9, eps=1e-8**2, clip_rms=0.0) and isinstance(other, AdamW)
-    assert other.states == "int8" and RMSProp().of(is_linear=True) == RMSProp()
+    assert other.states == "int8" and RMSProp().second_moment == "factored"
+    of_elements = RMSProp(second_moment="element")
+    assert of_elements.of(is_linear=True) == of_elements
     # One gradient, of products: then the product is the very second moment, that of each element.
     g = torch.rand(6, 1).add(0.5) @ torch.rand(1, 8).add(0.5)
     per_element = RMSProp(beta=0.9, states="fp32")
@@ -145,7 +147,7 @@ REPRODUCIBLE = {
     "micro_batch": 1,
 }  # fmt: skip
 # Codes with residuals flip in a few steps at such a rate alone: from 0, a residual has half a level to go.
-FACTORED = {"name": "rmsprop", "second_moment": "factored", "linear_lr_ratio": 4.0}
+FACTORED = {"name": "rmsprop", "linear_lr_ratio": 4.0}
 RUNS = {
     "codes": {"optimizer": {"name": "adafactor"}, "method": {"grid": "int8"}, "model": SMALLER},
     # rows of 576 are cut anywhere; a worker has none of a norm's gains

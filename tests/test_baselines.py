@@ -390,7 +390,7 @@ REPRODUCIBLE = {
 def test_one_digest_on_any_number_of_workers_and_after_a_resume(method, ranks, small, tmp_path):
     optimizer = {"linear_lr_ratio": 0.25}
     if method["name"] == "flip":  # from 0, a residual has more than half a level to go
-        optimizer = {"name": "rmsprop", "linear_lr_ratio": 4.0}
+        optimizer = {"name": "rmsprop", "second_moment": "element", "linear_lr_ratio": 4.0}
 
     def run(label, world, stop_at=None):
         content = small(

@@ -101,6 +101,7 @@ def test_defaults_units_and_what_may_change_are_those_of_the_models(sections):
         "tracking.mlflow": "text or null",
         "precision.compute": "bf16 or fp32",
         "precision.matmul": "auto, bf16, int8 or fp8",
+        "precision.grad_input": "auto or int8",
         "method.name": "dqt, flip, bitnet, trilm, tequila, tbt, dense",
     }.items(),
 )
@@ -201,7 +202,7 @@ def test_a_part_is_shown_alone(lowbit):
     assert shown("train.steps") == [("train", None, ["steps"])]
     assert shown("method.grid") == [("method", name, ["grid"]) for name in ("dqt", "flip")]
     assert shown("grid") == shown("method.grid")
-    assert shown("precision") == [("precision", None, ["compute", "matmul"])]
+    assert shown("precision") == [("precision", None, ["compute", "matmul", "grad_input"])]
     assert [part[:2] for part in shown("optimizer")] == [
         ("optimizer", None), ("optimizer", "adafactor"), ("optimizer", "adamw"), ("optimizer", "lion"),
         ("optimizer", "muon"), ("optimizer", "rmsprop"),

@@ -55,7 +55,7 @@ def test_every_field_has_a_default_but_the_data_path(tmp_path):
         "schedule.name": "cosine", "schedule.warmup_steps": 50, "schedule.min_lr_ratio": 0.1,
         "schedule.decay_share": 0.2, "schedule.switch_at": 0.5, "schedule.second_lr_ratio": 0.667,
         "schedule.weight_decay_until": None,
-        "precision.compute": "bf16", "precision.matmul": "auto",
+        "precision.compute": "bf16", "precision.matmul": "auto", "precision.grad_input": "auto",
         "zero.residency": "sharded", "zero.stage": None,
         "train.steps": 300, "train.batch_tokens": 8192, "train.micro_batch": 8, "train.clip_norm": 1.0,
         "train.activation_checkpointing": False, "train.reproducible": False, "train.gradient_release": False,
@@ -103,7 +103,7 @@ def test_a_word_for_precision_is_short_for_a_section(tmp_path):
         of_section = load(tmp_path, GOOD + f"precision: {section}")
         assert of_word == of_section and not of_word.differences(of_section)
     changed = load(tmp_path, GOOD + "precision: fp32", "precision.matmul=int8")
-    assert changed.to_dict()["precision"] == {"compute": "fp32", "matmul": "int8"}
+    assert changed.to_dict()["precision"] == {"compute": "fp32", "matmul": "int8", "grad_input": "auto"}
     assert configfile.changed(of_word, {"precision": "fp32"}).precision.compute == "fp32"
     assert configfile.from_dict(changed.to_dict()) == changed
     assert of_word.differences(changed) == [
@@ -144,6 +144,7 @@ READ = {
     "precision=fp32": ("precision.compute", "fp32"),
     "precision=fp8": ("precision.matmul", "fp8"),
     "precision.matmul=int8": ("precision.matmul", "int8"),
+    "precision={matmul: int8, grad_input: int8}": ("precision.grad_input", "int8"),
     "precision={compute: fp32, matmul: int8}": ("precision.compute", "fp32"),
     "model={hidden_size: 512, intermediate_size: 768, layers: 2, heads: 8, kv_heads: 2}": ("model.heads", 8),
     "model.pretrained=some/model": ("model.pretrained", "some/model"),
@@ -693,6 +694,10 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
         GOOD, ("precision.matmul=int8", "method={name: bitnet}"),
         "precision.matmul (int8) must go with a method whose weights are packed integers, such as dqt, not "
         "bitnet; write precision.matmul: auto"),
+    "gradients in integers beside outputs in numbers": (
+        GOOD, ("precision.grad_input=int8",),
+        "precision.grad_input (int8) must go with precision.matmul int8, not auto; write precision.matmul: "
+        "int8, or precision.grad_input: auto"),
     "a precision from elsewhere": (
         GOOD, ("precision=float32",),
         "precision ('float32') must be one of bf16, fp32, fp8, or a section; did you mean 'fp32'?"),

@@ -112,7 +112,8 @@ def test_more_of_what_is_slow_is_slower():
     assert speed(method="dense", execution=cost.COMPILED) < speed(
         method="dense", execution=cost.COMPILED, precision="fp8"
     )
-    assert speed() < speed(precision={"matmul": "int8"})
+    in_integers = {"matmul": "int8"}
+    assert speed() < speed(precision=in_integers) < speed(precision=in_integers | {"grad_input": "int8"})
     names = ("A100", "H100", "H200", "B200")
     speeds = [speed(gpu=cost.GPUS[name]) for name in names]
     assert speeds == sorted(speeds) and len(set(speeds)) == len(names)

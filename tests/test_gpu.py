@@ -23,9 +23,13 @@ RUNS = {
     "sent on another grid": {"method": {"grid": "int8", "forward": "ternary"}},
     "groups": {"method": {"granularity": "group", "group": 64}},
     **{name: {"optimizer": {"name": name, "lr": 3e-4}} for name in ("lion", "rmsprop", "adafactor", "muon")},
+    "rmsprop of elements": {"optimizer": {"name": "rmsprop", "second_moment": "element", "lr": 3e-4}},
     "states in fp32": {"optimizer": {"states": "fp32"}},
     "fp32": {"precision": "fp32"},
     "integers": {"precision": {"matmul": "int8"}},
+    "integers, gradients too": {
+        "method": {"granularity": "row"}, "precision": {"matmul": "int8", "grad_input": "int8"}
+    },
     "integers of 8 bits": {"method": {"grid": "int8"}, "precision": {"matmul": "int8"}},
     "fp8": {"precision": "fp8"},
     "compiled": {"train": {"compile": "on"}},

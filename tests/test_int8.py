@@ -44,12 +44,15 @@ def case(t, n, k, *, n_scales=1):
 def test_a_product_is_that_of_whole_numbers(t, n, k, dtype):
     for n_scales in {1, n}:
         levels, per_unit, weight, scale = case(t, n, k, n_scales=n_scales)
+        by_columns = weight.t().contiguous().t()
         sums = levels.long() @ weight.long().t()
         expected = (sums.float() * scale * (1 / per_unit[:, None])).to(dtype)
         for product in (ops.int8_product, reference.int8_product):
             found = product(levels, per_unit, weight, scale, dtype)
             assert found.dtype == dtype and found[1:2].isnan().all() and not found[:1].isnan().any()
             assert_equal(found.nan_to_num(-1.0), expected.nan_to_num(-1.0), "y")
+            found = product(levels, per_unit, by_columns, scale, dtype)
+            assert_equal(found.nan_to_num(-1.0), expected.nan_to_num(-1.0), "y of a weight by columns")
     assert ops.int8_product(levels[:0], per_unit[:0], weight, scale, dtype).shape == (0, n)
 
 
@@ -105,7 +108,7 @@ def test_a_processor_whose_sums_are_not_exact_is_not_asked_for_them():
         (lambda c: [c[0][:, :-1].contiguous(), *c[1:]], "do not fit"),
         (lambda c: [*c[:3], torch.ones(2)], "2 scales do not fit"),
         (lambda c: [c[0].float(), *c[1:]], "levels is torch.float32"),
-        (lambda c: [*c[:2], c[2].t(), c[3]], "weight has strides"),
+        (lambda c: [*c[:2], c[2].repeat(1, 2)[:, ::2], c[3]], "weight has strides"),
         (lambda c: case(1, 1, ops.LONGEST_ROW + 1), "may not fit 32 bits"),
     ],
 )
@@ -163,6 +166,44 @@ def test_a_layer_multiplies_integers_and_has_the_gradients_of_numbers(method, dt
         assert layer(x).dtype == torch.bfloat16
 
 
+@every_float
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_the_gradient_of_an_input_is_one_of_integers(granularity, dtype):
+    """Each row of dy (times the rows' scales, where there are several) rounded to 8 bits, times levels."""
+    layer = layer_of(DQT(grid="int4", granularity=granularity), dtype=dtype)
+    x, dy = (torch.randn(3, 5, n, generator=generator(n)).to(dtype) for n in (256, 64))
+    dy[1] *= 1e-12
+    dy[2, 0] = 0.0
+    layer.in_integers = True
+
+    def passes(x, dy):
+        layer.zero_grad()
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        y.backward(dy)
+        return x.grad, y.detach(), layer.weight.grad, layer.bias.grad
+
+    in_numbers = passes(x, dy)
+    layer.grad_in_integers = True
+    in_integers = passes(x, dy)
+    for ours, theirs in zip(in_integers[1:], in_numbers[1:], strict=True):
+        assert torch.equal(ours, theirs), "all but the gradient of x"
+    packed = layer.weight.packed.tensor
+    levels, scale = packed.levels().view(64, 256), packed.scale
+    rows = dy.view(15, 64) if len(scale) == 1 else (dy.view(15, 64) * scale).to(dtype)
+    most = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30)
+    q = (rows * (127 / most)).round().long()
+    assert q.abs().max() == 127 and q[5:10].abs().amax(1).tolist() == [127] * 5, "also of small ones"
+    expected = (q @ levels.long()).float() * (scale if len(scale) == 1 else 1.0) * (1 / (127 / most))
+    assert_equal(in_integers[0].view(15, 256), expected.to(dtype), "dx")
+    assert not torch.equal(in_integers[0], in_numbers[0])
+    torch.testing.assert_close(in_integers[0], in_numbers[0], rtol=0, atol=0.05 * in_numbers[0].std().item())
+    first = passes(x[:1], dy[:1])[0]
+    assert torch.equal(first, in_integers[0][:1]), "no other token shows"
+    dy[0, 0, 3] = torch.inf
+    assert passes(x, dy)[0][0, 0].isnan().all(), "it is not hidden"
+
+
 def test_inputs_are_rounded_once_and_their_numbers_are_not_made():
     layers = [layer_of(DQT()), layer_of(DQT(grid="int8"))]
     x, made = torch.randn(4, 256), []
@@ -189,15 +230,17 @@ def configuration(small, name, **changes):
 
 
 OTHERS = {
-    "ternary": {},
-    "ternary of rows": {"grid": "int8", "forward": "ternary", "granularity": "row"},
-    "flip": {"name": "flip", "grid": "int4"},
+    "ternary": ({}, "auto"),
+    "ternary of rows": ({"grid": "int8", "forward": "ternary", "granularity": "row"}, "auto"),
+    "flip": ({"name": "flip", "grid": "int4"}, "auto"),
+    "gradients too": ({}, "int8"),
+    "gradients too, of rows": ({"grid": "int8", "granularity": "row"}, "int8"),
 }
 
 
-@pytest.mark.parametrize("method", standing(OTHERS, "ternary"))
-def test_one_digest_on_any_number_of_workers(method, ranks, small):
-    method = {"method": method}
+@pytest.mark.parametrize(("method", "of_gradients"), standing(OTHERS, "ternary", "gradients too, of rows"))
+def test_one_digest_on_any_number_of_workers(method, of_gradients, ranks, small):
+    method = {"method": method, "precision": INT8 | {"grad_input": of_gradients}}
     recomputed = {"train": {"activation_checkpointing": True}}
     digests = {
         "one, evaluated": digest(ranks, 1, configuration(small, "one", train={"eval_every": 1}, **method)),
@@ -209,8 +252,9 @@ def test_one_digest_on_any_number_of_workers(method, ranks, small):
     digests["stopped"] = digest(ranks, 1, stopped)
     assert len(set(digests.values())) == 1, digests
     with pytest.raises(AssertionError, match=r"precision.matmul: int8 -> auto"):
-        ranks(1).run(checked, configuration(small, "stopped", precision="fp32", **method))
-    in_numbers = configuration(small, "numbers", precision="fp32", **method)
+        ranks(1).run(checked, configuration(small, "stopped", **method | {"precision": "fp32"}))
+    less = "fp32" if of_gradients == "auto" else INT8
+    in_numbers = configuration(small, "numbers", **method | {"precision": less})
     assert digest(ranks, 1, in_numbers) not in digests.values(), "the case must multiply integers"
 
 
@@ -289,11 +333,29 @@ def test_layers_that_cannot_are_refused(sections, words, small):
         products.check(config, 512)
 
 
+@pytest.mark.slow
+def test_a_model_learns_with_gradients_of_integers(small, ranks):
+    content = small(
+        model={"hidden_size": 64, "intermediate_size": 64, "layers": 1, "heads": 2, "kv_heads": 1},
+        method={"grid": "int8"}, cluster={"workers": 1}, train={"batch_tokens": 128, "micro_batch": 2},
+    )  # fmt: skip
+    of_outputs, _ = ranks(1).run(losses, content | {"precision": {"matmul": "int8"}})[0]
+    of_both, _ = ranks(1).run(losses, content | {"precision": {"matmul": "int8", "grad_input": "int8"}})[0]
+    assert of_both[0] == of_outputs[0] and of_both[1:] != of_outputs[1:]
+    assert of_both[-1] == pytest.approx(of_outputs[-1], rel=0.02)
+
+
 def test_longer_rows_than_sums_can_have_are_refused(small):
     config = configfile.from_dict(small(precision=INT8))
     with (
         patch.object(ops, "LONGEST_ROW", 300),
         pytest.raises(ConfigError, match=r"rows of at most 300 elements, .* have 512; write precision"),
+    ):
+        products.check(config, 512)
+    config = configfile.from_dict(small(precision=INT8 | {"grad_input": "int8"}))
+    with (
+        patch.object(ops, "LONGEST_ROW", 512 - 1),
+        pytest.raises(ConfigError, match=r"(rows|columns) of at most 511 elements, .* have 512; write"),
     ):
         products.check(config, 512)
 

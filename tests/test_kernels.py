@@ -396,6 +396,11 @@ def test_tokens_are_rounded_as_the_reference_does(device: str, dtype: torch.dtyp
             wanted = reference.token_values(*expected, of)
             assert_equal(values.nan_to_num(-1.0), wanted.nan_to_num(-1.0), f"values in {of}")
             assert values[4:6].isnan().all() and not values[:4].isnan().any()
+    small = torch.where(x.isfinite(), x, 0) * 1e-30
+    for theirs, ours in zip(
+        reference.round_tokens(small, 8, 1e-30), kernels.round_tokens(small.to(device), 8, 1e-30), strict=True
+    ):
+        assert_equal(ours, theirs, "gradients")
     assert [t.numel() for t in kernels.round_tokens(x[:0].to(device))] == [0, 0]
 
 
@@ -425,6 +430,8 @@ def test_products_of_integers_equal_the_reference(
         ours = [x.to(device) for x in (levels, per_unit, weight, scale)]
         actual = kernels.int8_product(*ours, dtype)
         assert_equal(actual.nan_to_num(-1.0), expected.nan_to_num(-1.0), f"{len(scale)} scales")
+        by_columns = kernels.int8_product(*ours[:2], ours[2].t().contiguous().t(), ours[3], dtype)
+        assert_equal(by_columns.nan_to_num(-1.0), expected.nan_to_num(-1.0), "by columns")
         assert actual[1:2].isnan().all() and not actual[:1].isnan().any()
     assert kernels.int8_product(ours[0][:0], ours[1][:0], *ours[2:], dtype).shape == (0, n)
 
@@ -513,7 +520,7 @@ def compiled(
     for module, name in (
         *((kernels, name) for name in ("_step_codes", "_step_weights", "_decode")),
         *((token_kernels, name) for name in ("_round_tokens", "_token_values", "_largest", "_square_sum")),
-        *((product_kernels, name) for name in ("_unpack", "_int8_product")),
+        *((product_kernels, name) for name in ("_unpack", "_int8_product", "_turn")),
     ):
         kernel = getattr(module, name)
 
@@ -717,6 +724,19 @@ def test_products_of_integers_stay_within_their_budget_on_sm_90(
     assert cost.instructions["IGMMA.64"] == 8, "a pass of the loop, of 128 elements"
     assert cost.instructions.total() <= 2100, "of which 105 are a pass's"
     assert {*accesses(cost, "STG"), *accesses(cost, "LDGSTS")} == {"STG.E.128", "LDGSTS.E.BYPASS.128"}
+
+
+@needs_compiler
+def test_a_weight_is_laid_by_columns_within_its_budget_on_sm_90(compiled: list[Any], tmp_path: Path) -> None:
+    """It is read and written in pieces of 16 bytes; the product of what comes of it is that of any weight."""
+    levels, weight = torch.zeros(2048, 5120, dtype=torch.int8), torch.zeros(5120, 2048, dtype=torch.int8)
+    kernels.int8_product(levels, torch.ones(2048), weight.t(), torch.ones(1), torch.bfloat16)
+    turning, product = compiled
+    cost = cost_of(turning, tmp_path)
+    assert cost.stack == 0 and cost.registers <= 96
+    assert cost.per_element(product_kernels.TURNED**2 / 256) <= 6
+    assert {*accesses(cost, "STG"), *accesses(cost, "LDG")} == {"STG.E.128", "LDG.E.128"}
+    assert cost_of(product, tmp_path).instructions["IGMMA.64"] == 8
 
 
 @needs_compiler

@@ -411,7 +411,7 @@ CASES = [
     {"method": {"name": "trilm", "slices": 2}, "precision": "bf16"},
     {
         "method": {"name": "flip"},
-        "optimizer": {"name": "rmsprop", "linear_lr_ratio": 4.0},
+        "optimizer": {"name": "rmsprop", "second_moment": "element", "linear_lr_ratio": 4.0},
         "precision": "bf16",
     },
     {"optimizer": {"name": "muon"}, "method": {"grid": "int8"}},
@@ -423,6 +423,7 @@ CASES = [
     {"method": {"grid": "int8", "rules": "released"}},
     {"precision": {"matmul": "int8"}, "method": {"grid": "int8", "granularity": "row"}},
     {"precision": {"compute": "fp32", "matmul": "int8"}, "train": CHECKPOINTED},
+    {"precision": {"matmul": "int8", "grad_input": "int8"}},
 ]
 WORLDS = (2, 1, 2, 3)  # of one case after another
 
@@ -488,7 +489,11 @@ def test_what_is_measured_spans_all_that_decides_memory():
         ({"method": {"name": "bitnet"}, "optimizer": {"states": "int8"}, "zero": {"stage": 3}}, 6, 2.03125),
         ({"method": {"name": "dqt", "grid": "ternary"}}, 0.25, 2.03125),
         ({"method": {"name": "dqt", "grid": "int8", "forward": "ternary"}}, 1.25, 2.03125),
-        ({"method": {"name": "flip"}, "optimizer": {"name": "rmsprop"}}, 0.25, 1 + 1.015625),
+        (
+            {"method": {"name": "flip"}, "optimizer": {"name": "rmsprop", "second_moment": "element"}},
+            0.25,
+            1 + 1.015625,
+        ),
     ],
 )
 def test_bytes_of_a_linear_weight_are_its_own_and_those_of_its_states(content, weight, states):

@@ -198,7 +198,7 @@ def test_what_a_run_cannot_start_from_is_refused_before_a_worker_starts(sections
 
 def test_states_that_a_rule_keeps_otherwise_are_refused_before_a_worker_starts(ranks, small):
     """By rows and columns, of the same name and precision; rates do not matter."""
-    rmsprop = {"name": "rmsprop", "second_moment": "factored"}
+    rmsprop = {"name": "rmsprop"}
     parent = small(run={"name": "parent"}, train={"steps": 4, **EACH}, optimizer=rmsprop)
     ranks(1).run(train, parent)
     child = changed(parent, run={"name": "child", "from": "parent", "with_states": True})

@@ -54,6 +54,20 @@ def test_rounded_tokens_stand_for_the_formulas_numbers(backend, dtype, bits, k):
 
 @both_backends
 @every_float
+def test_a_gradient_is_rounded_whatever_its_size(backend, dtype):
+    """By the tokens of a batch its elements are divided, and those of an input are not."""
+    x = torch.randn(6, 300, generator=generator(3)).to(dtype)
+    levels, per_unit = backend.round_tokens(x, least=ops.LEAST_OF_GRADIENT)
+    small, units = backend.round_tokens(x * 2.0**-60, least=ops.LEAST_OF_GRADIENT)
+    assert_equal(small, levels, "levels")
+    assert_equal(units, per_unit * 2.0**60, "integers per 1")
+    assert not backend.round_tokens(x * 2.0**-60)[0].any(), "of an input so small nothing is left"
+    zeros, units = backend.round_tokens(x * 0.0, least=ops.LEAST_OF_GRADIENT)
+    assert not zeros.any() and units.isfinite().all()
+
+
+@both_backends
+@every_float
 def test_a_token_that_is_not_finite_is_nan_and_no_other(backend, dtype):
     x = rows(40, 300, dtype)
     before = backend.round_tokens(x)

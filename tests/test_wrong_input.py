@@ -289,6 +289,9 @@ CASES = {
     "integers with a scale for each group": (
         NOTHING, "train run.yaml run.name=new precision.matmul=int8 method.granularity=group",
         ("precision.matmul (int8)", "a scale for a tensor or a row", "write method.granularity: row or")),
+    "gradients in integers beside outputs in numbers": (
+        NOTHING, "plan run.yaml precision.grad_input=int8",
+        ("precision.grad_input (int8)", "precision.matmul int8, not auto", "write precision.matmul: int8")),
     "integers of inputs that are none": (
         NOTHING, "plan run.yaml precision.matmul=int8 method.activation_bits=null",
         ("precision.matmul (int8)", "inputs of 8 bits", "write method.activation_bits: 8 or precision.m")),

@@ -137,6 +137,7 @@ def _gpu_seconds(
     plain = gpu.fp32 * constant("fp32_efficiency") if is_fp32 else gpu.bf16 * constant("bf16_efficiency")
     rate = plain if gpu.fp8 is None or not is_fp8 else gpu.fp8 * constant("fp8_efficiency")
     forward = gpu.int8 * constant("int8_efficiency") if config.precision.matmul == "int8" else rate
+    of_input = forward if config.precision.grad_input == "int8" else rate
     wide = 2 if is_fp32 else 1  # elements of float32 are twice as long
     attention = plain if is_fp32 else gpu.bf16 * constant("attention_efficiency")
     scores = 4 * tokens * config.data.seq_len * work.attention * work.layers / 2  # of a causal mask
@@ -155,9 +156,11 @@ def _gpu_seconds(
     if is_fp8:  # activations in each forward pass and for dW; gradients for dX and dW; weights in each use
         of_tokens = inputs * (forwards + 1) + (1 if execution.shares_inputs else 2) * work.outputs
         casts = execution.cast * (tokens * of_tokens + work.linear * uses)
+    if config.precision.grad_input == "int8":  # gradients are read, and written in bytes
+        casts = (2 * wide + 1) / wide * tokens * work.outputs
     decoding = sum(p.numel * (p.wire + 2 * wide) for p in work.parameters if p.is_code) * uses
     return {
-        "products": 2 * tokens * work.linear * (forwards / forward + 2 / rate),
+        "products": 2 * tokens * work.linear * (forwards / forward + 1 / of_input + 1 / rate),
         "head": 6 * tokens * work.head / plain,
         "attention": scores * (first * forwards + back) / attention,
         "elementwise": wide * tokens * elementwise / bandwidth,

@@ -13,7 +13,7 @@ precision this is straight-through training of a latent (BitNet, of a fixed scal
 that latent.  Flip thresholds in the place of a latent: arXiv 1906.02107 (Bop), and the released code of
 BitBop and TTF, in which they rise towards the end, so that fewer codes flip: the hysteresis may move over the
 run, in a line.  The residual integrates gradients, so that no first moment is needed: `optimizer.name:
-rmsprop` has none.  That is 2.25 bytes a weight, states included; and with its `second_moment: factored` 1.25.
+rmsprop` has none.  That is 1.25 bytes a weight, states included; and with its `second_moment: element` 2.25.
 Updates are compiled on a CPU; on a GPU they are plain PyTorch, without a kernel of their own.
 """
 

@@ -29,8 +29,10 @@ from lowbit_dist.ops.checks import (
 )
 from lowbit_dist.ops.states import STATES, Slot, Stored
 from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
+from lowbit_dist.ops.tokens import LEAST_MAXIMUM, LEAST_OF_GRADIENT
 
 __all__ = [
+    "LEAST_OF_GRADIENT",
     "LONGEST_ROW",
     "STATES",
     "Accumulator",
@@ -193,14 +195,14 @@ def multiplies(device: torch.device) -> bool:
     return _host_backend(device) is cpu
 
 
-def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tuple[Tensor, Tensor]:
     """Each token (row) of x [T, K], of any float, in integers of 2 to 8 bits, [T, K] int8, and how many of
-    them a 1 is, [T] float32: NaN of a token that is not finite.
+    them a 1 is, [T] float32: NaN of a token that is not finite.  Its maximum counts as `least` at least.
     """
     check_tensor("x", x, (x.dtype,))
     if _is_plain(x):
-        return _float_backend(x.device, x.dtype).round_tokens(x, bits)  # type: ignore[no-any-return]
-    return _round_tokens(x, bits)
+        return _float_backend(x.device, x.dtype).round_tokens(x, bits, least)  # type: ignore[no-any-return]
+    return _round_tokens(x, bits, least)
 
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,14 +230,17 @@ def token_values(
 def int8_product(
     levels: Tensor,  # [T, K] int8, of tokens
     per_unit: Tensor,  # [T] float32
-    weight: Tensor,  # [N, K] int8, levels
+    weight: Tensor,  # [N, K] int8, levels; by rows, or the transposed view of a matrix by rows
     scale: Tensor,  # [1] float32, or [N] of each row
     dtype: torch.dtype,
 ) -> Tensor:  # [T, N], of `dtype`
     """Rounded tokens times a weight, in exact sums of integers: the same bits in any order, on any number of
     threads, however tokens are divided among calls.
     """
-    for name, tensor in (("levels", levels), ("weight", weight)):
+    for name, tensor in (
+        ("levels", levels),
+        ("weight", weight if weight.is_contiguous() else weight.t()),
+    ):
         check_tensor(name, tensor, (torch.int8,))
     for name, tensor in (("per_unit", per_unit), ("scale", scale)):
         check_tensor(name, tensor, (torch.float32,))
@@ -260,12 +265,12 @@ def _is_plain(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("lowbit::round_tokens", mutates_args=())
-def _round_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    return _float_backend(x.device, x.dtype).round_tokens(x, bits)  # type: ignore[no-any-return]
+def _round_tokens(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
+    return _float_backend(x.device, x.dtype).round_tokens(x, bits, least)  # type: ignore[no-any-return]
 
 
 @_round_tokens.register_fake
-def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
 
 

@@ -48,4 +48,5 @@ INLINE uint32_t largest_of(const float *wide, const uint16_t *half, int is_bf16,
 }
 
 /* A token in integers, in tokens.c. */
-void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, int8_t *levels, float *per_unit);
+void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, float least, int8_t *levels,
+                        float *per_unit);

@@ -16,6 +16,7 @@ from lowbit_dist.ops.native import available as available
 from lowbit_dist.ops.native import loaded
 from lowbit_dist.ops.states import STATES, Stored
 from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
+from lowbit_dist.ops.tokens import LEAST_MAXIMUM
 
 TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `ops.Codes`
 
@@ -200,11 +201,11 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
     return counts[: grid.n_levels]
 
 
-def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tuple[Tensor, Tensor]:
     levels, per_unit = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
     loaded().lowbit_round_tokens(
         _pointer(x), _is_bf16(x.dtype), _pointer(levels), _pointer(per_unit),
-        *map(ctypes.c_int64, x.shape), ctypes.c_int32(2 ** (bits - 1) - 1), _threads(),
+        *map(ctypes.c_int64, x.shape), ctypes.c_int32(2 ** (bits - 1) - 1), ctypes.c_float(least), _threads(),
     )  # fmt: skip
     return levels, per_unit
 
@@ -227,7 +228,7 @@ def transposed(x: Tensor) -> Tensor:
 def int8_product(
     levels: Tensor,  # [T, K] int8
     per_unit: Tensor,  # [T] float32
-    weight: Tensor,  # [N, K] int8
+    weight: Tensor,  # [N, K] int8, by rows or by columns
     scale: Tensor,  # [1] | [N] float32
     dtype: torch.dtype,
 ) -> Tensor:  # [T, N], of `dtype`

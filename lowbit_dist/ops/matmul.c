@@ -14,6 +14,7 @@
 
 #define ROWS 4
 #define TOKENS 4
+#define LEAST_MAXIMUM 1e-5f /* as in tokens.py */
 #define STRIDE 64 /* rounded tokens are as long as a multiple of it, filled up with zeros */
 #define PANEL 262144 /* bytes of spread codes that many tokens are multiplied with: they stay in the second-level cache */
 #define PARALLEL_PRODUCTS 1048576 /* fewer products are not worth waking threads */
@@ -97,7 +98,8 @@ INLINE void totals(int32_t *total, const Sum *sum) { memcpy(total, sum, ROWS * s
 static void round_token(const Product *p, int64_t token) {
     const int64_t n = p->in_features;
     int8_t *q = p->rounded + token * p->stride;
-    lowbit_round_token((const char *)p->x + token * n * (p->is_bf16 ? 2 : 4), p->is_bf16, n, 127, q, p->per_unit + token);
+    lowbit_round_token((const char *)p->x + token * n * (p->is_bf16 ? 2 : 4), p->is_bf16, n, 127, LEAST_MAXIMUM, q,
+                       p->per_unit + token);
     memset(q + n, 0, (size_t)(p->stride - n));
     for (int64_t g = 0; g < p->groups; g++) {
         const int64_t end = (g + 1) * p->group; /* or of the zeros behind the row */

@@ -21,6 +21,7 @@ from lowbit_dist.ops.device_functions import load_codes, on, store
 UNPACK_BLOCKS = 32  # of a program; a thread writes 16 bytes at a time
 # Of a program: tokens, rows, and elements of both at a time.
 TILE = {"BM": 128, "BN": 256, "BK": 128}
+TURNED = 128  # rows and columns of a program that lays a weight by columns
 SIDE_BY_SIDE = 16  # programs along the tokens, which read the same rows while these are in the L2 cache
 
 
@@ -73,6 +74,16 @@ def _int8_product(
     store(y_ptr + at, y, (token < n_tokens)[:, None] & (row < n)[None, :])
 
 
+@triton.jit
+def _turn(x_ptr, out_ptr, n, k, SIZE: tl.constexpr):
+    row = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    x_ptr += row.to(tl.int64)[:, None] * k + column[None, :]
+    x = tl.load(x_ptr, mask=(row < n)[:, None] & (column < k)[None, :])
+    out_ptr += column.to(tl.int64)[:, None] * n + row[None, :]
+    tl.store(out_ptr, tl.trans(x), mask=(column < k)[:, None] & (row < n)[None, :])
+
+
 def unpack(codes: Tensor, *, grid: Grid) -> Tensor:  # [256 B] int8
     n_blocks = codes.numel() // grid.bytes_per_block
     out = codes.new_empty(n_blocks * BLOCK, dtype=torch.int8)
@@ -87,7 +98,7 @@ def unpack(codes: Tensor, *, grid: Grid) -> Tensor:  # [256 B] int8
 def int8_product(
     levels: Tensor,  # [T, K] int8
     per_unit: Tensor,  # [T] float32
-    weight: Tensor,  # [N, K] int8
+    weight: Tensor,  # [N, K] int8, by rows or by columns
     scale: Tensor,  # [1] | [N] float32
     dtype: torch.dtype,
 ) -> Tensor:  # [T, N], of `dtype`
@@ -95,9 +106,17 @@ def int8_product(
     y = levels.new_empty(n_tokens, n, dtype=dtype)
     if y.numel():
         with on(levels.device):
+            if not weight.is_contiguous():  # tensor cores want both factors of 8 bits along the sums
+                weight = _turned(weight.t())
             _int8_product[(triton.cdiv(n_tokens, TILE["BM"]) * triton.cdiv(n, TILE["BN"]),)](
                 levels, per_unit, weight, scale, y, n_tokens, n, k,
                 HAS_ROW_SCALES=len(scale) > 1, IS_WHOLE=k % TILE["BK"] == 0, SIDE=SIDE_BY_SIDE, **TILE,
                 num_warps=8, num_stages=3, enable_fp_fusion=False,
             )  # fmt: skip
     return y
+
+
+def _turned(x: Tensor) -> Tensor:  # [N, K] int8 -> [K, N], contiguous
+    out = x.new_empty(x.shape[::-1])
+    _turn[tuple(triton.cdiv(n, TURNED) for n in x.shape)](x, out, *x.shape, SIZE=TURNED, num_warps=8)
+    return out

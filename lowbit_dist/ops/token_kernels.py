@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_dist.ops.device_functions import load, on, quotient, store
+from lowbit_dist.ops.tokens import LEAST_MAXIMUM
 
 LONGEST_PART = 4096  # elements of a token that a program holds at once
 SUM_BLOCK = 2048
@@ -36,8 +37,9 @@ def magnitude_bits(x):
 
 @triton.jit
 def _round_tokens(
-    x_ptr, levels_ptr, per_unit_ptr, values_ptr, n, top, WITH_VALUES: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, levels_ptr, per_unit_ptr, values_ptr, n, top, least,
+    WITH_VALUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
     bits = tl.zeros([BLOCK], tl.int32)
@@ -47,7 +49,7 @@ def _round_tokens(
     largest_bits = tl.max(bits, axis=0)
     is_finite = largest_bits < _INFINITY
     largest = tl.where(is_finite, largest_bits, 0).to(tl.float32, bitcast=True)
-    per_unit = tl.div_rn(1.0, tl.maximum(largest, 1e-5)) * top
+    per_unit = tl.div_rn(1.0, tl.maximum(largest, least)) * top
     told = tl.where(is_finite, per_unit, float("nan"))
     tl.store(per_unit_ptr + token, told)
     inverse = tl.div_rn(1.0, told)
@@ -131,26 +133,32 @@ def _tensor(row_ptr, n_tensors, n_programs, IS_BF16: tl.constexpr, ALIGNED: tl.c
     return x_ptr, tl.load(row_ptr + n_tensors), first
 
 
-def round_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:  # [T, K]; [T, K] int8, [T] float32
-    levels, per_unit, _ = _rounded(x, bits, None)
+def round_tokens(
+    x: Tensor,  # [T, K]
+    bits: int = 8,
+    least: float = LEAST_MAXIMUM,
+) -> tuple[Tensor, Tensor]:  # [T, K] int8, [T] float32
+    levels, per_unit, _ = _rounded(x, bits, None, least)
     return levels, per_unit
 
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Those, and what they stand for, [T, K] of x's type, in one pass."""
-    levels, per_unit, values = _rounded(x, bits, torch.empty_like(x))
+    levels, per_unit, values = _rounded(x, bits, torch.empty_like(x), LEAST_MAXIMUM)
     assert values is not None
     return levels, per_unit, values
 
 
-def _rounded(x: Tensor, bits: int, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _rounded(
+    x: Tensor, bits: int, values: Tensor | None, least: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     n_tokens, n = x.shape
     levels, per_unit = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(n_tokens, dtype=torch.float32)
     if x.numel():
         with on(x.device):
             block = min(triton.next_power_of_2(n), LONGEST_PART)
             _round_tokens[(n_tokens,)](
-                x, levels, per_unit, values, n, float(2 ** (bits - 1) - 1),
+                x, levels, per_unit, values, n, float(2 ** (bits - 1) - 1), least,
                 WITH_VALUES=values is not None, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False,
             )  # fmt: skip
     return levels, per_unit, values

@@ -7,7 +7,7 @@
  */
 #include "cpu.h"
 
-INLINE void round_row(const float *wide, const uint16_t *half, int is_bf16, int64_t n, int32_t top,
+INLINE void round_row(const float *wide, const uint16_t *half, int is_bf16, int64_t n, int32_t top, float least,
                       int8_t *restrict levels, float *restrict per_unit) {
     const uint32_t largest = largest_of(wide, half, is_bf16, n);
     if (largest >= 0x7F800000) { /* not finite: NaN, whatever the levels */
@@ -15,7 +15,7 @@ INLINE void round_row(const float *wide, const uint16_t *half, int is_bf16, int6
         memset(levels, 0, (size_t)n);
         return;
     }
-    const float most = float_of(largest), scale = 1.0f / (most < 1e-5f ? 1e-5f : most) * (float)top;
+    const float most = float_of(largest), scale = 1.0f / (most < least ? least : most) * (float)top;
     *per_unit = scale;
     for (int64_t k = 0; k < n; k++) {
         const float x = is_bf16 ? from_bf16(half[k]) : wide[k];
@@ -23,24 +23,25 @@ INLINE void round_row(const float *wide, const uint16_t *half, int is_bf16, int6
     }
 }
 
-static void round_floats(const void *x, int64_t n, int32_t top, int8_t *levels, float *per_unit) {
-    round_row(x, NULL, 0, n, top, levels, per_unit);
+static void round_floats(const void *x, int64_t n, int32_t top, float least, int8_t *levels, float *per_unit) {
+    round_row(x, NULL, 0, n, top, least, levels, per_unit);
 }
 
-static void round_halves(const void *x, int64_t n, int32_t top, int8_t *levels, float *per_unit) {
-    round_row(NULL, x, 1, n, top, levels, per_unit);
+static void round_halves(const void *x, int64_t n, int32_t top, float least, int8_t *levels, float *per_unit) {
+    round_row(NULL, x, 1, n, top, least, levels, per_unit);
 }
 
-void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, int8_t *levels, float *per_unit) {
-    (is_bf16 ? round_halves : round_floats)(x, n, top, levels, per_unit);
+void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, float least, int8_t *levels,
+                        float *per_unit) {
+    (is_bf16 ? round_halves : round_floats)(x, n, top, least, levels, per_unit);
 }
 
 void lowbit_round_tokens(const void *x, int32_t is_bf16, int8_t *levels, float *per_unit, int64_t tokens, int64_t n,
-                         int32_t top, int32_t n_threads) {
+                         int32_t top, float least, int32_t n_threads) {
     const int64_t bytes = n * (is_bf16 ? 2 : 4);
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
     for (int64_t t = 0; t < tokens; t++)
-        lowbit_round_token((const char *)x + t * bytes, is_bf16, n, top, levels + t * n, per_unit + t);
+        lowbit_round_token((const char *)x + t * bytes, is_bf16, n, top, least, levels + t * n, per_unit + t);
 }
 
 void lowbit_token_values(const int8_t *restrict levels, const float *restrict per_unit, void *restrict out,

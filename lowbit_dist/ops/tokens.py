@@ -6,20 +6,25 @@ Letters: T tokens, K elements of each, N rows of a weight.
 import torch
 from torch import Tensor
 
+# The maximum that a token counts as at least, so that one of zeros is not divided by them.
+LEAST_MAXIMUM = 1e-5  # of the 1bitLLM reproduction of BitNet b1.58
+LEAST_OF_GRADIENT = 1e-30  # a gradient is of any size: it is divided by the number of a batch's tokens
+
 
 def round_tokens(
     x: Tensor,  # [T, K]
     bits: int = 8,
+    least: float = LEAST_MAXIMUM,
 ) -> tuple[Tensor, Tensor]:  # [T, K] int8, [T] float32
     """Each token (row) in integers of `bits` bits, and how many of them a 1 is:
 
-    q = clip(round(a x), -2^(b-1), 2^(b-1) - 1)    a = (2^(b-1) - 1) / max(max|x|, 1e-5)
+    q = clip(round(a x), -2^(b-1), 2^(b-1) - 1)    a = (2^(b-1) - 1) / max(max|x|, least)
 
     Of a token that is not finite a is NaN, and q is 0.
     """
     top = 2 ** (bits - 1) - 1
     largest = x.abs().amax(-1, keepdim=True).float()
-    per_unit = top / largest.clamp(min=1e-5)
+    per_unit = top / largest.clamp(min=least)
     per_unit.masked_fill_(~largest.isfinite(), torch.nan)
     levels = (x * per_unit).nan_to_num_(0.0).round_().clamp_(-top - 1, top)
     return levels.to(torch.int8), per_unit.squeeze(-1)
@@ -38,7 +43,7 @@ def token_values(
 def int8_product(
     levels: Tensor,  # [T, K] int8
     per_unit: Tensor,  # [T] float32
-    weight: Tensor,  # [N, K] int8
+    weight: Tensor,  # [N, K] int8, of any strides
     scale: Tensor,  # [1] | [N] float32
     dtype: torch.dtype,
 ) -> Tensor:  # [T, N], of `dtype`

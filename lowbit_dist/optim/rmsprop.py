@@ -26,7 +26,7 @@ class RMSProp(BesideAdamW):
         "gradient's, if the second moment is factored.",
     )
     second_moment: Literal["element", "factored"] = setting(
-        "element",
+        "factored",
         "Whether each element has a mean square of its own, in the precision of states, or a matrix one for "
         "each row and each column, in float32.",
     )
