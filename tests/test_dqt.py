@@ -323,7 +323,7 @@ def test_a_run_whose_forward_pass_changes_is_first_one_and_then_the_other(run):
 
     method, optimizer = RUNS["switched"]
     ternary = {"name": "dqt", "grid": "int8", "forward": "ternary"}
-    stored = {"name": "dqt", "grid": "int8", "range_factor": 3.0}
+    stored = {"name": "dqt", "grid": "int8", "range_factor": 2.0}
     _, folder = run("switched", method, optimizer)
     others = [run(f"other{i}", other, optimizer)[1] for i, other in enumerate((stored, ternary))]
 

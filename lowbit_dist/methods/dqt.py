@@ -104,8 +104,8 @@ class DQT(Method):
     )
     range_factor: Annotated[float, Field(gt=0, le=64)] | None = setting(
         None,
-        "How many times as wide as `scale` says the grid is; null is 1, and 3 for absmean where the forward "
-        "pass has another grid, so that few codes are at the ends.",
+        "How many times as wide as `scale` says the grid is; null is 1, and 2 for absmean where the forward "
+        "pass has another grid, so that fewer codes are at the ends.",
     )
     forward: Literal["stored", "ternary"] = setting(
         "stored",
@@ -219,7 +219,7 @@ class DQT(Method):
     @property
     def _factor(self) -> float:
         is_finer = self.forward != "stored" and self.scale == "absmean"
-        return self.range_factor or (3.0 if is_finer else 1.0)
+        return self.range_factor or (2.0 if is_finer else 1.0)
 
     def at(self, step: int, steps: int) -> Self:
         if not self.forward_from:
