@@ -165,7 +165,7 @@ def test_a_ternary_forward_pass_rounds_the_stored_levels_by_their_mean_magnitude
     stored = method.quantize(weight)
     assert stored.grid == GRIDS["int8"] and method.sent_grid == method.forward_grid == GRIDS["ternary"]
     saturated = (stored.levels() == 127) | (stored.levels() == -128)
-    assert saturated.double().mean() < 0.02, "three mean magnitudes leave few codes at the ends"
+    assert 0.08 < saturated.double().mean() < 0.14, "as many normal weights are beyond two mean magnitudes"
     seen = method.seen(stored)
     size = {"tensor": 8 * 512, "row": 512, "group": 128}[granularity]
     levels, scales = [], []
