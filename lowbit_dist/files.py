@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lowbit_dist.errors import ConfigError
@@ -43,7 +43,8 @@ def atomic_folder(
     replaces: bool = False,
     resumes: bool = False,
 ) -> Iterator[Path]:
-    """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone.
+    """An empty folder beside `out` that is synced and renamed to `out` in the end; after an error it is gone,
+    and the folders that were made for it.
 
     Its name does not change, so what a killed process left is cleared by the next one; a lock keeps two
     living ones apart.  `needs` says how many bytes it will take, once that can be guessed, for the report of
@@ -58,6 +59,7 @@ def atomic_folder(
     draft = out.parent / f".{out.name}.partial"
     taken = ConfigError(f"--out ({named}) is being written by another process; wait for it, or name another")
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, [p for p in out.parents if not p.exists()])
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             draft.mkdir(exist_ok=True)
@@ -93,6 +95,13 @@ def atomic_folder(
                 shutil.rmtree(draft, ignore_errors=True)
         if full is not None:
             raise RuntimeError(_full(out, needs(), resumes)) from full
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """The innermost first, as far as nothing is in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def check_apart(out: Path, source: Path) -> None:

@@ -94,7 +94,11 @@ def test_a_folder_appears_complete_or_not_at_all(holder, tmp_path):
     with pytest.raises(KeyError), atomic_folder(out) as folder:
         (folder / "half").touch()
         raise KeyError
-    assert os.listdir(out.parent) == []
+    assert os.listdir(tmp_path) == [], "folders that were made for it are gone, too"
+    out.parent.mkdir()
+    with pytest.raises(KeyError), atomic_folder(out / "and" / "deeper"):
+        raise KeyError
+    assert os.listdir(tmp_path / "in") == []
     draft.mkdir()
     (draft / "left").mkdir()
     process = holder(draft)

@@ -188,6 +188,8 @@ def test_the_verb_prints_each_tasks_metrics(model, tasks, lowbit):
         *slow((["--tasks", "absent"], "--tasks (absent) is no task of lm-evaluation-harness, nor in")),
         (["--tasks", ","], "--tasks (,) must be names with commas between them"),
         (["--tasks", "texts", "--data", "x"], "--data does not go with --tasks"),
+        (["--tasks", "texts", "--field", "x"], "--field does not go with --tasks"),
+        *slow((["--tasks", "texts", "--on-bad-row", "skip"], "--on-bad-row does not go with --tasks")),
         ([], "--task-folder needs --tasks; write --data PATH, or --tasks NAME"),
     ],
 )

@@ -1,10 +1,13 @@
 """A model that stays loaded: its answers over HTTP, as OpenAI's clients ask for them, and in a terminal."""
 
 import builtins
+import functools
 import http.client
 import io
 import json
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -231,6 +234,21 @@ def test_a_port_that_is_taken_is_named(lowbit, folder):
         done = lowbit("serve", folder, "--port", port)
     assert done.returncode == 2
     assert f"--port ({port}) cannot be served: Address already in use" in done.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_it_answers_until_it_is_told_to_end_which_is_no_failure(signum, folder):
+    with serving.listen(0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lowbit_dist", "serve", str(folder), "--port", str(port)]
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listens) as server:
+        url = server.stdout.readline().split()[0].replace("completions", "models")
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert json.load(answer)["data"]
+        server.send_signal(signum)
+        assert server.wait(60) == 0
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 SOON = 2.0  # seconds of silence after which a terminal shows what is going on
 QUIET = 10.0  # seconds between two lines about the same thing, where nobody watches
 TURN = 0.1  # seconds between two turns of a spinner
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP end what is inside, and are how it is meant to end."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is signal.SIG_DFL:
+            signal.signal(signum, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
 
 
 class Waiting:

@@ -95,7 +95,11 @@ def evaluate(
         from lowbit_dist.cli import tables
 
         if tasks is not None:
-            if others := [name for name, value in (("--data", data), ("--forward", forward)) if value]:
+            given = {
+                "--data": data, "--forward": forward, "--field": field != "text", "--separator": separator,
+                "--on-bad-row": on_bad_row != "fail",
+            }  # fmt: skip
+            if others := [name for name, value in given.items() if value]:
                 raise ConfigError(f"{others[0]} does not go with --tasks; leave one of them out")
             measured = _on_tasks(run, tasks, folder=task_folder, limit=samples, integer=integer)
             answer(measured, lambda terminal: tables.tasks(terminal, measured))
@@ -278,4 +282,5 @@ def serve(
             answer(
                 {}, lambda terminal: terminal.print(f"{url}  (Ctrl-C ends it)", markup=False, soft_wrap=True)
             )
-            serving.serve(app, heard)
+            with console.until_interrupted():
+                serving.serve(app, heard)

@@ -35,7 +35,7 @@ def ui(
 
     Example: lowbit ui --port 5001
     """
-    with console.answering(False, "starting MLflow") as answer, contextlib.suppress(KeyboardInterrupt):
+    with console.answering(False, "starting MLflow") as answer, console.until_interrupted():
         uri = _checked(store, port)
         with tempfile.TemporaryFile() as output, _server(uri, port, output) as server:
             page = _runs_table(server, f"http://{HOST}:{port}", output)
@@ -80,10 +80,7 @@ def _checked(store: str, port: int) -> str:
 
 @contextlib.contextmanager
 def _server(uri: str, port: int, output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """MLflow's server, which ends with this process, whichever signal ends it."""
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is signal.SIG_DFL:
-            signal.signal(signum, signal.default_int_handler)
+    """MLflow's server, which ends with this process."""
     options = ["--host", HOST, "--port", str(port), "--workers", "1"]
     command = [sys.executable, "-m", "mlflow", "server", *options]
     # Of the store in the environment, since it may hold a password; without its runner of jobs.
