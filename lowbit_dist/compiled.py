@@ -2,11 +2,12 @@
 
     x -> norm | q, k, v -> rotary | attention -> o -> + | norm | gate, up -> silu, * | down -> +
 
-PyTorch's compiler, inductor, fuses the parts; each product (linear.py) is left to itself, as it decodes its
-weight and keeps nothing of it.  Intermediate results of a part stay in float32 instead of being rounded one
-by one, so a compiled run has bits of its own: as without, the same on any number of workers and after a
-resume, but those of the processor's instructions.  What is no training pass, as an evaluation, is not
-compiled.
+PyTorch's compiler, inductor, makes one graph of a block, with one backward, in which it fuses what stands
+between products; these it calls as they are (compiled_linear.py).  A layer whose method has a view of its
+weight, or a mixture of experts, is left out, and parts a block into several graphs.  Intermediate results stay
+in float32 instead of being rounded one by one, so a compiled run has bits of its own: as without, the same on
+any number of workers and after a resume, but those of the processor's instructions.  What is no training
+pass, as an evaluation, is not compiled.
 
 A first compilation takes tens of seconds.  Its results are kept in the folder `inductor` of $LOWBIT_CACHE (by
 default `folders.cache`); of the workers of a machine one compiles while the others wait for what it makes.
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lowbit_dist import experts, folders, machine
+from lowbit_dist import compiled_linear, experts, folders, machine
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import why_not_writable
 from lowbit_dist.files import locked
@@ -139,7 +140,8 @@ def compile_blocks(model: nn.Module, heartbeat: Callable[[], object]) -> None:
     mixtures = set(experts.mixtures(model))
     for block in blocks_of(model):
         for module in block.modules():
-            if isinstance(module, Linear) or module in mixtures:
+            is_layer = isinstance(module, Linear)
+            if (is_layer and not compiled_linear.take(module)) or module in mixtures:
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         block.forward = _in_training(
             block.forward, torch.compile(block.forward, backend=backend, dynamic=False)

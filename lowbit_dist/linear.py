@@ -137,7 +137,7 @@ def _round(x: Tensor, bits: int, *, in_numbers: bool) -> tuple[Tensor, Tensor, T
     return levels, per_unit, x if numbers is None else numbers
 
 
-def _values_again(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
+def values_again(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
     """For the backward passes of layers that were given the same tensor."""
     compute = partial(ops.token_values, levels, per_unit, dtype)
     return _recent.values.of(levels, dtype, compute=compute)  # type: ignore[no-any-return]
@@ -200,23 +200,24 @@ class _Linear(torch.autograd.Function):
                 dx = product(dy, viewed.to(dy.dtype).t(), of_gradient=True)
             del viewed
         elif ctx.needs_input_grad[0]:
-            dx = _int8_input_gradient(dy, *ctx.weight.packed.levels(ctx.weight.shape))
+            dx = int8_input_gradient(dy, *ctx.weight.packed.levels(ctx.weight.shape))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.needs_input_grad[1]:
             if per_unit:
-                x = _values_again(x, per_unit[0], ctx.given).to(ctx.dtype)
+                x = values_again(x, per_unit[0], ctx.given).to(ctx.dtype)
             dweight = product(dy.t(), x.t(), of_gradient=True)
             if view is not None:
                 dweight = view.backward(w, dweight, None if own is None else dy.sum(0))
         return dx, dweight, dbias, None, None, None, None, None, None
 
 
-def _int8_input_gradient(
+def int8_input_gradient(
     dy: Tensor,  # [T, N]
     levels: Tensor,  # [N, K] int8
     scale: Tensor,  # [1] | [N] float32
 ) -> Tensor:  # [T, K], of dy's type
+    """dy . (scale * levels), each row of dy rounded to 8 bits."""
     if len(scale) > 1:  # the sum is over what has scales of its own
         dy, scale = (dy * scale).to(dy.dtype), torch.ones_like(scale[:1])
     rounded = ops.round_tokens(dy.contiguous(), least=ops.LEAST_OF_GRADIENT)
@@ -307,6 +308,9 @@ class Linear(nn.Module):
         self.product: Product = plain_product
         # Whether y is made of rounded inputs and levels, and the gradient of x of rounded ones (products.py).
         self.in_integers = self.grad_in_integers = False
+        # How a compiled block multiplies (compiled_linear.py), and whether its weight is the stub of codes.
+        self.in_graph: Callable[[Linear, Tensor], Tensor] | None = None
+        self.is_low_bit = False
         self.norm: nn.Module | None = None
         if norm_eps is not None:
             self.norm = nn.RMSNorm(
@@ -317,6 +321,8 @@ class Linear(nn.Module):
         """`multiply`: what is made of the operands in the place of their product (loss.py)."""
         if self.norm is not None:
             x = self.norm(x)
+        if self.in_graph is not None and torch.compiler.is_compiling():
+            return self.in_graph(self, x)
         operands: Any = {"view": self.view, "product": self.product}
         if type(self.activation) is IntPerToken and multiply is linear:
             operands |= {"in_integers": self.in_integers, "grad_in_integers": self.grad_in_integers}

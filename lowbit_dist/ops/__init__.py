@@ -27,6 +27,7 @@ from lowbit_dist.ops.checks import (
     check_whole_blocks,
     tensors_of,
 )
+from lowbit_dist.ops.named import named as named
 from lowbit_dist.ops.states import STATES, Slot, Stored
 from lowbit_dist.ops.targets import Accumulator, Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.tokens import LEAST_MAXIMUM, LEAST_OF_GRADIENT
@@ -264,37 +265,31 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
 
 
-@torch.library.custom_op("lowbit::round_tokens", mutates_args=())
+@named(
+    "round_tokens(Tensor x, int bits, float least) -> (Tensor, Tensor)",
+    lambda x, bits, least: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)),
+)
 def _round_tokens(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
     return _float_backend(x.device, x.dtype).round_tokens(x, bits, least)  # type: ignore[no-any-return]
 
 
-@_round_tokens.register_fake
-def _(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
-
-
-@torch.library.custom_op("lowbit::token_values", mutates_args=())
+@named(
+    "token_values(Tensor levels, Tensor per_unit, ScalarType dtype) -> Tensor",
+    lambda levels, per_unit, dtype: levels.new_empty(levels.shape, dtype=dtype),
+)
 def _token_values(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
     return _float_backend(levels.device, dtype).token_values(levels, per_unit, dtype)  # type: ignore[no-any-return]
 
 
-@_token_values.register_fake
-def _(levels: Tensor, per_unit: Tensor, dtype: torch.dtype) -> Tensor:
-    return levels.new_empty(levels.shape, dtype=dtype)
-
-
-@torch.library.custom_op("lowbit::int8_product", mutates_args=())
+@named(
+    "int8_product(Tensor levels, Tensor per_unit, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor",
+    lambda levels, per_unit, weight, scale, dtype: levels.new_empty(len(levels), len(weight), dtype=dtype),
+)
 def _int8_product(
     levels: Tensor, per_unit: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
     backend = _float_backend(levels.device, dtype)
     return backend.int8_product(levels, per_unit, weight, scale, dtype)  # type: ignore[no-any-return]
-
-
-@_int8_product.register_fake
-def _(levels: Tensor, per_unit: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return levels.new_empty(len(levels), len(weight), dtype=dtype)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -306,14 +301,9 @@ def transposed(x: Tensor) -> Tensor:
     return _transposed(x)
 
 
-@torch.library.custom_op("lowbit::transposed", mutates_args=())
+@named("transposed(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[::-1]))
 def _transposed(x: Tensor) -> Tensor:
     return _host_backend(x.device).transposed(x)  # type: ignore[no-any-return]
-
-
-@_transposed.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[::-1])
 
 
 def largest(tensors: Sequence[Tensor]) -> Tensor:  # [1] float64, on their device
