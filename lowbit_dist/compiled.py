@@ -4,10 +4,10 @@
 
 PyTorch's compiler, inductor, makes one graph of a block, with one backward, in which it fuses what stands
 between products; these it calls as they are (compiled_linear.py).  A layer whose method has a view of its
-weight, or a mixture of experts, is left out, and parts a block into several graphs.  Intermediate results stay
-in float32 instead of being rounded one by one, so a compiled run has bits of its own: as without, the same on
-any number of workers and after a resume, but those of the processor's instructions.  What is no training
-pass, as an evaluation, is not compiled.
+weight, or a mixture of experts, is left out, and parts a block into several graphs.  Intermediate results
+stay in float32 instead of being rounded one by one, so a compiled run has bits of its own: as without, the
+same on any number of workers and after a resume, but those of the processor's instructions.  What is no
+training pass, as an evaluation, is not compiled.
 
 A first compilation takes tens of seconds.  Its results are kept in the folder `inductor` of $LOWBIT_CACHE (by
 default `folders.cache`); of the workers of a machine one compiles while the others wait for what it makes.
@@ -140,8 +140,8 @@ def compile_blocks(model: nn.Module, heartbeat: Callable[[], object]) -> None:
     mixtures = set(experts.mixtures(model))
     for block in blocks_of(model):
         for module in block.modules():
-            is_layer = isinstance(module, Linear)
-            if (is_layer and not compiled_linear.take(module)) or module in mixtures:
+            is_part = not isinstance(module, Linear) or compiled_linear.take(module)
+            if not is_part or module in mixtures:
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         block.forward = _in_training(
             block.forward, torch.compile(block.forward, backend=backend, dynamic=False)

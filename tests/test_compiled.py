@@ -4,9 +4,11 @@ compiled twice; and what is said where compiling is impossible.
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from cases import standing
 from test_train import digest, train
 
@@ -55,39 +57,16 @@ def test_compiled_blocks_give_one_digest_however_they_are_trained(sections, rank
     assert digest(ranks, 2, base) == digest(ranks, 2, changed)
 
 
-def work_of_blocks(configuration):
-    """How many parts had been compiled after each of some steps; and, of a forward and a backward pass of one
-    block, the calls that compiled parts make, and the operations of its products.
+def calls_of_blocks(configuration):
+    """How many graphs had been compiled after each of some steps, and what their code calls, in a forward and
+    a backward pass of one block.
     """
     import torch._dynamo.utils
     import torch._functorch.config
     from torch._inductor import compile_fx
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    from lowbit_dist import linear, model, ops
+    from lowbit_dist import model, ops
     from lowbit_dist.zero import Engine
-
-    class Operations(TorchDispatchMode):
-        n = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Operations.n += not (func.is_view or func._schema.name in NO_KERNEL)
-            return func(*args, **(kwargs or {}))
-
-    def within(function):
-        def call(*args, **kwargs):
-            with Operations():
-                return function(*args, **kwargs)
-
-        return staticmethod(call)
-
-    def counted(function):
-        def call(*args, **kwargs):
-            Operations.n += 1
-            with torch._C._DisableTorchDispatch():
-                return function(*args, **kwargs)
-
-        return call
 
     config = configfile.from_dict(configuration)
     built = model.build(config.model, 512, config.method, torch.bfloat16)
@@ -98,48 +77,113 @@ def work_of_blocks(configuration):
     engine = Engine(config, built, initial, names)
     counters = torch._dynamo.utils.counters
     counters.clear()
-    tokens, n_parts, calls, compile_part = torch.arange(128).view(2, 64), [], [], compile_fx.compile_fx_inner
+    tokens, n_graphs, calls, compile_graph = (
+        torch.arange(128).view(2, 64),
+        [],
+        [],
+        compile_fx.compile_fx_inner,
+    )
 
     def remember(*args, **kwargs):
-        part = compile_part(*args, **kwargs)
-        calls.extend(
-            re.findall(
-                r"^ +(?:buf\d+ = )?(cpp_fused\w+|torch\.ops\.aten\S+)\(",
-                getattr(part, "source_code", ""),
-                re.M,
-            )
-        )
-        return part
+        graph = compile_graph(*args, **kwargs)
+        calls.extend(re.findall(CALL, getattr(graph, "source_code", ""), re.M))
+        return graph
 
     with pytest.MonkeyPatch.context() as patch, torch._functorch.config.patch(enable_autograd_cache=False):
         patch.setattr(compile_fx, "compile_fx_inner", remember)
         engine.compile(lambda: None)
         for n in range(4):
-            if n == 3:
-                for name in ("forward", "backward"):
-                    patch.setattr(linear._Linear, name, within(getattr(linear._Linear, name)))
-                for name in ("decode", "round_tokens", "token_values"):
-                    patch.setattr(ops, name, counted(getattr(ops, name)))
             with engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=n + 1, seed=0)) as step:
                 step.backward(tokens)
-            n_parts.append(counters["stats"]["unique_graphs"])
+            n_graphs.append(counters["stats"]["unique_graphs"])
     engine.close()
-    return n_parts, calls, Operations.n / config.model.sizes().layers
+    return n_graphs, calls
 
 
-NO_KERNEL = {"aten::detach", "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
+CALL = r"^ +(?:buf\d+ = )?(cpp_fused\w+|torch\.ops\.\w+\.\w+|extern_kernels\.\w+)[.(]"
+# Launches of those that launch more than one kernel: codes become numbers, or numbers of tokens again.
+LAUNCHES = {f"torch.ops.lowbit.{name}": 2 for name in ("product", "input_gradient", "weight_gradient")}
 
 
-def test_blocks_are_compiled_once_into_few_operations(ranks, small):
-    """Alike blocks share what is compiled."""
-    content = small(precision="bf16", train={"batch_tokens": 128}, cluster={"workers": 1})
-    n_parts, calls, of_products = ranks(1).run(work_of_blocks, content)[0]
-    assert 0 < n_parts[0] == n_parts[-1] <= 8, "the parts between seven products"
-    assert sum("scaled_dot_product" in call for call in calls) >= 2 and len(calls) > 10, (
-        "calls must be counted"
+@pytest.mark.parametrize(
+    ("sections", "products"),
+    [
+        ({}, {"product": 7, "input_gradient": 7, "weight_gradient": 7, "round_tokens": 4, "token_values": 4}),
+        (
+            {"precision": {"matmul": "int8", "grad_input": "int8"}},
+            {"level_product": 7, "input_gradient": 7, "weight_gradient": 7, "round_tokens": 4},
+        ),
+    ],
+    ids=["numbers", "integers"],
+)
+def test_a_block_is_one_graph_of_few_operations(sections, products, ranks, small):
+    """Alike blocks share it; tokens are rounded once for all layers that read them."""
+    content = small(train={"batch_tokens": 128}, cluster={"workers": 1}, **{"precision": "bf16", **sections})
+    n_graphs, calls = ranks(1).run(calls_of_blocks, content)[0]
+    assert n_graphs == [1, 1, 1, 1]
+    ours = Counter(call.removeprefix("torch.ops.lowbit.") for call in calls if ".lowbit." in call)
+    assert ours == products
+    assert (
+        sum("scaled_dot_product" in call for call in calls) >= 2 and len(calls) > sum(products.values()) + 8
     )
-    assert of_products >= 7 * 2 + 7 * 3, "decoding and products"
-    assert len(calls) + of_products <= 70, (calls, of_products)
+    assert sum(LAUNCHES.get(call, 1) for call in calls) <= 70, calls
+
+
+def test_products_of_ordinary_weights_are_in_the_graph_and_views_are_not(ranks, small):
+    content = small(precision="bf16", train={"batch_tokens": 128}, cluster={"workers": 1})
+    n_graphs, calls = ranks(1).run(calls_of_blocks, content | {"method": {"name": "dense"}})[0]
+    assert n_graphs == [1, 1, 1, 1] and sum("mm" in call for call in calls) == 7 * 3
+    n_graphs, calls = ranks(1).run(calls_of_blocks, content | {"method": {"name": "bitnet"}})[0]
+    assert 1 < n_graphs[0] == n_graphs[-1] <= 8 and not any(
+        "lowbit" in call or "mm" in call for call in calls
+    )
+
+
+def kept_of_blocks(configuration):
+    """Bytes that a step keeps for its backward pass, and of these those that parameters hold."""
+    from lowbit_dist import model, ops
+    from lowbit_dist.zero import Engine
+
+    config = configfile.from_dict(configuration)
+    built = model.build(config.model, 512, config.method, torch.bfloat16)
+    names = model.low_bit_names(built, config.method)
+    engine = Engine(config, built, model.InitialWeights(built, config.method, 0, None), names)
+    if config.train.compile == "on":
+        engine.compile(lambda: None)
+    tokens, kept = torch.arange(512).view(4, 128), {}
+
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    losses = []
+    for n in range(3):
+        kept.clear()
+        with (
+            engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=n + 1, seed=0)) as step,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        ):
+            losses.append(step.backward(tokens).item())
+    engine.close()
+    return sum(kept.values()), losses
+
+
+@pytest.mark.parametrize("method", standing({"dqt": {}, "dense": {"name": "dense"}}, "dqt"))
+def test_a_compiled_block_keeps_no_more_than_one_that_is_not(method, ranks, small):
+    """Rounded tokens in bytes, and nothing of a weight; and it learns the same."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "heads": 4, "kv_heads": 4, "layers": 2}
+    content = small(
+        precision="bf16", method=method, model=sizes, cluster={"workers": 1}, data={"seq_len": 128},
+        train={"batch_tokens": 512, "micro_batch": 4},
+    )  # fmt: skip
+    train = content["train"]
+    compiled, plain = (
+        ranks(1).run(kept_of_blocks, content | {"train": train | {"compile": choice}})[0]
+        for choice in ("on", "off")
+    )
+    assert compiled[0] <= plain[0], (compiled[0], plain[0])
+    assert compiled[1] == pytest.approx(plain[1], rel=2e-3) and compiled[1] != plain[1]
 
 
 def choice(configuration, **position):
