@@ -23,7 +23,7 @@ from lowbit_dist.linear import IntPerToken, Linear, int8_input_gradient, plain_p
 from lowbit_dist.ops import tokens
 
 # Where the compiler's code for it is faster than ours.
-_ROUNDED_IN_GRAPHS = ("cuda",)
+ROUNDED_IN_GRAPHS = ("cuda",)
 # Address of the stub of a gathered weight -> what has its codes.
 _packed: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
         if bits is None:
             ctx.save_for_backward(weight, x)
             return _product(x, weight) if is_low_bit else x @ weight.t()
-        rounding: Any = tokens if x.device.type in _ROUNDED_IN_GRAPHS else ops
+        rounding: Any = tokens if x.device.type in ROUNDED_IN_GRAPHS else ops
         levels, per_unit = rounding.round_tokens(x, bits)
         ctx.save_for_backward(weight, levels, per_unit)
         if in_integers:

@@ -19,7 +19,7 @@ def named(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]
     """
 
     def define(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = _LIBRARY.define(schema)
+        name = _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))  # it reads raw memory
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lowbit::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.lowbit, name).default  # type: ignore[no-any-return]
