@@ -49,9 +49,7 @@ def multiply(layer: Linear, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
     """`Linear.forward` behind its norm, of what a compiler traces."""
     bits = None if layer.activation is None else layer.activation.bits
     ways = layer.is_low_bit, layer.in_integers, layer.grad_in_integers
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), layer.weight, bits, *ways)
-    if layer.bias is not None:
-        y = y + layer.bias
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, bits, *ways)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -63,22 +61,27 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # [T, K]
         weight: Tensor,  # [N, K], or its stub
+        bias: Tensor | None,  # [N]
         bits: int | None,
         is_low_bit: bool,
         in_integers: bool,
         grad_in_integers: bool,
     ) -> Tensor:  # [T, N]
         ctx.is_low_bit, ctx.grad_in_integers = is_low_bit, grad_in_integers
+        ctx.has_bias = bias is not None
         if bits is None:
             ctx.save_for_backward(weight, x)
-            return _product(x, weight) if is_low_bit else x @ weight.t()
+            y = _product(x, weight) if is_low_bit else x @ weight.t()
+            return y if bias is None else y + bias
         rounding: Any = tokens if x.device.type in ROUNDED_IN_GRAPHS else ops
         levels, per_unit = rounding.round_tokens(x, bits)
         ctx.save_for_backward(weight, levels, per_unit)
         if in_integers:
-            return _level_product(levels, per_unit, weight)
-        x = rounding.token_values(levels, per_unit, x.dtype)
-        return _product(x, weight) if is_low_bit else x @ weight.t()
+            y = _level_product(levels, per_unit, weight)
+        else:
+            x = rounding.token_values(levels, per_unit, x.dtype)
+            y = _product(x, weight) if is_low_bit else x @ weight.t()
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -88,7 +91,7 @@ class _Linear(torch.autograd.Function):
             dw = _weight_gradient(dy, x, *per_unit)
         else:
             dw = plain_product(dy.t(), x.t(), of_gradient=True)
-        return dx, dw, None, None, None, None
+        return dx, dw, _column_sums(dy) if ctx.has_bias else None, None, None, None, None
 
 
 @ops.named("product(Tensor x, Tensor stub) -> Tensor", lambda x, stub: x.new_empty(len(x), len(stub)))
@@ -123,3 +126,9 @@ def _input_gradient(dy: Tensor, stub: Tensor, in_integers: bool) -> Tensor:
 def _weight_gradient(dy: Tensor, levels: Tensor, per_unit: Tensor) -> Tensor:
     values = values_again(levels, per_unit, dy.dtype)
     return plain_product(dy.t(), values.t(), of_gradient=True)
+
+
+# For inductor in PyTorch 2.15, sums of several layers that become one pass may be C++ that does not compile.
+@ops.named("column_sums(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[1]))
+def _column_sums(x: Tensor) -> Tensor:
+    return x.sum(0)
