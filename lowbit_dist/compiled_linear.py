@@ -74,13 +74,13 @@ class _Linear(torch.autograd.Function):
             y = _product(x, weight) if is_low_bit else x @ weight.t()
             return y if bias is None else y + bias
         rounding: Any = tokens if x.device.type in ROUNDED_IN_GRAPHS else ops
-        levels, per_unit = rounding.round_tokens(x, bits)
-        ctx.save_for_backward(weight, levels, per_unit)
         if in_integers:
+            levels, per_unit = rounding.round_tokens(x, bits)
             y = _level_product(levels, per_unit, weight)
         else:
-            x = rounding.token_values(levels, per_unit, x.dtype)
+            levels, per_unit, x = rounding.rounded_tokens(x, bits)
             y = _product(x, weight) if is_low_bit else x @ weight.t()
+        ctx.save_for_backward(weight, levels, per_unit)
         return y if bias is None else y + bias
 
     @staticmethod

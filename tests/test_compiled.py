@@ -109,7 +109,7 @@ LAUNCHES = {f"torch.ops.lowbit.{name}": 2 for name in ("product", "input_gradien
 @pytest.mark.parametrize(
     ("sections", "products"),
     [
-        ({}, {"product": 7, "input_gradient": 7, "weight_gradient": 7, "round_tokens": 4, "token_values": 4}),
+        ({}, {"product": 7, "input_gradient": 7, "weight_gradient": 7, "rounded_tokens": 4}),
         (
             {"precision": {"matmul": "int8", "grad_input": "int8"}},
             {"level_product": 7, "input_gradient": 7, "weight_gradient": 7, "round_tokens": 4},

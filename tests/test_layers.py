@@ -24,7 +24,7 @@ FLOOR = {
     "registry": 0, "naming": 0, "guard": 0, "heartbeat": 0, "record": 0, "machine": 0, "folders": 0,
     "clock": 0,
     "ops": 1, "documents": 1,
-    "packed": 2, "linear": 2, "float8": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
+    "packed": 2, "linear": 2, "compiled_linear": 2, "float8": 2, "charts": 2, "tokenizer": 2, "hf_tokenizer": 2, "pretrained": 2,
     "experts": 2, "attention": 2,
     "methods": 3, "optim": 3, "config": 3, "configfile": 3, "schedule": 3,
     "model": 3, "products": 3, "data": 3, "loss": 3, "zero": 3, "statistics": 3, "compiled": 3,

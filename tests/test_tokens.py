@@ -50,6 +50,9 @@ def test_rounded_tokens_stand_for_the_formulas_numbers(backend, dtype, bits, k):
     assert k < 512 or levels.unique().numel() == 2**bits - 1, "the case must have all levels"
     for of in (torch.float32, torch.bfloat16):
         assert_equal(backend.token_values(levels, per_unit, of), expected.to(of), f"values in {of}")
+    at_once = backend.rounded_tokens(x, bits)
+    for ours, theirs in zip(at_once, (levels, per_unit, expected.to(dtype)), strict=True):
+        assert_equal(ours, theirs, "at once")
 
 
 @both_backends
@@ -141,7 +144,7 @@ def test_tokens_without_values_have_shapes():
 @pytest.fixture
 def counted(monkeypatch):
     """How often tokens were rounded, and numbers made of them."""
-    counts = {"round_tokens": 0, "token_values": 0}
+    counts = {"rounded_tokens": 0, "token_values": 0}
 
     def counting(name, original):
         def call(*args):
@@ -196,23 +199,23 @@ def test_readers_of_one_tensor_round_it_once_until_it_changes_or_dies(counted):
     y = q(x)
     # As DeepSpeed's hooks do.
     assert torch.equal(k(x.detach().view(2, 3, 512)).view(6, 64), linear(IntPerToken()(x), k.weight))
-    assert counted == {"round_tokens": 2, "token_values": 2}
-    assert v(x[:3]).shape == (3, 64) and counted["round_tokens"] == 3, "a part is another tensor"
+    assert counted == {"rounded_tokens": 2, "token_values": 0}
+    assert v(x[:3]).shape == (3, 64) and counted["rounded_tokens"] == 3, "a part is another tensor"
     x.mul_(2)
     torch.testing.assert_close(q(x), 2 * y)
-    assert counted["round_tokens"] == 4
+    assert counted["rounded_tokens"] == 4
     with torch.inference_mode():
         first, second = q(x + 1), q(x + 1)
-    assert torch.equal(first, second) and counted["round_tokens"] == 6
+    assert torch.equal(first, second) and counted["rounded_tokens"] == 6
 
 
 def test_readers_make_numbers_of_the_integers_once_in_the_backward_pass(counted):
     q, k, v = layers(3)
     x = torch.randn(6, 512, requires_grad=True) * 1.0
     y = q(x) + k(x) + v(x)
-    assert counted == {"round_tokens": 1, "token_values": 1}
+    assert counted == {"rounded_tokens": 1, "token_values": 0}
     y.sum().backward()
-    assert counted == {"round_tokens": 1, "token_values": 2}
+    assert counted == {"rounded_tokens": 1, "token_values": 1}
     del x, y
     from lowbit_dist import linear as module
 
@@ -237,7 +240,7 @@ def test_checkpointing_changes_no_bit_of_shared_tokens(counted):
         y.backward(dy)
         found.append([y.detach(), x.grad, *(layer.weight.grad for layer in (q, k, inner))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert counted["round_tokens"] == 2 + 4, "two in each forward pass"
+    assert counted["rounded_tokens"] == 2 + 4, "two in each forward pass"
 
 
 # The exact sums behind a gradient's norm

@@ -207,12 +207,11 @@ def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tupl
 
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """`round_tokens`, and `token_values` of its results in x's precision; on a GPU in one pass."""
-    if x.device.type == "cuda" and x.dtype in FLOATS and _is_plain(x):
-        check_tensor("x", x, FLOATS)
-        return _backend(x.device).rounded_tokens(x, bits)  # type: ignore[no-any-return]
-    levels, per_unit = round_tokens(x, bits)
-    return levels, per_unit, token_values(levels, per_unit, x.dtype)
+    """`round_tokens`, and `token_values` of its results in x's precision, in one pass."""
+    check_tensor("x", x, (x.dtype,))
+    if _is_plain(x):
+        return _float_backend(x.device, x.dtype).rounded_tokens(x, bits)  # type: ignore[no-any-return]
+    return _rounded_tokens(x, bits)
 
 
 def token_values(
@@ -271,6 +270,18 @@ def _is_plain(x: Tensor) -> bool:
 )
 def _round_tokens(x: Tensor, bits: int, least: float) -> tuple[Tensor, Tensor]:
     return _float_backend(x.device, x.dtype).round_tokens(x, bits, least)  # type: ignore[no-any-return]
+
+
+@named(
+    "rounded_tokens(Tensor x, int bits) -> (Tensor, Tensor, Tensor)",
+    lambda x, bits: (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(len(x), dtype=torch.float32),
+        torch.empty_like(x),
+    ),
+)
+def _rounded_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _float_backend(x.device, x.dtype).rounded_tokens(x, bits)  # type: ignore[no-any-return]
 
 
 @named(

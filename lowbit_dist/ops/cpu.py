@@ -202,9 +202,18 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
 
 
 def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tuple[Tensor, Tensor]:
+    return _rounded(x, bits, least, None)
+
+
+def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    values = torch.empty_like(x)
+    return *_rounded(x, bits, LEAST_MAXIMUM, values), values
+
+
+def _rounded(x: Tensor, bits: int, least: float, values: Tensor | None) -> tuple[Tensor, Tensor]:
     levels, per_unit = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
     loaded().lowbit_round_tokens(
-        _pointer(x), _is_bf16(x.dtype), _pointer(levels), _pointer(per_unit),
+        _pointer(x), _is_bf16(x.dtype), _pointer(levels), _pointer(per_unit), _pointer(values),
         *map(ctypes.c_int64, x.shape), ctypes.c_int32(2 ** (bits - 1) - 1), ctypes.c_float(least), _threads(),
     )  # fmt: skip
     return levels, per_unit

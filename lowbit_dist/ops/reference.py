@@ -82,6 +82,7 @@ from lowbit_dist.ops.states import Stored
 from lowbit_dist.ops.targets import RESIDUAL_TOP, Accumulator, Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.tokens import int8_product as int8_product
 from lowbit_dist.ops.tokens import round_tokens
+from lowbit_dist.ops.tokens import rounded_tokens as rounded_tokens
 from lowbit_dist.ops.tokens import token_values as token_values
 
 LARGEST_STEP = 65536.0  # levels; beyond any grid, and small enough for exact integers

@@ -1,11 +1,29 @@
 /* Tokens in integers, and what these stand for, in one pass each, as reference.py's `round_tokens` and `token_values`:
  * the same bytes.
  *
- * A level is divided by `per_unit` as a product with its reciprocal in double, rounded to float: the same bits. For a
- * level has at most 7 binary digits and `per_unit` 24, so that their quotient is at least 2^-49 of itself away from the
- * middle between two floats; the product in double is at most 2^-52 of it away from the quotient.
+ * A level is divided by `per_unit` as a product with its reciprocal, which multiply-adds then correct to the quotient,
+ * as in device_functions.py; or, at the ends of float's range and on processors without them, in double, rounded to
+ * float. For a level has at most 7 binary digits and `per_unit` 24, so that their quotient is at least 2^-49 of itself
+ * away from the middle between two floats; the product in double is at most 2^-52 of it away from the quotient.
  */
 #include "cpu.h"
+
+#if defined(__FMA__)
+#define CORRECTS(per_unit) ((per_unit) > 1e-30f && (per_unit) < 1e30f)
+#else
+#define CORRECTS(per_unit) 0
+#endif
+
+/* Of one that is no NaN. */
+INLINE uint16_t number_to_bf16(float x) {
+    const uint32_t bits = bits_of(x);
+    return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float corrected(float level, float per_unit, float inverse) {
+    const float q = level * inverse;
+    return fmaf(fmaf(-q, per_unit, level), inverse, q);
+}
 
 INLINE void round_row(const float *wide, const uint16_t *half, int is_bf16, int64_t n, int32_t top, float least,
                       int8_t *restrict levels, float *restrict per_unit) {
@@ -36,27 +54,39 @@ void lowbit_round_token(const void *x, int32_t is_bf16, int64_t n, int32_t top, 
     (is_bf16 ? round_halves : round_floats)(x, n, top, least, levels, per_unit);
 }
 
-void lowbit_round_tokens(const void *x, int32_t is_bf16, int8_t *levels, float *per_unit, int64_t tokens, int64_t n,
-                         int32_t top, float least, int32_t n_threads) {
+/* What a token's levels stand for; `out` begins at the token. */
+static void values_of(const int8_t *restrict level, float units, void *restrict out, int32_t is_bf16, int64_t n) {
+    const float inverse = 1.0f / units;
+    const double unit = 1.0 / (double)units;
+    uint16_t *restrict half = out;
+    float *restrict wide = out;
+    if (CORRECTS(units) && is_bf16)
+        for (int64_t k = 0; k < n; k++) half[k] = number_to_bf16(corrected((float)level[k], units, inverse));
+    else if (CORRECTS(units))
+        for (int64_t k = 0; k < n; k++) wide[k] = corrected((float)level[k], units, inverse);
+    else if (is_bf16)
+        for (int64_t k = 0; k < n; k++) half[k] = to_bf16((float)((double)level[k] * unit));
+    else
+        for (int64_t k = 0; k < n; k++) wide[k] = (float)((double)level[k] * unit);
+}
+
+/* `values`: what the levels stand for, in the type of x, or NULL. */
+void lowbit_round_tokens(const void *x, int32_t is_bf16, int8_t *levels, float *per_unit, void *values, int64_t tokens,
+                         int64_t n, int32_t top, float least, int32_t n_threads) {
+    const int64_t bytes = n * (is_bf16 ? 2 : 4);
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
+    for (int64_t t = 0; t < tokens; t++) {
+        lowbit_round_token((const char *)x + t * bytes, is_bf16, n, top, least, levels + t * n, per_unit + t);
+        if (values) values_of(levels + t * n, per_unit[t], (char *)values + t * bytes, is_bf16, n);
+    }
+}
+
+void lowbit_token_values(const int8_t *levels, const float *per_unit, void *out, int32_t is_bf16, int64_t tokens,
+                         int64_t n, int32_t n_threads) {
     const int64_t bytes = n * (is_bf16 ? 2 : 4);
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
     for (int64_t t = 0; t < tokens; t++)
-        lowbit_round_token((const char *)x + t * bytes, is_bf16, n, top, least, levels + t * n, per_unit + t);
-}
-
-void lowbit_token_values(const int8_t *restrict levels, const float *restrict per_unit, void *restrict out,
-                         int32_t is_bf16, int64_t tokens, int64_t n, int32_t n_threads) {
-#pragma omp parallel for schedule(static) num_threads(n_threads) if (tokens * n >= PARALLEL_ELEMENTS)
-    for (int64_t t = 0; t < tokens; t++) {
-        const double unit = 1.0 / (double)per_unit[t];
-        const int8_t *restrict level = levels + t * n;
-        uint16_t *restrict half = (uint16_t *)out + t * n;
-        float *restrict wide = (float *)out + t * n;
-        if (is_bf16)
-            for (int64_t k = 0; k < n; k++) half[k] = to_bf16((float)((double)level[k] * unit));
-        else
-            for (int64_t k = 0; k < n; k++) wide[k] = (float)((double)level[k] * unit);
-    }
+        values_of(levels + t * n, per_unit[t], (char *)out + t * bytes, is_bf16, n);
 }
 
 /* Sums of integers in numbers, as reference.py's `int8_product`. */

@@ -30,6 +30,15 @@ def round_tokens(
     return levels.to(torch.int8), per_unit.squeeze(-1)
 
 
+def rounded_tokens(
+    x: Tensor,  # [T, K]
+    bits: int = 8,
+) -> tuple[Tensor, Tensor, Tensor]:  # [T, K] int8, [T] float32, [T, K] of x's type
+    """`round_tokens`, and `token_values` of it in x's precision."""
+    levels, per_unit = round_tokens(x, bits)
+    return levels, per_unit, token_values(levels, per_unit, x.dtype)
+
+
 def token_values(
     levels: Tensor,  # [T, K] int8
     per_unit: Tensor,  # [T] float32
