@@ -94,7 +94,11 @@ class _Linear(torch.autograd.Function):
         return dx, dw, _column_sums(dy) if ctx.has_bias else None, None, None, None, None
 
 
-@ops.named("product(Tensor x, Tensor stub) -> Tensor", lambda x, stub: x.new_empty(len(x), len(stub)))
+@ops.named(
+    "product(Tensor x, Tensor stub) -> Tensor",
+    lambda x, stub: x.new_empty(len(x), len(stub)),
+    takes_strides=True,
+)
 def _product(x: Tensor, stub: Tensor) -> Tensor:
     return plain_product(x, _packed[stub.data_ptr()].dense(stub.shape, stub.dtype))
 
@@ -129,6 +133,6 @@ def _weight_gradient(dy: Tensor, levels: Tensor, per_unit: Tensor) -> Tensor:
 
 
 # For inductor in PyTorch 2.15, sums of several layers that become one pass may be C++ that does not compile.
-@ops.named("column_sums(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[1]))
+@ops.named("column_sums(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[1]), takes_strides=True)
 def _column_sums(x: Tensor) -> Tensor:
     return x.sum(0)

@@ -242,7 +242,7 @@ class RunConfig(Section):
         if self.precision.matmul == "int8" and method.stored is None:
             raise ConfigError(
                 "precision.matmul (int8) must go with a method whose weights are packed integers, such as "
-                f"dqt, not {method.name}; write precision.matmul: auto"
+                f"dqt, not {method.name}; write {self.precision.without_integers}"
             )
         if self.train.gradient_release and zero.stage in (0, 1, 2):
             raise ConfigError(

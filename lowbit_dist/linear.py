@@ -219,7 +219,8 @@ def int8_input_gradient(
 ) -> Tensor:  # [T, K], of dy's type
     """dy . (scale * levels), each row of dy rounded to 8 bits."""
     if len(scale) > 1:  # the sum is over what has scales of its own
-        dy, scale = (dy * scale).to(dy.dtype), torch.ones_like(scale[:1])
+        scaled = torch.mul(dy, scale, out=torch.empty_like(dy))  # without one in float32
+        dy, scale = scaled, torch.ones_like(scale[:1])
     rounded = ops.round_tokens(dy.contiguous(), least=ops.LEAST_OF_GRADIENT)
     return ops.int8_product(*rounded, levels.t(), scale, dy.dtype)
 

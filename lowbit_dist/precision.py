@@ -45,6 +45,12 @@ class Precision(Section):
             )
         return self
 
+    @property
+    def without_integers(self) -> str:
+        """What to write where integers cannot be multiplied."""
+        also = "" if self.grad_input == "auto" else " and precision.grad_input: auto"
+        return f"precision.matmul: auto{also}"
+
     def of_latent(self) -> Self:
         """The same for a method whose weights are no integers."""
         in_numbers = {"matmul": "auto", "grad_input": "auto"}

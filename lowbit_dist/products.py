@@ -62,24 +62,28 @@ def _layers(config: RunConfig, model: nn.Module) -> list[Linear]:
 
 def _check_integers(name: str, layer: Linear, config: RunConfig, shape: tuple[int, ...]) -> None:
     if layer.view is not None:
-        raise _no_integers(f"layers without a view of their codes, and that of {name} has one")
+        raise _no_integers(f"layers without a view of their codes, and that of {name} has one", config)
     if not (type(layer.activation) is IntPerToken and layer.activation.bits == 8):
-        raise _no_integers(f"inputs of 8 bits, and those of {name} are not", "method.activation_bits: 8")
+        why = f"inputs of 8 bits, and those of {name} are not"
+        raise _no_integers(why, config, "method.activation_bits: 8")
     every = scale_every(config.method, shape)
     if every not in (layer.weight.numel(), shape[-1]):
         why = f"a scale for a tensor or a row, and {name} has one for each {every:,} elements"
-        raise _no_integers(why, "method.granularity: row")
-    lengths = {"rows": shape[-1]}
-    if config.precision.grad_input == "int8":
-        lengths["columns"] = shape[0]
-    for what, length in lengths.items():
-        if length > ops.LONGEST_ROW:
-            raise _no_integers(
-                f"{what} of at most {ops.LONGEST_ROW:,} elements, whose sums fit 32 bits, and those of "
-                f"{name} have {length:,}"
-            )
+        raise _no_integers(why, config, "method.granularity: row")
+    longest = ops.LONGEST_ROW
+    if shape[-1] > longest:
+        raise _no_integers(
+            f"rows of at most {longest:,} elements, whose sums fit 32 bits, and those of {name} have "
+            f"{shape[-1]:,}",
+            config,
+        )
+    if config.precision.grad_input == "int8" and shape[0] > longest:
+        raise ConfigError(
+            f"precision.grad_input (int8) must go with columns of at most {longest:,} elements, whose sums "
+            f"fit 32 bits, and those of {name} have {shape[0]:,}; write precision.grad_input: auto"
+        )
 
 
-def _no_integers(rule: str, instead: str | None = None) -> ConfigError:
-    ways = " or ".join(filter(None, (instead, "precision.matmul: auto")))
+def _no_integers(rule: str, config: RunConfig, instead: str | None = None) -> ConfigError:
+    ways = " or ".join(filter(None, (instead, config.precision.without_integers)))
     return ConfigError(f"precision.matmul (int8) must go with {rule}; write {ways}")

@@ -23,6 +23,10 @@ COMPILED = {
 METHODS = {
     "dqt": {},
     "sent on another grid": {"method": {"grid": "int8", "forward": "ternary"}},
+    "integers": {
+        "method": {"granularity": "row"},
+        "precision": {"compute": "fp32", "matmul": "int8", "grad_input": "int8"},
+    },
     "bitnet": {"method": {"name": "bitnet"}},
     "dense": {"method": {"name": "dense"}},
 }
@@ -58,15 +62,15 @@ def test_compiled_blocks_give_one_digest_however_they_are_trained(sections, rank
     assert digest(ranks, 2, base) == digest(ranks, 2, changed)
 
 
-def calls_of_blocks(configuration):
-    """How many graphs had been compiled after each of some steps, and what their code calls, in a forward and
-    a backward pass of one block.
+def calls_of_blocks(configuration, rounded_in_graphs=("cuda",)):
+    """How many graphs had been compiled after each of some steps; what their code calls, in a forward and a
+    backward pass of one block; and the buffers that products read.
     """
     import torch._dynamo.utils
     import torch._functorch.config
     from torch._inductor import compile_fx
 
-    from lowbit_dist import model, ops
+    from lowbit_dist import compiled_linear, model, ops
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
@@ -85,20 +89,25 @@ def calls_of_blocks(configuration):
         compile_fx.compile_fx_inner,
     )
 
+    read = []
+
     def remember(*args, **kwargs):
         graph = compile_graph(*args, **kwargs)
-        calls.extend(re.findall(CALL, getattr(graph, "source_code", ""), re.M))
+        code = getattr(graph, "source_code", "")
+        calls.extend(re.findall(CALL, code, re.M))
+        read.extend(re.findall(r"lowbit\.product\.default\((\w+)", code))
         return graph
 
     with pytest.MonkeyPatch.context() as patch, torch._functorch.config.patch(enable_autograd_cache=False):
         patch.setattr(compile_fx, "compile_fx_inner", remember)
+        patch.setattr(compiled_linear, "ROUNDED_IN_GRAPHS", rounded_in_graphs)
         engine.compile(lambda: None)
         for n in range(4):
             with engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=n + 1, seed=0)) as step:
                 step.backward(tokens)
             n_graphs.append(counters["stats"]["unique_graphs"])
     engine.close()
-    return n_graphs, calls
+    return n_graphs, calls, read
 
 
 CALL = r"^ +(?:buf\d+ = )?(cpp_fused\w+|torch\.ops\.\w+\.\w+|extern_kernels\.\w+)[.(]"
@@ -120,21 +129,27 @@ LAUNCHES = {f"torch.ops.lowbit.{name}": 2 for name in ("product", "input_gradien
 def test_a_block_is_one_graph_of_few_operations(sections, products, ranks, small):
     """Alike blocks share it; tokens are rounded once for all layers that read them."""
     content = small(train={"batch_tokens": 128}, cluster={"workers": 1}, **{"precision": "bf16", **sections})
-    n_graphs, calls = ranks(1).run(calls_of_blocks, content)[0]
+    n_graphs, calls, _ = ranks(1).run(calls_of_blocks, content)[0]
     assert n_graphs == [1, 1, 1, 1]
     ours = Counter(call.removeprefix("torch.ops.lowbit.") for call in calls if ".lowbit." in call)
     assert ours == products
-    assert (
-        sum("scaled_dot_product" in call for call in calls) >= 2 and len(calls) > sum(products.values()) + 8
-    )
+    assert sum("scaled_dot_product" in call for call in calls) >= 2
+    assert len(calls) > sum(products.values()) + 8
     assert sum(LAUNCHES.get(call, 1) for call in calls) <= 70, calls
+
+
+def test_what_is_rounded_in_the_graph_is_made_once(ranks, small):
+    """As on GPUs: of all layers that read a tensor, no product has a copy of its own."""
+    content = small(precision="bf16", train={"batch_tokens": 128}, cluster={"workers": 1})
+    _, _, read = ranks(1).run(calls_of_blocks, content, ("cpu",))[0]
+    assert len(read) == 7 and len(set(read)) == 4, read
 
 
 def test_products_of_ordinary_weights_are_in_the_graph_and_views_are_not(ranks, small):
     content = small(precision="bf16", train={"batch_tokens": 128}, cluster={"workers": 1})
-    n_graphs, calls = ranks(1).run(calls_of_blocks, content | {"method": {"name": "dense"}})[0]
+    n_graphs, calls, _ = ranks(1).run(calls_of_blocks, content | {"method": {"name": "dense"}})[0]
     assert n_graphs == [1, 1, 1, 1] and sum("mm" in call for call in calls) == 7 * 3
-    n_graphs, calls = ranks(1).run(calls_of_blocks, content | {"method": {"name": "bitnet"}})[0]
+    n_graphs, calls, _ = ranks(1).run(calls_of_blocks, content | {"method": {"name": "bitnet"}})[0]
     assert 1 < n_graphs[0] == n_graphs[-1] <= 8 and not any(
         "lowbit" in call or "mm" in call for call in calls
     )

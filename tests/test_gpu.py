@@ -33,6 +33,10 @@ RUNS = {
     "integers of 8 bits": {"method": {"grid": "int8"}, "precision": {"matmul": "int8"}},
     "fp8": {"precision": "fp8"},
     "compiled": {"train": {"compile": "on"}},
+    "compiled, dense": {"method": {"name": "dense"}, "train": {"compile": "on"}},
+    "compiled, integers": {
+        "precision": {"matmul": "int8", "grad_input": "int8"}, "train": {"compile": "on"}
+    },
     "recomputed": {"train": {"activation_checkpointing": True}},
     "gradients released": {
         "train": {"gradient_release": True, "micro_batch": 4}, "cluster": {"workers": 1}

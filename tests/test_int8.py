@@ -353,10 +353,20 @@ def test_longer_rows_than_sums_can_have_are_refused(small):
     ):
         products.check(config, 512)
     config = configfile.from_dict(small(precision=INT8 | {"grad_input": "int8"}))
+    columns = r"^precision.grad_input \(int8\) must go with columns of at most 300 .* have 512; write "
     with (
-        patch.object(ops, "LONGEST_ROW", 512 - 1),
-        pytest.raises(ConfigError, match=r"(rows|columns) of at most 511 elements, .* have 512; write"),
+        patch.object(ops, "LONGEST_ROW", 300),
+        pytest.raises(ConfigError, match=columns + "precision.grad_input: auto"),
     ):
+        products.check(config, 512)
+
+
+def test_what_is_to_be_written_instead_is_taken(small):
+    both = INT8 | {"grad_input": "int8"}
+    with pytest.raises(ConfigError, match=r"precision.matmul: auto and precision.grad_input: auto$"):
+        configfile.from_dict(small(precision=both, method={"name": "bitnet"}))
+    config = configfile.from_dict(small(precision=both, method={"activation_bits": None}))
+    with pytest.raises(ConfigError, match=r"auto and precision.grad_input: auto$"):
         products.check(config, 512)
 
 

@@ -157,7 +157,7 @@ def _gpu_seconds(
         of_tokens = inputs * (forwards + 1) + (1 if execution.shares_inputs else 2) * work.outputs
         casts = execution.cast * (tokens * of_tokens + work.linear * uses)
     if config.precision.grad_input == "int8":  # gradients are read, and written in bytes
-        casts = (2 * wide + 1) / wide * tokens * work.outputs
+        casts = (2 * wide + 1) * tokens * work.outputs
     decoding = sum(p.numel * (p.wire + 2 * wide) for p in work.parameters if p.is_code) * uses
     return {
         "products": 2 * tokens * work.linear * (forwards / forward + 1 / of_input + 1 / rate),
