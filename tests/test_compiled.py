@@ -223,9 +223,7 @@ def test_blocks_of_other_models_compile_to_the_same_function(name, ranks, small,
         ranks(1).run(kept_of_blocks, content | {"train": train | {"compile": choice}})[0]
         for choice in ("on", "off")
     )
-    rounded_otherwise = (
-        0.03 if name in ("mixtral", "deepseek_v3") else 0.005
-    )  # tokens may go to other experts
+    rounded_otherwise = 0.03 if name == "mixtral" else 0.005  # tokens may go to other experts
     assert compiled[1] == pytest.approx(plain[1], rel=rounded_otherwise) and compiled[1] != plain[1]
 
 
