@@ -183,5 +183,5 @@ def test_a_benchmark_starts_workers_of_its_own():
 
 
 def test_models_that_have_no_room_together_are_refused_before_a_worker_starts():
-    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* of 5 candidates"):
+    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* of 6 candidates"):
         bench_training.train("70b")
