@@ -445,7 +445,7 @@ def test_bars_in_a_terminal_are_as_long_as_their_numbers():
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A tracking server; `server.start()` also after it was killed."""
-    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", "2")):
+    for name, value in (("MAX_RETRIES", "0"), ("TIMEOUT", "6")):
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
     made = Server(tmp_path)
     made.start()
