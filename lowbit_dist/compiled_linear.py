@@ -69,18 +69,17 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # [T, N]
         ctx.is_low_bit, ctx.grad_in_integers = is_low_bit, grad_in_integers
         ctx.has_bias = bias is not None
-        if bits is None:
-            ctx.save_for_backward(weight, x)
-            y = _product(x, weight) if is_low_bit else x @ weight.t()
-            return y if bias is None else y + bias
         rounding: Any = tokens if x.device.type in ROUNDED_IN_GRAPHS else ops
+        kept: tuple[Tensor, ...] = (x,)
         if in_integers:
-            levels, per_unit = rounding.round_tokens(x, bits)
-            y = _level_product(levels, per_unit, weight)
+            kept = rounding.round_tokens(x, bits)
+            y = _level_product(*kept, weight)
         else:
-            levels, per_unit, x = rounding.rounded_tokens(x, bits)
+            if bits is not None:
+                levels, per_unit, x = rounding.rounded_tokens(x, bits)
+                kept = levels, per_unit
             y = _product(x, weight) if is_low_bit else x @ weight.t()
-        ctx.save_for_backward(weight, levels, per_unit)
+        ctx.save_for_backward(weight, *kept)
         return y if bias is None else y + bias
 
     @staticmethod

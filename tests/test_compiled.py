@@ -12,6 +12,7 @@ import torch
 from cases import standing
 from hf_folders import write
 from test_train import digest, train
+from test_zero import engine_of
 
 from lowbit_dist import compiled, configfile
 from lowbit_dist.config import ConfigError
@@ -70,26 +71,12 @@ def calls_of_blocks(configuration, rounded_in_graphs=("cuda",)):
     import torch._functorch.config
     from torch._inductor import compile_fx
 
-    from lowbit_dist import compiled_linear, model, ops
-    from lowbit_dist.zero import Engine
+    from lowbit_dist import compiled_linear, ops
 
-    config = configfile.from_dict(configuration)
-    built = model.build(config.model, 512, config.method, torch.bfloat16)
-    initial, names = (
-        model.InitialWeights(built, config.method, 0, None),
-        model.low_bit_names(built, config.method),
-    )
-    engine = Engine(config, built, initial, names)
-    counters = torch._dynamo.utils.counters
+    engine, counters = engine_of(configuration, torch.bfloat16), torch._dynamo.utils.counters
     counters.clear()
-    tokens, n_graphs, calls, compile_graph = (
-        torch.arange(128).view(2, 64),
-        [],
-        [],
-        compile_fx.compile_fx_inner,
-    )
-
-    read = []
+    compile_graph, tokens = compile_fx.compile_fx_inner, torch.arange(128).view(2, 64)
+    n_graphs, calls, read = [], [], []
 
     def remember(*args, **kwargs):
         graph = compile_graph(*args, **kwargs)
@@ -157,33 +144,28 @@ def test_products_of_ordinary_weights_are_in_the_graph_and_views_are_not(ranks, 
 
 def kept_of_blocks(configuration, rounded_in_graphs=("cuda",)):
     """Bytes that a step keeps for its backward pass, parameters left aside, and the losses of a few."""
-    from lowbit_dist import compiled_linear, model, ops
-    from lowbit_dist.zero import Engine
+    from lowbit_dist import compiled_linear, ops
 
-    config = configfile.from_dict(configuration)
-    built = model.build(config.model, 512, config.method, torch.bfloat16)
-    names = model.low_bit_names(built, config.method)
-    engine = Engine(config, built, model.InitialWeights(built, config.method, 0, None), names)
-    if config.train.compile == "on":
+    engine = engine_of(configuration, torch.bfloat16)
+    if engine.config.train.compile == "on":
         engine.compile(lambda: None)
-    tokens, kept = torch.arange(4 * config.data.seq_len).view(4, -1) % 512, {}
-    before, compiled_linear.ROUNDED_IN_GRAPHS = compiled_linear.ROUNDED_IN_GRAPHS, rounded_in_graphs
+    tokens, kept, losses = torch.arange(4 * engine.config.data.seq_len).view(4, -1) % 512, {}, []
 
     def keep(x):
         if not isinstance(x, torch.nn.Parameter):
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    losses = []
-    for n in range(3):
-        kept.clear()
-        with (
-            engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=n + 1, seed=0)) as step,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        ):
-            losses.append(step.backward(tokens).item())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_linear, "ROUNDED_IN_GRAPHS", rounded_in_graphs)
+        for n in range(3):
+            kept.clear()
+            with (
+                engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=n + 1, seed=0)) as step,
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            ):
+                losses.append(step.backward(tokens).item())
     engine.close()
-    compiled_linear.ROUNDED_IN_GRAPHS = before
     return sum(kept.values()), losses
 
 

@@ -1,13 +1,11 @@
 """A model that stays loaded: its answers over HTTP, as OpenAI's clients ask for them, and in a terminal."""
 
 import builtins
-import functools
 import http.client
 import io
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +14,7 @@ import urllib.request
 import pytest
 from fastapi.testclient import TestClient
 from hf_folders import write
+from test_ui import free_port, started
 
 import lowbit_dist
 from lowbit_dist import serving
@@ -239,11 +238,7 @@ def test_a_port_that_is_taken_is_named(lowbit, folder):
 @pytest.mark.integration
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_it_answers_until_it_is_told_to_end_which_is_no_failure(signum, folder):
-    with serving.listen(0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lowbit_dist", "serve", str(folder), "--port", str(port)]
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listens) as server:
+    with started("serve", folder, "--port", free_port()) as server:
         url = server.stdout.readline().split()[0].replace("completions", "models")
         with urllib.request.urlopen(url, timeout=60) as answer:
             assert json.load(answer)["data"]

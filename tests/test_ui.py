@@ -30,14 +30,18 @@ def free_port():
         return free.getsockname()[1]
 
 
+def started(*arguments):
+    """The process of a verb, its output to be read, that hears Ctrl-C as if it were not in the background."""
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-m", "lowbit_dist", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hears)
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_table_of_runs_is_served_until_the_end(store, signum):
     port = free_port()
-    command = [sys.executable, "-m", "lowbit_dist", "ui", "--store", store, "--port", str(port)]
-    # A process that was started in the background would not hear Ctrl-C.
-    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listens) as showing:
+    with started("ui", "--store", store, "--port", port) as showing:
         address = showing.stdout.readline().split()[0]
         assert address == f"http://127.0.0.1:{port}/#/experiments/1/runs"
         with urllib.request.urlopen(address, timeout=60) as page:

@@ -109,13 +109,13 @@ def test_a_pretrained_folder_of_pickles_is_refused(tmp_path, small):
         model.InitialWeights(torch.nn.Linear(2, 2), Dense(), 0, tmp_path)
 
 
-def engine_of(configuration):
-    """In float32, with the first weights of seed 0."""
+def engine_of(configuration, dtype=torch.float32):
+    """With the first weights of seed 0."""
     from lowbit_dist import configfile, model
     from lowbit_dist.zero import Engine
 
     config = configfile.from_dict(configuration)
-    built = model.build(config.model, 512, config.method, torch.float32)
+    built = model.build(config.model, 512, config.method, dtype)
     initial = model.InitialWeights(built, config.method, 0, None)
     return Engine(config, built, initial, model.low_bit_names(built, config.method))
 

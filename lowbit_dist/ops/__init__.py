@@ -237,10 +237,8 @@ def int8_product(
     """Rounded tokens times a weight, in exact sums of integers: the same bits in any order, on any number of
     threads, however tokens are divided among calls.
     """
-    for name, tensor in (
-        ("levels", levels),
-        ("weight", weight if weight.is_contiguous() else weight.t()),
-    ):
+    by_rows = weight if weight.is_contiguous() else weight.t()
+    for name, tensor in (("levels", levels), ("weight", by_rows)):
         check_tensor(name, tensor, (torch.int8,))
     for name, tensor in (("per_unit", per_unit), ("scale", scale)):
         check_tensor(name, tensor, (torch.float32,))

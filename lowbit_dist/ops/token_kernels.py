@@ -138,19 +138,19 @@ def round_tokens(
     bits: int = 8,
     least: float = LEAST_MAXIMUM,
 ) -> tuple[Tensor, Tensor]:  # [T, K] int8, [T] float32
-    levels, per_unit, _ = _rounded(x, bits, None, least)
+    levels, per_unit, _ = _rounded(x, bits, least, None)
     return levels, per_unit
 
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Those, and what they stand for, [T, K] of x's type, in one pass."""
-    levels, per_unit, values = _rounded(x, bits, torch.empty_like(x), LEAST_MAXIMUM)
+    levels, per_unit, values = _rounded(x, bits, LEAST_MAXIMUM, torch.empty_like(x))
     assert values is not None
     return levels, per_unit, values
 
 
 def _rounded(
-    x: Tensor, bits: int, values: Tensor | None, least: float
+    x: Tensor, bits: int, least: float, values: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     n_tokens, n = x.shape
     levels, per_unit = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(n_tokens, dtype=torch.float32)
