@@ -197,7 +197,7 @@ def test_one_gpu_moves_nothing_and_codes_less_than_weights():
 
 
 def test_the_page_of_benchmarks_has_what_is_predicted():
-    page = (Path(__file__).parents[1] / "BENCH.md").read_text()
+    page = (Path(__file__).parents[1] / "lowbit_dist/BENCH.md").read_text()
     rows = re.findall(r"^\| (1b|7b|70b) \| ([\d,]+) \| (.*) \|$", page, flags=re.M)
     assert len(rows) == 14
     for preset, gpus, cells in rows:

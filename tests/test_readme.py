@@ -15,7 +15,7 @@ from lowbit_dist.config import ConfigError, RunConfig
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    "BENCH.md",
+    "lowbit_dist/BENCH.md",
     "launch/monitoring/README.md",
     "docker/README.md",
     "lowbit_dist/methods/README.md",
