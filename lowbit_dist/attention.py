@@ -46,18 +46,13 @@ def within_documents(
 
 
 @contextmanager
-def causal(device: torch.device) -> Iterator[None]:
-    """Inside, Hugging Face models that are given tokens alone attend by `is_causal` on a GPU, where flash
-    kernels take no mask.
+def causal() -> Iterator[None]:
+    """Inside, Hugging Face models that are given tokens alone attend by `is_causal` instead of a mask, which
+    flash kernels of GPUs do not take, and for which those of CPUs compute what it hides.
 
     transformers takes positions that jump for borders of packed samples, and makes a mask for every layer of
-    what it finds, of nothing as well, for to look would wait for the GPU.  Nothing here is packed so.  On a
-    CPU the mask stays, and with it the bits of earlier runs: without one, gradients of keys that several
-    heads share are added up in another order.
+    what it finds, of nothing as well, for to look would wait for the GPU.  Nothing here is packed so.
     """
-    if device.type != "cuda":
-        yield
-        return
     from transformers import masking_utils
 
     with patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None):

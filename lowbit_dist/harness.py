@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from lowbit_dist import attention
 from lowbit_dist.errors import ConfigError
 from lowbit_dist.evaluate import PRODUCTS, loaded, text_loss
 from lowbit_dist.trained import TEXT_LENGTH, Trained
@@ -122,7 +123,7 @@ class Backend(TemplateLM):
         for row, ids in zip(read, texts, strict=True):
             row[: len(ids) - 1] = torch.tensor(ids[:-1])  # what stands behind it, no token of it sees
         scores = []
-        with torch.inference_mode():
+        with torch.inference_mode(), attention.causal():
             logits = self.network(input_ids=read).logits
             for of_text, ids, (_, continuation) in zip(logits, texts, pairs, strict=True):
                 n = min(len(continuation), len(ids) - 1)

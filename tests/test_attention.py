@@ -1,5 +1,6 @@
 """Attention within documents: two of them in a sample have the logits that each has alone."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import hf_folders
@@ -185,7 +186,7 @@ def test_data_that_does_not_say_what_separates_documents_is_refused(short):
     data.check(config.model_copy(update={"data": config.data.model_copy(update={"document_mask": False})}))
 
 
-def attended(network, tokens, device):
+def attended(network, tokens, within):
     """Logits and the gradients of parameters, and which keywords attention had in each layer."""
     from torch.nn import functional
 
@@ -196,7 +197,7 @@ def attended(network, tokens, device):
         return attend(*args, **keywords)
 
     network.zero_grad()
-    with pytest.MonkeyPatch.context() as patch, attention.causal(torch.device(device)):
+    with pytest.MonkeyPatch.context() as patch, within():
         patch.setattr(functional, "scaled_dot_product_attention", recorded)
         out = network(input_ids=tokens, labels=tokens, use_cache=False)
     out.loss.backward()
@@ -204,23 +205,23 @@ def attended(network, tokens, device):
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "qwen2", "qwen3", "phi", "gpt_neox", "mixtral"])
-def test_on_gpus_plain_samples_are_attended_without_a_mask(name):
+def test_plain_samples_are_attended_without_a_mask(name):
     network, tokens = built(name), torch.randint(500, (2, 24), generator=torch.Generator().manual_seed(0))
-    logits, gradients, calls = attended(network, tokens, "cuda")
+    logits, gradients, calls = attended(network, tokens, attention.causal)
     assert calls and all(call["attn_mask"] is None and call["is_causal"] for call in calls)
-    masked_logits, masked_gradients, masked = attended(network, tokens, "cpu")
+    masked_logits, masked_gradients, masked = attended(network, tokens, nullcontext)
     assert all(call["attn_mask"] is not None and not call["is_causal"] for call in masked), "as it was"
     assert torch.allclose(logits, masked_logits, rtol=1e-12, atol=1e-12)
     for one, other in zip(gradients, masked_gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_on_gpus_layers_that_look_back_less_keep_their_mask():
+def test_layers_that_look_back_less_keep_their_mask():
     config = hf_folders.CONFIGS["mistral"]()
     config.sliding_window = 8
     torch.manual_seed(0)
     network = transformers.AutoModelForCausalLM.from_config(config).eval().double()
     tokens = torch.randint(500, (2, 24), generator=torch.Generator().manual_seed(0))
-    logits, _, calls = attended(network, tokens, "cuda")
+    logits, _, calls = attended(network, tokens, attention.causal)
     assert all(call["attn_mask"] is not None for call in calls)
-    assert torch.equal(logits, attended(network, tokens, "cpu")[0])
+    assert torch.equal(logits, attended(network, tokens, nullcontext)[0])

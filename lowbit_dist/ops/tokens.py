@@ -20,13 +20,15 @@ def round_tokens(
 
     q = clip(round(a x), -2^(b-1), 2^(b-1) - 1)    a = (2^(b-1) - 1) / max(max|x|, least)
 
-    Of a token that is not finite a is NaN, and q is 0.
+    Nothing is left to clip: of the largest element a x is 2^(b-1) - 1 to a float's last digits.  Of a token
+    that is not finite a is NaN, and q is 0.
     """
     top = 2 ** (bits - 1) - 1
     largest = x.abs().amax(-1, keepdim=True).float()
     per_unit = top / largest.clamp(min=least)
     per_unit.masked_fill_(~largest.isfinite(), torch.nan)
-    levels = (x * per_unit).nan_to_num_(0.0).round_().clamp_(-top - 1, top)
+    scaled = x * per_unit
+    levels = torch.where(scaled.isnan(), 0.0, scaled).round_()
     return levels.to(torch.int8), per_unit.squeeze(-1)
 
 

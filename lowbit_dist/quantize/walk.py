@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_dist import attention
 from lowbit_dist.model import DTYPES
 from lowbit_dist.packed import PackedTensor
 from lowbit_dist.quantize.quantizer import Gram
@@ -127,8 +128,9 @@ class Walk:
         modules = {name: self.model.get_submodule(name) for name in blocks}
         for name, module in modules.items():
             module.forward = partial(stand_in, name, module.forward)
-        for tokens in batches:
-            base(input_ids=tokens.to(self.device), use_cache=False)
+        with attention.causal():
+            for tokens in batches:
+                base(input_ids=tokens.to(self.device), use_cache=False)
         for module in modules.values():
             del module.forward
         self._free([*outer, *self._names(first)])
