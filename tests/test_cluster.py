@@ -103,6 +103,7 @@ def shell(content, folder):
         ({"workers": 1, "cpus_per_worker": 4}, 2, 0, "no worker fits; write cluster.cpus_per_worker=2"),
         ({"workers": 4}, 16, 2, "4 GPUs, but here has 2: 2 workers fit; write cluster.workers=2"),
         ({"workers": 2, "gpus_per_worker": 1}, 16, 0, "no worker fits; write cluster.gpus_per_worker=0"),
+        ({"workers": 2}, 0, 0, "no worker fits; write cluster.start_timeout=600"),
     ],
 )
 def test_more_workers_than_there_are_processors_are_refused_with_what_fits(wanted, cpus, gpus, answer, small):

@@ -5,6 +5,7 @@ checker finds a mistake.
 import importlib.resources
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+
+from lowbit_dist import configfile
 
 ROOT = Path(__file__).parent.parent
 TOOLS = Path(sys.executable).parent
@@ -171,3 +174,24 @@ def test_a_cluster_that_is_asked_for_wrongly_is_not_started(arguments):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("usage:")
+
+
+def runs_of(file):
+    """(configuration, overrides) of each run that a file tells how to start, in a comment or in code."""
+    text = re.sub(r"\\\n#?\s*", "", file.read_text())
+    for name, rest in re.findall(r"(?:lowbit submit|slurm\.sbatch) \S*?(configs/\S+\.yaml)(.*)", text):
+        yield name, re.findall(r"(?<!\S)[a-z_]+\.[a-z_.]+=\S+", rest)
+
+
+RECIPES = [
+    "launch/slurm.sbatch", "launch/ray-cluster.yaml", "launch/kuberay/cluster.yaml", "docker/README.md"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_runs_that_a_recipe_starts_have_a_configuration(recipe):
+    runs = list(runs_of(ROOT / recipe))
+    assert runs
+    for name, overrides in runs:
+        assert overrides, "where the run's data is, and how many workers it has, is another matter there"
+        configfile.load(ROOT / name, overrides)

@@ -87,6 +87,10 @@ def check_workers(config: RunConfig, *, cpus: float, gpus: float, place: str) ->
             ways.append(f"cluster.{field}={share:g}")
         elif what == "GPUs":
             ways.append("cluster.gpus_per_worker=0, to train on CPUs")
+        elif not ways:  # of a cluster without a machine
+            ways.append(
+                "cluster.start_timeout=600, to wait for machines that it starts when they are asked for"
+            )
         raise ConfigError(
             f"cluster.workers ({n}) x cluster.{field} ({per_worker:g}) are {n * per_worker:g} {what}, but "
             f"{place} has {have:g}: {fit or 'no'} worker{' fits' if fit <= 1 else 's fit'}; "
