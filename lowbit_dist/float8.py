@@ -43,7 +43,8 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     one = torch.maximum(-low, high).float().clamp(min=LEAST_MAXIMUM) / top
     missing = [-n % MULTIPLE for n in x.shape]
     x = pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
-    return (x.float() / one).clamp_(-top, top).to(dtype).contiguous(), one
+    # A divisor with dimensions makes quotients in float32; what is beyond `top` by a rounding becomes it.
+    return (x / one.view(1, 1)).to(dtype).contiguous(), one
 
 
 def gpus() -> list[tuple[int, int]]:

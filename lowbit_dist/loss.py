@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 from lowbit_dist.data import IGNORED
 from lowbit_dist.linear import Product, View, decodes, plain_product, values
+from lowbit_dist.machine import in_any_order
 
 CHUNK = 2**27  # logits: 4,096 tokens of 32k, 1,024 of 128k, for which matrix products are large enough
 BLOCKS = {"cpu": 2**18, "cuda": 2**24}  # of these in float32 at once: what a cache holds, or keeps a GPU busy
@@ -233,7 +234,9 @@ def _losses_(
         log_p = seen.detach().log_softmax(1, dtype=torch.float32)
         losses.append(-log_p.gather(1, target)[:, 0])
         if is_training:
-            gradient = log_p.exp_().mul_(d_loss).scatter_add_(1, target, -d_loss)
+            gradient = log_p.exp_().mul_(d_loss)
+            with in_any_order():  # one element of a row
+                gradient.scatter_add_(1, target, -d_loss)
             if leaf is not None:
                 (gradient,) = torch.autograd.grad(seen, leaf, gradient.to(seen.dtype))
             part.copy_(gradient)

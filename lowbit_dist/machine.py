@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -140,6 +141,21 @@ def _counts(file: Path) -> dict[str, int]:
 # Needed in the environment, before CUDA starts, for `repeat_on_gpus`: so many KiB for cuBLAS, and how many of
 # them, for each stream.
 REPEATING = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+@contextmanager
+def in_any_order() -> Iterator[None]:
+    """Inside, additions to the places of a tensor are made in whatever order, for sums that are the same in
+    any: of whole numbers, and of one number for each place.  Where a GPU's order must repeat, PyTorch sorts.
+    """
+    import torch
+
+    is_ordered = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_ordered)
 
 
 def repeat_on_gpus() -> None:

@@ -410,6 +410,9 @@ def test_levels_equal_the_reference(device: str, grid: Grid) -> None:
     codes = random_codes(grid, 19).codes
     assert_equal(kernels.unpack(codes.to(device), grid=grid), reference.unpack(codes, grid=grid), "levels")
     assert kernels.unpack(codes[:0].to(device), grid=grid).numel() == 0
+    counts = reference.code_counts(codes, grid=grid)
+    assert_equal(kernels.code_counts(codes.to(device), grid=grid), counts, "counts")
+    assert not kernels.code_counts(codes[:0].to(device), grid=grid).any()
 
 
 @on_each_device
@@ -520,7 +523,7 @@ def compiled(
     for module, name in (
         *((kernels, name) for name in ("_step_codes", "_step_weights", "_decode")),
         *((token_kernels, name) for name in ("_round_tokens", "_token_values", "_largest", "_square_sum")),
-        *((product_kernels, name) for name in ("_unpack", "_int8_product", "_turn")),
+        *((product_kernels, name) for name in ("_unpack", "_count", "_int8_product", "_turn")),
     ):
         kernel = getattr(module, name)
 
@@ -701,7 +704,10 @@ def test_tokens_and_norms_compile_for_sm_90(
 @every_grid
 def test_levels_stay_within_their_budget_on_sm_90(compiled: list[Any], tmp_path: Path, grid: Grid) -> None:
     """A byte an element: it is written in pieces of 16."""
-    kernels.unpack(torch.zeros(1024 * grid.bytes_per_block, dtype=torch.uint8), grid=grid)
+    codes = torch.zeros(1024 * grid.bytes_per_block, dtype=torch.uint8)
+    kernels.unpack(codes, grid=grid)
+    kernels.code_counts(codes, grid=grid)
+    assert cost_of(compiled[1], tmp_path).stack == 0
     cost = cost_of(compiled[0], tmp_path)
     assert cost.stack == 0 and cost.registers <= 64
     assert cost.per_element(product_kernels.UNPACK_BLOCKS * BLOCK / 128) <= 12

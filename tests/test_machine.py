@@ -114,3 +114,18 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
     )
     assert machine.peak_memory() > len(large) > 2 * of_child
     assert of_larger - of_child == pytest.approx(100e6, rel=0.1)
+
+
+def test_sums_in_any_order_leave_the_order_of_others_as_it_was():
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for is_ordered in (True, False):
+            torch.use_deterministic_algorithms(is_ordered)
+            with pytest.raises(KeyError), machine.in_any_order():
+                assert not torch.are_deterministic_algorithms_enabled()
+                raise KeyError
+            assert torch.are_deterministic_algorithms_enabled() is is_ordered
+    finally:
+        torch.use_deterministic_algorithms(before)

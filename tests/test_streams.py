@@ -2,8 +2,8 @@
 
 DeepSpeed is told that the CPU has streams.  Each has a vector clock, which says what of the other streams it
 has waited for; operations, collectives and our kernels note the storages that they read and write.  Two
-accesses to one, of which at least one writes, must be ordered by streams that wait for each other: whether
-Python waits for the device is not counted.
+accesses to one, of which at least one writes, must be ordered by streams that wait for each other: that
+Python waits for the device does not count, and in a pass it must not.
 """
 
 import weakref
@@ -107,7 +107,7 @@ def tensors_of(tree):
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def races(configuration, without_edge):
+def races_of(configuration, without_edge):
     """What is unordered in some steps on this rank; and what was seen."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
@@ -199,14 +199,18 @@ def races(configuration, without_edge):
         for gradients in engine.gradients():
             device.name(gradients, "gradients")
         generator = torch.Generator().manual_seed(engine.rank)
+        waits = {"the host waits for a stream": Stream, "the host waits for the device": CPU_Accelerator}
+        for what, waited in waits.items():
+            enter(patch.object(waited, "synchronize", lambda *_, what=what: device.races.update([what])))
         with Operations(device):
             for n in range(4):
                 with engine.step(ops.Now(lr=1e-2, weight_decay=0.0, step=n + 1, seed=0)) as step:
                     for _ in range(engine.micro_batches // engine.world):
                         step.backward(torch.randint(256, (1, 16), generator=generator))
             engine.forward(torch.randint(256, (1, 16), generator=generator))
+        races = dict(device.races)
         engine.close()
-    return dict(device.races), device.seen
+    return races, device.seen
 
 
 CASES = {
@@ -233,7 +237,7 @@ def content(case):
 @pytest.mark.parametrize("case", CASES)
 def test_every_access_to_a_shard_is_ordered_by_streams(case, ranks):
     update = "update on reductions" if case == "released" else "update on default"
-    for unordered, seen in ranks(2).run(races, content(case), False):
+    for unordered, seen in ranks(2).run(races_of, content(case), False):
         assert unordered == {}
         assert {"shards", "states", "gathered shards", update} <= seen, "the case must see them"
         assert not any(access.endswith(" on gathers") for access in seen), (
@@ -242,7 +246,7 @@ def test_every_access_to_a_shard_is_ordered_by_streams(case, ranks):
 
 
 def test_a_gather_that_does_not_wait_for_the_update_is_found(ranks):
-    for unordered, _ in ranks(2).run(races, content("ternary"), True):
+    for unordered, _ in ranks(2).run(races_of, content("ternary"), True):
         last = ("update", "aten::_foreach_copy_")  # of codes; of ordinary weights that lie beside them
         assert any(
             f"all_gather_into_tensor on network reads shards after {write} on default" in race

@@ -62,6 +62,7 @@ from lowbit_dist import ops
 from lowbit_dist.errors import ConfigError, plain
 from lowbit_dist.grid import BLOCK, GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
+from lowbit_dist.machine import in_any_order
 from lowbit_dist.methods.method import GROUP, Group, Method
 from lowbit_dist.packed import PackedShard, PackedTensor, representable
 from lowbit_dist.section import setting
@@ -258,12 +259,21 @@ class DQT(Method):
         workers, so they are the same on any number of them.
         """
         planes = shard.levels().view(-1, PLANE)
-        first = shard.first_block * (BLOCK // PLANE)
-        at = torch.arange(first, first + len(planes), device=planes.device) // (shard.scale_every // PLANE)
-        sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
-        shard.summed(sums.index_add_(0, at, planes.short().abs().sum(1)))
+        sizes, at = planes.short().abs().sum(1), None
+        if len(shard.scale) == 1:
+            sums = sizes.sum(0, keepdim=True)
+        else:
+            first = shard.first_block * (BLOCK // PLANE)
+            at = torch.arange(first, first + len(planes), device=planes.device) // (
+                shard.scale_every // PLANE
+            )
+            sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
+            with in_any_order():  # whole numbers
+                sums.index_add_(0, at, sizes)
+        shard.summed(sums)
         mean = (sums / shard.scale_every).float().clamp_(min=torch.finfo(torch.float32).tiny)
-        ternary = (planes / mean[at, None]).round_().clamp_(-1, 1).to(torch.int8)
+        of_plane = (mean if at is None else mean[at])[:, None]
+        ternary = (planes / of_plane).round_().clamp_(-1, 1).to(torch.int8)
         scale = representable(shard.scale * mean)
         codes = ops.pack(ternary.view(-1), grid=self.sent_grid)
         return replace(shard, codes=codes, scale=scale, grid=self.sent_grid)

@@ -345,7 +345,7 @@ def unpack(codes: Tensor, *, grid: Grid) -> Tensor:
 def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:
     """How many elements are at each level, from `grid.low` to `grid.high`: [grid.n_levels] int64."""
     check_codes(codes, grid, codes.numel() * 8 // grid.bits)
-    return _host_backend(codes.device).code_counts(codes, grid=grid)
+    return _backend(codes.device).code_counts(codes, grid=grid)
 
 
 def _backend(device: torch.device) -> ModuleType:

@@ -54,6 +54,7 @@ from lowbit_dist.ops.device_functions import (
     store_codes,
 )
 from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.product_kernels import code_counts as code_counts
 from lowbit_dist.ops.product_kernels import int8_product as int8_product
 from lowbit_dist.ops.product_kernels import unpack as unpack
 from lowbit_dist.ops.states import Stored

@@ -19,6 +19,8 @@ from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops.device_functions import load_codes, on, store
 
 UNPACK_BLOCKS = 32  # of a program; a thread writes 16 bytes at a time
+COUNT_BLOCKS = 16  # of a program at a time
+COUNT_PROGRAMS = 1024  # several for each multiprocessor of a large GPU
 # Of a program: tokens, rows, and elements of both at a time.
 TILE = {"BM": 128, "BN": 256, "BK": 128}
 TURNED = 128  # rows and columns of a program that lays a weight by columns
@@ -35,6 +37,20 @@ def _unpack(codes_ptr, out_ptr, n_blocks, LOW: tl.constexpr, BITS: tl.constexpr,
     for i in tl.static_range(4):
         at = block.to(tl.int64)[:, None] * 256 + (64 * i + j)
         tl.store(out_ptr + at, (codes[i] + LOW).to(tl.int8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_blocks"])
+def _count(codes_ptr, counts_ptr, n_blocks, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+    CODES: tl.constexpr = 2**BITS
+    j = tl.arange(0, 64)[None, :]
+    counts = tl.zeros([2 * CODES], tl.int32)
+    for first in range(tl.program_id(0) * BLOCKS, n_blocks, tl.num_programs(0) * BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        codes = load_codes(codes_ptr, tl.minimum(block, n_blocks - 1), j, BITS)
+        for i in tl.static_range(4):
+            there = tl.where((block < n_blocks)[:, None], codes[i], CODES)
+            counts += tl.histogram(there.reshape([BLOCKS * 64]), 2 * CODES)
+    tl.atomic_add(counts_ptr + tl.arange(0, 2 * CODES), counts.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -93,6 +109,17 @@ def unpack(codes: Tensor, *, grid: Grid) -> Tensor:  # [256 B] int8
                 codes, out, n_blocks, LOW=grid.low, BITS=grid.bits, BLOCKS=UNPACK_BLOCKS, num_warps=4,
             )  # fmt: skip
     return out
+
+
+def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int64
+    n_blocks = codes.numel() // grid.bytes_per_block
+    # As many again for what stands beside the last block.
+    counts = codes.new_zeros(2 * 2**grid.bits, dtype=torch.int64)
+    if n_blocks:
+        programs = min(triton.cdiv(n_blocks, COUNT_BLOCKS), COUNT_PROGRAMS)
+        with on(codes.device):
+            _count[(programs,)](codes, counts, n_blocks, BITS=grid.bits, BLOCKS=COUNT_BLOCKS, num_warps=4)
+    return counts[: grid.n_levels]
 
 
 def int8_product(

@@ -60,6 +60,8 @@ CONTRACT: tuple[tuple[type, str, str], ...] = (
     (Stage3, "initialize_optimizer_states", "self"),
     (Stage3, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads", "args, kwargs"),
     (Stage3, "partition_grads", "args, kwargs"),
+    # Of `reduce_and_partition_stream` it calls `synchronize`, which does nothing here.
+    (Stage3, "independent_gradient_partition_epilogue", "args, kwargs"),
     (Stage3, "_pre_step", "self"),
     (Stage3, "_partition_all_parameters", "args, kwargs"),
     (Stage3, "zero_grad", "args, kwargs"),

@@ -339,6 +339,7 @@ def deepspeed_settings(config: RunConfig, model: nn.Module, stage: int, world: i
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
         "gradient_clipping": 0.0,  # our optimizers clip: the norm also says whether to step at all
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
     if config.precision.compute != "fp32":
         settings["bf16"] = {"enabled": True}

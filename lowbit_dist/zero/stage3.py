@@ -67,6 +67,9 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         self.releases = releases
         kwargs["gradient_accumulation_dtype"] = accumulation
         super().__init__(*args, **kwargs)
+        if self.reduce_and_partition_stream is not None:
+            # DeepSpeed waits for it after each micro-batch; here the streams that read gradients do.
+            self.reduce_and_partition_stream.synchronize = lambda: None
         hooks = self.parameter_offload
         theirs = vars(hooks.param_coordinator)
         prefix = "_PartitionedParameterCoordinator__"
