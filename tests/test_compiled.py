@@ -142,7 +142,7 @@ def test_products_of_ordinary_weights_are_in_the_graph_and_views_are_not(ranks, 
     )
 
 
-def kept_of_blocks(configuration, rounded_in_graphs=("cuda",)):
+def kept_of_blocks(configuration, rounded_in_graphs=("cuda",), lr=1e-3):
     """Bytes that a step keeps for its backward pass, parameters left aside, and the losses of a few."""
     from lowbit_dist import compiled_linear, ops
 
@@ -161,7 +161,7 @@ def kept_of_blocks(configuration, rounded_in_graphs=("cuda",)):
         for n in range(3):
             kept.clear()
             with (
-                engine.step(ops.Now(lr=1e-3, weight_decay=0.0, step=n + 1, seed=0)) as step,
+                engine.step(ops.Now(lr=lr, weight_decay=0.0, step=n + 1, seed=0)) as step,
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
             ):
                 losses.append(step.backward(tokens).item())
@@ -202,10 +202,10 @@ def test_blocks_of_other_models_compile_to_the_same_function(name, ranks, small,
     content["model"] = {"pretrained": str(write(tmp_path / "model", name))}
     train = content["train"]
     compiled, plain = (
-        ranks(1).run(kept_of_blocks, content | {"train": train | {"compile": choice}})[0]
+        ranks(1).run(kept_of_blocks, content | {"train": train | {"compile": choice}}, lr=1e-4)[0]
         for choice in ("on", "off")
     )
-    rounded_otherwise = 0.03 if name == "mixtral" else 0.005  # tokens may go to other experts
+    rounded_otherwise = 0.01 if name == "mixtral" else 0.002  # tokens may go to other experts
     assert compiled[1] == pytest.approx(plain[1], rel=rounded_otherwise) and compiled[1] != plain[1]
 
 
