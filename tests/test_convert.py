@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,13 @@ def example():
     return next(block for block in blocks if "lb.convert_(" in block)
 
 
-def with_whole_logits(configuration):
-    """A run whose loss is made as transformers makes it."""
+def as_transformers_does(configuration):
+    """A run that makes its loss, and a mask for attention, as transformers makes them."""
     from lowbit_dist.zero import engine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "chunk_loss", lambda model: None)
+        patch.setattr(engine.attention, "causal", nullcontext)
         return train(configuration)
 
 
@@ -65,7 +67,7 @@ def test_readmes_two_lines_train_as_the_engine_does(ranks, small):
         optimizer={"lr": 1e-3}, schedule={"name": "constant", "warmup_steps": 0}, cluster={"workers": 1},
         train={"steps": STEPS, "batch_tokens": 128, "micro_batch": 2, "clip_norm": 0.0, "save_every": STEPS},
     )  # fmt: skip
-    expected = ranks(1).run(with_whole_logits, content)[0]["digest"]
+    expected = ranks(1).run(as_transformers_does, content)[0]["digest"]
 
     config = configfile.from_dict(content)
     torch.set_num_threads(1)
