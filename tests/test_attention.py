@@ -210,7 +210,7 @@ def test_plain_samples_are_attended_without_a_mask(name):
     logits, gradients, calls = attended(network, tokens, attention.causal)
     assert calls and all(call["attn_mask"] is None and call["is_causal"] for call in calls)
     masked_logits, masked_gradients, masked = attended(network, tokens, nullcontext)
-    assert all(call["attn_mask"] is not None and not call["is_causal"] for call in masked), "as it was"
+    assert all(call["attn_mask"] is not None and not call["is_causal"] for call in masked), "as without"
     assert torch.allclose(logits, masked_logits, rtol=1e-12, atol=1e-12)
     for one, other in zip(gradients, masked_gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)

@@ -450,8 +450,8 @@ def test_the_sums_of_a_norm_equal_the_reference(device: str, dtype: torch.dtype)
     ours += [ours[3][1:5000], ours[0].to(torch.float32)]
     assert ours[5].data_ptr() % 16, "it begins between those that are loaded at once"
     most = reference.largest(gradients)
-    for n_programs in (1, 3, token_kernels.SUM_PROGRAMS):
-        with mock.patch.object(token_kernels, "SUM_PROGRAMS", n_programs):
+    for n_programs in (1, 3, token_kernels.PROGRAMS):
+        with mock.patch.object(token_kernels, "PROGRAMS", n_programs):
             assert_equal(kernels.largest(ours), most, "largest")
             for unit in (2.0**55, 2.0**40):
                 expected = reference.square_sum(gradients, most, unit)

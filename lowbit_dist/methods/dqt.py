@@ -259,21 +259,18 @@ class DQT(Method):
         workers, so they are the same on any number of them.
         """
         planes = shard.levels().view(-1, PLANE)
-        sizes, at = planes.short().abs().sum(1), None
-        if len(shard.scale) == 1:
+        first = shard.first_block * (BLOCK // PLANE)
+        at = torch.arange(first, first + len(planes), device=planes.device) // (shard.scale_every // PLANE)
+        sizes = planes.short().abs().sum(1)
+        if len(shard.scale) == 1:  # additions to one place would wait for one another on a GPU
             sums = sizes.sum(0, keepdim=True)
         else:
-            first = shard.first_block * (BLOCK // PLANE)
-            at = torch.arange(first, first + len(planes), device=planes.device) // (
-                shard.scale_every // PLANE
-            )
             sums = torch.zeros(len(shard.scale), dtype=torch.int64, device=planes.device)
             with in_any_order():  # whole numbers
                 sums.index_add_(0, at, sizes)
         shard.summed(sums)
         mean = (sums / shard.scale_every).float().clamp_(min=torch.finfo(torch.float32).tiny)
-        of_plane = (mean if at is None else mean[at])[:, None]
-        ternary = (planes / of_plane).round_().clamp_(-1, 1).to(torch.int8)
+        ternary = (planes / mean[at, None]).round_().clamp_(-1, 1).to(torch.int8)
         scale = representable(shard.scale * mean)
         codes = ops.pack(ternary.view(-1), grid=self.sent_grid)
         return replace(shard, codes=codes, scale=scale, grid=self.sent_grid)

@@ -26,6 +26,8 @@ _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 # The largest number of a block in 8 bits, in units of its scale.
 LARGEST_SIGNED = tl.constexpr(SIGNED_SQUARE)
 LARGEST_UNSIGNED = tl.constexpr(UNSIGNED_FOURTH)
+# Of a launch whose programs go through a tensor by turns: several for each multiprocessor of a large GPU.
+PROGRAMS = 1024
 ADAMW = tl.constexpr(RULES.index("adamw"))
 APPLY = tl.constexpr(RULES.index(None))
 

@@ -1,5 +1,5 @@
-"""Products of integers on a GPU's tensor cores, and the levels that they are made of, in Triton: the
-reference's bytes.
+"""Products of integers on a GPU's tensor cores, the levels that they are made of, and counts of these, in
+Triton: the reference's bytes.
 
 kernels.py says what equal bytes rest on, and where they were shown.  Sums of products of 8 bits are exact in
 32, in whichever order tensor cores make them.
@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, Grid
-from lowbit_dist.ops.device_functions import load_codes, on, store
+from lowbit_dist.ops.device_functions import PROGRAMS, load_codes, on, store
 
 UNPACK_BLOCKS = 32  # of a program; a thread writes 16 bytes at a time
 COUNT_BLOCKS = 16  # of a program at a time
-COUNT_PROGRAMS = 1024  # several for each multiprocessor of a large GPU
 # Of a program: tokens, rows, and elements of both at a time.
 TILE = {"BM": 128, "BN": 256, "BK": 128}
 TURNED = 128  # rows and columns of a program that lays a weight by columns
@@ -116,7 +115,7 @@ def code_counts(codes: Tensor, *, grid: Grid) -> Tensor:  # [grid.n_levels] int6
     # As many again for what stands beside the last block.
     counts = codes.new_zeros(2 * 2**grid.bits, dtype=torch.int64)
     if n_blocks:
-        programs = min(triton.cdiv(n_blocks, COUNT_BLOCKS), COUNT_PROGRAMS)
+        programs = min(triton.cdiv(n_blocks, COUNT_BLOCKS), PROGRAMS)
         with on(codes.device):
             _count[(programs,)](codes, counts, n_blocks, BITS=grid.bits, BLOCKS=COUNT_BLOCKS, num_warps=4)
     return counts[: grid.n_levels]

@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit_dist.ops.device_functions import load, on, quotient, store
+from lowbit_dist.ops.device_functions import PROGRAMS, load, on, quotient, store
 from lowbit_dist.ops.tokens import LEAST_MAXIMUM
 
 LONGEST_PART = 4096  # elements of a token that a program holds at once
 SUM_BLOCK = 2048
-SUM_PROGRAMS = 1024  # several for each multiprocessor of a large GPU
 _INFINITY = tl.constexpr(0x7F800000)  # the bits of a float32
 _WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23: of a float32 beside it, the last bit is a 1
 _WHOLE_FROM = tl.constexpr(4503599627370496.0)  # 2^52: a float64 from here on is whole
@@ -214,7 +213,7 @@ def _tables(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int, dict[str, bool
         # From pinned memory, else the host would wait for all that the device was given before.
         table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         kind = {"IS_BF16": is_bf16, "ALIGNED": aligned}
-        tables.append((table.to(device, non_blocking=True), min(before[-1], SUM_PROGRAMS), kind))
+        tables.append((table.to(device, non_blocking=True), min(before[-1], PROGRAMS), kind))
     return tables
 
 
