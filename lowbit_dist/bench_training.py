@@ -42,6 +42,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "method": {"name": "dqt"}, "precision": {"matmul": "int8", "grad_input": "int8"}
     },
     "dqt int8": {"method": {"name": "dqt", "grid": "int8"}},
+    "dqt int8, ternary forward": {"method": {"name": "dqt", "grid": "int8", "forward": "ternary"}},
+    "flip": {"method": {"name": "flip"}, "optimizer": {"name": "rmsprop"}},
     "bitnet": {"method": {"name": "bitnet"}},
 }  # fmt: skip
 _VOCABULARY = 2048
@@ -233,27 +235,32 @@ class Batch(NamedTuple):
     passes: int = 2
 
 
-def step(
-    preset: str = "13m", n_threads: int = 1, repetitions: int = 9, *, compiles: bool = False, **batch: int
-) -> dict[str, Any]:
-    """Times one worker's optimizer step by each method, against the dense one with the same optimizer.
+def step(**options: Any) -> dict[str, Any]:
+    """Times one worker's optimizer step by each method, against the dense one.  `options` as of `train`."""
+    return _steps(1, **options)
 
-    `batch` is a `Batch`'s.  ConfigError if blocks are to be compiled and cannot be, or if the models have no
+
+def train(**options: Any) -> dict[str, Any]:
+    """Times training on two workers by each method, against the dense one: gathers and all.
+
+    `options`: preset, n_threads, repetitions, `compiles`, `only` these of `CANDIDATES` beside the dense one,
+    and those of a `Batch`.  ConfigError if blocks are to be compiled and cannot be, or if the models have no
     room together.
     """
-    return _steps(1, preset, n_threads, repetitions, Batch(**batch), compiles)
-
-
-def train(
-    preset: str = "13m", n_threads: int = 1, repetitions: int = 9, *, compiles: bool = False, **batch: int
-) -> dict[str, Any]:
-    """Times training on two workers by each method, against the dense one: gathers and all."""
-    return _steps(2, preset, n_threads, repetitions, Batch(**batch), compiles)
+    return _steps(2, **options)
 
 
 def _steps(
-    n: int, preset: str, n_threads: int, repetitions: int, batch: Batch, compiles: bool
+    n: int,
+    preset: str = "13m",
+    n_threads: int = 1,
+    repetitions: int = 9,
+    *,
+    compiles: bool = False,
+    only: Sequence[str] = tuple(CANDIDATES),
+    **of_batch: int,
 ) -> dict[str, Any]:
+    batch = Batch(**of_batch)
     tokens = n * math.prod(batch)
     contents = {
         name: {
@@ -268,6 +275,7 @@ def _steps(
             **sections,
         }
         for name, sections in CANDIDATES.items()
+        if name == "dense" or name in only
     }
     configs = [configfile.from_dict(content) for content in contents.values()]
     compiled.check(configs[0], "cuda" if torch.cuda.device_count() >= n else "cpu", "this machine")

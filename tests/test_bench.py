@@ -183,5 +183,13 @@ def test_a_benchmark_starts_workers_of_its_own():
 
 
 def test_models_that_have_no_room_together_are_refused_before_a_worker_starts():
-    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* of 6 candidates"):
-        bench_training.train("70b")
+    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* of 8 candidates"):
+        bench_training.train(preset="70b")
+    with pytest.raises(ConfigError, match=r"--preset \(70b\) needs more than .* of 2 candidates"):
+        bench_training.step(preset="70b", only=["flip"])
+
+
+@pytest.mark.slow
+def test_what_is_asked_for_is_timed_beside_the_dense_step():
+    measured = bench_training.step(preset="tiny", repetitions=1, only=["flip"], seq_len=16, micro_batch=1)
+    check_rows(measured, ["dense", "flip"])

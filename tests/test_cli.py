@@ -190,6 +190,7 @@ def test_help_takes_less_than_a_second():
         (["tokenizer", "train", "--input", "absent.txt", "--out", "t"], "absent.txt"),
         (["data", "prepare", "--input", "stdlib", "--tokenizer", "absent", "--out", "d"], "absent"),
         (["bench", "update", "--parameters", "1000"], "the nearest is 1024"),
+        (["bench", "step", "--only", "flap"], "--only (flap) must be one of 'dense', 'dqt ternary', "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

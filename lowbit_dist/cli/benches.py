@@ -106,6 +106,13 @@ SeqLen = Annotated[int, typer.Option(metavar="N", min=2, help="Train on samples 
 MicroBatch = Annotated[int, typer.Option(metavar="N", min=1, help="Pass so many samples at once.")]
 Passes = Annotated[int, typer.Option(metavar="N", min=1, help="Pass so often before an update.")]
 Compiles = Annotated[bool, typer.Option("--compile", help="Compile the blocks, as train.compile does.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CANDIDATE",
+        help="Time this one against dense, by its name in the table; may be given again; all if not given.",
+    ),
+]
 
 
 def step(
@@ -114,17 +121,18 @@ def step(
     micro_batch: MicroBatch = 8,
     passes: Passes = 2,
     compiles: Compiles = False,
+    only: Only = None,
     threads: Threads = 1,
     repetitions: Repetitions = 9,
     as_json: Json = False,
 ) -> None:
-    """Time one worker's training step by each method, against dense training with the same optimizer.
+    """Time one worker's training step by each method, against dense training.
 
-    Example: lowbit bench step --preset 130m --seq-len 512
+    Example: lowbit bench step --preset 130m --only "dqt int8" --only flip
     """
     _measure(
         "step", as_json, preset, seq_len=seq_len, micro_batch=micro_batch, passes=passes, compiles=compiles,
-        n_threads=threads, repetitions=repetitions,
+        only=only, n_threads=threads, repetitions=repetitions,
     )  # fmt: skip
 
 
@@ -134,6 +142,7 @@ def train(
     micro_batch: MicroBatch = 8,
     passes: Passes = 2,
     compiles: Compiles = False,
+    only: Only = None,
     threads: Threads = 1,
     repetitions: Repetitions = 9,
     as_json: Json = False,
@@ -144,11 +153,11 @@ def train(
     """
     _measure(
         "train", as_json, preset, seq_len=seq_len, micro_batch=micro_batch, passes=passes, compiles=compiles,
-        n_threads=threads, repetitions=repetitions,
+        only=only, n_threads=threads, repetitions=repetitions,
     )  # fmt: skip
 
 
-def _measure(name: str, as_json: bool, preset: str, **options: Any) -> None:
+def _measure(name: str, as_json: bool, preset: str, *, only: list[str] | None = None, **options: Any) -> None:
     with console.answering(as_json, "measuring") as answer:
         from lowbit_dist.shape import PRESETS
 
@@ -157,5 +166,10 @@ def _measure(name: str, as_json: bool, preset: str, **options: Any) -> None:
         from lowbit_dist import bench_training
         from lowbit_dist.cli import tables
 
+        if unknown := [name for name in only or () if name not in bench_training.CANDIDATES]:
+            known = ", ".join(map(repr, bench_training.CANDIDATES))
+            raise ConfigError(f"--only ({unknown[0]}) must be one of {known}; write one of them")
+        if only:
+            options["only"] = only
         measured = getattr(bench_training, name)(preset=preset, **options)
         answer(measured, lambda terminal: tables.turns(terminal, measured))
