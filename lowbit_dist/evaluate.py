@@ -107,7 +107,7 @@ def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float
     with torch.inference_mode():
         for batch in batches:
             tokens, labels = (part.to(device) for part in batch)
-            with attention.causal():
+            with attention.causal(network):
                 loss = network(input_ids=tokens, labels=labels, **_mask(trained, tokens)).loss
             nats += n_predicted(labels) * loss.double().item()
     return nats / sum(n_predicted(labels) for _, labels in batches)

@@ -123,7 +123,7 @@ class Backend(TemplateLM):
         for row, ids in zip(read, texts, strict=True):
             row[: len(ids) - 1] = torch.tensor(ids[:-1])  # what stands behind it, no token of it sees
         scores = []
-        with torch.inference_mode(), attention.causal():
+        with torch.inference_mode(), attention.causal(self.network):
             logits = self.network(input_ids=read).logits
             for of_text, ids, (_, continuation) in zip(logits, texts, pairs, strict=True):
                 n = min(len(continuation), len(ids) - 1)

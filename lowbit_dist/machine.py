@@ -150,12 +150,12 @@ def in_any_order() -> Iterator[None]:
     """
     import torch
 
-    is_ordered = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(is_ordered)
+        torch.set_deterministic_debug_mode(before)
 
 
 def repeat_on_gpus() -> None:

@@ -60,9 +60,10 @@ def of_hf_config(  # type: ignore[no-untyped-def]
     default = torch.get_default_dtype()
     try:
         with init_empty_weights(include_buffers=False):
-            # PyTorch's fused attention, where the model has it, leaves out the cap on scores that some have.
-            is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-            attention_kind = {"attn_implementation": "eager"} if is_capped else {}
+            text = config.get_text_config()
+            # PyTorch's fused attention, where the model has it, leaves out what some do to the scores.
+            is_own = any(getattr(text, name, None) for name in attention.ON_SCORES)
+            attention_kind = {"attn_implementation": "eager"} if is_own else {}
             # In this dtype, so that buffers have the types of transformers' own, which keeps some in float32.
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **attention_kind)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:

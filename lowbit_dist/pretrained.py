@@ -147,10 +147,13 @@ def why_not_causal(model: Any) -> str | None:
     """Why the logits of a Hugging Face model are no predictions of the next token; None if they are."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
+    from lowbit_dist import attention
+
     config = model.config
     is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
     embeds = getattr(config.get_text_config(), "use_bidirectional_attention", False)  # Gemma 3, retrained
-    return "reads a text in both directions" if is_masked or embeds else None
+    is_open = is_masked or embeds or attention.sees_what_follows(config)
+    return "reads a text in both directions" if is_open else None
 
 
 class Place(NamedTuple):

@@ -1,5 +1,6 @@
 """Attention within documents: two of them in a sample have the logits that each has alone."""
 
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -197,7 +198,7 @@ def attended(network, tokens, within):
         return attend(*args, **keywords)
 
     network.zero_grad()
-    with pytest.MonkeyPatch.context() as patch, within():
+    with pytest.MonkeyPatch.context() as patch, within(network):
         patch.setattr(functional, "scaled_dot_product_attention", recorded)
         out = network(input_ids=tokens, labels=tokens, use_cache=False)
     out.loss.backward()
@@ -225,3 +226,111 @@ def test_layers_that_look_back_less_keep_their_mask():
     logits, _, calls = attended(network, tokens, attention.causal)
     assert all(call["attn_mask"] is not None for call in calls)
     assert torch.equal(logits, attended(network, tokens, nullcontext)[0])
+
+
+def test_samples_are_packed_again_outside_and_in_other_threads():
+    """What one thread's context lets go of, another's has, however they overlap."""
+    network = built("llama")
+    tokens = torch.arange(5, 13)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+
+    def second_half():
+        with torch.inference_mode():
+            return network(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 4:]
+
+    with torch.inference_mode():
+        alone = network(input_ids=tokens[:, 4:], use_cache=False).logits
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    within = []
+
+    def first():
+        with attention.causal(network):
+            first_in.set()
+            assert second_in.wait(60)
+        first_out.set()
+
+    def second():
+        assert first_in.wait(60)
+        with attention.causal(network):
+            second_in.set()
+            assert first_out.wait(60)
+            within.append(second_half())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    between = second_half()
+    for thread in threads:
+        thread.join()
+    with pytest.raises(KeyError), attention.causal(network):
+        raise KeyError
+    for packed in (between, second_half()):
+        assert torch.allclose(packed, alone, rtol=1e-9, atol=1e-9)
+    assert (within[0] - alone).abs().max() > 1e-3, "inside nothing is packed"
+
+
+DOGE = {**hf_folders.SIZES, "initializer_range": 0.3}
+
+
+def test_a_model_that_makes_a_mask_of_none_keeps_its_own(tmp_path):
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**DOGE)).eval()
+    network.save_pretrained(tmp_path / "doge")
+    tokens = torch.arange(5, 37)[None]
+    other = tokens.clone()
+    other[:, 16:] = 7
+    with torch.inference_mode(), attention.causal(network):
+        one, two = (network(input_ids=ids, use_cache=False).logits[:, :16] for ids in (tokens, other))
+    assert torch.equal(one, two)
+    assert lowbit_dist.open(tmp_path / "doge").network()(input_ids=tokens).logits.isfinite().all()
+
+
+def test_a_model_that_would_attend_to_what_follows_is_refused(tmp_path, monkeypatch):
+    """Whatever its name: one more that needs its mask is found by what it does."""
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(**DOGE)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "doge")
+    monkeypatch.setattr(attention, "MASKED", ())
+    assert attention.sees_what_follows(config)
+    with pytest.raises(ConfigError, match="DogeForCausalLM reads a text in both directions"):
+        lowbit_dist.open(tmp_path / "doge")
+
+
+@pytest.mark.parametrize("name", sorted(set(hf_folders.CONFIGS) - {"bert"}))
+def test_models_whose_tokens_see_what_is_before_them(name):
+    state = torch.get_rng_state()
+    assert attention.sees_what_follows(hf_folders.CONFIGS[name]()) is False
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.XLNetConfig(),
+        transformers.BertGenerationConfig(),
+        transformers.CpmAntConfig(),
+        transformers.ProphetNetConfig(),
+        transformers.RobertaConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_whose_tokens_see_what_follows(config):
+    assert attention.sees_what_follows(config)
+
+
+def test_of_what_cannot_be_made_small_nothing_is_known():
+    assert attention.sees_what_follows(transformers.MusicgenConfig) is None
+
+
+def test_scores_that_are_divided_by_the_layers_number_are(tmp_path):
+    """transformers does that to GPT-2's in its plain way of attention alone."""
+    folder = hf_folders.write(
+        tmp_path / "gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True, initializer_range=0.2
+    )
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = torch.arange(5, 37)[None]
+    with torch.inference_mode():
+        logits = lowbit_dist.open(folder).network()(input_ids=tokens).logits
+        assert torch.allclose(logits, plain(input_ids=tokens).logits, atol=1e-4)
+        plain.config._attn_implementation = "sdpa"
+        assert (logits - plain(input_ids=tokens).logits).abs().max() > 0.1, "the division must matter"

@@ -119,13 +119,13 @@ def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it()
 def test_sums_in_any_order_leave_the_order_of_others_as_it_was():
     import torch
 
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     try:
-        for is_ordered in (True, False):
-            torch.use_deterministic_algorithms(is_ordered)
+        for mode in (0, 1, 2):  # any order, a warning of it, an error
+            torch.set_deterministic_debug_mode(mode)
             with pytest.raises(KeyError), machine.in_any_order():
-                assert not torch.are_deterministic_algorithms_enabled()
+                assert torch.get_deterministic_debug_mode() == 0
                 raise KeyError
-            assert torch.are_deterministic_algorithms_enabled() is is_ordered
+            assert torch.get_deterministic_debug_mode() == mode
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)

@@ -319,3 +319,16 @@ def test_the_gradient_of_a_weight_is_that_of_its_operands_by_rows(t):
         assert torch.equal(w.grad, by_rows)
         exact = given.double().t() @ x.detach().double()
         assert (exact - w.grad.double()).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_tokens_are_rows_of_a_matrix():
+    """Of more dimensions, the last would be read as one token with the one before it."""
+    x = torch.ones(2, 3, 32)
+    levels, per_unit = ops.round_tokens(x.view(6, 32))
+    for call in (
+        lambda: ops.round_tokens(x),
+        lambda: ops.rounded_tokens(x[0, 0]),
+        lambda: ops.token_values(levels.view(2, 3, 32), per_unit, torch.float32),
+    ):
+        with pytest.raises(ValueError, match=r"it must be \[tokens, numbers of each\]"):
+            call()

@@ -24,6 +24,7 @@ from lowbit_dist.ops.checks import (
     check_state,
     check_target,
     check_tensor,
+    check_tokens,
     check_whole_blocks,
     tensors_of,
 )
@@ -200,7 +201,7 @@ def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tupl
     """Each token (row) of x [T, K], of any float, in integers of 2 to 8 bits, [T, K] int8, and how many of
     them a 1 is, [T] float32: NaN of a token that is not finite.  Its maximum counts as `least` at least.
     """
-    check_tensor("x", x, (x.dtype,))
+    check_tokens("x", x, (x.dtype,))
     if _is_plain(x):
         return _float_backend(x.device, x.dtype).round_tokens(x, bits, least)  # type: ignore[no-any-return]
     return _round_tokens(x, bits, least)
@@ -208,7 +209,7 @@ def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tupl
 
 def rounded_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """`round_tokens`, and `token_values` of its results in x's precision, in one pass."""
-    check_tensor("x", x, (x.dtype,))
+    check_tokens("x", x, (x.dtype,))
     if _is_plain(x):
         return _float_backend(x.device, x.dtype).rounded_tokens(x, bits)  # type: ignore[no-any-return]
     return _rounded_tokens(x, bits)
@@ -220,7 +221,7 @@ def token_values(
     dtype: torch.dtype,
 ) -> Tensor:  # [T, K], of `dtype`
     """The numbers that rounded tokens stand for."""
-    check_tensor("levels", levels, (torch.int8,))
+    check_tokens("levels", levels, (torch.int8,))
     check_tensor("per_unit", per_unit, (torch.float32,))
     if _is_plain(levels):
         return _float_backend(levels.device, dtype).token_values(levels, per_unit, dtype)  # type: ignore[no-any-return]

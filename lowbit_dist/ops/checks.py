@@ -29,6 +29,12 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
         )
 
 
+def check_tokens(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_tensor(name, tensor, dtypes)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has the shape {list(tensor.shape)}; it must be [tokens, numbers of each]")
+
+
 def check_row(k: int) -> None:
     if k > LONGEST_ROW:
         raise ValueError(f"a row has {k:,} elements; sums of more than {LONGEST_ROW:,} may not fit 32 bits")

@@ -128,7 +128,7 @@ class Walk:
         modules = {name: self.model.get_submodule(name) for name in blocks}
         for name, module in modules.items():
             module.forward = partial(stand_in, name, module.forward)
-        with attention.causal():
+        with attention.causal(self.model):
             for tokens in batches:
                 base(input_ids=tokens.to(self.device), use_cache=False)
         for module in modules.values():

@@ -170,7 +170,7 @@ class Engine:
     def _loss(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         labels = tokens if labels is None else labels.to(tokens.device, non_blocking=True)
         mask = {} if self._marks is None else attention.within_documents(tokens, self._marks, self._dtype)
-        with attention.causal():
+        with attention.causal(self.module):
             loss: Tensor = self._engine(input_ids=tokens, labels=labels, **mask).loss
         return loss
 
