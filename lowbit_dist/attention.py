@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 import sys
 import warnings
@@ -99,9 +100,13 @@ def _let_go_of_masks() -> None:
     """
     from transformers import masking_utils
 
-    look: Any = masking_utils.find_packed_sequence_indices
-    as_here: Any = lambda positions: None if _is_plain.get() else look(positions)  # noqa: E731
-    masking_utils.find_packed_sequence_indices = as_here
+    library: Any = masking_utils
+    look = library.find_packed_sequence_indices
+
+    def look_outside(positions: Tensor) -> Tensor | None:
+        return None if _is_plain.get() else look(positions)
+
+    library.find_packed_sequence_indices = look_outside
 
 
 def sees_what_follows(config: Any) -> bool | None:  # of a PretrainedConfig
@@ -119,7 +124,7 @@ def sees_what_follows(config: Any) -> bool | None:  # of a PretrainedConfig
                 size = sum(p.numel() for p in _built(content).parameters())
             if size > SMALL:
                 return None
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # those of GPUs stay as they are
             model = _built(content).eval()
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -130,8 +135,9 @@ def sees_what_follows(config: Any) -> bool | None:  # of a PretrainedConfig
                 one, other = (model(input_ids=ids[None], use_cache=False).logits[0, :12] for ids in text)
         except Exception:  # of whatever a configuration may not allow to be changed
             return None
-        changed = (one - other).abs().max() / one.std()
-        return changed.item() > 1e-2  # sums in another order change it by 1e-4 at most
+        changed = ((one - other).abs().max() / one.std()).item()
+        # Sums in another order change it by 1e-4 at most.
+        return changed > 1e-2 if math.isfinite(changed) else None
 
 
 def _built(config: Any) -> Any:
