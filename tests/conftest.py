@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two cores serve every process here
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # whatever else fills the memory, no worker ends
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as network.py has it: gRPC is loaded before that here
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
