@@ -3,8 +3,9 @@
  */
 #include "cpu.h"
 
-#define ROWS 32 /* a strip of them is written while its lines are in the cache */
-#define SIDE 8
+#define SIDE 8     /* of a tile, which registers hold */
+#define ROWS 64    /* of a block */
+#define COLUMNS 32 /* a cache line of it */
 
 #if defined(__SSE2__)
 INLINE void tile(const uint16_t *x, int64_t n, uint16_t *out, int64_t rows) {
@@ -31,17 +32,24 @@ INLINE void tile(const uint16_t *x, int64_t n, uint16_t *out, int64_t rows) {
 }
 #endif
 
-INLINE void strip(const uint16_t *restrict x, uint16_t *restrict out, int64_t first, int64_t last, int64_t rows,
-                  int64_t n) {
-    const int64_t whole_rows = first + (last - first) / SIDE * SIDE, whole = n / SIDE * SIDE;
-    for (int64_t k = 0; k < whole; k += SIDE)
-        for (int64_t t = first; t < whole_rows; t += SIDE) tile(x + t * n + k, n, out + k * rows + t, rows);
-    for (int64_t k = 0; k < n; k++) /* what no tile has */
-        for (int64_t t = k < whole ? whole_rows : first; t < last; t++) out[k * rows + t] = x[t * n + k];
+/* Whole cache lines are read, and whole ones written: where `rows` or `n` is a power of two, lines of one column lie in
+ * the same few places of a cache, which keeps none of them until its next element is asked for.
+ */
+INLINE void block(const uint16_t *restrict x, uint16_t *restrict out, int64_t rows, int64_t n) {
+    uint16_t turned[COLUMNS][ROWS] __attribute__((aligned(64)));
+    for (int64_t t = 0; t < ROWS; t += SIDE)
+        for (int64_t k = 0; k < COLUMNS; k += SIDE) tile(x + t * n + k, n, turned[k] + t, ROWS);
+    for (int64_t k = 0; k < COLUMNS; k++) memcpy(out + k * rows, turned[k], sizeof turned[k]);
+}
+
+INLINE void strip(const uint16_t *restrict x, uint16_t *restrict out, int64_t rows, int64_t n, int64_t height) {
+    const int64_t whole = height < ROWS ? 0 : n / COLUMNS * COLUMNS;
+    for (int64_t k = 0; k < whole; k += COLUMNS) block(x + k, out + k * rows, rows, n);
+    for (int64_t k = whole; k < n; k++) /* what no block has */
+        for (int64_t t = 0; t < height; t++) out[k * rows + t] = x[t * n + k];
 }
 
 void lowbit_transpose(const uint16_t *restrict x, uint16_t *restrict out, int64_t rows, int64_t n, int32_t n_threads) {
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (rows * n >= PARALLEL_ELEMENTS)
-    for (int64_t first = 0; first < rows; first += ROWS)
-        strip(x, out, first, first + ROWS < rows ? first + ROWS : rows, rows, n);
+    for (int64_t t = 0; t < rows; t += ROWS) strip(x + t * n, out + t, rows, n, rows - t < ROWS ? rows - t : ROWS);
 }
