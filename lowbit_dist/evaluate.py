@@ -19,6 +19,7 @@ from lowbit_dist.data.manifest import MANIFEST, check_files, is_remote
 from lowbit_dist.grid import GRIDS, Grid
 from lowbit_dist.inference import multiplies_integers
 from lowbit_dist.loss import chunk_loss
+from lowbit_dist.methods.method import Scale
 from lowbit_dist.model import DTYPES
 from lowbit_dist.tokenizer import marks
 
@@ -36,6 +37,7 @@ def evaluate(
     path: str,
     *,
     forward: str | None = None,
+    scale: Scale = "rms",
     integer: bool = False,
     n_samples: int | None = None,
     reading: documents.Reading | None = None,
@@ -46,8 +48,8 @@ def evaluate(
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first; for `integer` see `loaded`.  `reading` says how documents are found in text;
-    `tally` counts what of it is not read.
+    weights are rounded first, with scales as `Method.through` says; for `integer` see `loaded`.  `reading`
+    says how documents are found in text; `tally` counts what of it is not read.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
@@ -64,7 +66,8 @@ def evaluate(
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
     batches = _batches(trained, samples)
     trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
-    network = loaded(trained, integer=integer, forward=None if forward is None else GRIDS[forward])
+    grid = None if forward is None else GRIDS[forward]
+    network = loaded(trained, integer=integer, forward=grid, scale=scale)
     mean = _mean_loss(trained, network, batches)
     own = trained.method.forward_grid
     return {
@@ -113,13 +116,15 @@ def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float
     return nats / sum(n_predicted(labels) for _, labels in batches)
 
 
-def loaded(trained: Trained, *, integer: bool = False, forward: Grid | None = None) -> nn.Module:
+def loaded(
+    trained: Trained, *, integer: bool = False, forward: Grid | None = None, scale: Scale = "rms"
+) -> nn.Module:
     """The model as it is measured, with the training loop's own products.
 
     `integer`: layers that round their inputs to 8 bits multiply integers (inference.py), whose sums round
     otherwise; ConfigError if none does.
     """
-    network = trained.network(integer=integer, forward=forward)
+    network = trained.network(integer=integer, forward=forward, scale=scale)
     chunk_loss(network)
     if integer and not multiplies_integers(network):
         raise ConfigError(

@@ -30,7 +30,7 @@ from lowbit_dist.grid import Grid
 from lowbit_dist.inference import integers, multiply_integers_
 from lowbit_dist.linear import Linear, decodes
 from lowbit_dist.methods.dense import Dense
-from lowbit_dist.methods.method import Method
+from lowbit_dist.methods.method import Method, Scale
 from lowbit_dist.packed import PackedTensor
 from lowbit_dist.pretrained import CONFIG, Pretrained
 from lowbit_dist.tokenizer import TextTokenizer
@@ -100,10 +100,15 @@ class Trained:
         return tensor
 
     def network(
-        self, *, packed: bool = False, integer: bool = False, forward: Grid | None = None
+        self,
+        *,
+        packed: bool = False,
+        integer: bool = False,
+        forward: Grid | None = None,
+        scale: Scale = "rms",
     ) -> nn.Module:
         """The model, ready for inference; see `network`."""
-        return network(self, packed=packed, integer=integer, forward=forward)
+        return network(self, packed=packed, integer=integer, forward=forward, scale=scale)
 
     def evaluate(self, data: str, **options: Any) -> dict[str, Any]:
         """Loss, perplexity and bits per byte on prepared data or a text; see `evaluate.evaluate`."""
@@ -207,15 +212,22 @@ def of_folder(path: str | Path) -> Trained:
 
 
 def network(
-    trained: Trained, *, packed: bool = False, integer: bool = False, forward: Grid | None = None
+    trained: Trained,
+    *,
+    packed: bool = False,
+    integer: bool = False,
+    forward: Grid | None = None,
+    scale: Scale = "rms",
 ) -> nn.Module:
     """The model with its weights in its compute precision, ready for inference.
 
     `packed`: linear layers keep their low-bit weights as codes and decode them whenever they multiply, with
     the same logits to the bit.  `integer`: on a CPU with a compiler, those that round their inputs to 8 bits
     never decode them, and multiply integers (inference.py); logits differ by the rounding of sums that are
-    exact here.  `forward`: the weights are rounded to this grid first.
+    exact here.  `forward`: the weights are rounded to this grid first, with scales as
+    `Method.through` says, unless it is the one that they were trained on.
     """
+    forward = None if forward == trained.method.forward_grid else forward
     dtype = model.DTYPES[trained.precision]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     integer = integer and ops.multiplies(device)
@@ -234,7 +246,7 @@ def network(
         if tuple(tensor.shape) != shapes[name]:
             raise _unfitting(trained, f"{name} has shape {tuple(tensor.shape)}, the model {shapes[name]}")
         if name in requantized and forward is not None:
-            tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward)
+            tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward, scale)
         elif isinstance(tensor, PackedTensor):
             tensor = trained.method.seen(tensor)
         owner = built.get_submodule(name.rpartition(".")[0])
@@ -264,9 +276,9 @@ def _requantized_names(built: nn.Module, method: Method) -> set[str]:
     return set(model.linear_weights(built) if method.stored is None else model.low_bit_names(built, method))
 
 
-def _requantized(name: str, weight: Tensor, method: Method, grid: Grid) -> PackedTensor:
+def _requantized(name: str, weight: Tensor, method: Method, grid: Grid, scale: Scale) -> PackedTensor:
     try:
-        return method.through(weight, grid)
+        return method.through(weight, grid, scale)
     except ValueError as error:
         raise ConfigError(
             f"--forward ({grid.name}): {name} {list(weight.shape)} cannot be packed: {error}; leave it out"

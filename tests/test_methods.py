@@ -8,7 +8,7 @@ from torch import nn
 
 from lowbit_dist.linear import IntPerToken, Linear, linear
 from lowbit_dist.methods import DQT, BitNet, Dense
-from lowbit_dist.methods.dqt import RMS_RANGE
+from lowbit_dist.methods.method import RMS_RANGE
 from lowbit_dist.packed import PackedTensor
 
 GRIDS = {

@@ -698,6 +698,9 @@ CASES = {
         ("precision (fp8)", "A100", "write --gpu", "precision=bf16")),
     "a grid that does not exist": (
         NOTHING, "eval small --data data --forward int5", ("--forward (int5)", "ternary", "write one")),
+    "the scale of no grid": (
+        NOTHING, "eval small --data data --forward-scale absmean",
+        ("--forward-scale (absmean)", "must go with --forward", "--forward ternary")),
     "an infinite temperature": (
         NOTHING, "generate small --prompt x --temperature inf",
         ("--temperature (inf)", "finite", "write 0.8")),
@@ -740,6 +743,7 @@ def test_wrong_input_is_answered_in_one_line_before_anything_starts(case, place,
     seconds = time.process_time() - started
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("lowbit: ")
     for words in answer:
@@ -803,6 +807,7 @@ def test_in_a_process_of_its_own_it_takes_less_than_ten_seconds(case, place):
         )  # fmt: skip
         times.append(time.monotonic() - started)
         assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1, done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith("lowbit: ")
         assert all(words in line for words in answer), line

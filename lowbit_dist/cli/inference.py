@@ -4,7 +4,7 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -65,6 +65,14 @@ def evaluate(
         str | None,
         typer.Option(metavar="GRID", help="Round the weights to this grid first.", show_default=False),
     ] = None,
+    forward_scale: Annotated[
+        Literal["rms", "absmean"] | None,
+        typer.Option(
+            help="The size of its levels: that of the least error on Gaussian weights, as by default, "
+            "or the mean of weights, as the authors of DQT evaluate 8-bit models.",
+            show_default=False,
+        ),
+    ] = None,
     integer: Annotated[
         bool,
         typer.Option(
@@ -96,7 +104,8 @@ def evaluate(
 
         if tasks is not None:
             given = {
-                "--data": data, "--forward": forward, "--field": field != "text", "--separator": separator,
+                "--data": data, "--forward": forward, "--forward-scale": forward_scale,
+                "--field": field != "text", "--separator": separator,
                 "--on-bad-row": on_bad_row != "fail",
             }  # fmt: skip
             if others := [name for name, value in given.items() if value]:
@@ -109,10 +118,16 @@ def evaluate(
                 "--data (none) must name data or a text" if data is None else "--task-folder needs --tasks"
             )
             raise ConfigError(f"{wanted}; write --data PATH, or --tasks NAME")
+        if forward_scale is not None and forward is None:
+            raise ConfigError(
+                f"--forward-scale ({forward_scale}) must go with --forward, the grid that it is of; write "
+                "--forward ternary, or leave it out"
+            )
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         metrics = trained.open(run).evaluate(
-            data, forward=forward, integer=integer, n_samples=samples, reading=reading, tally=tally
-        )
+            data, forward=forward, scale=forward_scale or "rms", integer=integer, n_samples=samples,
+            reading=reading, tally=tally,
+        )  # fmt: skip
         counts = tally.counts()
         answer(metrics | counts, pairs(tables.in_words(metrics) | not_read(counts)))
 

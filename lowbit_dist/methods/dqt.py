@@ -63,14 +63,9 @@ from lowbit_dist.errors import ConfigError, plain
 from lowbit_dist.grid import BLOCK, GRIDS, PLANE, Grid
 from lowbit_dist.linear import INNER_LINEARS, IntPerToken, Linear, sub_norm_gain
 from lowbit_dist.machine import in_any_order
-from lowbit_dist.methods.method import GROUP, Group, Method
+from lowbit_dist.methods.method import GROUP, RMS_RANGE, Group, Method, Scale
 from lowbit_dist.packed import PackedShard, PackedTensor, representable
 from lowbit_dist.section import setting
-
-# Half-range of the grid in units of the weights' rms that minimises the mean squared error on Gaussian
-# weights (QuEST, arXiv 2502.05003, released code).
-RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int6": 3.277, "int8": 3.885}
-
 
 PIECE = 2**15  # elements
 
@@ -278,8 +273,9 @@ class DQT(Method):
     def levels(self, weight: Tensor) -> Tensor | None:
         return None if self.forward == "stored" else weight.sign().to(torch.int8)
 
-    def through(self, weight: Tensor, grid: Grid) -> PackedTensor:
-        return PackedTensor.quantize(weight, self._scale(weight, grid, 1.0), grid)
+    def through(self, weight: Tensor, grid: Grid, scale: Scale = "rms") -> PackedTensor:
+        as_asked = self.model_copy(update={"scale": scale})
+        return PackedTensor.quantize(weight, as_asked._scale(weight, grid, 1.0), grid)
 
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         return sub_norm_gain(name, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field
 
@@ -16,6 +16,12 @@ if TYPE_CHECKING:  # a configuration is read without torch
     from lowbit_dist.grid import Grid
     from lowbit_dist.ops import Accumulator
     from lowbit_dist.packed import PackedShard, PackedTensor
+
+# Half-range of a grid in units of the weights' rms that minimises the mean squared error on Gaussian weights
+# (QuEST, arXiv 2502.05003, released code).
+RMS_RANGE = {"ternary": 1.224, "int2": 1.494, "int3": 2.051, "int4": 2.514, "int6": 3.277, "int8": 3.885}
+# Of `through`: how the size of a level is found.
+Scale = Literal["rms", "absmean"]
 
 GROUP = 128  # of every published ternary model with group scales, and of GPTQ
 
@@ -114,15 +120,19 @@ class Method(Section):
         """The first codes and scales of a low-bit weight [rows, K] or [K], float32."""
         raise TypeError(f"method {self.name} has no low-bit weights")
 
-    def through(self, weight: Tensor, grid: Grid) -> PackedTensor:
+    def through(self, weight: Tensor, grid: Grid, scale: Scale = "rms") -> PackedTensor:
         """A weight [rows, K] or [K], float32, rounded to another grid: for evaluation as if trained on it.
 
-        By default with one scale per tensor, mean|W| / high.
+        With one scale per tensor: that of the least error on Gaussian weights (`RMS_RANGE`), or mean|W| /
+        high, with which the authors of DQT evaluate 8-bit models (arXiv 2412.04787).
         """
         from lowbit_dist.packed import PackedTensor, representable
 
-        size = weight.double().abs().mean().reshape(1) / grid.high
-        return PackedTensor.quantize(weight, representable(size.float()), grid)
+        if scale == "rms":
+            size = weight.double().square().mean().sqrt() * (2 * RMS_RANGE[grid.name] / (grid.n_levels - 1))
+        else:
+            size = weight.double().abs().mean() / grid.high
+        return PackedTensor.quantize(weight, representable(size.reshape(1).float()), grid)
 
     def levels(self, weight: Tensor) -> Tensor | None:
         """What the forward pass makes of a linear layer's weight [N, K], as levels of `forward_grid`: int8
