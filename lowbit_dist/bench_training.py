@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowbit_dist import compiled, configfile, ops
+from lowbit_dist import compiled, configfile, ops, products
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.convert import convert_
 from lowbit_dist.errors import in_bytes
@@ -314,6 +314,7 @@ def step_of(config: RunConfig, device: str, vocabulary: int) -> Callable[[], obj
     built = model.build(config.model, vocabulary, config.method, model.DTYPES[config.precision.compute])
     initial = model.InitialWeights(built, config.method, 0, None)
     engine = zero.Engine(config, built, initial, model.low_bit_names(built, config.method))
+    products.settle_(engine.left_open, device)
     if config.train.compile == "on":
         engine.compile(lambda: None)
     generator = torch.Generator().manual_seed(engine.rank)

@@ -31,13 +31,26 @@ def processors() -> int:
 
 def instructions() -> str:
     """Of this processor, those that decide how fast it computes, and on what bits."""
-    try:
-        lines = CPUS.read_text().splitlines()
-    except OSError:  # another system than Linux
-        lines = []
-    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    flags = _flags()
     fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     return ", ".join(fast) or platform.machine()
+
+
+def multiplies_integers_faster() -> bool:
+    """Whether products of 8-bit integers are faster here than those of bfloat16: where they have instructions
+    and matrices have none.  (With AMX they were slower by as much as rounding takes.)
+    """
+    flags = _flags()
+    return "avx512_vnni" in flags and "amx_bf16" not in flags
+
+
+def _flags() -> set[str]:
+    """Instruction sets of this processor, as Linux names them."""
+    try:
+        lines = CPUS.read_text().splitlines()
+    except OSError:  # another system
+        lines = []
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:

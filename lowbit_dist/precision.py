@@ -20,10 +20,12 @@ class Precision(Section):
     compute: Literal["bf16", "fp32"] = setting("bf16", "The numbers of all that is not said otherwise.")
     matmul: Literal["auto", "bf16", "int8", "fp8"] = setting(
         "auto",
-        "What linear layers other than the head multiply while the run trains and validates. auto: what is "
-        "computed in. int8: low-bit layers whose inputs are rounded to 8 bits multiply integers in the "
-        "forward pass, in exact sums, where a scale serves a tensor or a row. fp8: 8-bit floats in all "
-        "passes, on GPUs of compute capability 8.9 or more.",
+        "What linear layers other than the head multiply while the run trains. int8: low-bit layers whose "
+        "inputs are rounded to 8 bits multiply integers in the forward pass, in exact sums, where a scale "
+        "serves a tensor or a row; to validate, what is computed in. fp8: 8-bit floats in all passes, on "
+        "GPUs of compute capability 8.9 or more. auto: as int8, with compute: bf16, where all low-bit layers "
+        "can and that was measured faster, on CPUs with avx512_vnni but no amx_bf16; otherwise what is "
+        "computed in; a run goes on as it began.",
     )
     grad_input: Literal["auto", "int8"] = setting(
         "auto",

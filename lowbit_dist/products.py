@@ -1,5 +1,7 @@
 """How the layers of a run's model multiply while they train (`precision.matmul`, `precision.grad_input`).
 
+auto: integers, as below, where that was measured faster, or else what is computed in.
+
 fp8: all linear layers but the head multiply 8-bit floats, forward and backward (float8.py).
 
 int8: low-bit layers multiply integers in the forward pass.
@@ -16,9 +18,10 @@ inputs of 8 bits, and a scale for a tensor or for each row: with one for each gr
 numbers.  Layers without low-bit weights multiply as before.
 """
 
+import torch.distributed as dist
 from torch import nn
 
-from lowbit_dist import float8, ops
+from lowbit_dist import float8, machine, ops
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.linear import IntPerToken, Linear, decodes
 from lowbit_dist.model import linear_weights, low_bit_names, scale_every, shapes
@@ -26,12 +29,14 @@ from lowbit_dist.model import linear_weights, low_bit_names, scale_every, shapes
 
 def check(config: RunConfig, vocab_size: int) -> None:
     """ConfigError if a layer of the run's model cannot multiply as it is asked to."""
-    _layers(config, shapes(config, vocab_size))
+    _layers(config, shapes(config, vocab_size), config.precision.matmul)
 
 
 def choose_(config: RunConfig, model: nn.Module) -> None:
-    """Let the layers of the run's model multiply as they are asked to; ConfigError if one of them cannot."""
-    for layer in _layers(config, model):
+    """Let the layers of the run's model multiply as they are asked to, and of `auto` in what is computed in;
+    ConfigError if one of them cannot.
+    """
+    for layer in _layers(config, model, config.precision.matmul):
         if config.precision.matmul == "int8":
             layer.in_integers = True
             layer.grad_in_integers = config.precision.grad_input == "int8"
@@ -39,11 +44,39 @@ def choose_(config: RunConfig, model: nn.Module) -> None:
             layer.product = float8.product
 
 
-def _layers(config: RunConfig, model: nn.Module) -> list[Linear]:
-    """Those that do not multiply in the numbers that they compute in."""
-    matmul, layers = config.precision.matmul, []
-    if matmul in ("auto", "bf16"):
+def left_open(config: RunConfig, model: nn.Module) -> list[Linear]:
+    """Layers that may multiply integers under `auto`; none if one of the low-bit ones cannot."""
+    if (
+        config.precision.matmul != "auto"
+        or config.precision.compute != "bf16"
+        or config.method.stored is None
+    ):
         return []
+    try:
+        return _layers(config, model, "int8")
+    except ConfigError:
+        return []
+
+
+def settle_(layers: list[Linear], device: str, *, is_new: bool = True, before: bool = False) -> bool:
+    """Let those layers multiply integers where that is faster for every worker, or in a run that is not new
+    if they did so `before`, which its checkpoint says; whether they do, on all workers alike.
+    """
+    wanted = before and not is_new
+    if layers and is_new:
+        of_workers: list[bool | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_workers, device == "cpu" and machine.multiplies_integers_faster())
+        wanted = all(of_workers)
+    for layer in layers:
+        layer.in_integers = wanted
+    return wanted and bool(layers)
+
+
+def _layers(config: RunConfig, model: nn.Module, matmul: str) -> list[Linear]:
+    """Those that do not multiply in the numbers that they compute in, where all multiply so."""
+    layers: list[Linear] = []
+    if matmul in ("auto", "bf16"):
+        return layers
     low_bit = set(low_bit_names(model, config.method))
     for name in linear_weights(model):
         layer = model.get_submodule(name.rpartition(".")[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from lowbit_dist import checkpoint, compiled, inputs
+from lowbit_dist import checkpoint, compiled, inputs, products
 from lowbit_dist.checkpoint import Checkpoint, Position
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.statistics import Layers
@@ -28,17 +28,18 @@ def start(
 ) -> Position:
     """Resume, or begin at step 0: with first weights of its own, or with those of the run it starts from.
 
-    First weights are made only where no checkpoint has others.  Blocks are compiled from now on if the run
-    asks for it, or was until now.
+    First weights are made only where no checkpoint has others.  Layers multiply integers from now on, and
+    blocks are compiled, if the run asks for it, or was until now.
     """
     position = _start(config, engine, initial, layers, heartbeat)
-    device, n_parameters = engine.device.type, sum(engine.numels.values())
-    instructions = compiled.decide(
-        config, device, n_parameters, is_new=position.step == 0, before=position.compiled
-    )
+    device, n_parameters, is_new = engine.device.type, sum(engine.numels.values()), position.step == 0
+    in_integers = products.settle_(engine.left_open, device, is_new=is_new, before=position.in_integers)
+    if in_integers:
+        log.info("low-bit layers multiply integers, which is faster on this processor")
+    instructions = compiled.decide(config, device, n_parameters, is_new=is_new, before=position.compiled)
     if instructions is not None:
         engine.compile(heartbeat)
-    return replace(position, compiled=instructions)
+    return replace(position, compiled=instructions, in_integers=in_integers)
 
 
 def _start(

@@ -316,6 +316,96 @@ def test_the_plan_knows_levels_and_its_baselines_have_none(ranks, small):
     assert plans[0]["peak_bytes_per_worker"] <= plans[1]["peak_bytes_per_worker"]
 
 
+PROCESSORS = {
+    "vnni": "flags : avx2 avx512f avx512_vnni avx512_bf16",
+    "amx": "flags : avx2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_int8",
+    "old": "flags : avx2",
+}
+
+
+def on(processors, content, stop_at=None):
+    """A run whose workers see these processors, each its own; what it ends in, and whether its layers
+    multiplied integers.
+    """
+    import tempfile
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from lowbit_dist import machine, resuming
+
+    settled = []
+    settle, seen = resuming.products.settle_, processors[dist.get_rank()]
+    with tempfile.TemporaryDirectory() as folder:
+        cpuinfo = Path(folder) / "cpuinfo"
+        cpuinfo.write_text(PROCESSORS[seen] + "\n")
+        with (
+            patch.object(machine, "CPUS", cpuinfo),
+            patch.object(
+                resuming.products, "settle_", lambda *a, **k: settled.append(settle(*a, **k)) or settled[-1]
+            ),
+        ):
+            summary = train(content, stop_at)
+    return (summary or {}).get("digest"), settled[-1]
+
+
+@pytest.mark.slow
+def test_auto_multiplies_integers_where_they_are_faster_and_goes_on_as_a_run_began(ranks, small):
+    def run(name, *processors, matmul="auto", method=None, stop_at=None):
+        precision, method = {"compute": "bf16", "matmul": matmul}, method or {}
+        content = configuration(
+            small,
+            name,
+            precision=precision,
+            method=method,
+            train={"reproducible": False, "batch_tokens": 128},
+        )
+        (found, *others) = ranks(len(processors)).run(on, processors, content, stop_at)
+        assert all(other[1] == found[1] for other in others), "one way for all"
+        return found
+
+    integers, numbers = (run(matmul, "old", matmul=matmul)[0] for matmul in ("int8", "bf16"))
+    assert integers != numbers
+    assert run("vnni", "vnni") == (integers, True)
+    assert run("amx", "amx") == run("old", "old") == (numbers, False)
+    assert run("two", "vnni", "vnni") == (run("two-int8", "old", "old", matmul="int8")[0], True)
+    assert run("mixed", "vnni", "amx") == (run("two-bf16", "old", "old", matmul="bf16")[0], False)
+    for first, then, ended in (("vnni", "amx", (integers, True)), ("amx", "vnni", (numbers, False))):
+        assert run(f"from-{first}", first, stop_at=2)[1] is ended[1]
+        assert run(f"from-{first}", then) == ended
+    groups = {"granularity": "group"}
+    assert run("groups", "vnni", method=groups) == (
+        run("groups-bf16", "vnni", method=groups, matmul="bf16")[0],
+        False,
+    )
+
+
+def test_auto_leaves_open_what_can_be_of_integers(small):
+    def n_open(**sections):
+        config = configfile.from_dict(small(**sections))
+        built = model.build(config.model, 512, config.method, model.DTYPES[config.precision.compute])
+        return len(products.left_open(config, built))
+
+    assert n_open(precision="bf16", model={"layers": 2}) == 2 * 7
+    for method in (
+        {"name": "bitnet"},
+        {"name": "dense"},
+        {"granularity": "group"},
+        {"activation_bits": None},
+    ):
+        assert not n_open(precision="bf16", method=method)
+    for precision in ("fp32", {"matmul": "bf16"}, {"matmul": "int8"}):
+        assert not n_open(precision=precision)
+
+
+def test_a_model_is_measured_by_products_of_numbers():
+    layer, x = layer_of(DQT()), torch.randn(4, 256)
+    with torch.no_grad():
+        in_numbers = layer.eval()(x)
+        layer.in_integers = layer.grad_in_integers = True
+        assert torch.equal(layer(x), in_numbers) and not torch.equal(layer.train()(x), in_numbers)
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

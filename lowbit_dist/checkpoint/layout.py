@@ -36,6 +36,7 @@ class Position:
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # returns to a checkpoint after a spike
     compiled: str | None = None  # for which instructions blocks were compiled; None: they were not
+    in_integers: bool = False  # whether layers multiplied these because `precision.matmul: auto` chose so
     updates_before: int = 0  # that the optimizer's states have seen in the run that this one started from
 
     @property

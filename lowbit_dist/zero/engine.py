@@ -66,6 +66,7 @@ class Engine:
         self.low_bit = sorted(low_bit)
         self.linear_weights = sorted(model.linear_weights)  # type: ignore[arg-type]  # of layers that are not the head
         products.choose_(config, model)
+        self.left_open = products.left_open(config, model)  # layers of which `products.settle_` decides
         stage = 3 if config.zero.stage is None else config.zero.stage
         settings = deepspeed_settings(config, model, stage, self.world)
         self._dtype = dtype = DTYPES[config.precision.compute]
