@@ -406,6 +406,18 @@ def test_a_model_is_measured_by_products_of_numbers():
         assert torch.equal(layer(x), in_numbers) and not torch.equal(layer.train()(x), in_numbers)
 
 
+@pytest.mark.parametrize("matmul", ["auto", "int8", "fp8"])
+def test_a_model_of_many_blocks_is_planned_by_a_few_of_them(matmul, small):
+    from lowbit_dist.memory.plan import planned
+
+    def peak(layers):
+        content = small(model={"layers": layers}, precision={"compute": "bf16", "matmul": matmul})
+        return planned(configfile.from_dict(content), 512, 1)["peak_bytes_per_worker"]
+
+    few, some, many = (peak(layers) for layers in (12, 24, 36))
+    assert many - some == some - few > 0
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -18,7 +18,7 @@ from lowbit_dist.experts import number
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
-from lowbit_dist.model import blocks_of, low_bit_names, shapes
+from lowbit_dist.model import blocks_of, linear_weights, low_bit_names, shapes
 from lowbit_dist.tokenizer import Marks
 
 LONGEST = 4  # blocks; longer models are extrapolated from so many
@@ -149,4 +149,7 @@ def _shortened(model: nn.Module, n: int) -> nn.Module:
     copied: dict[int, nn.Module] = {}
     blocks = blocks_of(model)
     copied[id(blocks)] = copy.deepcopy(blocks[:n], copied)
-    return copy.deepcopy(model, copied)
+    short = copy.deepcopy(model, copied)
+    present = {name for name, _ in short.named_parameters()}
+    short.linear_weights = [name for name in linear_weights(model) if name in present]  # type: ignore[assignment]
+    return short

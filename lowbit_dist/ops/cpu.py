@@ -23,7 +23,7 @@ TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `o
 _INFINITY = 0x7F800000  # the bits of a float32
 # A rounded token is as long as a multiple of this, in matmul.c.
 _STRIDE = 64
-_TOKENS = 256  # whose sums are made numbers at a time
+_TOKENS = 512  # whose sums are made numbers at a time; the weight is laid out anew for each
 
 
 class _Step(ctypes.Structure):

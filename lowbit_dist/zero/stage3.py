@@ -158,11 +158,12 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         """This worker's part of the SUM over workers of each gradient (division comes once, in `step`).
 
         DeepSpeed divides by the number of workers first and cuts at ceil(numel / workers): the first leaves
-        residues where the exact sum is zero, the second misses the block borders.
+        residues where the exact sum is zero, the second misses the block borders.  They are as they travel:
+        `partition_grads` adds them up in another precision.
         """
         world = dist.get_world_size()
         if world == 1:
-            return [p.grad.reshape(-1).to(self.gradient_accumulation_dtype) for p in params_to_reduce]
+            return [p.grad.reshape(-1) for p in params_to_reduce]
         # Reproducible sums travel as float64 too; otherwise the wire carries the compute precision.
         wire = (
             torch.float64
@@ -173,13 +174,14 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
         rows = torch.empty(world, sum(sizes), dtype=wire, device=params_to_reduce[0].grad.device)
         offset = 0
         for p, size in zip(params_to_reduce, sizes, strict=True):
-            rows[:, offset : offset + size] = nn.functional.pad(
-                p.grad.reshape(-1), (0, world * size - p.ds_numel)
-            ).view(world, size)
+            whole = p.grad.reshape(-1)
+            if missing := world * size - p.ds_numel:
+                whole = nn.functional.pad(whole, (0, missing))
+            rows[:, offset : offset + size] = whole.view(world, size)
             offset += size
         mine = torch.empty_like(rows[0])
         dist.reduce_scatter_tensor(mine, rows.view(-1))
-        return list(mine.to(self.gradient_accumulation_dtype).split(sizes))
+        return list(mine.split(sizes))
 
     def _gradients(self) -> list[Tensor]:
         """Each shard's summed gradient, without padding."""
@@ -202,7 +204,8 @@ class PackedZero3(DeepSpeedZeroOptimizer_Stage3):
             kept: list[Tensor] = super().partition_grads(params_to_release, grad_partitions)
             return kept
         places = [self.places[p.ds_id] for p in params_to_release]
-        gradients = {i: g[: self.shards[i].numel] for i, g in zip(places, grad_partitions, strict=True)}
+        parts = (partition.to(self.gradient_accumulation_dtype) for partition in grad_partitions)
+        gradients = {i: g[: self.shards[i].numel] for i, g in zip(places, parts, strict=True)}
         self.norms.append(self._norm_of(gradients).item())
         self._apply(gradients)
         for p in params_to_release:
