@@ -113,6 +113,7 @@ def races_of(configuration, without_edge):
 
     from lowbit_dist import configfile, model, ops, zero
     from lowbit_dist.zero import gathers as made
+    from lowbit_dist.zero import stage3
 
     device, streams = Device(), []
 
@@ -179,6 +180,7 @@ def races_of(configuration, without_edge):
             enter(patch.object(CPU_Accelerator, name, property(lambda self, value=value: value)))
         enter(patch.object(zero.engine, "deepspeed_settings", overlapping))
         enter(patch.object(torch.Tensor, "record_stream", lambda self, stream: None))
+        enter(patch.object(stage3, "EXCHANGED", ()))  # as on a GPU
         for function in (gather, dist.reduce_scatter_tensor):
             enter(patch.object(dist, function.__name__, collective(function)))
         enter(patch.object(ops, "decode", decode))

@@ -299,3 +299,41 @@ def test_a_weight_that_is_asked_for_before_it_runs_is_released(ranks, small):
     asked = ranks(2).run(losses_of_steps, small(cluster={"workers": 2}), True)
     assert asked == plain
     assert [left for _, left in asked] == [(0, 0)] * 2
+
+
+def summed(wire, sums, exchanged):
+    """This worker's row of what all workers have, summed over them; and what it must be."""
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from lowbit_dist.zero import stage3
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    of_workers = [
+        torch.randn(world, 1000, generator=torch.Generator().manual_seed(n)).to(wire) for n in range(world)
+    ]
+    with patch.object(stage3, "EXCHANGED", exchanged):
+        found = stage3.PackedZero3._sum_of_rows(
+            SimpleNamespace(gradient_accumulation_dtype=sums), of_workers[rank].clone()
+        )
+    return found, sum(rows[rank].to(torch.float64) for rows in of_workers)
+
+
+@pytest.mark.parametrize(
+    ("wire", "sums", "tolerance"),
+    [
+        (torch.bfloat16, torch.float32, 2**-20),
+        (torch.float32, torch.float32, 2**-20),
+        (torch.float64, torch.float64, 2**-50),
+    ],
+    ids=str,
+)
+def test_parts_of_gradients_are_summed_over_workers_in_the_precision_of_sums(wire, sums, tolerance, ranks):
+    for found, exact in ranks(3).run(summed, wire, sums, ("cpu",)):
+        assert found.dtype == sums
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
+    for found, exact in ranks(3).run(summed, wire, sums, ()):  # as on a GPU: in what travels
+        assert found.dtype == wire
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
