@@ -326,19 +326,15 @@ class Linear(nn.Module):
             return self.in_graph(self, x)
         operands: Any = {"view": self.view, "product": self.product}
         if type(self.activation) is IntPerToken and multiply is linear:
-            operands |= self.of_integers()
+            trains = self.training  # a model is measured by products of numbers
+            operands |= {
+                "in_integers": self.in_integers and trains,
+                "grad_in_integers": self.grad_in_integers and trains,
+            }
             return linear(x, self.weight, self.bias, bits=self.activation.bits, **operands)
         if self.activation is not None:
             x = self.activation(x)
         return multiply(x, self.weight, self.bias, **operands)
-
-    def of_integers(self) -> dict[str, bool]:
-        """Which products are of integers: a model is measured by those of numbers."""
-        trains = self.training
-        return {
-            "in_integers": self.in_integers and trains,
-            "grad_in_integers": self.grad_in_integers and trains,
-        }
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

@@ -35,7 +35,7 @@ def start(
     device, n_parameters, is_new = engine.device.type, sum(engine.numels.values()), position.step == 0
     in_integers = products.settle_(engine.left_open, device, is_new=is_new, before=position.in_integers)
     if in_integers:
-        log.info("low-bit layers multiply integers, which is faster on this processor")
+        log.info("low-bit layers multiply integers (precision.matmul: auto)")
     instructions = compiled.decide(config, device, n_parameters, is_new=is_new, before=position.compiled)
     if instructions is not None:
         engine.compile(heartbeat)
