@@ -37,7 +37,7 @@ def evaluate(
     path: str,
     *,
     forward: str | None = None,
-    scale: Scale = "rms",
+    scale: Scale | None = None,
     integer: bool = False,
     n_samples: int | None = None,
     reading: documents.Reading | None = None,
@@ -48,11 +48,22 @@ def evaluate(
     Of a prepared folder as many samples as `trained.samples` says, in its micro-batches, so that the loss of
     a run is its training loop's; of text all of it, cut into samples as long as it says, of which the last
     one may be shorter.  `n_samples` is another number of samples.  `forward` names a grid to which the
-    weights are rounded first, with scales as `Method.through` says; for `integer` see `loaded`.  `reading`
-    says how documents are found in text; `tally` counts what of it is not read.
+    weights are rounded first, with scales as `Method.through` says; one that they are on already changes
+    nothing.  For `integer` see `loaded`.  `reading` says how documents are found in text; `tally` counts
+    what of it is not read.
     """
     if forward is not None and forward not in GRIDS:
         raise ConfigError(f"--forward ({forward}) must be one of {', '.join(GRIDS)}; write one of them")
+    grid = None if forward is None else GRIDS[forward]
+    rounds = grid is not None and not trained.is_on(grid)
+    if scale is not None and not rounds:
+        rule = (
+            "the grid that it is of; write --forward ternary, or leave it out"
+            if forward is None
+            else f"a grid to which weights are rounded, and those of {trained.path} are on {forward}; leave "
+            "it out"
+        )
+        raise ConfigError(f"--forward-scale ({scale}) must go with --forward, {rule}")
     if is_remote(path) or (Path(path) / MANIFEST).is_file():
         if reading not in (None, documents.Reading()):
             raise ConfigError(
@@ -66,15 +77,15 @@ def evaluate(
             samples, bytes_per_token = _text(trained, path, _texts(path, reading, tally), n_samples)
     batches = _batches(trained, samples)
     trained.check_tokens((int(tokens.max()) for tokens, _ in batches), f"--data ({path})")
-    grid = None if forward is None else GRIDS[forward]
     network = loaded(trained, integer=integer, forward=grid, scale=scale)
     mean = _mean_loss(trained, network, batches)
-    own = trained.method.forward_grid
+    own, planes = trained.method.forward_grid, f", {n} planes" if (n := trained.planes) > 1 else ""
     return {
         "checkpoint": str(trained.path),
         "step": trained.step,
         "data": path,
-        "forward": forward or (trained.method.name if own is None else own.name),
+        "forward": forward or (trained.method.name if own is None else own.name) + planes,
+        "forward_scale": (scale or "rms") if rounds else None,
         "products": PRODUCTS[integer],
         "loss": mean,
         **quality(mean, bytes_per_token),
@@ -117,7 +128,7 @@ def _mean_loss(trained: Trained, network: nn.Module, batches: Labelled) -> float
 
 
 def loaded(
-    trained: Trained, *, integer: bool = False, forward: Grid | None = None, scale: Scale = "rms"
+    trained: Trained, *, integer: bool = False, forward: Grid | None = None, scale: Scale | None = None
 ) -> nn.Module:
     """The model as it is measured, with the training loop's own products.
 

@@ -114,6 +114,8 @@ class _Worker:
             facts["hf_config"] = pretrained.as_mapping(hf_config)
         self.saver = checkpoint.Saver(config, rank=engine.rank, world=engine.world, facts=facts)
         self.stops = False  # asked to, by the stop file
+        # A place for the loss of each micro-batch, and one by which worker 0 tells the others to stop.
+        self.losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
         self.flips = torch.zeros((), dtype=torch.int64, device=engine.device)  # not yet in the position
         self.metrics: dict[str, float | None] = {}
         self.of_layers: dict[str, dict[str, float]] = {}
@@ -140,8 +142,7 @@ class _Worker:
         following = [*starts[1:], starts[0] + self._samples_of_a_step]
         labels = [self.feed.labels(start) for start in starts]
         weights = self._weights(labels)
-        # A place for each micro-batch, and one by which worker 0 tells the others to stop.
-        losses = torch.zeros(engine.micro_batches + 1, dtype=torch.float64, device=engine.device)
+        losses = self.losses.zero_()
         for j, start, then, target, weight in zip(mine, starts, following, labels, weights, strict=True):
             losses[j] = step.backward(self.feed.tokens(start, then), target, weight).double()
             is_first = position.step == self.start.step

@@ -58,6 +58,13 @@ def left_open(config: RunConfig, model: nn.Module) -> list[Linear]:
         return []
 
 
+def are_faster(device: str) -> bool:
+    """Whether layers multiply integers under `auto` in a run that begins on this machine's `device`: where
+    that was measured faster than numbers, by compiled code.
+    """
+    return device == "cpu" and machine.multiplies_integers_faster() and ops.multiplies_int8()
+
+
 def settle_(layers: list[Linear], device: str, *, is_new: bool = True, before: bool = False) -> bool:
     """Let those layers multiply integers where that is faster for every worker, or in a run that is not new
     if they did so `before`, which its checkpoint says; whether they do, on all workers alike.
@@ -65,7 +72,7 @@ def settle_(layers: list[Linear], device: str, *, is_new: bool = True, before: b
     wanted = before and not is_new
     if layers and is_new:
         of_workers: list[bool | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_workers, device == "cpu" and machine.multiplies_integers_faster())
+        dist.all_gather_object(of_workers, are_faster(device))
         wanted = all(of_workers)
     for layer in layers:
         layer.in_integers = wanted

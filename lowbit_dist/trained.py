@@ -89,6 +89,20 @@ class Trained:
         """A whole parameter: packed if it is low-bit, else float32."""
         return self.read(name)
 
+    @cached_property
+    def planes(self) -> int:
+        """Of which each low-bit weight is the sum; 1 of one that was trained so."""
+        if self.method.stored is None:
+            return 1
+        packed = (tensor for tensor in map(self.tensor, self.names) if isinstance(tensor, PackedTensor))
+        return next((tensor.planes for tensor in packed), 1)
+
+    def is_on(self, grid: Grid) -> bool:
+        """Whether the weights are levels of this grid, as they are stored or as the forward pass sees them:
+        to round them to it would change what they were trained as.
+        """
+        return grid in (self.method.stored, self.method.forward_grid) and self.planes == 1
+
     def finite(self, name: str) -> PackedTensor | Tensor:
         """The same; ConfigError if it has NaN or infinity, as of a run that diverged."""
         tensor = self.tensor(name)
@@ -105,7 +119,7 @@ class Trained:
         packed: bool = False,
         integer: bool = False,
         forward: Grid | None = None,
-        scale: Scale = "rms",
+        scale: Scale | None = None,
     ) -> nn.Module:
         """The model, ready for inference; see `network`."""
         return network(self, packed=packed, integer=integer, forward=forward, scale=scale)
@@ -217,17 +231,22 @@ def network(
     packed: bool = False,
     integer: bool = False,
     forward: Grid | None = None,
-    scale: Scale = "rms",
+    scale: Scale | None = None,
 ) -> nn.Module:
     """The model with its weights in its compute precision, ready for inference.
 
     `packed`: linear layers keep their low-bit weights as codes and decode them whenever they multiply, with
     the same logits to the bit.  `integer`: on a CPU with a compiler, those that round their inputs to 8 bits
     never decode them, and multiply integers (inference.py); logits differ by the rounding of sums that are
-    exact here.  `forward`: the weights are rounded to this grid first, with scales as
-    `Method.through` says, unless it is the one that they were trained on.
+    exact here.  `forward`: the weights are rounded to this grid first, with scales as `Method.through` says;
+    those that are on it already (`Trained.is_on`) are taken as they are, stored ones also where the forward
+    pass of training saw them on another.
     """
-    forward = None if forward == trained.method.forward_grid else forward
+    seen = trained.method.seen
+    if forward is not None and trained.is_on(forward):
+        if forward != trained.method.forward_grid:
+            seen = _as_stored
+        forward = None
     dtype = model.DTYPES[trained.precision]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     integer = integer and ops.multiplies(device)
@@ -248,7 +267,7 @@ def network(
         if name in requantized and forward is not None:
             tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward, scale)
         elif isinstance(tensor, PackedTensor):
-            tensor = trained.method.seen(tensor)
+            tensor = seen(tensor)
         owner = built.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Linear) and decodes(owner) and owner.weight is built.get_parameter(name):
             tensor = tensor if isinstance(tensor, PackedTensor) else tensor.to(dtype)
@@ -276,9 +295,13 @@ def _requantized_names(built: nn.Module, method: Method) -> set[str]:
     return set(model.linear_weights(built) if method.stored is None else model.low_bit_names(built, method))
 
 
-def _requantized(name: str, weight: Tensor, method: Method, grid: Grid, scale: Scale) -> PackedTensor:
+def _as_stored(tensor: PackedTensor) -> PackedTensor:
+    return tensor
+
+
+def _requantized(name: str, weight: Tensor, method: Method, grid: Grid, scale: Scale | None) -> PackedTensor:
     try:
-        return method.through(weight, grid, scale)
+        return method.through(weight, grid) if scale is None else method.through(weight, grid, scale)
     except ValueError as error:
         raise ConfigError(
             f"--forward ({grid.name}): {name} {list(weight.shape)} cannot be packed: {error}; leave it out"

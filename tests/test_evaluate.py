@@ -22,6 +22,7 @@ from lowbit_dist.trained import of_checkpoint
 RUNS = {
     "dqt": {"method": {"name": "dqt", "grid": "int3"}},
     "row": {"method": {"name": "dqt", "grid": "int8", "granularity": "row", "sub_norms": True}},
+    "ternary forward": {"method": {"name": "dqt", "grid": "int8", "forward": "ternary"}},
     "bitnet": {"method": {"name": "bitnet"}, "optimizer": {"states": "fp32"}},
     "tied": {"method": {"name": "dense"}, "model": {"tie_embeddings": True}, "optimizer": {"states": "fp32"}},
 }
@@ -92,8 +93,10 @@ def test_the_low_bit_grid_itself_changes_nothing_and_a_coarser_one_does(trained,
                 assert not torch.equal(expected, weight), "the case must change low-bit weights"
             assert torch.equal(through[name], expected), name
     options = ({}, {"forward": "int8"}, {"forward": "ternary"}, {"forward": "ternary", "scale": "absmean"})
-    own, same, by_rms, by_mean = (evaluate(model, str(corpus), **given)["loss"] for given in options)
+    found = [evaluate(model, str(corpus), **given) for given in options]
+    own, same, by_rms, by_mean = (each["loss"] for each in found)
     assert own == same and len({own, by_rms, by_mean}) == 3
+    assert [each["forward_scale"] for each in found] == [None, None, "rms", "absmean"]
     assert own == pytest.approx(summary["val_loss"], rel=1e-6)
 
 
@@ -103,7 +106,23 @@ def test_a_model_through_its_own_grid_is_itself(name, trained, corpus):
     model, _ = trained(name)
     own = model.method.forward_grid.name
     found, plain = (evaluate(model, str(corpus), forward=grid) for grid in (own, None))
-    assert found == plain
+    assert found == plain and plain["forward_scale"] is None
+    with pytest.raises(ConfigError, match=r"--forward-scale \(rms\) must go with --forward, a grid to which"):
+        evaluate(model, str(corpus), forward=own, scale="rms")
+
+
+def test_codes_that_the_forward_pass_saw_on_another_grid_can_be_taken_as_they_are(trained, corpus):
+    model, _ = trained("ternary forward")
+    through = {
+        grid: model.network(forward=grid and GRIDS[grid]).state_dict() for grid in ("int8", "ternary", None)
+    }
+    for name in model.names:
+        stored = model.tensor(name)
+        if isinstance(stored, PackedTensor):
+            assert torch.equal(through["int8"][name], stored.dequantize(torch.float32))
+            assert not torch.equal(through["int8"][name], through[None][name])
+        assert torch.equal(through["ternary"][name], through[None][name])
+    assert evaluate(model, str(corpus), forward="int8")["forward_scale"] is None
 
 
 def test_text_is_cut_into_samples_of_the_runs_length(trained, tmp_path):

@@ -94,10 +94,10 @@ def test_a_processor_whose_sums_are_not_exact_is_not_asked_for_them():
 
     arguments = *case(5, 6, 256), torch.float32
     with patch.object(torch, "_int_mm", saturating):
-        cpu._sums_are_exact.cache_clear()
-        assert not cpu._sums_are_exact()
+        cpu.sums_are_exact.cache_clear()
+        assert not cpu.sums_are_exact()
         found = ops.int8_product(*arguments)
-    cpu._sums_are_exact.cache_clear()
+    cpu.sums_are_exact.cache_clear()
     assert torch._int_mm is exact
     assert_equal(found.nan_to_num(-1.0), reference.int8_product(*arguments).nan_to_num(-1.0), "y")
 
@@ -349,6 +349,21 @@ def on(processors, content, stop_at=None):
     return (summary or {}).get("digest"), settled[-1]
 
 
+@needs_compiler
+def test_integers_are_not_chosen_where_nothing_is_compiled(tmp_path):
+    """Plain torch takes ten times as long for them as for numbers."""
+    from lowbit_dist import machine
+
+    (tmp_path / "cpuinfo").write_text(PROCESSORS["vnni"] + "\n")
+    with patch.object(machine, "CPUS", tmp_path / "cpuinfo"):
+        assert products.are_faster("cpu") and not products.are_faster("cuda")
+        with patch.object(cpu, "available", lambda: False):
+            assert not products.are_faster("cpu")
+        with patch.object(cpu, "sums_are_exact", lambda: False):
+            assert not products.are_faster("cpu")
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_auto_multiplies_integers_where_they_are_faster_and_goes_on_as_a_run_began(ranks, small):
     def run(name, *processors, matmul="auto", method=None, stop_at=None):

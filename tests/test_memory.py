@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from time import process_time
 from typing import ClassVar, Literal
 from unittest.mock import patch
@@ -63,7 +64,7 @@ class Training:
     """An engine and its data, on one rank."""
 
     def __init__(self, content):
-        from lowbit_dist import model, zero
+        from lowbit_dist import model, products, zero
 
         self.config = load(content)
         dtype = torch.bfloat16 if self.config.precision.compute == "bf16" else torch.float32
@@ -71,8 +72,9 @@ class Training:
         names = model.low_bit_names(built, self.config.method)
         initial = model.InitialWeights(built, self.config.method, 0, None)
         self.engine = zero.Engine(self.config, built, initial, names)
+        products.settle_(self.engine.left_open, self.engine.device.type)
         generator = torch.Generator().manual_seed(self.engine.rank)
-        tokens = torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator)
+        tokens = torch.randint(0, VOCAB, (2, self.config.data.seq_len), generator=generator)
         self.tokens = tokens.to(self.engine.device)
         self.n_steps = 0
 
@@ -464,6 +466,55 @@ def test_the_plan_is_what_is_measured(number, ranks):
 )
 def test_the_plan_is_what_is_measured_on_other_numbers_of_workers(number, world, ranks):
     check_plan(CASES[number], world, ranks)
+
+
+@contextmanager
+def integers_faster(answer):
+    from lowbit_dist import products
+
+    with patch.object(products, "are_faster", lambda device: answer):
+        yield
+
+
+def measured_as(content, answer):
+    with integers_faster(answer):
+        return measured(content)
+
+
+@pytest.mark.parametrize("layers", [3, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_plan_knows_which_products_are_chosen(layers, world, ranks):
+    """Under activation checkpointing the peak is where a block multiplies, in integers or in numbers."""
+    from lowbit_dist import memory
+    from lowbit_dist.memory.plan import planned
+
+    seq_len = 8 * SEQ_LEN
+    content = configuration(
+        model={"layers": layers},
+        data={"seq_len": seq_len},
+        train={**CHECKPOINTED, "batch_tokens": 4 * seq_len},
+        precision="bf16",
+    )
+    peaks = []
+    for answer in (True, False):
+        planned.cache_clear()
+        with integers_faster(answer):
+            plan = planned(load(content), VOCAB, world)
+        largest = memory.largest(ranks(world).run(measured_as, content, answer))
+        peaks.append(plan["peak_bytes_per_worker"])
+        assert largest["peak_bytes_per_worker"] == peaks[-1]
+    planned.cache_clear()
+    assert peaks[0] != peaks[1], "the case must tell them apart"
+
+
+def test_a_run_measures_what_is_planned(few_steps):
+    from lowbit_dist.checkpoint import Checkpoint
+    from lowbit_dist.memory.plan import planned
+
+    summary = few_steps(precision="bf16", train={**CHECKPOINTED, "batch_tokens": 512, "compile": "off"})
+    opened = Checkpoint.open(summary["checkpoint"])
+    plan = planned(opened.config, opened.manifest["vocab_size"], 1)
+    assert {name: summary["memory"][name] for name in plan} == plan
 
 
 def test_what_is_measured_spans_all_that_decides_memory():

@@ -300,6 +300,16 @@ def test_a_result_is_a_trained_model_like_any_other(by, dense, corpus, lowbit, t
     if not by.needs_calibration:
         expected = by.layer(dense.tensor("model.layers.0.mlp.up_proj.weight"), None)
         assert equal(up, expected) and up.planes == expected.planes
+    through = trained.network(forward=by.method.stored).get_parameter("model.layers.0.mlp.up_proj.weight")
+    if up.planes == 1:
+        assert torch.equal(through, up.dequantize(through.dtype)), "it is on its own grid"
+    else:
+        expected = by.method.through(up.dequantize(torch.float32), by.method.stored)
+        assert torch.equal(through, expected.dequantize(through.dtype)), "a sum of planes is on no grid"
+        said = [
+            trained.evaluate(str(corpus), n_samples=2, forward=grid)["forward"] for grid in (None, "ternary")
+        ]
+        assert said == [f"ternary, {up.planes} planes", "ternary"]
     packed = trained.network(packed=True)
     assert sum(isinstance(layer, PackedLinear) for layer in packed.modules()) == 14
     assert torch.equal(logits(packed, trained), logits(trained.network(), trained))

@@ -63,7 +63,11 @@ def evaluate(
     ] = None,
     forward: Annotated[
         str | None,
-        typer.Option(metavar="GRID", help="Round the weights to this grid first.", show_default=False),
+        typer.Option(
+            metavar="GRID",
+            help="Round the weights to this grid first; one that they are on already changes nothing.",
+            show_default=False,
+        ),
     ] = None,
     forward_scale: Annotated[
         Literal["rms", "absmean"] | None,
@@ -118,14 +122,9 @@ def evaluate(
                 "--data (none) must name data or a text" if data is None else "--task-folder needs --tasks"
             )
             raise ConfigError(f"{wanted}; write --data PATH, or --tasks NAME")
-        if forward_scale is not None and forward is None:
-            raise ConfigError(
-                f"--forward-scale ({forward_scale}) must go with --forward, the grid that it is of; write "
-                "--forward ternary, or leave it out"
-            )
         reading, tally = documents.Reading(field, separator, on_bad_row), documents.Tally()
         metrics = trained.open(run).evaluate(
-            data, forward=forward, scale=forward_scale or "rms", integer=integer, n_samples=samples,
+            data, forward=forward, scale=forward_scale, integer=integer, n_samples=samples,
             reading=reading, tally=tally,
         )  # fmt: skip
         counts = tally.counts()

@@ -35,9 +35,14 @@ class MemoryBudget(NamedTuple):
 def local_budget(config: RunConfig) -> MemoryBudget:
     """What this machine has for a run: its smallest GPU, or the memory that is free."""
     gpus = torch.cuda.device_count()
-    if not gpus or config.cluster.gpus_per_worker == 0:
+    if device_of(config) == "cpu":
         return MemoryBudget("this machine", max(0, available_memory() - RAY))
     return MemoryBudget("a GPU of this machine", smallest_gpu(), on_gpu=True, most_workers=gpus)
+
+
+def device_of(config: RunConfig) -> str:
+    """ "cuda" or "cpu": on what workers of this machine train."""
+    return "cuda" if torch.cuda.device_count() and config.cluster.gpus_per_worker != 0 else "cpu"
 
 
 def smallest_gpu() -> int:

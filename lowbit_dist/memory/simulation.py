@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lowbit_dist import ops
+from lowbit_dist import ops, products
 from lowbit_dist.config import RunConfig
 from lowbit_dist.experts import number
+from lowbit_dist.memory import machine
 from lowbit_dist.memory.live import StorageMeter, track_peak
 from lowbit_dist.memory.report import Peak
 from lowbit_dist.memory.resident import flat_numel
@@ -58,7 +59,8 @@ def simulate_step(config: RunConfig, vocab_size: int, workers: int) -> Peak:
 def simulate(
     config: RunConfig, model: nn.Module, workers: int, *, rank: int = 0, briefly: bool = False
 ) -> Step:
-    """The second step of a worker whose model, on the meta device, this is.
+    """The second step of a worker whose model, on the meta device, this is; products that are left open are
+    those of a run that begins on this machine.
 
     `briefly`: from the second pass of its first step, if there are two.
     """
@@ -70,6 +72,7 @@ def simulate(
     from lowbit_dist.zero import Engine
     from lowbit_dist.zero.fake import fake_worker
 
+    in_integers = products.are_faster(machine.device_of(config))
     with fake_worker(rank, workers, experts=number(model)), ExitStack() as sampled:
         for module in model.modules():
             for key, buffer in module._buffers.items():
@@ -82,6 +85,8 @@ def simulate(
             low_bit_names(model, config.method),
             marks,
         )
+        for layer in engine.left_open:
+            layer.in_integers = in_integers
         tokens = torch.zeros((config.train.micro_batch, config.data.seq_len), dtype=torch.long)
         meter, warm, ends, blocks = _Phases(), StorageMeter(), [], blocks_of(model)
         for p in (p for block in blocks[: len(blocks) // 2] for p in block.parameters()):

@@ -197,6 +197,11 @@ def multiplies(device: torch.device) -> bool:
     return _host_backend(device) is cpu
 
 
+def multiplies_int8() -> bool:
+    """Whether `int8_product` has compiled code on the CPU; plain torch multiplies numbers of 64 bits."""
+    return multiplies(torch.device("cpu")) and cpu.sums_are_exact()
+
+
 def round_tokens(x: Tensor, bits: int = 8, least: float = LEAST_MAXIMUM) -> tuple[Tensor, Tensor]:
     """Each token (row) of x [T, K], of any float, in integers of 2 to 8 bits, [T, K] int8, and how many of
     them a 1 is, [T] float32: NaN of a token that is not finite.  Its maximum counts as `least` at least.

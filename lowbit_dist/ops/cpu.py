@@ -242,7 +242,7 @@ def int8_product(
     dtype: torch.dtype,
 ) -> Tensor:  # [T, N], of `dtype`
     """Some tokens at a time, whose sums a core's cache holds."""
-    if not _sums_are_exact():
+    if not sums_are_exact():
         return reference.int8_product(levels, per_unit, weight, scale, dtype)
     y = torch.empty(len(levels), len(weight), dtype=dtype)
     parts = (x.split(_TOKENS) for x in (levels, per_unit, y))
@@ -259,7 +259,7 @@ def int8_product(
 
 
 @cache
-def _sums_are_exact() -> bool:
+def sums_are_exact() -> bool:
     """Whether PyTorch's are: on processors without instructions for 8-bit products two of them are added up
     in 16 bits, where not all fit.
     """
