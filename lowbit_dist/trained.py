@@ -94,8 +94,8 @@ class Trained:
         """Of which each low-bit weight is the sum; 1 of one that was trained so."""
         if self.method.stored is None:
             return 1
-        packed = (tensor for tensor in map(self.tensor, self.names) if isinstance(tensor, PackedTensor))
-        return next((tensor.planes for tensor in packed), 1)
+        tensors = map(self.tensor, reversed(self.names))  # embeddings, which are large, come first by name
+        return next((tensor.planes for tensor in tensors if isinstance(tensor, PackedTensor)), 1)
 
     def is_on(self, grid: Grid) -> bool:
         """Whether the weights are levels of this grid, as they are stored or as the forward pass sees them:
