@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ def test_codes_that_the_forward_pass_saw_on_another_grid_can_be_taken_as_they_ar
             assert not torch.equal(through["int8"][name], through[None][name])
         assert torch.equal(through["ternary"][name], through[None][name])
     assert evaluate(model, str(corpus), forward="int8")["forward_scale"] is None
+
+
+def test_a_method_that_knows_no_scale_is_asked_without_one(trained):
+    """As the page of methods had it first: `through(weight, grid)`."""
+    model, _ = trained("row")
+    ternary, name = GRIDS["ternary"], "model.layers.0.mlp.up_proj.weight"
+
+    def through(self, weight, grid):
+        return PackedTensor.quantize(weight, torch.tensor([0.5]), grid)
+
+    with patch.object(DQT, "through", through):
+        found = model.network(forward=ternary).get_parameter(name)
+    assert set(found.unique().tolist()) <= {-0.5, 0.0, 0.5}
 
 
 def test_text_is_cut_into_samples_of_the_runs_length(trained, tmp_path):
