@@ -41,7 +41,7 @@ def local_budget(config: RunConfig) -> MemoryBudget:
 
 
 def device_of(config: RunConfig) -> str:
-    """ "cuda" or "cpu": on what workers of this machine train."""
+    """On what workers of this machine train: `cuda` or `cpu`."""
     return "cuda" if torch.cuda.device_count() and config.cluster.gpus_per_worker != 0 else "cpu"
 
 
