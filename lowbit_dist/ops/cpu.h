@@ -1,4 +1,5 @@
 /* What the sources of the CPU backend share. */
+#pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -11,6 +12,11 @@
 #endif
 
 #define BLOCK 256
+
+/* Vectors of 16 floats, with masks and all operations on bytes. */
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define HAS_MASKS
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 _SOURCES = [
     Path(__file__).with_name(f"{name}.c") for name in ("cpu", "matmul", "norm", "tokens", "transpose")
 ]
-_HEADER = Path(__file__).with_name("cpu.h")
+_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("cpu", "philox", "slots")]
 # What functions return; the others nothing.
 _RESULTS = {
     "step_codes": ctypes.c_int64,
@@ -122,7 +122,7 @@ def _open(compiler: str) -> ctypes.CDLL:
 def _fingerprint(compiler: str) -> str:
     """What the shared object depends on: source, options, compiler and CPU."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=False).stdout
-    sources = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     parts = [*sources, repr((_OPTIONS, _TUNINGS, compiler)).encode(), version, _cpu().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
