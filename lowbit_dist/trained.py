@@ -242,11 +242,9 @@ def network(
     those that are on it already (`Trained.is_on`) are taken as they are, stored ones also where the forward
     pass of training saw them on another.
     """
-    seen = trained.method.seen
-    if forward is not None and trained.is_on(forward):
-        if forward != trained.method.forward_grid:
-            seen = _as_stored
-        forward = None
+    is_on = forward is not None and trained.is_on(forward)
+    as_stored = is_on and forward != trained.method.forward_grid
+    forward = None if is_on else forward
     dtype = model.DTYPES[trained.precision]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     integer = integer and ops.multiplies(device)
@@ -266,8 +264,8 @@ def network(
             raise _unfitting(trained, f"{name} has shape {tuple(tensor.shape)}, the model {shapes[name]}")
         if name in requantized and forward is not None:
             tensor = _requantized(name, _dense(tensor, torch.float32), trained.method, forward, scale)
-        elif isinstance(tensor, PackedTensor):
-            tensor = seen(tensor)
+        elif isinstance(tensor, PackedTensor) and not as_stored:
+            tensor = trained.method.seen(tensor)
         owner = built.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Linear) and decodes(owner) and owner.weight is built.get_parameter(name):
             tensor = tensor if isinstance(tensor, PackedTensor) else tensor.to(dtype)
@@ -293,10 +291,6 @@ def _requantized_names(built: nn.Module, method: Method) -> set[str]:
     head's.
     """
     return set(model.linear_weights(built) if method.stored is None else model.low_bit_names(built, method))
-
-
-def _as_stored(tensor: PackedTensor) -> PackedTensor:
-    return tensor
 
 
 def _requantized(name: str, weight: Tensor, method: Method, grid: Grid, scale: Scale | None) -> PackedTensor:
