@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
-from lowbit_dist.ops import STATES, Codes, Now, Slot, Stored, reference
+from lowbit_dist.ops import STATES, Accumulator, Codes, Now, Residual, Slot, Stored, reference
 from lowbit_dist.optim import AdamW, Lion
 
 RULES = {"adamw": AdamW(betas=(0.9, 0.95), eps=1e-8), "lion": Lion(betas=(0.9, 0.99))}
@@ -25,6 +25,14 @@ COMBINATIONS = [
     for states in STATES
     for granularity in GRANULARITIES
 ]
+# How codes that keep residuals do so, and what else their steps are told.
+ACCUMULATORS = {
+    "int8": (Accumulator(0.5, 0.0, False), {}),
+    "int8, leaking": (Accumulator(0.7, 0.05, False), {"threshold": 0.6}),
+    "int8, reset": (Accumulator(0.7, 0.0, True), {"threshold": 0.55}),
+    "bf16": (Accumulator(0.7, 0.05, False, "bf16"), {}),
+    "bf16, reset": (Accumulator(1.5, 0.0, True, "bf16"), {"threshold": 0.8}),
+}
 
 
 class Momentum:
@@ -67,6 +75,13 @@ def random_codes(
     scale = (torch.rand(n_scales, generator=generator(seed + 1)) * 0.02 + 1e-3) / 2 ** (grid.bits - 2)
     codes = reference.pack(random_levels(grid, n_blocks, seed), grid=grid)
     return Codes(codes, scale, scale_every, grid, tensor, first_block)
+
+
+def random_residual(kept: Accumulator, n: int, g: torch.Generator) -> Residual:
+    """Any that can be stored."""
+    if kept.states == "int8":
+        return Residual(torch.randint(-127, 128, (n,), generator=g).to(torch.int8), kept)
+    return Residual(((torch.rand(n, generator=g) * 2 - 1) * kept.reach).bfloat16(), kept)
 
 
 def heavy_tailed_grad(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,11 +8,13 @@ import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import slow
 from op_cases import (
+    ACCUMULATORS,
     COMBINATIONS,
     GRANULARITIES,
     RULES,
@@ -24,6 +26,7 @@ from op_cases import (
     now,
     part,
     random_codes,
+    random_residual,
     used_state,
     zeros,
 )
@@ -59,6 +62,50 @@ def test_c_steps_codes_as_the_reference_does(rule, grid, states, granularity):
             assert_equal_state(actual_state, expected_state, f"after step {number}")
             assert torch.equal(flips, expected_flips)
             assert flips.item() == (before != reference.unpack(actual.codes, grid=grid)).sum() > 0
+
+
+@needs_compiler
+@every_rule
+@every_grid
+@pytest.mark.parametrize("states", ["int8", "fp32"])
+@pytest.mark.parametrize("kept", ACCUMULATORS)
+def test_c_steps_codes_with_residuals_as_the_reference_does(rule, grid, states, kept):
+    n_blocks, (kept, options) = 9, ACCUMULATORS[kept]
+    expected, actual = (
+        replace(
+            random_codes(grid, n_blocks, 192), residual=random_residual(kept, n_blocks * BLOCK, generator(0))
+        )
+        for _ in range(2)
+    )
+    expected_state, actual_state = (zeros(rule, n_blocks * BLOCK, states) for _ in range(2))
+    flips = 0
+    for number in range(1, 5):
+        grad = heavy_tailed_grad(n_blocks * BLOCK, number)
+        numbers = now(number, lr=0.01, **options)
+        expected_flips = reference.step_(expected, grad, expected_state, rule=rule, now=numbers)
+        assert_equal(ops.step_(actual, grad, actual_state, rule=rule, now=numbers), expected_flips, "flips")
+        assert_equal(actual.codes, expected.codes, f"codes after step {number}")
+        assert_equal(actual.residual.values, expected.residual.values, f"residuals after step {number}")
+        assert_equal_state(actual_state, expected_state, f"after step {number}")
+        flips += expected_flips.item()
+    assert flips > 0
+
+
+@needs_compiler
+@every_rule
+@every_grid
+@pytest.mark.parametrize("nearest", [1e-9, 0.3, 0.9, 1.0])
+def test_c_rounds_towards_the_nearest_as_the_reference_does(rule, grid, nearest):
+    n_blocks = 12
+    expected, actual = (random_codes(grid, n_blocks, 192) for _ in range(2))
+    expected_state, actual_state = (zeros(rule, n_blocks * BLOCK, "int8") for _ in range(2))
+    for number in range(1, 5):
+        grad = heavy_tailed_grad(n_blocks * BLOCK, number)
+        numbers = now(number, lr=0.03, nearest=nearest)
+        flips = reference.step_(expected, grad, expected_state, rule=rule, now=numbers)
+        assert_equal(ops.step_(actual, grad, actual_state, rule=rule, now=numbers), flips, "flips")
+        assert_equal(actual.codes, expected.codes, f"codes after step {number}")
+        assert flips > 0
 
 
 @needs_compiler

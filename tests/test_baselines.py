@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import standing
+from op_cases import random_residual
 from test_methods import case, layer_of, rounded_tokens
 from test_train import train
 from torch import nn
@@ -224,13 +225,6 @@ def rounded_residual(rest, word, reach, states):
     return math.copysign((size + (math.floor(bits * 2**16) + (word >> 16) >= 2**16)) * unit, rest)
 
 
-def residuals(kept, n, generator):
-    """Any that can be stored."""
-    if kept.states == "int8":
-        return torch.randint(-127, 128, (n,), generator=generator).to(torch.int8)
-    return ((torch.rand(n, generator=generator) * 2 - 1) * kept.reach).bfloat16()
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -244,7 +238,7 @@ def test_flip_follows_its_equations(options):
     method, g = Flip(**options), torch.Generator().manual_seed(0)
     packed = method.quantize(torch.randn(4, 256, generator=g) * 0.02)
     kept, n = method.accumulator, packed.numel
-    values = residuals(kept, n, g)
+    values = random_residual(kept, n, g).values
     unit = kept.reach / 127 if kept.states == "int8" else 1.0
     u, before, first = torch.randn(n, generator=g), packed.levels().flatten().tolist(), values.tolist()
     target = ops.Codes(
@@ -288,7 +282,7 @@ def test_a_residual_is_the_same_in_c(grid, kept, every):
     g, n, grid = torch.Generator().manual_seed(1), 256 * 600, GRIDS[grid]
     levels = torch.randint(grid.low, grid.high + 1, (n,), generator=g).to(torch.int8)
     kept = ops.Accumulator(*kept)
-    values = residuals(kept, n, g)
+    values = random_residual(kept, n, g).values
     scale = torch.rand(n // every, generator=g) * 0.05 + 0.01
     targets = [
         ops.Codes(

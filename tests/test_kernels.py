@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from op_cases import (
+    ACCUMULATORS,
     COMBINATIONS,
     GRANULARITIES,
     RULES,
@@ -32,11 +34,12 @@ from op_cases import (
     now,
     part,
     random_codes,
+    random_residual,
     zeros,
 )
 
 from lowbit_dist.grid import BLOCK, GRIDS, Grid
-from lowbit_dist.ops import STATES, Codes, Rule, Weights, reference
+from lowbit_dist.ops import STATES, Codes, Residual, Rule, Weights, reference
 from lowbit_dist.optim import AdamW
 
 pytest.importorskip("triton", reason="Triton is not installed: torch built for CPUs alone does not bring it")
@@ -169,6 +172,50 @@ def test_two_shards_of_codes_equal_the_whole_of_the_reference(
         device, RULES[rule], grid, states, GRANULARITIES[granularity],
         n_steps=n_steps, dtype=dtype, first_block=first_block,
     )  # fmt: skip
+
+
+@on_each_device
+@every_grid
+@pytest.mark.parametrize("kept", ACCUMULATORS)
+def test_residuals_equal_the_reference(device: str, grid: Grid, kept: str) -> None:
+    n_blocks, (accumulator, options), rule = 11, ACCUMULATORS[kept], RULES["adamw"]
+    scale_every = (2**40, 64, 896, 512, 576, 128)[list(GRIDS).index(grid.name)]
+    residual = random_residual(accumulator, n_blocks * BLOCK, generator(0))
+    our_residual = Residual(residual.values.to(device, copy=True), accumulator)
+    theirs = replace(random_codes(grid, n_blocks, scale_every), residual=residual)
+    ours = replace(codes_on(device, grid, n_blocks, scale_every), residual=our_residual)
+    state = zeros(rule, n_blocks * BLOCK, "int8")
+    our_state, moved = copy_of(state, device), 0
+    for number in (1, 2, 3):
+        numbers = now(number, lr=0.01, **options)
+        gradient = heavy_tailed_grad(n_blocks * BLOCK, number)
+        flips = reference.step_(theirs, gradient, state, rule=rule, now=numbers)
+        assert_equal(kernels.step_(ours, gradient.to(device), our_state, rule=rule, now=numbers), flips)
+        u = torch.randn(n_blocks * BLOCK, generator=generator(number))
+        flips += reference.apply_(theirs, u, now=numbers)
+        kernels.apply_(ours, u.to(device), now=numbers)
+        assert_equal(ours.codes, theirs.codes, f"codes after step {number}")
+        assert_equal(our_residual.values, residual.values, f"residuals after step {number}")
+        assert_equal_state(our_state, state, f"after step {number}")
+        moved += flips.item()
+    assert moved > 0
+
+
+@on_each_device
+@every_grid
+@pytest.mark.parametrize("nearest", [0.3, 1.0])
+def test_rounding_towards_the_nearest_equals_the_reference(device: str, grid: Grid, nearest: float) -> None:
+    n_blocks, rule = 11, RULES["adamw"]
+    theirs, ours = random_codes(grid, n_blocks, 896), codes_on(device, grid, n_blocks, 896)
+    state = zeros(rule, n_blocks * BLOCK, "int8")
+    our_state = copy_of(state, device)
+    for number in (1, 2, 3):
+        numbers = now(number, lr=0.03, nearest=nearest)
+        gradient = heavy_tailed_grad(n_blocks * BLOCK, number)
+        flips = reference.step_(theirs, gradient, state, rule=rule, now=numbers)
+        assert_equal(kernels.step_(ours, gradient.to(device), our_state, rule=rule, now=numbers), flips)
+        assert_equal(ours.codes, theirs.codes, f"codes after step {number}")
+        assert flips > 0
 
 
 @on_each_device
@@ -637,6 +684,24 @@ def test_decoding_compiles_for_sm_90(compiled: list[Any], grid: Grid) -> None:
 def accesses(cost: Cost, kind: str) -> Counter[str]:
     """How often a thread reads or writes memory, by width."""
     return Counter({name: n for name, n in cost.instructions.items() if name.startswith(kind)})
+
+
+@needs_compiler
+@pytest.mark.parametrize("kept", [None, *ACCUMULATORS])
+def test_what_is_not_rounded_by_chance_alone_compiles_for_sm_90(
+    compiled: list[Any], tmp_path: Any, kept: str | None
+) -> None:
+    n, grid, rule = 1024 * BLOCK, GRIDS["int4"], RULES["adamw"]
+    target = Codes(torch.zeros(n // 2, dtype=torch.uint8), torch.ones(1), n, grid, 7, 0)
+    numbers = now(nearest=0.5)
+    if kept is not None:
+        accumulator, options = ACCUMULATORS[kept]
+        target = replace(target, residual=random_residual(accumulator, n, generator(0)))
+        numbers = now(**options)
+    state, gradient = zeros(rule, n, "int8"), torch.zeros(n, dtype=torch.bfloat16)
+    kernels.step_(target, gradient, state, rule=rule, now=numbers)
+    assert_rounds_each_operation(compiled[0], 4)
+    assert cost_of(compiled[0], tmp_path).stack == 0
 
 
 @needs_compiler

@@ -86,8 +86,8 @@ def step_(
     check_tensor("grad", grad, FLOATS)
     check_state(state, rule, grad.numel())
     check_one_device(*tensors_of(target), grad, *(tensor for slot in state for tensor in slot.tensors))
-    backend = _updating(target, now, grad.device)
-    if rule.fused is not None and not _is_special(target, now):
+    backend = _updating(target, grad.device)
+    if rule.fused is not None:
         return backend.step_(target, grad, state, rule=rule, now=now)
     flips = torch.zeros(1, dtype=torch.int64, device=grad.device)
     for start, stop in reference.chunks(grad.numel(), grad.device):
@@ -125,7 +125,7 @@ def apply_(
     check_target(target, u.numel(), "u")
     check_tensor("u", u, (torch.float32,))
     check_one_device(*tensors_of(target), u)
-    return _updating(target, now, u.device).apply_(target, u, now=now)
+    return _updating(target, u.device).apply_(target, u, now=now)
 
 
 def decode(
@@ -372,22 +372,10 @@ def _summing(tensors: Sequence[Tensor]) -> ModuleType:
     return _float_backend(tensors[0].device, *(x.dtype for x in tensors))
 
 
-def _updating(target: Codes | Weights, now: Now, device: torch.device) -> ModuleType:
-    """Codes with residuals have no Triton kernel; those that get another scale, or are rounded by less than
-    chance, which few steps of a run do, none at all: they are updated in plain torch.
-    """
-    backend = _backend(device)
-    if not _is_special(target, now):
-        return backend
-    has_residual = isinstance(target, Codes) and target.residual is not None
-    return backend if has_residual and getattr(backend, "TAKES_RESIDUALS", False) else reference
-
-
-def _is_special(target: Codes | Weights, now: Now) -> bool:
-    """Whether no fused kernel knows the update."""
-    return isinstance(target, Codes) and (
-        target.residual is not None or target.next_scale is not None or now.nearest > 0
-    )
+def _updating(target: Codes | Weights, device: torch.device) -> ModuleType:
+    """Codes that get another scale, which few steps of a run do, are updated in plain torch."""
+    rescales = isinstance(target, Codes) and target.next_scale is not None
+    return reference if rescales else _backend(device)
 
 
 def _host_backend(device: torch.device) -> ModuleType:

@@ -100,8 +100,9 @@ INLINE float direction(const Work *restrict work, const float *u, int j, const S
  * multiplies for the one while it divides for the other. At first those of counters q to q + SPAN - 1 are there.
  *
  * Codes are widened before and narrowed after: loops over numbers of one width make better vector code. */
-static void round_any(Work *restrict work, Words *restrict words, const float *u, uint64_t q, const Step *step,
-                      const Stream *stream, const float *per_unit_of, int low, int high, int rule) {
+INLINE void round_any(Work *restrict work, Words *restrict words, const float *u, uint64_t q, const Step *step,
+                      const Stream *stream, const float *per_unit_of, int low, int high, int rule,
+                      int towards_nearest) {
     const Step now = *step;
     int32_t levels[BLOCK] __attribute__((aligned(64)));
     for (int j = 0; j < BLOCK; j++) levels[j] = work->level[j];
@@ -117,7 +118,14 @@ static void round_any(Work *restrict work, Words *restrict words, const float *u
                 uint32_t size = bits_of(d) & 0x7FFFFFFF;
                 float a = float_of(size < LARGEST_STEP_BITS ? size : LARGEST_STEP_BITS);
                 int32_t whole = (int32_t)a;
-                uint32_t threshold = (uint32_t)((a - (float)whole) * 0x1p32f);
+                float chance = a - (float)whole;
+                if (towards_nearest) {
+                    chance = (chance - now.nearest_from) * now.nearest_slope;
+                    chance = chance < 0 ? 0 : chance;
+                    whole += chance >= 1;
+                    chance = chance < 1 ? chance : 0;
+                }
+                uint32_t threshold = (uint32_t)(chance * 0x1p32f);
                 int32_t moved = word[k] < threshold ? whole + 1 : whole;
                 int32_t next = d < 0 ? level - moved : level + moved;
                 next = next < low ? low : next;
@@ -191,115 +199,34 @@ INLINE void round_fast(Work *restrict work, Words *restrict words, const float *
 
 #endif
 
+static void round_slowly(Work *restrict work, Words *restrict words, const float *u, uint64_t q, const Step *step,
+                         const Stream *stream, const float *per_unit_of, int low, int high, int rule) {
+    if (step->nearest_from == 0)
+        round_any(work, words, u, q, step, stream, per_unit_of, low, high, rule, 0);
+    else
+        round_any(work, words, u, q, step, stream, per_unit_of, low, high, rule, 1);
+}
+
 INLINE void update_levels(Work *restrict work, Words *restrict words, const float *u, uint64_t q, const Step *step,
                           const Stream *stream, const float *minus_levels_per_unit /* [4] */, int low, int high,
                           int rule) {
-    for (int j = 0; j < BLOCK; j++) work->level[j] = (int8_t)(work->code[j] + low);
 #if defined(HAS_MASKS)
-    int fits = 1; /* each, times 2^32, is a float */
-    for (int i = 0; i < 4; i++) fits &= fabsf(minus_levels_per_unit[i]) < 0x1p90f;
+    int fits = step->nearest_from == 0;
+    for (int i = 0; i < 4; i++) /* times 2^32, each is a float */
+        fits &= fabsf(minus_levels_per_unit[i]) < 0x1p90f;
     if (__builtin_expect(fits, 1)) {
         round_fast(work, words, u, q, step, stream, minus_levels_per_unit, low, high, rule);
         return;
     }
 #endif
-    round_any(work, words, u, q, step, stream, minus_levels_per_unit, low, high, rule);
-}
-
-/* The scale of each plane of block `place` of the whole tensor, by at most one division. */
-INLINE void scales_of_block(float *of_plane /* [4] */, const float *scale, const Shard *shard, int64_t place) {
-    int64_t number = 0, within = 0;
-    if (shard->n_scales > 1) {
-        number = place * BLOCK / shard->scale_every;
-        within = place * BLOCK - number * shard->scale_every;
-    }
-    for (int i = 0; i < 4; i++) {
-        of_plane[i] = scale[number];
-        within += PLANE;
-        if (within == shard->scale_every) {
-            within = 0;
-            number++;
-        }
-    }
-}
-
-INLINE int64_t step_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, const Step *now,
-                          const Stream *stream, Words *restrict words, int64_t block, int rule) {
-    Work work;
-    const int64_t place = shard->first_block + block;
-    uint8_t *packed = codes + block * BLOCK * shard->bits / 8;
-    const Inputs in = inputs_of(state, block, rule);
-    prefetch_inputs(&in, state, rule);
-    prefetch(packed, BLOCK * shard->bits / 8);
-    float per_unit[4];
-    scales_of_block(per_unit, scale, shard, place);
-    for (int i = 0; i < 4; i++) per_unit[i] = -(now->lr / per_unit[i]);
-    unpack_block(packed, work.code, shard->bits);
-    move_block(&work, &in, now, state->states, state->grad_is_bf16, rule);
-    const Scales scales = scales_of_slots(&work, state->states, rule);
-    update_levels(&work, words, rule == APPLY ? (const float *)in.grad : work.u, (uint64_t)place * COUNTERS, now, stream,
-                  per_unit, shard->low, shard->high, rule);
-    pack_block(packed, work.next, shard->bits);
-    store_slots(&work, state, &scales, block, rule);
-    return count_changes(work.code, work.next);
-}
-
-INLINE void step_weights(float *restrict weight, const State *state, const Step *step, int64_t block, int rule) {
-    Work work;
-    const Inputs in = inputs_of(state, block, rule);
-    prefetch_inputs(&in, state, rule);
-    prefetch(weight, BLOCK * sizeof(float));
-    move_block(&work, &in, step, state->states, state->grad_is_bf16, rule);
-    const Scales scales = scales_of_slots(&work, state->states, rule);
-    const float *u = rule == APPLY ? (const float *)in.grad : work.u;
-    const Step now = *step;
-    for (int j = 0; j < BLOCK; j++) weight[j] = weight[j] * now.keep - direction(&work, u, j, &now, rule) * now.lr;
-    store_slots(&work, state, &scales, block, rule);
-}
-
-/* A run of blocks by each rule. */
-#define SPECIALISED(NAME, RULE) \
-    static int64_t NAME##_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, \
-                                const Step *now, const Stream *stream, int64_t block, int64_t end) { \
-        int64_t flips = 0; \
-        Words words; \
-        draw(&words, stream, (uint64_t)(shard->first_block + block) * COUNTERS); \
-        for (; block < end; block++) \
-            flips += step_codes(codes, scale, state, shard, now, stream, &words, block, RULE); \
-        return flips; \
-    } \
-    static void NAME##_weights(float *weight, const State *state, const Step *now, int64_t block, int64_t end) { \
-        for (; block < end; block++) step_weights(weight + block * BLOCK, state, now, block, RULE); \
-    }
-SPECIALISED(adamw, ADAMW)
-SPECIALISED(lion, LION)
-SPECIALISED(apply, APPLY)
-
-typedef int64_t StepCodes(uint8_t *, const float *, const State *, const Shard *, const Step *, const Stream *, int64_t,
-                          int64_t);
-typedef void StepWeights(float *, const State *, const Step *, int64_t, int64_t);
-
-INLINE int64_t end_of(int64_t block, int64_t n_blocks) { return block + RUN < n_blocks ? block + RUN : n_blocks; }
-
-/* One step of the codes of a shard; how many changed. */
-int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state, const Shard *shard, const Step *now,
-                          int32_t rule) {
-    StepCodes *const step_run =
-        (StepCodes *[]){[ADAMW] = adamw_codes, [LION] = lion_codes, [APPLY] = apply_codes}[rule];
-    const Stream stream = stream_of(now->key0, now->key1, now->step, now->tensor);
-    int64_t flips = 0;
-#pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
-    if (shard->n_blocks >= PARALLEL_BLOCKS)
-    for (int64_t block = 0; block < shard->n_blocks; block += RUN)
-        flips += step_run(codes, scale, state, shard, now, &stream, block, end_of(block, shard->n_blocks));
-    return flips;
+    round_slowly(work, words, u, q, step, stream, minus_levels_per_unit, low, high, rule);
 }
 
 /* How codes keep their residuals; see `Accumulator` in targets.py. */
 typedef struct {
     void *values; /* of the shard: int8 counts, or levels in bfloat16 */
-    float reach, threshold; /* levels */
     float kept, per_level; /* levels that a value of 1 is still worth; the value of a level */
+    float reach, threshold; /* levels */
     int32_t resets, is_bf16;
 } Residual;
 
@@ -321,24 +248,19 @@ INLINE void store_residual(void *values, int j, float rest, uint32_t word, int i
     ((int8_t *)values)[j] = (int8_t)(count > 127 ? 127 : count);
 }
 
-/* Moves level + residual by -lr u: the level changes where the sum is beyond its threshold. */
-INLINE int64_t accumulate_block(uint8_t *packed, void *restrict values, const float *restrict u,
-                                const float *of_plane, const Residual *kept, const Shard *shard, const Step *step,
-                                const Stream *stream, uint64_t q, int is_bf16) {
-    Work work;
+/* Moves level + residual by -lr u: the level changes where the sum is beyond its threshold. Words as in round_any. */
+INLINE void accumulate(Work *restrict work, Words *restrict words, void *restrict values, const float *restrict u,
+                       uint64_t q, const Step *step, const Stream *stream, const Residual *kept, const float *of_plane,
+                       int low, int high, int is_bf16) {
     const Step now = *step;
     const Residual by = *kept;
-    const int32_t low = shard->low, high = shard->high;
-    Words words;
-    unpack_block(packed, work.code, shard->bits);
     for (int start = 0; start < COUNTERS; start += SPAN) {
-        draw(&words, stream, q + (uint64_t)start);
         for (int i = 0; i < 4; i++) {
-            const uint32_t *restrict word = words.of[i];
+            const uint32_t *restrict word = words->of[i];
             const float levels_per_unit = now.lr / of_plane[i];
             for (int k = 0; k < SPAN; k++) {
                 int j = start + COUNTERS * i + k;
-                float level = (float)(work.code[j] + low);
+                float level = (float)work->level[j];
                 float x = level + residual_of(values, j, is_bf16) * by.kept;
                 x = x * now.keep - levels_per_unit * u[j];
                 float next = fabsf(x - level) > by.threshold ? rintf(x) : level;
@@ -350,30 +272,119 @@ INLINE int64_t accumulate_block(uint8_t *packed, void *restrict values, const fl
                 rest = rest * by.per_level;
                 rest = by.resets && next != level ? 0.0f : rest;
                 store_residual(values, j, rest, word[k], is_bf16);
-                work.next[j] = (uint8_t)((int32_t)next - low);
+                work->next[j] = (uint8_t)((int32_t)next - low);
             }
         }
+        draw(words, stream, q + (uint64_t)(start + SPAN));
+    }
+}
+
+static void accumulate_levels(Work *restrict work, Words *restrict words, const float *u, int64_t block, uint64_t q,
+                              const Step *step, const Stream *stream, const Residual *kept, const float *of_plane,
+                              int low, int high) {
+    char *values = (char *)kept->values + block * BLOCK * (kept->is_bf16 ? 2 : 1);
+    if (kept->is_bf16)
+        accumulate(work, words, values, u, q, step, stream, kept, of_plane, low, high, 1);
+    else
+        accumulate(work, words, values, u, q, step, stream, kept, of_plane, low, high, 0);
+}
+
+/* The scale of each plane of block `place` of the whole tensor, by at most one division. */
+INLINE void scales_of_block(float *of_plane /* [4] */, const float *scale, const Shard *shard, int64_t place) {
+    int64_t number = 0, within = 0;
+    if (shard->n_scales > 1) {
+        number = place * BLOCK / shard->scale_every;
+        within = place * BLOCK - number * shard->scale_every;
+    }
+    for (int i = 0; i < 4; i++) {
+        of_plane[i] = scale[number];
+        within += PLANE;
+        if (within == shard->scale_every) {
+            within = 0;
+            number++;
+        }
+    }
+}
+
+INLINE int64_t step_codes(uint8_t *codes, const float *scale, const State *state, const Residual *kept,
+                          const Shard *shard, const Step *now, const Stream *stream, Words *restrict words,
+                          int64_t block, int rule) {
+    Work work;
+    const int64_t place = shard->first_block + block;
+    const uint64_t q = (uint64_t)place * COUNTERS;
+    const int low = shard->low, high = shard->high;
+    uint8_t *packed = codes + block * BLOCK * shard->bits / 8;
+    const Inputs in = inputs_of(state, block, rule);
+    prefetch_inputs(&in, state, rule);
+    prefetch(packed, BLOCK * shard->bits / 8);
+    float of_plane[4], per_unit[4];
+    scales_of_block(of_plane, scale, shard, place);
+    for (int i = 0; i < 4; i++) per_unit[i] = -(now->lr / of_plane[i]);
+    unpack_block(packed, work.code, shard->bits);
+    for (int j = 0; j < BLOCK; j++) work.level[j] = (int8_t)(work.code[j] + low);
+    move_block(&work, &in, now, state->states, state->grad_is_bf16, rule);
+    const Scales scales = scales_of_slots(&work, state->states, rule);
+    const float *u = rule == APPLY ? (const float *)in.grad : work.u;
+    if (kept) {
+        for (int j = 0; rule == ADAMW && j < BLOCK; j++) work.u[j] = direction(&work, u, j, now, rule);
+        accumulate_levels(&work, words, u, block, q, now, stream, kept, of_plane, low, high);
+    } else {
+        update_levels(&work, words, u, q, now, stream, per_unit, low, high, rule);
     }
     pack_block(packed, work.next, shard->bits);
+    store_slots(&work, state, &scales, block, rule);
     return count_changes(work.code, work.next);
 }
 
-int64_t lowbit_accumulate(uint8_t *codes, const float *scale, const float *u, const Residual *kept,
-                          const Shard *shard, const Step *now) {
+INLINE void step_weights(float *restrict weight, const State *state, const Step *step, int64_t block, int rule) {
+    Work work;
+    const Inputs in = inputs_of(state, block, rule);
+    prefetch_inputs(&in, state, rule);
+    prefetch(weight, BLOCK * sizeof(float));
+    move_block(&work, &in, step, state->states, state->grad_is_bf16, rule);
+    const Scales scales = scales_of_slots(&work, state->states, rule);
+    const float *u = rule == APPLY ? (const float *)in.grad : work.u;
+    const Step now = *step;
+    for (int j = 0; j < BLOCK; j++) weight[j] = weight[j] * now.keep - direction(&work, u, j, &now, rule) * now.lr;
+    store_slots(&work, state, &scales, block, rule);
+}
+
+/* A run of blocks by each rule. */
+#define SPECIALISED(NAME, RULE) \
+    static int64_t NAME##_codes(uint8_t *codes, const float *scale, const State *state, const Residual *kept, \
+                                const Shard *shard, const Step *now, const Stream *stream, int64_t block, \
+                                int64_t end) { \
+        int64_t flips = 0; \
+        Words words; \
+        draw(&words, stream, (uint64_t)(shard->first_block + block) * COUNTERS); \
+        for (; block < end; block++) \
+            flips += step_codes(codes, scale, state, kept, shard, now, stream, &words, block, RULE); \
+        return flips; \
+    } \
+    static void NAME##_weights(float *weight, const State *state, const Step *now, int64_t block, int64_t end) { \
+        for (; block < end; block++) step_weights(weight + block * BLOCK, state, now, block, RULE); \
+    }
+SPECIALISED(adamw, ADAMW)
+SPECIALISED(lion, LION)
+SPECIALISED(apply, APPLY)
+
+typedef int64_t StepCodes(uint8_t *, const float *, const State *, const Residual *, const Shard *, const Step *,
+                          const Stream *, int64_t, int64_t);
+typedef void StepWeights(float *, const State *, const Step *, int64_t, int64_t);
+
+INLINE int64_t end_of(int64_t block, int64_t n_blocks) { return block + RUN < n_blocks ? block + RUN : n_blocks; }
+
+/* One step of the codes of a shard, which are rounded or, if `kept` is not NULL, keep residuals; how many changed. */
+int64_t lowbit_step_codes(uint8_t *codes, const float *scale, const State *state, const Residual *kept,
+                          const Shard *shard, const Step *now, int32_t rule) {
+    StepCodes *const step_run =
+        (StepCodes *[]){[ADAMW] = adamw_codes, [LION] = lion_codes, [APPLY] = apply_codes}[rule];
     const Stream stream = stream_of(now->key0, now->key1, now->step, now->tensor);
     int64_t flips = 0;
 #pragma omp parallel for schedule(static) reduction(+ : flips) num_threads(shard->n_threads) \
     if (shard->n_blocks >= PARALLEL_BLOCKS)
-    for (int64_t block = 0; block < shard->n_blocks; block++) {
-        const int64_t place = shard->first_block + block, at = block * BLOCK;
-        const uint64_t q = (uint64_t)place * COUNTERS;
-        uint8_t *packed = codes + at * shard->bits / 8;
-        char *values = (char *)kept->values + at * (kept->is_bf16 ? 2 : 1);
-        float of_plane[4];
-        scales_of_block(of_plane, scale, shard, place);
-        flips += kept->is_bf16 ? accumulate_block(packed, values, u + at, of_plane, kept, shard, now, &stream, q, 1)
-                               : accumulate_block(packed, values, u + at, of_plane, kept, shard, now, &stream, q, 0);
-    }
+    for (int64_t block = 0; block < shard->n_blocks; block += RUN)
+        flips += step_run(codes, scale, state, kept, shard, now, &stream, block, end_of(block, shard->n_blocks));
     return flips;
 }
 

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from lowbit_dist.grid import BLOCK, Grid
 from lowbit_dist.ops import tokens as reference
-from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, accumulation, factors
 from lowbit_dist.ops.native import available as available
 from lowbit_dist.ops.native import loaded
 from lowbit_dist.ops.states import STATES, Stored
 from lowbit_dist.ops.targets import Codes, Now, Residual, Rule, Weights
 from lowbit_dist.ops.tokens import LEAST_MAXIMUM
-
-TAKES_RESIDUALS = True  # updates codes that keep what they have not got; see `ops.Codes`
 
 _INFINITY = 0x7F800000  # the bits of a float32
 # A rounded token is as long as a multiple of this, in matmul.c.
@@ -33,6 +31,7 @@ class _Step(ctypes.Structure):
             for name in ("beta1", "rest1", "beta2", "rest2", "correction1", "correction2")
         ),
         *((name, ctypes.c_float) for name in ("eps", "lr", "decay", "keep", "grad_scale")),
+        *((name, ctypes.c_float) for name in ("nearest_from", "nearest_slope")),
         *((name, ctypes.c_uint32) for name in ("step", "tensor", "key0", "key1")),
     ]
 
@@ -54,7 +53,7 @@ class _State(ctypes.Structure):
 class _Residual(ctypes.Structure):
     _fields_ = [
         ("values", ctypes.c_void_p),
-        *((name, ctypes.c_float) for name in ("reach", "threshold", "kept", "per_level")),
+        *((name, ctypes.c_float) for name in ("kept", "per_level", "reach", "threshold")),
         *((name, ctypes.c_int32) for name in ("resets", "is_bf16")),
     ]
 
@@ -76,8 +75,6 @@ def step_(target: Codes | Weights, grad: Tensor, state: list[Stored], *, rule: R
 
 
 def apply_(target: Codes | Weights, u: Tensor, *, now: Now) -> Tensor:
-    if isinstance(target, Codes) and target.residual is not None:
-        return _accumulate(target, target.residual, u, now)
     return _step(target, _state([], u), NO_FACTORS, RULES.index(None), now)
 
 
@@ -98,6 +95,7 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
             _pointer(target.codes),
             _pointer(target.scale),
             state,
+            _residual(target.residual, now),
             _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),
             _numbers(numbers, now, tensor=target.tensor),
             code,
@@ -105,27 +103,15 @@ def _step(target: Codes | Weights, state: object, numbers: Factors, rule: int, n
     return torch.tensor([flips], dtype=torch.int64)
 
 
-def _accumulate(target: Codes, residual: Residual, u: Tensor, now: Now) -> Tensor:
+def _residual(residual: Residual | None, now: Now) -> object:
+    if residual is None:
+        return None
     kept = residual.kept
-    flips = loaded().lowbit_accumulate(
-        _pointer(target.codes),
-        _pointer(target.scale),
-        _pointer(u),
-        ctypes.byref(
-            _Residual(
-                values=_pointer(residual.values),
-                reach=kept.reach,
-                threshold=kept.reach if now.threshold is None else now.threshold,
-                kept=kept.levels_per_unit * (1 - kept.leak),
-                per_level=kept.units_per_level,
-                resets=kept.resets,
-                is_bf16=kept.states == "bf16",
-            )
-        ),
-        _shard(target.grid, target.numel, target.first_block, target.scale_every, target.scale),
-        _numbers(NO_FACTORS, now, tensor=target.tensor),
+    numbers = accumulation(residual, now)._asdict()
+    values = _pointer(residual.values)
+    return ctypes.byref(
+        _Residual(values=values, **numbers, resets=kept.resets, is_bf16=kept.states == "bf16")
     )
-    return torch.tensor([flips], dtype=torch.int64)
 
 
 def decode(
@@ -306,6 +292,8 @@ def _numbers(numbers: Factors, now: Now, *, tensor: int) -> object:
             lr=now.lr,
             decay=now.decay,
             keep=1 - now.decay,
+            nearest_from=now.nearest / 2,
+            nearest_slope=now.slope,
             step=now.step,
             tensor=tensor,
             key0=now.seed & 0xFFFFFFFF,

@@ -312,3 +312,47 @@ def rounded_step(code, step, random, TOP: tl.constexpr, SCALED: tl.constexpr):
         size = (tl.minimum(tl.abs(step), _LARGEST_STEP) * 4294967296.0).to(tl.uint64)
     n = ((size + (~random).to(tl.uint64)) >> 32).to(tl.int32)
     return tl.maximum(tl.minimum(code + tl.where(step < 0, -n, n), TOP), 0)
+
+
+@triton.jit
+def _is_below(random, chance):
+    """1 where `random`, in units of 2^-32, is below `chance`, which is at most 1."""
+    return (((chance * 4294967296.0).to(tl.uint64) + (~random).to(tl.uint64)) >> 32).to(tl.int32)
+
+
+@triton.jit
+def step_towards_nearest(code, step, random, TOP: tl.constexpr, nearest_from, nearest_slope):
+    """`rounded_step` on the way from chance to the nearest level."""
+    size = tl.minimum(tl.abs(step), _LARGEST_STEP)
+    whole = tl.floor(size)
+    chance = tl.minimum(tl.maximum((size - whole - nearest_from) * nearest_slope, 0.0), 1.0)
+    n = whole.to(tl.int32) + _is_below(random, chance)
+    return tl.maximum(tl.minimum(code + tl.where(step < 0, -n, n), TOP), 0)
+
+
+@triton.jit
+def accumulated(
+    residual_ptr, mask, level, step, random, keep, kept, per_level, reach, threshold,
+    LOW: tl.constexpr, HIGH: tl.constexpr, RESETS: tl.constexpr,
+):  # fmt: skip
+    """The code of level + residual - `step`, as reference.py has it; what is left is the new residual."""
+    if residual_ptr.dtype.element_ty == tl.bfloat16:
+        residual = load(residual_ptr, mask)
+    else:
+        residual = _loaded(residual_ptr, mask).to(tl.float32)
+    x = (level + residual * kept) * keep - step
+    # Adding 1.5 * 2^23 rounds to the even one of two neighbours, below 2^22; grids end far below.
+    nearest = tl.minimum(tl.maximum(x, -4194304.0), 4194304.0) + 12582912.0 - 12582912.0
+    new = tl.where(tl.abs(x - level) > threshold, nearest, level)
+    new = tl.minimum(tl.maximum(new, LOW), HIGH)
+    rest = tl.minimum(tl.maximum(x - new, -reach), reach) * per_level
+    if RESETS:
+        rest = tl.where(new != level, 0.0, rest)
+    if residual_ptr.dtype.element_ty == tl.bfloat16:
+        bits = rest.to(tl.uint32, bitcast=True) + (random >> 16)
+        tl.store(residual_ptr, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        whole = tl.floor(rest)
+        counts = whole.to(tl.int32) + _is_below(random, rest - whole)
+        tl.store(residual_ptr, tl.minimum(tl.maximum(counts, -127), 127).to(tl.int8), mask=mask)
+    return (new - LOW).to(tl.int32)

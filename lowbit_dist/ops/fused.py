@@ -7,7 +7,7 @@ lion     u = sign(m * beta1 + g * rest1)      m = m * beta2 + g * rest2
 
 from typing import Any, NamedTuple
 
-from lowbit_dist.ops.targets import Now
+from lowbit_dist.ops.targets import Now, Residual
 
 # Whether each slot of a rule is signed.
 SLOTS: dict[str, tuple[bool, ...]] = {"adamw": (True, False), "lion": (True,)}
@@ -39,3 +39,24 @@ def factors(rule: Any, now: Now) -> Factors:
 
 # With a direction that is given none of them is used.
 NO_FACTORS = Factors(1.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class Accumulation(NamedTuple):
+    """How the residual of a code is kept, in numbers for a step."""
+
+    kept: float = 0.0  # levels that a stored 1 is still worth
+    per_level: float = 0.0  # the stored value of a level
+    reach: float = 0.0  # levels
+    threshold: float = 0.0  # levels
+
+
+def accumulation(residual: Residual | None, now: Now) -> Accumulation:
+    if residual is None:
+        return Accumulation()
+    kept = residual.kept
+    return Accumulation(
+        kept=kept.levels_per_unit * (1 - kept.leak),
+        per_level=kept.units_per_level,
+        reach=kept.reach,
+        threshold=kept.reach if now.threshold is None else now.threshold,
+    )

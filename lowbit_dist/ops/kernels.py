@@ -36,6 +36,7 @@ from lowbit_dist.ops.device_functions import (
     APPLY,
     LARGEST_SIGNED,
     LARGEST_UNSIGNED,
+    accumulated,
     block_scale,
     is_usual,
     level_of,
@@ -50,10 +51,11 @@ from lowbit_dist.ops.device_functions import (
     quantised_unsigned,
     rounded_step,
     scale_of_plane,
+    step_towards_nearest,
     store,
     store_codes,
 )
-from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, factors
+from lowbit_dist.ops.fused import NO_FACTORS, RULES, Factors, accumulation, factors
 from lowbit_dist.ops.product_kernels import code_counts as code_counts
 from lowbit_dist.ops.product_kernels import int8_product as int8_product
 from lowbit_dist.ops.product_kernels import unpack as unpack
@@ -80,11 +82,13 @@ DECODE_BLOCKS = 16  # a thread writes 16 bytes of bfloat16 at a time
     ]
 )  # fmt: skip
 def _step_codes(
-    codes_ptr, scale_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n_flips_ptr,
+    codes_ptr, residual_ptr, scale_ptr, grad_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, n_flips_ptr,
     n_blocks, first_block, offset, units_per_scale, seed, step, tensor,
-    grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay,
+    grad_scale, beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay, keep,
+    nearest_from, nearest_slope, kept, per_level, reach, threshold,
     LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, RULE: tl.constexpr,
-    QUANTISED: tl.constexpr, USUAL: tl.constexpr, BLOCKS: tl.constexpr,
+    QUANTISED: tl.constexpr, USUAL: tl.constexpr, TOWARDS_NEAREST: tl.constexpr, RESETS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     live = block < n_blocks
@@ -154,13 +158,22 @@ def _step_codes(
             scale = scale_of_plane(scale_ptr, block, offset, units_per_scale, i, UNITS)
             levels_per_unit = unit * tl.div_rn(lr, scale)
         level = level_of(old[i], LOW)
-        if (
-            HIGH <= 2 and LOW >= -2
-        ):  # products with such levels are exact: rounding them once more changes nothing
-            d = tl.fma(-decay, level, -(levels_per_unit * u))
+        if residual_ptr is not None:
+            code = accumulated(
+                residual_ptr + at, mask, level, levels_per_unit * u, random[i],
+                keep, kept, per_level, reach, threshold, LOW, HIGH, RESETS,
+            )  # fmt: skip
         else:
-            d = -(levels_per_unit * u) - decay * level
-        code = rounded_step(old[i], d, random[i], HIGH - LOW, USUAL)
+            if (
+                HIGH <= 2 and LOW >= -2
+            ):  # products with such levels are exact: rounding them once more changes nothing
+                d = tl.fma(-decay, level, -(levels_per_unit * u))
+            else:
+                d = -(levels_per_unit * u) - decay * level
+            if TOWARDS_NEAREST:
+                code = step_towards_nearest(old[i], d, random[i], HIGH - LOW, nearest_from, nearest_slope)
+            else:
+                code = rounded_step(old[i], d, random[i], HIGH - LOW, USUAL)
         n_flips = tl.where(code != old[i], n_flips + 1.0, n_flips)
         new += (code,)
     store_codes(codes_ptr, block, j, mask, new[0], new[1], new[2], new[3], BITS, BLOCKS)
@@ -287,13 +300,17 @@ def _step(
             scale, offset, units_per_scale, units = _scales_of_shard(
                 target.scale, n_blocks, target.first_block, target.scale_every
             )
+            residual = None if target.residual is None else target.residual.values
+            is_plain = residual is None and not now.nearest
             _step_codes[(triton.cdiv(n_blocks, CODE_BLOCKS),)](
-                target.codes, scale, grad, *slots, n_flips,
+                target.codes, residual, scale, grad, *slots, n_flips,
                 n_blocks, target.first_block, offset, units_per_scale,
-                _signed(now.seed), now.step, target.tensor, *numbers, now.lr, now.decay,
-                LOW=grid.low, HIGH=grid.high, BITS=grid.bits, UNITS=units, RULE=rule,
-                QUANTISED=quantised, USUAL=is_usual(numbers.eps, now.lr, now.decay), BLOCKS=CODE_BLOCKS,
-                num_warps=4, enable_fp_fusion=False,
+                _signed(now.seed), now.step, target.tensor, *numbers, now.lr, now.decay, 1.0 - now.decay,
+                now.nearest / 2, now.slope, *accumulation(target.residual, now),
+                LOW=grid.low, HIGH=grid.high, BITS=grid.bits, UNITS=units, RULE=rule, QUANTISED=quantised,
+                USUAL=is_plain and is_usual(numbers.eps, now.lr, now.decay), TOWARDS_NEAREST=now.nearest > 0,
+                RESETS=target.residual is not None and target.residual.kept.resets,
+                BLOCKS=CODE_BLOCKS, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return n_flips
 

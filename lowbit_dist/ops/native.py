@@ -28,7 +28,6 @@ _HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("cpu", "philox", 
 # What functions return; the others nothing.
 _RESULTS = {
     "step_codes": ctypes.c_int64,
-    "accumulate": ctypes.c_int64,
     "matmul": ctypes.c_int32,
     "largest": ctypes.c_uint32,
     "square_sum": ctypes.c_int64,

@@ -216,8 +216,7 @@ def _chance(fraction: Tensor, now: Now) -> Tensor:
     """How often a fraction of a level becomes a whole one."""
     if not now.nearest:
         return fraction
-    # A float32 beside 1/2 differs from it by 2^-25 at least: at the end of the way all but 1/2 is certain.
-    return ((fraction - now.nearest / 2) * (1 / max(1 - now.nearest, 2.0**-25))).clamp(0, 1)
+    return ((fraction - now.nearest / 2) * now.slope).clamp(0, 1)
 
 
 def _words(target: Codes, now: Now) -> Tensor:  # [planes, PLANE]

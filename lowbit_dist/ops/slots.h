@@ -15,6 +15,7 @@ enum rules { ADAMW, LION, APPLY }; /* APPLY: the direction is given, and no stat
 /* The structures are filled by cpu.py. */
 typedef struct {
     float beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay, keep, grad_scale;
+    float nearest_from, nearest_slope; /* what becomes of the chance of a fraction of a level: 0 and 1, if nothing does */
     uint32_t step, tensor, key0, key1;
 } Step;
 

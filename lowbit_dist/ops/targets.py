@@ -51,6 +51,12 @@ class Now:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
 
     @property
+    def slope(self) -> float:
+        """What the chance of a fraction of a level grows by, from half of `nearest` on."""
+        # A float32 beside 1/2 differs from it by 2^-25 at least: in the end all but 1/2 is certain.
+        return 1 / max(1 - self.nearest, 2.0**-25)
+
+    @property
     def decay(self) -> float:
         """What a step takes off a weight for its own size, as a fraction."""
         return self.lr * self.weight_decay
