@@ -427,6 +427,7 @@ CASES = [
     {"precision": {"matmul": "int8"}, "method": {"grid": "int8", "granularity": "row"}},
     {"precision": {"compute": "fp32", "matmul": "int8"}, "train": CHECKPOINTED},
     {"precision": {"matmul": "int8", "grad_input": "int8"}},
+    {"method": {"name": "flip", "residual": "bf16"}},
 ]
 WORLDS = (2, 1, 2, 3)  # of one case after another
 
