@@ -79,7 +79,8 @@ def _rank(group: Mapping[str, Any]) -> float:
 
 
 def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
-    finished = [run for run in members if run.state == "finished"]
+    counted = {run.config.run.seed: run for run in reversed(members) if run.state == "finished"}
+    finished = [run for run in members if run in counted.values()]
     measured = [measures(run) for run in finished]
     return {
         "group": label,
@@ -94,6 +95,7 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
                 "seed": run.config.run.seed,
                 "state": run.state,
                 "at": run.described(),
+                "repeats": _repeated(run, counted),
                 "diverged": run.has_diverged,
                 "curve": _curve(run),
                 **(measures(run) if run.state == "finished" else {}),
@@ -105,21 +107,28 @@ def _group(label: str, members: list[RunFolder]) -> dict[str, Any]:
     }
 
 
+def _repeated(run: RunFolder, counted: Mapping[int, RunFolder]) -> str | None:
+    """The run of the same seed that is counted in its place."""
+    other = counted.get(run.config.run.seed)
+    return None if other is None or other is run or run.state != "finished" else str(other.folder)
+
+
 def measures(run: RunFolder) -> dict[str, float | None]:
     """What a finished run is compared by; None is what it does not have.
 
     Speed is the median of the logged intervals, which a restart in between does not change; bytes are all
     that stays allocated between steps, over all workers.  Flips are the mean of the log steps, zeros those of
-    the last one.
+    the last one.  One that has diverged has no loss.
     """
     summary = run.summary or {}
+    losses = {} if run.has_diverged else summary
     memory = summary.get("memory") or {}
     speeds = [row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second")]
     flips = [row["flip_rate"] for row in run.rows if row.get("flip_rate") is not None]
     return {
-        "val_loss": summary.get("val_loss"),
-        "perplexity": summary.get("perplexity"),
-        "bits_per_byte": summary.get("bits_per_byte"),
+        "val_loss": losses.get("val_loss"),
+        "perplexity": losses.get("perplexity"),
+        "bits_per_byte": losses.get("bits_per_byte"),
         "bytes_per_linear_weight": memory.get("bytes_per_linear_weight"),
         "bytes_per_linear_weight_with_states": memory.get("bytes_per_linear_weight_with_states"),
         "bytes_per_parameter": sum(charts.of_report(memory).values()) if memory else None,
@@ -186,11 +195,12 @@ def count(group: Mapping[str, Any]) -> str:
 
 def not_well(comparison: Mapping[str, Any]) -> list[str]:
     """A line for each run that is in no mean, or has diverged."""
-    return [
-        f"{run['run']}: {run['at']}"
-        for group in comparison["groups"]
-        for run in group["runs"]
-        if run["state"] != "finished" or run["diverged"]
+    members = [run for group in comparison["groups"] for run in group["runs"]]
+    lines = [f"{run['run']}: {run['at']}" for run in members if run["state"] != "finished" or run["diverged"]]
+    return lines + [
+        f"{run['run']}: seed {run['seed']} counts once, as {run['repeats']}"
+        for run in members
+        if run["repeats"]
     ]
 
 
@@ -256,12 +266,18 @@ def write(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
     return [folder / name for name in (*pages, *drawings)]
 
 
+def _curves(group: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
+    """Of its finished runs, or of all if none is finished."""
+    drawn = [run for run in group["runs"] if run["curve"] and not run["repeats"]]
+    return [run["curve"] for run in drawn if run["state"] == "finished"] or [run["curve"] for run in drawn]
+
+
 def _drawings(comparison: Mapping[str, Any]) -> dict[str, Callable[[Path], object]]:
     """Name -> what draws it into a file, of each picture for which there is a number."""
     groups = {group["group"]: group for group in comparison["groups"]}
     colours = charts.colours(list(groups))
     drawings: dict[str, Callable[[Path], object]] = {}
-    curves = {name: [run["curve"] for run in group["runs"] if run["curve"]] for name, group in groups.items()}
+    curves = {name: _curves(group) for name, group in groups.items()}
     if curves := {name: of_runs for name, of_runs in curves.items() if of_runs}:
         drawings["loss-against-tokens.png"] = partial(charts.loss_curves, curves, colours=colours)
     if flips := {name: group["layer_flips"] for name, group in groups.items() if group["layer_flips"]}:

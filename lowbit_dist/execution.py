@@ -78,7 +78,8 @@ class Cluster(Section):
     )
     hang_timeout: AutoOrSeconds = setting(
         "auto",
-        "Without progress for so long the workers are restarted; auto is 20 median steps, at least 60 s.",
+        "Without progress for so long the workers are restarted; auto is 20 median steps, at least 60 s. "
+        "While a run starts, saves, goes back after a spike or ends, it is 10 minutes at least.",
         unit="seconds",
     )
     start_timeout: AutoOrSeconds = setting(

@@ -8,6 +8,7 @@ which is seen even where Ray, cut off, is not.
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import statistics
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from lowbit_dist import machine
+
+log = logging.getLogger(__name__)
 
 FOLDER = ".workers"  # in a run's folder: RANK.json for each worker
 STARTS = "starts.jsonl"  # in a run's folder: a line for each start
@@ -123,6 +126,8 @@ class Heartbeat:
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
         self._write()
+        if not self._file.exists():
+            log.warning("%s cannot be written: nobody will notice if this worker hangs", self._file)
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 

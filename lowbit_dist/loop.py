@@ -72,11 +72,12 @@ def run(config: RunConfig, *, begun: Start = FIRST, heartbeat: Beat = no_heartbe
                 rolls_back = spike and train.on_spike == "rollback"
                 if rolls_back or not math.isfinite(loss):
                     step.drop()
-            _warn(now.step, loss, position, step.done, spike=spike)
-
+            if spike:
+                log.warning("step %d: loss spike, %.4f after %.4f", now.step, loss, position.losses[-1])
             if rolls_back and (earlier := worker.roll_back(position)) is not None:
                 position = earlier
                 continue
+            _warn_if_skipped(now.step, loss, step.done)
             position = worker.advance(position, loss, step.done)
             if logs:
                 position = worker.log(position, now.lr, before, step.done)
@@ -166,13 +167,13 @@ class _Worker:
         return [number * self.engine.micro_batches / max(1, total.item()) for number in numbers]
 
     def roll_back(self, position: Position) -> Position | None:
-        """The last checkpoint, from which training goes behind the batches that led to a spike; None without
-        one.  A run that is killed meanwhile meets the same spike, and rolls back the same way.
+        """The last checkpoint of `train.save_every`, from which training goes behind the batches that led to
+        a spike; None without one.  A run that is stopped or killed meets the same spike, and goes back there.
         """
         self.saver.wait()
         step = position.step + 1
         self.heartbeat("start", step)
-        earlier = resuming.load_newest(self.config, self.engine)
+        earlier = resuming.go_back(self.config, self.engine)
         if earlier is None:
             log.warning("step %d: there is no checkpoint to roll back to", step)
             return None
@@ -354,9 +355,7 @@ def _prepare_folder(config: RunConfig, manifest: data.Manifest, workers: int, *,
         keep(config.run_dir / runs.BASELINES, json.dumps(plans) + "\n")
 
 
-def _warn(step: int, loss: float, before: Position, update: Update, *, spike: bool) -> None:
-    if spike:
-        log.warning("step %d: loss spike, %.4f after %.4f", step, loss, before.losses[-1])
+def _warn_if_skipped(step: int, loss: float, update: Update) -> None:
     if update.skipped:
         kept = f"; {n:,} parameters were updated before that was known" if (n := update.n_released) else ""
         log.warning("step %d skipped: loss %.4g, gradient norm %.4g%s", step, loss, update.grad_norm, kept)

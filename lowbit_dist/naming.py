@@ -16,6 +16,7 @@ from lowbit_dist.errors import ConfigError
 from lowbit_dist.section import from_home
 
 CONFIG = "config.yaml"  # what makes a folder a run
+CHILDREN = ".children"  # in a sweep's folder: the configuration of each run, and what its process said
 RUNS = Path("runs")
 NEAR = 3  # names that an answer lists, if they are alike
 KNOWN = 5  # and if none is

@@ -66,16 +66,18 @@ def _start(
     return begin
 
 
-def load_newest(config: RunConfig, engine: Engine) -> Position | None:
-    """Load the newest undamaged checkpoint; None if there is none yet."""
-    path = _newest(config, engine)
+def go_back(config: RunConfig, engine: Engine) -> Position | None:
+    """Load the newest undamaged checkpoint that a run has however often it is stopped: one of
+    `train.save_every`; None if there is none yet.
+    """
+    path = _newest(config, engine, config.train.save_every)
     return None if path is None else _load(path, engine)
 
 
-def _newest(config: RunConfig, engine: Engine) -> Path | None:
+def _newest(config: RunConfig, engine: Engine, every: int = 1) -> Path | None:
     if engine.rank == 0:
         checkpoint.clear_partial(config.run_dir)
-    return _chosen(lambda: checkpoint.latest(config.run_dir))
+    return _chosen(lambda: checkpoint.latest(config.run_dir, every))
 
 
 def _load(path: Path, engine: Engine) -> Position:

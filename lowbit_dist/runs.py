@@ -176,7 +176,14 @@ def named(words: Sequence[str]) -> list[RunFolder]:
     for word in words:
         for folder in find_runs(word):
             meant.setdefault(folder.resolve(), folder)
-    return [read(folder) for folder in meant.values()]
+    return [_read_named(folder) for folder in meant.values()]
+
+
+def _read_named(folder: Path) -> RunFolder:
+    try:
+        return read(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
 
 
 def age(run: RunFolder) -> float:

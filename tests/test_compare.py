@@ -198,9 +198,38 @@ def test_a_diverged_run_is_in_no_mean_and_that_is_said(make):
     assert compare.cell(group, "bytes_per_parameter") == "1.200"
 
 
+def test_a_run_that_diverged_with_a_finite_loss_is_in_no_mean_either(make):
+    make("runs/s/a-seed0", val_loss=4.0)
+    make("runs/s/a-seed1", val_loss=67.0, seed=1, rows=[row(40, val_loss=67.0, diverged=True)])
+    (group,) = compare.compare(runs.named(["s"]))["groups"]
+    assert compare.cell(group, "val_loss") == "4.0000 (of 1)" and compare.count(group) == "2, 1 diverged"
+
+
+def test_a_seed_counts_once_in_a_group(make):
+    for name, seed, val_loss in (("good-seed0", 0, 4.0), ("good-seed1", 1, 5.0), ("other-seed0", 0, 4.0)):
+        make(f"runs/s/{name}", seed=seed, val_loss=val_loss)
+    comparison = compare.compare(runs.named(["s"]))
+    (group,) = comparison["groups"]
+    assert (group["val_loss"]["n"], group["val_loss"]["spread"]) == (2, pytest.approx(0.5**0.5))
+    assert compare.not_well(comparison) == ["other-seed0: seed 0 counts once, as runs/s/good-seed0"]
+
+
+def test_what_is_not_finished_is_not_in_the_mean_curve(make):
+    make("runs/s/a-seed0", val_loss=4.0, rows=[row(step) for step in (10, 20, 40)])
+    make("runs/s/a-seed1", seed=1, rows=[row(10)])
+    (group,) = compare.compare(runs.named(["s"]))["groups"]
+    assert [len(curve) for curve in compare._curves(group)] == [3]
+
+
+def test_a_run_that_cannot_be_read_is_named(make):
+    (make("runs/s/a-seed0") / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"runs/s/a-seed0/config.yaml: data.path is required"):
+        runs.named(["s"])
+
+
 def test_a_perplexity_beyond_a_million_is_written_as_such(make):
     for name, val_loss in (("below", 19.9), ("at", 20.0), ("a", 30.0), ("b", 31.0)):
-        make(f"runs/{name}", val_loss=val_loss, optimizer={"lr": val_loss // 10 / 10})
+        make(f"runs/{name}", val_loss=val_loss, seed=int(val_loss), optimizer={"lr": val_loss // 10 / 10})
     groups = [compare.compare(runs.named(names))["groups"][0] for names in (["below"], ["at"], ["a", "b"])]
     cells = [compare.cell(group, "perplexity") for group in groups]
     assert cells == ["978356.00", "1.05e+06", "1.61e+09 ± 7.59e+08"]

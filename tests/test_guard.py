@@ -157,19 +157,24 @@ def test_a_run_whose_steps_are_all_wrong_ends_with_its_last_checkpoint_intact(ra
 # ------------------------------------------------------------------ spikes
 
 
-def train_with_spike(configuration, at, *, stop_at=None):
-    """`train`, in which the loss of the samples of step `at` is high whenever they come up.
+def train_with_spike(configuration, at, *, stop_at=None, told_in=None):
+    """`train`, in which the loss of the samples of step `at` is high whenever they come up, and which is told
+    to stop when those of step `told_in` are read.
 
     Returns the summary and the first samples of all micro-batches that were asked for.
     """
-    from lowbit_dist import data
+    from lowbit_dist import configfile, data
     from lowbit_dist.zero.engine import Step
 
+    stop_file = configfile.from_dict(configuration).stop_file
+    stop_file.unlink(missing_ok=True)
     backward, micro_batch = Step.backward, data.Batches.micro_batch
     asked, n = [], 4 * at - 4
 
     def remembering(batches, first_sample, size):
         asked.append(first_sample)
+        if told_in is not None and first_sample == 4 * told_in - 4:
+            stop_file.touch()
         return micro_batch(batches, first_sample, size)
 
     def spoiled(passes, *batch):
@@ -211,6 +216,20 @@ def test_a_run_killed_after_a_spike_ends_as_one_that_was_not(ranks, small):
     for stop_at in (20, 25):
         ranks(2).run(train_with_spike, stopped, 23, stop_at=stop_at)
     assert ranks(2).run(train_with_spike, stopped, 23)[0][0]["digest"] == expected["digest"]
+
+
+@pytest.mark.parametrize(("save_every", "rollbacks"), [(5, 1), (30, 0)])
+def test_a_run_stopped_before_a_spike_goes_back_where_one_would_that_was_not(
+    ranks, small, save_every, rollbacks
+):
+    """Not to the checkpoint of the stop; before the first of its own the step is skipped."""
+    section = {**SPIKE, "save_every": save_every, "keep_last": 1}
+    expected = ranks(1).run(train_with_spike, small(run={"name": "whole"}, train=section), 23)[0][0]
+    stopped = small(run={"name": "cut"}, train=section)
+    assert ranks(1).run(train_with_spike, stopped, 23, told_in=22)[0][0] is None
+    summary = ranks(1).run(train_with_spike, stopped, 23)[0][0]
+    assert summary["digest"] == expected["digest"]
+    assert summary["rollbacks"] == expected["rollbacks"] == rollbacks
 
 
 def test_a_spike_is_only_mentioned_if_nothing_else_is_asked(ranks, small, tmp_path):

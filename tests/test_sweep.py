@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lowbit_dist import configfile, inputs, runs
+from lowbit_dist import configfile, inputs, naming, runs
 from lowbit_dist import sweep as sweeping
-from lowbit_dist.cluster import jobs
+from lowbit_dist.cluster import checks, jobs
 from lowbit_dist.config import ConfigError
 from lowbit_dist.methods import METHODS
 from lowbit_dist.sweep import running
@@ -164,11 +164,13 @@ def test_the_study_has_every_method_and_searches_both_rates():
         (SMALL + "runs: {a: {}, b: {train.steps: 10}}", "a and b are the same run; change one"),
         (SMALL + "grid: {optimizer.lr: 0.1}", "must give optimizer.lr a list of values; write"),
         (SMALL + "grid: {optimizer.lr: []}", "must give optimizer.lr a list of values"),
-        (SMALL + "grid: {optimizer.lr: [0.1, 0.1]}", "grid has lr-0.1 twice; leave out one"),
+        (SMALL + "grid: {optimizer.lr: [0.1, 0.1]}", "grid has two points that are called lr-0.1; leave"),
         (SMALL + "grid: {run.seed: [0, 1]}", "must not set run: a child's name, seed"),
         (SMALL + "grid: [1]", "grid ([1]) must be fields with lists of values"),
         (SMALL + "runs: {a: {seeds: 3}}", "runs.a.seeds (3) must be different whole numbers from 0 up"),
         (SMALL + "runs: {a: {grid: {optimizer.lr: 1}}}", "must give optimizer.lr a list of values"),
+        (SMALL + "grid: {optimizer.lr: []}", "a list of values; write {optimizer.lr: [0.001, 0.004]}"),
+        (SMALL + "runs: {1: {}, '1': {}}", "must be labels that differ as words"),
         (SMALL + "search: {train.steps: 2}", "search must go with a grid, whose points it tries; write"),
         (SMALL + "grid: {optimizer.lr: [0.1]}\nsearch: 3", "search (3) must be overrides; write"),
         (SMALL + "grid: {optimizer.lr: [0.1]}\nsearch: {train.stpes: 3}", "unknown name 'stpes'"),
@@ -280,6 +282,52 @@ def test_a_run_without_a_loss_is_never_the_best(searched):
     other = "grid: {optimizer.lr: [1.0e-3]}\nruns: {b: {}}\n"
     with pytest.raises(ConfigError, match=r"none of the 1 runs of b's search has a validation loss; `lowbit"):
         searched(SEARCH + other, loss)
+
+
+def test_a_search_does_not_grow_beyond_what_a_field_may_have(searched):
+    grid = "grid: {schedule.min_lr_ratio: [0.25, 0.5, 1.0]}\n"
+    search, final = searched(SEARCH + grid, lambda child: -child.config.schedule.min_lr_ratio)
+    assert len(search.children) == 3
+    assert {child.config.schedule.min_lr_ratio for child in final.children} == {1.0}
+
+
+def test_two_labels_that_become_one_run_are_trained_once(searched):
+    runs_of_two = "runs: {tuned: {grid: {optimizer.lr: [1.0e-3, 1.0e-4]}}, default: {optimizer.lr: 1.0e-3}}\n"
+    *_, final = searched(SEARCH + runs_of_two, lambda child: -child.config.optimizer.lr)
+    assert [child.name for child in final.children] == ["tuned-seed3", "tuned-seed5"]
+    assert final.remarks[-1] == "default is what tuned is: it is trained once, as tuned"
+
+
+def test_a_search_that_is_not_complete_decides_nothing(searched, monkeypatch, lowbit, tmp_path):
+    """With a run that died, the command ends after the search; what it found so far is kept."""
+    searched(SEARCH + "grid: {optimizer.lr: [1.0e-3, 4.0e-3]}\n", lambda child: 3.0)
+    asked = []
+
+    def one_died(sweep, progress):
+        asked.append(sweep.name)
+        states = {child.name: "finished" for child in sweep.children} | {sweep.children[0].name: "failed"}
+        why = {sweep.children[0].name: "its process died"}
+        return running.SweepResult(states, why, None, {"groups": []}, [tmp_path / "comparison.md"], None)
+
+    monkeypatch.setattr(sweeping, "run", one_died)
+    result = lowbit("sweep", str(tmp_path / "sweep.yaml"), "--json")
+    assert result.returncode == 1 and asked == ["s-search"]
+    assert json.loads(result.stdout)["children"][0]["why"] == "its process died"
+    assert "s-search is not complete; the same command goes on with it" in result.stderr
+
+
+def test_a_sweep_and_a_run_do_not_share_a_name(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = load(SMALL)
+    Path("runs/s").mkdir(parents=True)
+    Path("runs/s/config.yaml").write_text(sweep.children[0].config.to_yaml())
+    with pytest.raises(ConfigError, match=r"sweep.name \(s\) is a run's: runs/s; write another name"):
+        sweeping.run(sweep, None)
+    shutil.rmtree("runs/s")
+    Path("runs/s", naming.CHILDREN).mkdir(parents=True)
+    config = configfile.from_dict({"run": {"name": "s"}, "data": {"path": "data"}})
+    with pytest.raises(ConfigError, match=r"run.name \(s\) is a sweep's: runs/s; write another name"):
+        checks.check_run(config)
 
 
 @pytest.mark.slow  # what is new to it, the stages, is told above without training; children train below

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lowbit_dist.checkpoint.layout import MANIFEST
+from lowbit_dist.checkpoint.layout import MANIFEST, REPLACED
 from lowbit_dist.checkpoint.reading import Checkpoint
 from lowbit_dist.config import ConfigError
 from lowbit_dist.naming import RUNS, find_step
@@ -30,12 +30,13 @@ def step_of(path: Path) -> int:
     return int(path.name[5:])
 
 
-def latest(run_dir: Path | str) -> Path | None:
+def latest(run_dir: Path | str, every: int = 1) -> Path | None:
     """The newest checkpoint of a run that is complete and undamaged; damaged ones are named in a warning.
 
-    None if the run has no checkpoint yet; ConfigError if all that it has are damaged.
+    every: of a step that is a multiple of it
+    None if the run has no such checkpoint yet; ConfigError if all are damaged.
     """
-    whole, damaged = _newest_whole(Path(run_dir))
+    whole, damaged = _newest_whole(Path(run_dir), every)
     for problem in damaged:
         log.warning("DAMAGED CHECKPOINT %s", problem)
     if damaged and whole is None:
@@ -46,10 +47,10 @@ def latest(run_dir: Path | str) -> Path | None:
     return whole
 
 
-def _newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+def _newest_whole(run_dir: Path, every: int = 1) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and what is wrong with the newer ones."""
     damaged: list[str] = []
-    for path in newest_first(run_dir):
+    for path in (path for path in newest_first(run_dir) if step_of(path) % every == 0):
         try:
             problems = Checkpoint.open(path).verify()
         except ConfigError as error:
@@ -100,4 +101,8 @@ def _of_step(run_dir: Path, step: int) -> Path:
 def clear_partial(run_dir: Path) -> None:
     """Remove what a killed save left behind; call before training, while nobody writes."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(path)
+        name, _, end = path.name[1:].rpartition(".")
+        if end == REPLACED and not path.with_name(name).exists():  # killed before the new one had its name
+            path.rename(path.with_name(name))
+        else:
+            shutil.rmtree(path)

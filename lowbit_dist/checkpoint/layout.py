@@ -16,6 +16,7 @@ FORMAT = 2
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
+REPLACED = "replaced"  # ends the name of a checkpoint that is written again, until the new one has its own
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Saver:
         sums = {note["file"]: note["sha256"] for note in notes} | {MANIFEST: sha256(partial / MANIFEST)}
         write_synced(partial / SUMS, sums_text(sums).encode())
         publish(partial, final)
-        prune(final, self.config.train.keep_last, self.config.train.keep_every)
+        prune(final, self.config.train)
         write_synced(self.config.run_dir / ".latest", final.name.encode())
         (self.config.run_dir / ".latest").rename(self.config.run_dir / "latest")
         sync(self.config.run_dir)

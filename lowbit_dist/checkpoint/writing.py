@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit_dist.checkpoint.finding import newest_first, step_of
-from lowbit_dist.checkpoint.layout import sha256, slot_keys
+from lowbit_dist.checkpoint.layout import REPLACED, sha256, slot_keys
 from lowbit_dist.files import os_errors, sync
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and this needs none of it
+    from lowbit_dist.config import Train
     from lowbit_dist.zero import Shard
 
 
@@ -86,7 +87,7 @@ def publish(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its name."""
     sync(partial)
     if final.exists():  # a run that went back to an older checkpoint writes this step again
-        stale = final.with_name(f".{final.name}.replaced")
+        stale = final.with_name(f".{final.name}.{REPLACED}")
         shutil.rmtree(stale, ignore_errors=True)
         final.rename(stale)
         partial.rename(final)
@@ -96,14 +97,18 @@ def publish(partial: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def prune(newest: Path, keep_last: int, keep_every: int | None) -> None:
+def prune(newest: Path, train: Train) -> None:
     """Remove the checkpoints that a run need not keep beside `newest`, which it has just published.
 
-    Those of later steps are damaged, and the run went back behind them: they do not count.
+    Those of later steps are damaged, and the run went back behind them: they do not count.  A run that goes
+    back after a spike keeps a checkpoint to go back to, which one of a stop in between is not.
     """
     usable = [path for path in newest_first(newest.parent.parent) if step_of(path) <= step_of(newest)]
-    for path in usable[keep_last:]:
-        if keep_every is None or step_of(path) % keep_every:
+    kept = usable[: train.keep_last]
+    if train.on_spike == "rollback":
+        kept += [path for path in usable if step_of(path) % train.save_every == 0][:1]
+    for path in usable:
+        if path not in kept and (train.keep_every is None or step_of(path) % train.keep_every):
             shutil.rmtree(path)
 
 

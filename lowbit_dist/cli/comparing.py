@@ -51,14 +51,15 @@ def sweep(
         for loaded in sweeping.stages(config):
             with _following(loaded, answer.waiting) as told:
                 outcome = sweeping.run(loaded, told)
-            if outcome.signum is not None:
-                break
+            if not outcome.is_complete:
+                break  # a search that is not complete decides nothing
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:
         print(f"lowbit: stopped; the same command resumes {loaded.name}", file=sys.stderr)
         raise typer.Exit(128 + outcome.signum)
-    if any(state != "finished" for state in outcome.states.values()):
+    if not outcome.is_complete:
+        print(f"lowbit: {loaded.name} is not complete; the same command goes on with it", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowbit_dist import folders
+from lowbit_dist import folders, naming
 from lowbit_dist.config import ConfigError, RunConfig
 from lowbit_dist.errors import why_not_writable
 from lowbit_dist.machine import processors
@@ -127,6 +127,8 @@ def check_run(config: RunConfig) -> None:
     folder = config.run_dir
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.name ({config.run.name}): {folder} is a file; write another name")
+    if (folder / naming.CHILDREN).exists():
+        raise ConfigError(f"run.name ({config.run.name}) is a sweep's: {folder}; write another name")
     if why := why_not_writable(folder):
         raise _not_writable(config, why)
     from lowbit_dist import runs

@@ -48,7 +48,10 @@ def _overrides(value: Any) -> tuple[str, ...]:
 def _labelled(value: Any) -> Any:
     if value is not None and not isinstance(value, Mapping):
         raise _rule("must be labels with overrides; write {dense: {method.name: dense}}, for example")
-    return {str(label): item for label, item in (value or {}).items()}
+    labels = {str(label): item for label, item in (value or {}).items()}
+    if len(labels) < len(value or {}):
+        raise _rule("must be labels that differ as words; 1 and '1' do not")
+    return labels
 
 
 def _label(value: Any) -> Any:
@@ -64,7 +67,8 @@ def _grid(value: Any) -> Any:
         raise _rule("must be fields with lists of values; write {optimizer.lr: [0.001, 0.004]}, for example")
     for name, values in (value or {}).items():
         if not isinstance(values, list) or not values:
-            raise _rule(f"must give {name} a list of values; write {{{name}: [{show(values)}]}}")
+            example = "0.001, 0.004" if values == [] else show(values)
+            raise _rule(f"must give {name} a list of values; write {{{name}: [{example}]}}, for example")
         _overrides({name: None})
     return {str(name): tuple(values) for name, values in (value or {}).items()}
 
@@ -274,6 +278,20 @@ def _read(file: Path) -> Definition:
         raise ConfigError(format_error(Definition, {**first, "loc": ()}, tuple(place))) from None
 
 
+def once(sweep: Sweep) -> Sweep:
+    """Without the runs that another label has, too, which is said."""
+    first: dict[str, Child] = {}
+    remarks: dict[str, None] = {}
+    for child in sweep.children:
+        if (other := first.setdefault(_all_but_its_name(child), child)) is not child:
+            remarks[f"{child.label} is what {other.label} is: it is trained once, as {other.label}"] = None
+    return replace(sweep, children=tuple(first.values()), remarks=(*sweep.remarks, *remarks))
+
+
+def _all_but_its_name(child: Child) -> str:
+    return repr({key: value for key, value in child.config.flat().items() if key != "run.name"})
+
+
 def in_words(point: Mapping[str, Any]) -> list[str]:
     """The values of a point, each behind the last part of its field's name where that tells them apart."""
     short = {name: name.rpartition(".")[2] for name in point}
@@ -296,10 +314,12 @@ def check_different(children: Sequence[Child]) -> None:
     names: set[str] = set()
     for child in children:
         if child.name in names:
-            raise ConfigError(f"grid has {child.label} twice; leave out one of the equal values")
+            raise ConfigError(
+                f"grid has two points that are called {child.label}; leave one out, or write values whose "
+                "names differ"
+            )
         names.add(child.name)
-        same = repr({key: value for key, value in child.config.flat().items() if key != "run.name"})
-        if (other := labels.setdefault(same, child.label)) != child.label:
+        if (other := labels.setdefault(_all_but_its_name(child), child.label)) != child.label:
             raise ConfigError(
                 f"{other} and {child.label} are the same run; change one of them, or leave it out"
             )

@@ -27,7 +27,6 @@ from lowbit_dist.network import ray_address
 from lowbit_dist.sweep.definition import Child, Sweep
 
 POLL = 0.2  # seconds
-CHILDREN = ".children"  # in a sweep's folder: the configuration of each child, and what its process said
 
 ChildState = Literal["finished", "failed", "stopped", "waiting"]
 
@@ -58,6 +57,11 @@ class SweepResult:
     comparison: dict[str, Any]
     files: list[Path]  # of the comparison
     mlflow_run_id: str | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is trained and compared."""
+        return all(state == "finished" for state in self.states.values()) and bool(self.files)
 
 
 @dataclass
@@ -92,7 +96,7 @@ def run(sweep: Sweep, progress: SweepProgress) -> SweepResult:
         comparison = compare.compare(
             [runs.read(child.config.run_dir) for child in sweep.children if _began(child)]
         )
-        files = compare.write(comparison, sweep.folder / "comparison")
+        files = _written(comparison, sweep.folder / "comparison", progress)
         if parent is not None:
             _adopt(sweep, parent)
             is_done = all(state == "finished" for state in states.values())
@@ -102,8 +106,18 @@ def run(sweep: Sweep, progress: SweepProgress) -> SweepResult:
         return SweepResult(states, why, signum, comparison, files, run_id)
 
 
+def _written(comparison: Mapping[str, Any], folder: Path, progress: SweepProgress) -> list[Path]:
+    try:
+        return compare.write(comparison, folder)
+    except OSError as error:
+        progress.say(f"the comparison cannot be written into {folder} ({error.strerror})")
+        return []
+
+
 def _check(sweep: Sweep) -> None:
     """ConfigError if one of the children cannot start; then nothing is left behind."""
+    if naming.is_run(sweep.folder):
+        raise ConfigError(f"sweep.name ({sweep.name}) is a run's: {sweep.folder}; write another name")
     for child in sweep.children:
         try:
             cluster.check(child.config)
@@ -111,7 +125,9 @@ def _check(sweep: Sweep) -> None:
             for folder in (*(other.config.run_dir for other in sweep.children), sweep.folder):
                 with contextlib.suppress(OSError):  # all that is not empty stays
                     folder.rmdir()
-            raise ConfigError(f"{child.name}: {error}") from None
+            # A sweep's file names no run: it has another sweep, or a folder the less.
+            other = f"write another sweep.name, delete {child.config.run_dir}"
+            raise ConfigError(f"{child.name}: {error}".replace("write another run.name", other)) from None
 
 
 def _began(child: Child) -> bool:
@@ -223,7 +239,7 @@ def _train_all(
 
 
 def _start(sweep: Sweep, child: Child, progress: SweepProgress) -> _Running:
-    place = sweep.folder / CHILDREN
+    place = sweep.folder / naming.CHILDREN
     place.mkdir(exist_ok=True)
     config = place / f"{child.name}.yaml"
     with atomic_write(config) as draft:
@@ -242,7 +258,7 @@ def _start(sweep: Sweep, child: Child, progress: SweepProgress) -> _Running:
 
 
 def _said(sweep: Sweep, child: Child) -> Path:
-    return sweep.folder / CHILDREN / f"{child.name}.txt"
+    return sweep.folder / naming.CHILDREN / f"{child.name}.txt"
 
 
 @dataclass

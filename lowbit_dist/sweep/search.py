@@ -9,6 +9,7 @@ a run decides.  A best value at the end of its axis may have a better one beyond
 or more grows there, by the ratio of its last two, and the search resumes.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from lowbit_dist import naming, runs
 from lowbit_dist.errors import ConfigError
-from lowbit_dist.sweep.definition import Child, Sweep, SweepFile, Variant, check_different, in_words
+from lowbit_dist.sweep.definition import Child, Sweep, SweepFile, Variant, check_different, in_words, once
 
 MOST_WIDENINGS = 4  # of a search, by a value for each axis
 
@@ -48,7 +49,7 @@ def stages(file: Path) -> Iterator[Sweep]:
         check_different(sweep.children)
         yield sweep
         best = _best_points(source, searched, sweep.children)
-        widened = [_widened(variant, best.get(variant.label, {})) for variant in variants]
+        widened = [_widened(source, variant, best.get(variant.label, {})) for variant in variants]
         is_wide_enough = widened == variants
         if is_wide_enough or n_widenings == MOST_WIDENINGS:
             break
@@ -59,8 +60,10 @@ def stages(file: Path) -> Iterator[Sweep]:
         for variant, wider in zip(variants, widened, strict=True)
         if variant.grid
     ]
-    yield source.sweep(
-        (variant.at(best.get(variant.label, {})) for variant in variants), remarks=tuple(remarks)
+    yield once(
+        source.sweep(
+            (variant.at(best.get(variant.label, {})) for variant in variants), remarks=tuple(remarks)
+        )
     )
 
 
@@ -92,9 +95,14 @@ def _loss(child: Child) -> float:
     return math.inf if loss is None else float(loss)
 
 
-def _widened(variant: Variant, best: Point) -> Variant:
-    """With one more value on each axis whose end is the best."""
-    axes = {name: values + _beyond(values, best[name]) for name, values in variant.grid.items()}
+def _widened(source: SweepFile, variant: Variant, best: Point) -> Variant:
+    """With one more value on each axis whose end is the best, if the field may have it."""
+    axes = dict(variant.grid)
+    for name, values in variant.grid.items():
+        for value in _beyond(values, best[name]):
+            with contextlib.suppress(ConfigError):
+                source.sweep([variant.at({**best, name: value})], overrides=source.definition.search or ())
+                axes[name] = (*values, value)
     return replace(variant, grid=axes)
 
 
