@@ -134,6 +134,18 @@ def test_a_partial_save_is_never_taken_for_a_checkpoint(run):
     assert not partial.exists()
 
 
+def test_a_checkpoint_whose_successor_has_no_name_yet_comes_back(run):
+    """A kill between the two renames of a step that is written again."""
+    newest = checkpoint.latest(run)
+    newest.rename(newest.with_name(f".{newest.name}.replaced"))
+    (newest.parent / f".{newest.name}.partial").mkdir()
+    checkpoint.clear_partial(run)
+    assert checkpoint.latest(run) == newest and not list(newest.parent.glob(".step-*"))
+    shutil.copytree(newest, newest.with_name(f".{newest.name}.replaced"))
+    checkpoint.clear_partial(run)
+    assert not list(newest.parent.glob(".step-*")), "its successor is there"
+
+
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 

@@ -49,6 +49,12 @@ def test_a_heartbeat_tells_where_the_loop_is_and_that_the_process_runs(tmp_path,
     assert heartbeat.read(tmp_path) == []
 
 
+def test_a_heartbeat_that_cannot_be_written_is_warned_of(tmp_path, caplog):
+    (tmp_path / heartbeat.FOLDER).touch()
+    heartbeat.Heartbeat(tmp_path, rank=0, start=1).close()
+    assert ".workers/0.json cannot be written: nobody will notice if this worker hangs" in caplog.text
+
+
 def test_heartbeats_of_other_starts_and_torn_files_are_left_out(tmp_path, beating):
     assert len(heartbeat.read(tmp_path, 1)) == 1
     assert heartbeat.read(tmp_path, 2) == []

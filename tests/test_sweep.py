@@ -316,6 +316,17 @@ def test_a_search_that_is_not_complete_decides_nothing(searched, monkeypatch, lo
     assert "s-search is not complete; the same command goes on with it" in result.stderr
 
 
+def test_a_comparison_that_cannot_be_written_is_said_and_leaves_the_sweep_unfinished(tmp_path):
+    class Said(list):
+        say = list.append
+
+    said = Said()
+    (tmp_path / "comparison").touch()
+    assert running._written({"groups": []}, tmp_path / "comparison", said) == []
+    assert said == [f"the comparison cannot be written into {tmp_path / 'comparison'} (File exists)"]
+    assert not running.SweepResult({"a": "finished"}, {}, None, {}, [], None).is_complete
+
+
 def test_a_sweep_and_a_run_do_not_share_a_name(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = load(SMALL)
