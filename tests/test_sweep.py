@@ -90,6 +90,16 @@ def test_labels_of_a_grid_are_made_of_its_values(grid, labels, load):
     assert [child.label for child in load(SMALL + f"grid: {text}\n").children] == labels
 
 
+def test_points_whose_words_are_too_long_for_a_name_end_in_a_digest_of_them(load):
+    grid = "train.max_grad_ratio: [1000, 2000], optimizer.linear_lr_ratio: [0.5], schedule.warmup_steps: [3]"
+    grid += ", schedule.min_lr_ratio: [0.25], optimizer.weight_decay: [0.125], train.clip_norm: [0.75]"
+    names = [
+        child.name for child in load(SMALL + f"grid: {{{grid}}}\nseeds: [9223372036854775807]\n").children
+    ]
+    assert len(set(names)) == 2 and all(len(name) == 74 + len("-seed9223372036854775807") for name in names)
+    assert names[0].startswith("max_grad_ratio-1000-linear_lr_ratio-0.5-warmup_steps-3")
+
+
 def test_each_child_may_start_from_a_run_of_its_own(load):
     runs = "runs: {tail: {run.from: long@6, run.with_states: true}, whole: {}}\n"
     tail, whole = load(SMALL + runs).children

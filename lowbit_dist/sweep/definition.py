@@ -1,5 +1,6 @@
 """A sweep's file, and the children that it defines."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from lowbit_dist.config import FilePath, RunConfig, RunName, Section
 from lowbit_dist.errors import ConfigError, format_error, nearest, show
 from lowbit_dist.yamlfile import read_yaml, written
 
+LONGEST_NAME = 74  # of a point of a grid: with -seedN it is a run's name, of at most 100 letters
 OWN = ("seeds", "grid")  # what a label may have in the place of the sweep's
 EXAMPLE = "write sweep: {name: methods}, base: quickstart.yaml, seeds: [0, 1], for example"
 
@@ -155,7 +157,11 @@ class Variant:
     def named(self, point: Mapping[str, Any], base: Path) -> str:
         """What runs are called at a point."""
         parts = [] if self.label is None else [self.label]
-        return "-".join([*parts, *in_words(point)]) or base.stem
+        name = "-".join([*parts, *in_words(point)]) or base.stem
+        if not point or len(name) <= LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return f"{name[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
 @dataclass(frozen=True)
