@@ -167,7 +167,14 @@ def note_failure(folder: Path, error: BaseException | None) -> None:
         if error is None:
             (folder / FAILURE).unlink(missing_ok=True)
         else:
-            (folder / FAILURE).write_text(json.dumps({"why": " ".join(str(error).split())}) + "\n")
+            recurs = getattr(error, "recurs", False)
+            failure = {"why": " ".join(str(error).split()), "recurs": recurs}
+            (folder / FAILURE).write_text(json.dumps(failure) + "\n")
+
+
+def failure_recurs(folder: Path) -> bool:
+    """Whether the last launch failed for what its training does, and would do again."""
+    return content(folder / FAILURE).get("recurs") is True
 
 
 def named(words: Sequence[str]) -> list[RunFolder]:

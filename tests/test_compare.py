@@ -9,6 +9,7 @@ import time
 import pytest
 
 from lowbit_dist import charts, compare, configfile, runs
+from lowbit_dist.cluster.attempts import RunFailed
 from lowbit_dist.config import ConfigError
 
 PARTS = ("low_bit_weights", "scales", "other_weights", "gradients", "optimizer_states", "buffers")
@@ -69,6 +70,9 @@ def test_a_runs_state_is_read_from_its_folder(make):
         "failed": "failed at step 30 of 40: worker 1 died (SIGKILL)",
         "longer": "stopped at step 0 of 40",
     }
+    assert not runs.failure_recurs(failed)
+    runs.note_failure(failed, RunFailed("the loss cannot be used", recurs=True))
+    assert runs.failure_recurs(failed)
     runs.note_failure(failed, None)
     assert runs.read(failed).state == "stopped"
 

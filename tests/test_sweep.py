@@ -311,19 +311,23 @@ def test_two_labels_that_become_one_run_are_trained_once(searched):
 def test_a_search_that_is_not_complete_decides_nothing(searched, monkeypatch, lowbit, tmp_path):
     """With a run that died, the command ends after the search; what it found so far is kept."""
     searched(SEARCH + "grid: {optimizer.lr: [1.0e-3, 4.0e-3]}\n", lambda child: 3.0)
-    asked = []
+    asked, recurs = [], False
 
     def one_died(sweep, progress):
         asked.append(sweep.name)
         states = {child.name: "finished" for child in sweep.children} | {sweep.children[0].name: "failed"}
         why = {sweep.children[0].name: "its process died"}
-        return running.SweepResult(states, why, None, {"groups": []}, [tmp_path / "comparison.md"], None)
+        files, diverged = [tmp_path / "comparison.md"], frozenset(why if recurs else ())
+        return running.SweepResult(states, why, None, {"groups": []}, files, None, diverged)
 
     monkeypatch.setattr(sweeping, "run", one_died)
     result = lowbit("sweep", str(tmp_path / "sweep.yaml"), "--json")
     assert result.returncode == 1 and asked == ["s-search"]
     assert json.loads(result.stdout)["children"][0]["why"] == "its process died"
     assert "s-search is not complete; the same command goes on with it" in result.stderr
+    recurs = True  # it diverges: that is a result, of a point that is not the best
+    assert lowbit("sweep", str(tmp_path / "sweep.yaml"), "--json").returncode == 1
+    assert asked == ["s-search", "s-search", "s"]
 
 
 def test_a_comparison_that_cannot_be_written_is_said_and_leaves_the_sweep_unfinished(tmp_path):

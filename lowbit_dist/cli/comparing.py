@@ -51,8 +51,8 @@ def sweep(
         for loaded in sweeping.stages(config):
             with _following(loaded, answer.waiting) as told:
                 outcome = sweeping.run(loaded, told)
-            if not outcome.is_complete:
-                break  # a search that is not complete decides nothing
+            if not outcome.is_decided:
+                break  # of a search whose runs were not all tried nothing is the best
         summary = _outcome(loaded, outcome)
         answer(summary, lambda terminal: draw_sweep(terminal, summary))
     if outcome.signum is not None:

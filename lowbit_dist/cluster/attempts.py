@@ -21,7 +21,14 @@ POLL = 0.2  # seconds
 
 
 class RunFailed(RuntimeError):
-    """The run ended without a result, for another reason than the user's mistake or wish."""
+    """The run ended without a result, for another reason than the user's mistake or wish.
+
+    recurs: it is what training does, and would do again
+    """
+
+    def __init__(self, text: str, *, recurs: bool = False):
+        super().__init__(text)
+        self.recurs = recurs
 
 
 def train_until_done(
@@ -63,7 +70,8 @@ def train_until_done(
             is_final = failure.is_final or (failure.error is not None and now == before)
             if is_final or restarts == config.cluster.max_failures:
                 times = f" after {restarts} restart{'' if restarts == 1 else 's'}" if restarts else ""
-                raise RunFailed(f"{failure.text}{times}; see {config.run_dir / LOG}")
+                text = f"{failure.text}{times}; see {config.run_dir / LOG}"
+                raise RunFailed(text, recurs=failure.is_final)
             before = now
             restarts += 1
             progress.say(f"{failure.text}: restart {restarts} of at most {config.cluster.max_failures}")

@@ -57,6 +57,12 @@ class SweepResult:
     comparison: dict[str, Any]
     files: list[Path]  # of the comparison
     mlflow_run_id: str | None
+    diverged: frozenset[str] = frozenset()  # of those that failed: they would do so again
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether nothing is left to train but what would fail again."""
+        return all(state == "finished" or name in self.diverged for name, state in self.states.items())
 
     @property
     def is_complete(self) -> bool:
@@ -103,7 +109,9 @@ def run(sweep: Sweep, progress: SweepProgress) -> SweepResult:
             status = "KILLED" if signum is not None else "FINISHED" if is_done else "FAILED"
             parent.finish(status, [sweep.file, *files], compare.markdown(comparison))
         run_id = None if parent is None else parent.run_id
-        return SweepResult(states, why, signum, comparison, files, run_id)
+        diverged = (child for child in sweep.children if runs.failure_recurs(child.config.run_dir))
+        names = frozenset(child.name for child in diverged if states[child.name] == "failed")
+        return SweepResult(states, why, signum, comparison, files, run_id, names)
 
 
 def _written(comparison: Mapping[str, Any], folder: Path, progress: SweepProgress) -> list[Path]:
