@@ -334,7 +334,8 @@ def test_a_comparison_is_as_many_tables_as_the_width_asks_for():
 
     groups = [
         {"group": name, "runs": [{"diverged": False, "state": "finished", "repeats": None}] * 2,
-         "finished": 2, "lr": 0.006, "linear_lr": linear, **{measure: spread(1.25, 0.5) for measure in compare.MEASURES},
+         "finished": 2, "lr": 0.006, "linear_lr": linear,
+         **{measure: spread(1.25, 0.5) for measure in compare.MEASURES},
          "bytes_per_parameter": spread(6.1, 0.0)}
         for name, linear in (("flip", 0.000375), ("dqt-ternary", 0.006))
     ]  # fmt: skip
