@@ -1,8 +1,9 @@
 /* The ops of reference.py and states.py for CPU workers, with the rules of optim/adamw.py and optim/lion.py fused in:
  * the same bytes; see there for what they mean.
  *
- * Work goes block by block (256 elements), through arrays that stay in the first-level cache. Every loop over a block
- * is a plain loop that compilers turn into vector code. Two things keep the bytes those of the reference: no
+ * Work goes block by block (256 elements), through arrays that stay in the first-level cache. Loops over a block are
+ * plain ones that compilers turn into vector code; where that is slow, AVX-512 is written out beside (HAS_MASKS). Slots
+ * are in slots.h, random words in philox.h. Two things keep the bytes those of the reference: no
  * contraction into fused multiply-adds (-ffp-contract=off) and IEEE division and square root.
  *
  * What a block goes through is written once; `rule`, `states` and `grad_is_bf16` are arguments of functions that are

@@ -15,7 +15,7 @@ enum rules { ADAMW, LION, APPLY }; /* APPLY: the direction is given, and no stat
 /* The structures are filled by cpu.py. */
 typedef struct {
     float beta1, rest1, beta2, rest2, correction1, correction2, eps, lr, decay, keep, grad_scale;
-    float nearest_from, nearest_slope; /* what becomes of the chance of a fraction of a level: 0 and 1, if nothing does */
+    float nearest_from, nearest_slope; /* of a fraction's chance to become a level: 0 and 1, if that is the fraction */
     uint32_t step, tensor, key0, key1;
 } Step;
 
@@ -30,7 +30,7 @@ typedef struct {
 /* What is known of a block between its stages. */
 typedef struct {
     float m[BLOCK], v[BLOCK];
-    float u[BLOCK]; /* the direction (Lion) */
+    float u[BLOCK]; /* the direction: of Lion, and of AdamW where codes keep residuals */
     uint32_t largest_m, largest_v; /* the bits of the largest absolute values */
     uint8_t code[BLOCK], next[BLOCK];
     int8_t level[BLOCK]; /* of code */
